@@ -1,0 +1,261 @@
+"""The bundle: snapshot, write, verify, choose, prune. After a crash at any instant the folder holds the old or the new one.
+
+A save is: copy the live tensors; write them to a temporary file; fsync it; rename it to ckpt-<step>.pt; let ckpt.pt
+(and best.pt) name the same file; fsync the folder; only then remove generations that are too old.
+"""
+import errno
+import os
+import re
+import sys
+import threading
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from configurator import TrainConfig, fail
+
+FORMAT = 1
+MAGIC = b"keepGPT\n"  # ends each bundle, with the CRC32 of all before it: torch.load does not look at the zip's own
+FIXED = ("seed", "n_layer", "n_head", "n_embd", "block_size", "bias")  # another value would be another run
+KEYS = {"format", "model", "optimizer", "step", "config", "model_args", "best_val_loss", "evaluation", "rng", "scaler",
+        "data", "wandb_run_id"}
+
+
+class BadBundle(Exception):
+    """A file that is no whole bundle; the text says what is wrong with it."""
+
+
+class Disk:
+    """Every operation that a save performs on the disk, so that a test can make each of them fail."""
+
+    def create(self, path: Path) -> int:
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+
+    def write(self, file: int, data: memoryview) -> int:
+        return os.write(file, data)
+
+    def fsync(self, file: int) -> None:
+        os.fsync(file)
+
+    def close(self, file: int) -> None:
+        os.close(file)
+
+    def rename(self, source: Path, target: Path) -> None:
+        os.replace(source, target)
+
+    def link(self, source: Path, target: Path) -> None:
+        os.link(source, target)
+
+    def remove(self, path: Path) -> None:
+        os.unlink(path)
+
+    def fsync_folder(self, folder: Path) -> None:
+        file = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+
+class ChecksummedFile:
+    """What torch.save writes into: passes the bytes on to the disk and keeps their CRC32."""
+
+    def __init__(self, disk: Disk, path: Path) -> None:
+        self.disk, self.crc, self.file = disk, 0, disk.create(path)
+
+    def write(self, data: Any) -> int:
+        left = memoryview(data).cast("B")
+        size = len(left)
+        self.crc = zlib.crc32(left, self.crc)
+        while left:
+            left = left[self.disk.write(self.file, left):]  # a disk may take less than it was given
+        return size
+
+    def flush(self) -> None:
+        """torch.save calls it; nothing is held back."""
+
+
+def write_bundle(bundle: dict[str, Any], path: Path, disk: Disk) -> None:
+    """Write a new file and fsync it. Raises OSError, and leaves the file to be removed."""
+    out = ChecksummedFile(disk, path)
+    try:
+        torch.save(bundle, out)
+        out.write(MAGIC + out.crc.to_bytes(4, "little"))
+        disk.fsync(out.file)
+    finally:
+        disk.close(out.file)
+
+
+def point(name: Path, target: Path, disk: Disk) -> None:
+    """Let `name` be another name of the file `target`, or a copy of it where the file system has no links."""
+    temporary = name.with_suffix(".pt.tmp")
+    try:
+        disk.link(target, temporary)
+    except OSError as e:
+        if e.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        write_bundle(torch.load(target, map_location="cpu", weights_only=True), temporary, disk)
+    disk.rename(temporary, name)
+
+
+def commit(bundle: dict[str, Any], folder: Path, keep: int, best: bool, disk: Disk) -> None:
+    """Make `bundle` the newest of `folder`, durably. Raises OSError; the older bundles are then as they were."""
+    generation = folder / f"ckpt-{bundle['step']:08d}.pt"
+    temporary = generation.with_suffix(".pt.tmp")
+    try:
+        write_bundle(bundle, temporary, disk)
+        disk.rename(temporary, generation)
+        point(folder / "ckpt.pt", generation, disk)
+        if best:
+            point(folder / "best.pt", generation, disk)
+        disk.fsync_folder(folder)
+    except BaseException:
+        remove_leftovers(folder, disk)
+        raise
+    for old in generations(folder)[keep:]:
+        disk.remove(old)
+
+
+def generations(folder: Path) -> list[Path]:
+    """The numbered bundles of a folder, newest first."""
+    return sorted((p for p in folder.glob("ckpt-*.pt") if re.fullmatch(r"ckpt-\d+\.pt", p.name)), reverse=True)
+
+
+def remove_leftovers(folder: Path, disk: Disk) -> None:
+    """Remove what a save that failed, or died, has left half-written."""
+    for path in folder.glob("*.pt.tmp"):
+        disk.remove(path)
+
+
+def has_run(folder: Path) -> bool:
+    """Whether a folder holds a bundle, whole or not."""
+    return (folder / "ckpt.pt").exists() or bool(generations(folder))
+
+
+def read_bundle(path: Path) -> dict[str, Any]:
+    """Read and verify a bundle. Raises BadBundle for anything that is not, to the bit, what was saved."""
+    try:
+        with open(path, "rb") as f:
+            size, crc = os.fstat(f.fileno()).st_size - len(MAGIC) - 4, 0
+            if size <= 0:
+                raise BadBundle("it is empty" if size == -len(MAGIC) - 4 else "it is cut short")
+            while left := size - f.tell():
+                crc = zlib.crc32(f.read(min(left, 1 << 24)), crc)
+            end = f.read()
+        if end[:-4] != MAGIC:
+            raise BadBundle("it is cut short, or was not written by keepGPT")
+        if end[-4:] != crc.to_bytes(4, "little"):
+            raise BadBundle("its checksum is wrong: the file is damaged")
+        bundle = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as e:
+        raise BadBundle(e.strerror) from None
+    except (RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as e:
+        raise BadBundle(f"torch cannot load it: {str(e).splitlines()[0]}") from None
+    if not isinstance(bundle, dict) or bundle.get("format") != FORMAT or KEYS - bundle.keys():
+        raise BadBundle("it is no bundle of this format")
+    return bundle
+
+
+def newest_bundle(folder: Path) -> dict[str, Any]:
+    """The newest bundle that is whole. Says which ones it passes over; raises BadBundle if none is left."""
+    tried = []
+    for path in [folder / "ckpt.pt", *generations(folder), folder / "best.pt"]:
+        if not path.exists():
+            continue
+        try:
+            bundle = read_bundle(path)
+        except BadBundle as e:
+            tried.append(f"{path.name}: {e}")
+            print(f"passing over {path}: {e}", file=sys.stderr)
+        else:
+            return bundle
+    raise BadBundle(f"no whole bundle in {folder} (" + ("; ".join(tried) or "there is none at all") + ")")
+
+
+def resumed_config(given: dict[str, Any], bundle: dict[str, Any], data: dict[str, Any]) -> tuple[TrainConfig, list[str]]:
+    """The run's own settings with the `given` ones over them, and a word on each that changed.
+
+    What would make it another run is refused.
+    """
+    known = {f.name for f in fields(TrainConfig)}
+    saved = {key: value for key, value in bundle["config"].items() if key in known}
+    config = TrainConfig(**saved | given)
+    changes = {key: (saved[key], value) for key, value in given.items() if saved.get(key, value) != value}
+    for key in FIXED:
+        if key in changes:
+            fail(f"this run has {key}={changes[key][0]}, not {changes[key][1]}: that would be another run; "
+                 f"leave --{key} out, or begin anew with another --out_dir")
+    rows, old_rows = (c["batch_size"] * c["gradient_accumulation_steps"] for c in (asdict(config), saved))
+    if rows != old_rows:
+        fail(f"this run has batch_size x gradient_accumulation_steps = {old_rows}, not {rows}; keep the product")
+    if data["fingerprint"] != bundle["data"]["fingerprint"]:
+        fail(f"this run was trained on {bundle['data']['name']} {bundle['data']['fingerprint'][:12]}, "
+             f"but data/{config.dataset} is {data['fingerprint'][:12]}; prepare that text again")
+    return config, [f"{key} {old} -> {new}" for key, (old, new) in changes.items() if key != "init_from"]
+
+
+def restore(bundle: dict[str, Any], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+    """Give the optimizer its moments back; its settings stay those of this command."""
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": bundle["optimizer"]["state"], "param_groups": groups})
+    if scaler.is_enabled() and bundle["scaler"]:
+        scaler.load_state_dict(bundle["scaler"])
+
+
+def snapshot(live: Any) -> Any:
+    """A copy of nested dicts, lists and tuples of plain values and tensors, in host memory."""
+    if isinstance(live, Tensor):
+        return live.detach().to("cpu", copy=True)
+    if isinstance(live, dict):
+        return {key: snapshot(value) for key, value in live.items()}
+    if isinstance(live, (list, tuple)):
+        return type(live)(snapshot(value) for value in live)
+    return live
+
+
+class Saver:
+    """Saves in the background, one bundle at a time, while training goes on."""
+
+    def __init__(self, folder: Path, keep: int, before_commit: Callable[[], None], disk: Disk | None = None) -> None:
+        """`before_commit` is called once the tensors are copied, before anything is written."""
+        self.folder, self.keep, self.before_commit, self.disk = folder, keep, before_commit, disk or Disk()
+        self.thread, self.copied, self.failed = None, threading.Event(), False
+
+    def save(self, live: dict[str, Any], best: bool) -> None:
+        """Begin to save the live tensors of a bundle. They must not change before `wait_for_copy` returns."""
+        self.wait()
+        self.copied.clear()
+        self.thread = threading.Thread(target=self._run, args=(live, best))
+        self.thread.start()
+
+    def wait_for_copy(self) -> None:
+        """Return once the live tensors may change again: the loop calls it before each update."""
+        if self.thread:
+            self.copied.wait()
+
+    def wait(self) -> bool:
+        """Return once nothing is being saved; whether the last save succeeded."""
+        if self.thread:
+            self.thread.join()
+            self.thread = None
+        return not self.failed
+
+    def _run(self, live: dict[str, Any], best: bool) -> None:
+        try:
+            bundle = snapshot(live)
+            self.copied.set()
+            self.before_commit()
+            commit(bundle, self.folder, self.keep, best, self.disk)
+            self.failed = False
+        except Exception as e:  # whatever it is: training goes on, and the older bundles are still there
+            self.failed = True
+            print(f"\nSAVING STEP {live['step']} FAILED: {e}; the older bundles are kept, the next save tries again",
+                  file=sys.stderr, flush=True)
+        finally:
+            self.copied.set()

@@ -1,0 +1,153 @@
+"""The process that a run lives in: its device, the other ranks, signals, the lock on out_dir, random generators."""
+import fcntl
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from configurator import TrainConfig, fail
+
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165, "RTX 3090": 71,
+               "V100": 125, "T4": 65}  # dense bfloat16 (float16 before Ampere), from the data sheets
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together, and its device."""
+    rank: int
+    world_size: int
+    device: torch.device
+    control: Any = None  # a process group on the CPU, for what must not wait for the GPU
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's `value`, in the order of the ranks."""
+        values = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def from_first(self, value: Any) -> Any:
+        """Rank 0's `value`, on every rank."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, src=0, group=self.control)
+        return values[0]
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank."""
+        if self.world_size == 1:
+            return flag
+        count = torch.tensor([float(flag)])
+        dist.all_reduce(count, group=self.control)
+        return bool(count)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over all ranks, in place. Where a single rank's entry is not zero, it is exact."""
+        if self.world_size > 1:
+            dist.all_reduce(x)
+        return x
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called `name`, or for auto the best there is; on CUDA each rank of a host takes its own."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        fail(f"there is no device {name!r} on this machine; device=auto takes what there is")
+    return device
+
+
+def start(config: TrainConfig) -> Ranks:
+    """Pick the device, and join the other processes if torchrun started any."""
+    device = pick_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    random.seed(config.seed)  # nothing here draws from these two; what a user adds will then repeat as well
+    np.random.seed(config.seed % 2**32)
+    torch.set_float32_matmul_precision("high")  # TF32 where there is any
+    if device.type == "cpu" or config.deterministic:  # on a CPU it costs nothing, and compiled code needs it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    if "RANK" not in os.environ:
+        return Ranks(0, 1, device)
+    backend = ("nccl" if device.type == "cuda" else "gloo") if config.backend == "auto" else config.backend
+    dist.init_process_group(backend)
+    return Ranks(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the matrix products: what was asked for, or what is fast and safe on the device."""
+    if name == "float16" and device.type != "cuda":
+        fail(f"dtype=float16 needs a GradScaler, which works on CUDA; on {device.type} take bfloat16 or float32")
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
+    bf16_cpu = device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    return torch.bfloat16 if bf16_cpu else torch.float32
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """What the device can do in a second at best, for the MFU; None where that is not known."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((1e12 * tflops for gpu, tflops in PEAK_TFLOPS.items() if gpu in name), None)
+
+
+def lock(out_dir: Path) -> Any:
+    """Hold out_dir for this process; the lock dies with it. A folder that can't be used is the user's to mend."""
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        file = open(out_dir / ".lock", "w")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(f"another run is writing to {out_dir}; wait for its end, or take another --out_dir")
+    except OSError as e:
+        fail(f"out_dir={out_dir} can't be used: {e.strerror.lower()}")
+    return file
+
+
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """Every random generator of this process, as plain values."""
+    numpy_state = np.random.get_state(legacy=False)
+    numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
+    return {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+
+
+def restore_rng(state: dict[str, Any], device: torch.device) -> None:
+    """Set what `rng_state` saved."""
+    random.setstate(state["python"])
+    numpy_state = state["numpy"]
+    np.random.set_state(numpy_state | {"state": numpy_state["state"] | {
+        "key": np.array(numpy_state["state"]["key"], dtype=np.uint32)}})
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def listen_for_signals() -> Callable[[], bool]:
+    """A function that says whether SIGINT, SIGTERM or SIGUSR1 has come. A second Ctrl-C ends the program at once."""
+    came: list[float] = []
+
+    def note(number: int, _frame: Any) -> None:
+        # torchrun passes on the Ctrl-C that the terminal has sent already: that is not a second one
+        if number == signal.SIGINT and came and time.monotonic() - came[0] > 1:
+            os._exit(130)
+        came.append(time.monotonic())
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, note)
+    return lambda: bool(came)
