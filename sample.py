@@ -41,17 +41,19 @@ from model import GPT, ModelArgs, cropped, generate, read_weights
 from runtime import pick_device, pick_dtype
 
 
-def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer]:
-    """The model and its tokenizer."""
+def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
+    """The model, its tokenizer, and where they come from."""
     folder = Path(config.out_dir)
     try:
         if config.init_from in ("best", "resume"):
             best = folder / "best.pt"
             bundle = read_bundle(best) if config.init_from == "best" and best.exists() else newest_bundle(folder)
             args, state, data = ModelArgs(**bundle["model_args"]), bundle["model"], bundle["data"]
-            print(f"{folder}, step {bundle['step']}, val loss {bundle['evaluation'].get('val_loss', math.nan):.4f}\n")
+            loss = bundle["evaluation"].get("val_loss", math.nan)
+            origin = f"{folder}: step {bundle['step']}, val loss {loss:.4f}"
         else:
             args, state, data = read_weights(config.init_from)
+            origin = config.init_from
     except (BadBundle, ValueError) as e:
         fail(f"{folder}: {e}" if config.init_from in ("best", "resume") else str(e))
     vocabulary = tokenizer.from_meta(data or {"tokenizer": {"kind": "gpt2"}})
@@ -60,7 +62,7 @@ def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer]:
     args, state = cropped(args, state, vocabulary.vocab_size, args.block_size)
     model = GPT(args)
     model.load_state_dict(state)
-    return model.eval(), vocabulary
+    return model.eval(), vocabulary, origin
 
 
 def read_prompt(start: str, vocabulary: tokenizer.Tokenizer) -> list[int]:
@@ -79,9 +81,10 @@ def read_prompt(start: str, vocabulary: tokenizer.Tokenizer) -> list[int]:
 def main(config: SampleConfig) -> None:
     """Show the first sample as it is made, then the others, which were made beside it."""
     device = pick_device(config.device)
-    model, vocabulary = load(config)
+    model, vocabulary, origin = load(config)
     model.to(device, pick_dtype(config.dtype, device))
     prompt = read_prompt(config.start, vocabulary)
+    print(origin, file=sys.stderr)  # stdout is for the text alone
     samples = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(config.num_samples)]
     texts = [vocabulary.decode(prompt) if config.start else ""] * config.num_samples
     print(texts[0], end="", flush=True)

@@ -195,7 +195,7 @@ def main(config: TrainConfig, given: dict[str, Any]) -> int:
     tokens_per_step, peak = M * config.batch_size * config.block_size, peak_flops(device)
     if lead:
         metrics.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {tokens_per_step:,} tokens a "
-                    f"step, {meta['tokens']['train']:,} in data/{config.dataset}; {ranks.world_size} x {device.type}, "
+                    f"step, {meta['tokens']['train']:,} of {meta['name']}; {ranks.world_size} x {device.type}, "
                     f"{str(dtype).removeprefix('torch.')}{', compiled' if compiled else ''}")
 
     healthy = torch.ones((), device=device)  # becomes 0, for good, with the first loss or gradient that is not finite

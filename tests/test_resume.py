@@ -1,0 +1,159 @@
+"""A run that is interrupted and resumed ends in the same bits as one that was not."""
+import os
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from conftest import TINY, bits, command, complaint, rows, run
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_twenty_steps_and_twenty_more_are_forty(train, tmp_path, ranks):
+    train(out="whole", ranks=ranks)
+    train(out="parts", ranks=ranks, max_iters=20)
+    train(out="parts", ranks=ranks, init_from="resume")
+    assert bits(tmp_path / "whole/ckpt.pt") == bits(tmp_path / "parts/ckpt.pt")
+    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    train(out="other", ranks=ranks, seed=1)
+    assert bits(tmp_path / "whole/ckpt.pt") != bits(tmp_path / "other/ckpt.pt")
+
+
+def test_auto_begins_a_run_and_goes_on_with_it(train, tmp_path):
+    assert "resuming" not in train(init_from="auto", max_iters=20).stdout
+    assert "resuming" in train(init_from="auto").stdout
+    train(out="whole")
+    assert bits(tmp_path / "out/ckpt.pt") == bits(tmp_path / "whole/ckpt.pt")
+
+
+def test_a_resumed_run_keeps_what_the_command_leaves_out(train, tmp_path):
+    train(max_iters=20, weight_decay=0.3)
+    done = run("train.py", out_dir=tmp_path / "out", init_from="resume", max_iters=40, beta2=0.9)
+    assert "at step 20, max_iters 20 -> 40, beta2 0.95 -> 0.9\n" in done.stdout
+    bundle = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+    assert bundle["step"] == 40 and bundle["config"]["n_embd"] == TINY["n_embd"]
+    groups = bundle["optimizer"]["param_groups"]
+    assert [g["weight_decay"] for g in groups] == [0.3, 0.0] and [g["betas"] for g in groups] == [(0.9, 0.9)] * 2
+
+
+def test_the_same_rows_in_other_micro_batches_are_the_same_run(train, tmp_path):
+    train(max_iters=20)
+    train(init_from="resume", batch_size=8, gradient_accumulation_steps=1, dropout=0.0)
+    train(out="whole", dropout=0.0)
+    loss = [row["loss"] for row in rows(tmp_path / "out", "loss")][-1]
+    assert abs(loss - rows(tmp_path / "whole", "loss")[-1]["loss"]) < 0.1
+
+
+@pytest.mark.parametrize("flag, value, shown", [
+    ("n_layer", 3, "n_layer=2, not 3"), ("seed", 7, "seed=1337, not 7"), ("block_size", 16, "block_size=32, not 16"),
+    ("batch_size", 5, "= 8, not 10")])
+def test_what_would_make_it_another_run_is_refused(train, flag, value, shown, tmp_path):
+    train(max_iters=1)
+    before = bits(tmp_path / "out/ckpt.pt")
+    assert shown in complaint(train(init_from="resume", code=None, **{flag: value}))
+    assert bits(tmp_path / "out/ckpt.pt") == before
+
+
+def test_other_data_is_refused(train, play, tmp_path):
+    train(max_iters=1)
+    run("prepare.py", play, name="other", tokenizer="char", data_dir=tmp_path, val_fraction=0.2)
+    assert "was trained on hamlet" in complaint(train(init_from="resume", dataset=tmp_path / "other", code=None))
+
+
+def test_scratch_never_overwrites_a_run(train, tmp_path):
+    train(max_iters=1)
+    before = bits(tmp_path / "out/ckpt.pt")
+    line = complaint(train(code=None))
+    assert "--init_from=resume" in line and "--out_dir=" in line
+    assert bits(tmp_path / "out/ckpt.pt") == before
+
+
+def test_resume_without_a_run_says_so(train):
+    assert "nothing to resume" in complaint(train(init_from="resume", code=None))
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "text", "pickle"])
+def test_a_damaged_bundle_is_passed_over_for_an_older_one(train, tmp_path, damage):
+    train(out="whole")
+    train(max_iters=20)
+    train(init_from="resume", max_iters=30)
+    path = tmp_path / "out/ckpt.pt"
+    raw = bytearray(path.read_bytes())
+    if damage == "flip":
+        raw[len(raw) // 3] ^= 1
+    elif damage == "pickle":
+        torch.save({"model": os.system}, path)
+        raw = path.read_bytes()
+    path.write_bytes({"cut": raw[:-7], "empty": b"", "text": b"not a bundle\n" * 9}.get(damage, bytes(raw)))
+    done = train(init_from="resume")
+    assert "passing over" in done.stderr and "at step 20" in done.stdout
+    assert bits(path) == bits(tmp_path / "whole/ckpt.pt")
+    assert rows(tmp_path / "out") == rows(tmp_path / "whole")
+
+
+def test_nothing_whole_left_is_an_error_that_lists_what_was_tried(train, tmp_path):
+    train()
+    for path in tmp_path.glob("out/*.pt"):
+        path.write_bytes(b"")
+    line = train(init_from="resume", code=2).stderr.splitlines()[-1]
+    assert line.startswith("error: nothing to resume") and "ckpt-00000020.pt: it is empty" in line
+
+
+SIGNALLED = TINY | {"max_iters": 300, "lr_decay_iters": 300, "eval_interval": 30, "log_interval": 1,
+                    "init_from": "auto"}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(dataset, tmp_path_factory):
+    """Folders of whole runs, by number of ranks."""
+    folders = {ranks: tmp_path_factory.mktemp("undisturbed") for ranks in (1, 2)}
+    for ranks, folder in folders.items():
+        run("train.py", ranks=ranks, out_dir=folder, dataset=dataset, **SIGNALLED)
+    return folders
+
+
+@pytest.mark.parametrize("ranks, number", [
+    (1, signal.SIGINT), (1, signal.SIGTERM), (1, signal.SIGUSR1), (1, signal.SIGKILL),
+    (2, signal.SIGTERM), (2, signal.SIGKILL)])
+def test_a_run_that_gets_a_signal_goes_on_to_the_same_bits(dataset, tmp_path, undisturbed, ranks, number):
+    flags = {"dataset": dataset, "out_dir": tmp_path / "out", **SIGNALLED}
+    log = open(tmp_path / "log", "w+")
+    process = subprocess.Popen(command("train.py", ranks=ranks, **flags), stdout=log, stderr=subprocess.STDOUT,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    metrics = tmp_path / "out/metrics.jsonl"
+    while not (metrics.exists() and '"step": 70,' in metrics.read_text()):
+        assert process.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.01)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(workers[-1]) if ranks > 1 else process.pid, number)  # behind torchrun: one rank, not the launcher
+    process.wait(timeout=60)
+    stopped = rows(tmp_path / "out")[-1]["step"]
+    assert process.returncode != 0 and stopped < 300
+    if number != signal.SIGKILL:
+        assert torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["step"] == stopped
+    assert ranks > 1 or process.returncode == (-9 if number == signal.SIGKILL else 75)
+    run("train.py", ranks=ranks, **flags)
+    assert bits(tmp_path / "out/ckpt.pt") == bits(undisturbed[ranks] / "ckpt.pt")
+    assert rows(tmp_path / "out") == rows(undisturbed[ranks])
+
+
+def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(dataset, tmp_path):
+    flags = {"dataset": dataset, **TINY, "max_iters": 100000, "out_dir": tmp_path / "out", "init_from": "auto"}
+    first = subprocess.Popen(command("train.py", **flags), stdout=subprocess.PIPE, text=True)
+    while "step 5/" not in first.stdout.readline():
+        pass
+    assert "another run" in complaint(run("train.py", code=None, **flags))
+    first.kill()
+    first.wait()
+    run("train.py", **flags | {"max_iters": 40})
+
+
+def test_newest_best_and_older_bundles_stand_beside_each_other(train, tmp_path):
+    train(eval_interval=10, keep_checkpoints=3)
+    names = {path.name for path in (tmp_path / "out").glob("*.pt*")}
+    assert names == {"ckpt.pt", "best.pt", "ckpt-00000020.pt", "ckpt-00000030.pt", "ckpt-00000040.pt"}
+    losses = {row["step"]: row["val_loss"] for row in rows(tmp_path / "out", "val_loss") if row["step"]}
+    best = torch.load(tmp_path / "out/best.pt", weights_only=True)
+    assert best["step"] == min(losses, key=losses.get) and best["best_val_loss"] == min(losses.values())
+    assert torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["step"] == 40

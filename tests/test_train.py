@@ -1,0 +1,134 @@
+"""The training script: what it computes, what it logs, what it refuses."""
+import json
+import math
+
+import pytest
+import torch
+from conftest import TINY, bits, complaint, rows, run
+
+
+def test_it_learns(train, tmp_path):
+    done = train(dropout=0.0, max_iters=200, lr_decay_iters=200, eval_interval=100, eval_iters=1000)
+    losses = [row["val_loss"] for row in rows(tmp_path / "out", "val_loss")]
+    assert losses[0] > 3.9 and losses[-1] < 3.0
+    assert done.stdout.splitlines()[-1] == f"done at step 200, saved in {tmp_path / 'out'}"
+
+
+def test_the_bundle_is_what_the_contract_says(train, dataset, tmp_path):
+    train()
+    bundle = torch.load(tmp_path / "out/ckpt.pt", map_location="cpu", weights_only=True)
+    assert bundle["step"] == 40 and bundle["config"]["max_iters"] == 40
+    assert {"model", "optimizer", "model_args", "best_val_loss", "rng", "scaler", "data", "wandb_run_id", "format"} \
+        <= bundle.keys()
+    assert bundle["model"]["transformer.h.1.attn.c_attn.weight"].shape == (96, 32)
+    assert bundle["data"] == json.loads((dataset / "meta.json").read_text()) and len(bundle["rng"]) == 1
+    steps = [row["step"] for row in rows(tmp_path / "out", "loss")]
+    assert steps == list(range(5, 41, 5))
+    assert [row["step"] for row in rows(tmp_path / "out", "val_loss")] == [0, 20, 40]
+
+
+def test_an_evaluation_changes_no_bit_of_training(train, tmp_path):
+    train(out="often", eval_interval=5, eval_iters=2, sample_tokens=5)
+    train(out="seldom", eval_interval=40)
+    often, seldom = (torch.load(tmp_path / out / "ckpt.pt", weights_only=True) for out in ("often", "seldom"))
+    assert all(torch.equal(often["model"][name], seldom["model"][name]) for name in often["model"])
+    assert rows(tmp_path / "often", "loss") == rows(tmp_path / "seldom", "loss")
+
+
+def test_one_and_two_ranks_agree_to_rounding(train, tmp_path):
+    train(out="one", dtype="float32", log_interval=1)
+    train(out="two", dtype="float32", log_interval=1, ranks=2)
+    one, two = (rows(tmp_path / out) for out in ("one", "two"))
+    assert len(one) == len(two) == 43
+    for a, b in zip(one, two):
+        assert a.keys() == b.keys() and all(math.isclose(a[key], b[key], rel_tol=2e-5) for key in a), (a, b)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_weights_that_are_not_finite_stop_the_run_before_the_first_update(train, tmp_path, ranks):
+    train(max_iters=1)
+    bundle = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+    bundle["model"]["transformer.ln_f.weight"][3] = math.nan
+    torch.save(bundle, tmp_path / "nan.pt")
+    done = train(init_from=tmp_path / "nan.pt", out="nan", ranks=ranks, code=3 if ranks == 1 else 1)
+    assert "step 1: the loss or the gradient is not finite" in done.stdout
+    assert not list(tmp_path.glob("nan/*.pt"))
+
+
+def test_a_run_that_blows_up_keeps_finite_bundles(train, tmp_path):
+    train(max_iters=20)
+    done = train(init_from="resume", learning_rate=1e30, grad_clip=0, checkpoint_interval=1, code=3)
+    assert "is not finite; that update was not made" in done.stdout and "ckpt.pt is from before it" in done.stdout
+    bundles = [torch.load(path, weights_only=True) for path in tmp_path.glob("out/*.pt")]
+    assert all(tensor.isfinite().all() for bundle in bundles for tensor in bundle["model"].values())
+    assert max(row["step"] for row in rows(tmp_path / "out")) < 40
+
+
+def test_eval_only_writes_nothing(train, tmp_path):
+    done = train(eval_only=True)
+    assert "step 0: train loss" in done.stdout and not (tmp_path / "out").exists()
+    train(max_iters=20)
+    files = sorted(tmp_path.glob("out/*"))
+    loss = [row for row in rows(tmp_path / "out", "val_loss")][-1]["val_loss"]
+    done = train(eval_only=True, init_from=tmp_path / "out/ckpt.pt")
+    assert f"val loss {loss:.4f}" in done.stdout and files == sorted(tmp_path.glob("out/*"))
+
+
+def test_metrics_tell_the_schedule(train, tmp_path):
+    train(log_interval=1, learning_rate=1e-2, min_lr=1e-3, warmup_iters=9, lr_decay_iters=30)
+    lr = {row["step"]: row["lr"] for row in rows(tmp_path / "out", "loss")}
+    assert [round(lr[s], 9) for s in (1, 5, 10)] == [0.001, 0.005, 0.01]
+    assert lr[20] == pytest.approx(1e-3 + 9e-3 * (1 + math.cos(math.pi * 10 / 21)) / 2)
+    assert lr[31] == lr[40] == 1e-3
+
+
+def test_float32_and_compiled_runs(train, tmp_path):
+    train(out="float32", dtype="float32", dropout=0.0)
+    train(out="bfloat16", dtype="bfloat16", dropout=0.0)
+    a, b = (rows(tmp_path / out, "val_loss")[-1]["val_loss"] for out in ("float32", "bfloat16"))
+    assert a != b and abs(a - b) < 0.02
+
+
+def test_nothing_but_the_dataset_is_read_from_the_working_folder(dataset, tmp_path):
+    run("train.py", cwd=tmp_path, out_dir="here", dataset=dataset, **TINY | {"max_iters": 2})
+    assert (tmp_path / "here/ckpt.pt").exists()
+
+
+@pytest.mark.parametrize("word, shown", [
+    ("--dataset=nosuch", "python prepare.py nosuch"),
+    ("--learning_rat=1", "did you mean learning_rate?"),
+    ("--n_head=3", "n_embd=32 is not a multiple of n_head=3"),
+    ("--block_size=100000", "lower block_size"),
+    ("--device=cuda:99", "device=auto"),
+    ("--device=toaster", "device=auto"),
+    ("--dtype=float16", "take bfloat16 or float32"),
+    ("--init_from=nosuch", "it is neither"),
+    ("--out_dir=/proc/nosuch", "can't be used"),
+    ("config/nosuch.py", "no such file"),
+])
+def test_a_mistake_is_answered_with_one_line(train, word, shown, tmp_path):
+    done = train(last=word, code=None)
+    assert shown in complaint(done)
+    assert not list(tmp_path.glob("out/*.pt"))
+
+
+def test_micro_batches_that_ranks_cannot_share(train):
+    done = train(ranks=2, gradient_accumulation_steps=3, code=None)
+    assert done.returncode != 0 and "make it a multiple of their number, 2" in done.stderr
+
+
+def test_wandb_offline_goes_on_with_the_same_run(train, tmp_path):
+    env = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
+    train(wandb_log=True, max_iters=20, env=env)
+    first = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["wandb_run_id"]
+    train(init_from="resume", env=env)
+    assert first and torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["wandb_run_id"] == first
+    assert len(list(tmp_path.glob(f"wandb/*{first}*"))) >= 1
+
+
+def test_wandb_that_fails_stops_nothing(train, tmp_path):
+    package = tmp_path / "wandb"
+    package.mkdir()
+    (package / "__init__.py").write_text("def init(**_): raise RuntimeError('no key')\n")
+    done = train(wandb_log=True, max_iters=10, env={"PYTHONPATH": str(tmp_path)})
+    assert "wandb is off for this run: no key" in done.stdout and "done at step 10" in done.stdout
