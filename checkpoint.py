@@ -4,6 +4,7 @@ A save is: copy the live tensors; write them to a temporary file; fsync it; rena
 (and best.pt) name the same file; fsync the folder; only then remove generations that are too old.
 """
 import errno
+import math
 import os
 import re
 import sys
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from configurator import TrainConfig, fail
+from model import GPT, ModelArgs
 
 FORMAT = 1
 MAGIC = b"keepGPT\n"  # ends each bundle, with the CRC32 of all before it: torch.load does not look at the zip's own
@@ -67,14 +69,17 @@ class ChecksummedFile:
     """What torch.save writes into: passes the bytes on to the disk and keeps their CRC32."""
 
     def __init__(self, disk: Disk, path: Path) -> None:
-        self.disk, self.crc, self.file = disk, 0, disk.create(path)
+        self.disk, self.crc, self.file, self.error = disk, 0, disk.create(path), None
 
     def write(self, data: Any) -> int:
         left = memoryview(data).cast("B")
         size = len(left)
         self.crc = zlib.crc32(left, self.crc)
-        while left:
-            left = left[self.disk.write(self.file, left):]  # a disk may take less than it was given
+        try:
+            while left and not self.error:
+                left = left[self.disk.write(self.file, left):]  # a disk may take less than it was given
+        except OSError as e:  # torch.save would hide it behind an error of its own
+            self.error = e
         return size
 
     def flush(self) -> None:
@@ -87,6 +92,8 @@ def write_bundle(bundle: dict[str, Any], path: Path, disk: Disk) -> None:
     try:
         torch.save(bundle, out)
         out.write(MAGIC + out.crc.to_bytes(4, "little"))
+        if out.error:
+            raise out.error
         disk.fsync(out.file)
     finally:
         disk.close(out.file)
@@ -159,7 +166,24 @@ def read_bundle(path: Path) -> dict[str, Any]:
         raise BadBundle(f"torch cannot load it: {str(e).splitlines()[0]}") from None
     if not isinstance(bundle, dict) or bundle.get("format") != FORMAT or KEYS - bundle.keys():
         raise BadBundle("it is no bundle of this format")
+    check_shapes(bundle)
     return bundle
+
+
+def check_shapes(bundle: dict[str, Any]) -> None:
+    """Raises BadBundle unless weights and moments have the shapes that the bundle's own model_args ask for."""
+    try:
+        with torch.device("meta"):
+            model = GPT(ModelArgs(**bundle["model_args"]))
+        shapes = {name: p.shape for name, p in model.named_parameters()}
+        moments = model.optimizer(0.0, (0.0, 0.0), 0.0).param_groups
+        right = {name: tensor.shape for name, tensor in bundle["model"].items()} == shapes and all(
+            bundle["optimizer"]["state"][i][key].shape == p.shape for key in ("exp_avg", "exp_avg_sq")
+            for i, p in enumerate(p for group in moments for p in group["params"]))
+    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as e:
+        raise BadBundle(f"its parts do not fit together: {type(e).__name__} {e}") from None
+    if not right:
+        raise BadBundle("its weights have not the shapes of its model_args")
 
 
 def newest_bundle(folder: Path) -> dict[str, Any]:
@@ -208,36 +232,45 @@ def restore(bundle: dict[str, Any], optimizer: torch.optim.Optimizer, scaler: to
         scaler.load_state_dict(bundle["scaler"])
 
 
-def snapshot(live: Any) -> Any:
-    """A copy of nested dicts, lists and tuples of plain values and tensors, in host memory."""
-    if isinstance(live, Tensor):
-        return live.detach().to("cpu", copy=True)
-    if isinstance(live, dict):
-        return {key: snapshot(value) for key, value in live.items()}
-    if isinstance(live, (list, tuple)):
-        return type(live)(snapshot(value) for value in live)
-    return live
+def check_finite(bundle: dict[str, Any]) -> None:
+    """Raises ArithmeticError for weights or moments that are not finite: they must not replace good ones."""
+    moments = {f"{key} of parameter {i}": tensor for i, state in bundle["optimizer"]["state"].items()
+               for key, tensor in state.items()}
+    for name, tensor in (bundle["model"] | moments).items():
+        if not all(math.isfinite(x) for x in torch.aminmax(tensor)):
+            raise ArithmeticError(f"{name} is not finite")
 
 
 class Saver:
-    """Saves in the background, one bundle at a time, while training goes on."""
+    """Saves in the background, one bundle at a time, while training goes on.
 
-    def __init__(self, folder: Path, keep: int, before_commit: Callable[[], None], disk: Disk | None = None) -> None:
-        """`before_commit` is called once the tensors are copied, before anything is written."""
-        self.folder, self.keep, self.before_commit, self.disk = folder, keep, before_commit, disk or Disk()
-        self.thread, self.copied, self.failed = None, threading.Event(), False
+    The copy that is written is filled anew by each save: a save costs one more copy of the bundle on the host and
+    none on the GPU. From CUDA a stream of its own makes it, into pinned memory; on a CPU the thread does.
+    """
+
+    def __init__(self, folder: Path, keep: int, best_val_loss: float, before_commit: Callable[[], None],
+                 device: torch.device, disk: Disk | None = None) -> None:
+        """`best_val_loss` is best.pt's; `before_commit` is called once the copy is made, before anything is written."""
+        self.folder, self.keep, self.best_val_loss, self.before_commit = folder, keep, best_val_loss, before_commit
+        self.disk, self.copies, self.copied = disk or Disk(), {}, threading.Event()
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.thread, self.failed = None, False
 
     def save(self, live: dict[str, Any], best: bool) -> None:
         """Begin to save the live tensors of a bundle. They must not change before `wait_for_copy` returns."""
         self.wait()
         self.copied.clear()
+        if self.stream:
+            self.stream.wait_stream(torch.cuda.current_stream())  # the last update comes first
         self.thread = threading.Thread(target=self._run, args=(live, best))
         self.thread.start()
 
     def wait_for_copy(self) -> None:
-        """Return once the live tensors may change again: the loop calls it before each update."""
+        """The live tensors may change after this: the loop calls it before each update."""
         if self.thread:
             self.copied.wait()
+            if self.stream:  # the copy is under way: the GPU waits for its end, the host does not
+                torch.cuda.current_stream().wait_stream(self.stream)
 
     def wait(self) -> bool:
         """Return once nothing is being saved; whether the last save succeeded."""
@@ -247,15 +280,35 @@ class Saver:
         return not self.failed
 
     def _run(self, live: dict[str, Any], best: bool) -> None:
+        """The thread. Whatever goes wrong here is said, and does not end the training."""
+        before = self.best_val_loss
         try:
-            bundle = snapshot(live)
+            with torch.cuda.stream(self.stream):
+                bundle = self._copy(live, "")
             self.copied.set()
+            if self.stream:
+                self.stream.synchronize()
+            if best:
+                self.best_val_loss = bundle["best_val_loss"]
+            check_finite(bundle)
             self.before_commit()
             commit(bundle, self.folder, self.keep, best, self.disk)
             self.failed = False
-        except Exception as e:  # whatever it is: training goes on, and the older bundles are still there
-            self.failed = True
-            print(f"\nSAVING STEP {live['step']} FAILED: {e}; the older bundles are kept, the next save tries again",
+        except Exception as e:
+            self.failed, self.best_val_loss = True, before
+            print(f"\nSAVING STEP {live['step']} FAILED: {e}. The older bundles are kept, the next save tries again.",
                   file=sys.stderr, flush=True)
         finally:
             self.copied.set()
+
+    def _copy(self, live: Any, path: str) -> Any:
+        """The same nest of dicts, lists and tuples with its tensors copied to the host."""
+        if isinstance(live, dict):
+            return {key: self._copy(value, f"{path}/{key}") for key, value in live.items()}
+        if isinstance(live, (list, tuple)):
+            return type(live)(self._copy(value, f"{path}/{i}") for i, value in enumerate(live))
+        if not isinstance(live, Tensor):
+            return live
+        if path not in self.copies:
+            self.copies[path] = torch.empty_like(live, device="cpu", pin_memory=live.is_cuda)
+        return self.copies[path].copy_(live.detach(), non_blocking=True)

@@ -18,7 +18,10 @@ class Metrics:
             return
         path = out_dir / "metrics.jsonl"
         rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        path.with_suffix(".tmp").write_text("".join(f"{row}\n" for row in rows if _step_of(row) <= step))
+        with open(path.with_suffix(".tmp"), "w", encoding="utf-8") as file:
+            file.writelines(f"{row}\n" for row in rows if _step_of(row) <= step)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(path.with_suffix(".tmp"), path)
         self.file = open(path, "a", encoding="utf-8")
 

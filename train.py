@@ -183,7 +183,7 @@ def main(config: TrainConfig, given: dict[str, Any]) -> int:
         del bundle
     metrics = Metrics(out_dir if writes else None, step)
     if writes:
-        saver = checkpoint.Saver(out_dir, config.keep_checkpoints, metrics.sync)
+        saver = checkpoint.Saver(out_dir, config.keep_checkpoints, best_val_loss, metrics.sync, device)
         if config.wandb_log:
             wandb_run_id = metrics.start_wandb(asdict(config), wandb_run_id)
 
@@ -191,6 +191,10 @@ def main(config: TrainConfig, given: dict[str, Any]) -> int:
     compiled = config.compile is True or config.compile == "auto" and device.type == "cuda"
     fast = torch.compile(model) if compiled else model
     net = DistributedDataParallel(fast) if ranks.world_size > 1 else fast
+    if ranks.world_size > 1:  # DDP orders its buckets by the first backward it sees: before the first step, so that
+        with autocast:        # sums over ranks round alike in a run that begins here and in one that passes by
+            net(*(t.to(device) for t in splits["train"].rows(0, 1))).backward()
+        optimizer.zero_grad(set_to_none=True)
     M = config.gradient_accumulation_steps
     tokens_per_step, peak = M * config.batch_size * config.block_size, peak_flops(device)
     if lead:
@@ -219,6 +223,7 @@ def main(config: TrainConfig, given: dict[str, Any]) -> int:
             losses = evaluate(fast, splits, config, ranks, autocast, lambda: ranks.any(signalled()))
             if losses:  # else a signal came: the run that goes on from here evaluates again
                 evaluation = {"step": step, **losses}
+                best_val_loss = ranks.from_first(saver.best_val_loss if writes else best_val_loss)
                 best = 0 < step and losses["val_loss"] < best_val_loss
                 best_val_loss = losses["val_loss"] if best else best_val_loss
                 metrics.log(evaluation)

