@@ -4,7 +4,8 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from configurator import TrainConfig, fail
 
+EXIT_STOPPED = 75  # stopped by a signal with everything saved: the same command, with init_from=auto, goes on
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165, "RTX 3090": 71,
                "V100": 125, "T4": 65}  # dense bfloat16 (float16 before Ampere), from the data sheets
 
@@ -138,16 +140,42 @@ def restore_rng(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-def listen_for_signals() -> Callable[[], bool]:
-    """A function that says whether SIGINT, SIGTERM or SIGUSR1 has come. A second Ctrl-C ends the program at once."""
-    came: list[float] = []
+class Stopped(Exception):
+    """A signal has come while work was done that may be broken off."""
 
-    def note(number: int, _frame: Any) -> None:
+
+class Signals:
+    """SIGINT, SIGTERM and SIGUSR1 ask the run to save and end; a second Ctrl-C ends it at once."""
+
+    def __init__(self) -> None:
+        self.came, self.first_at, self.breakable = False, 0.0, False
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: Any) -> None:
         # torchrun passes on the Ctrl-C that the terminal has sent already: that is not a second one
-        if number == signal.SIGINT and came and time.monotonic() - came[0] > 1:
+        if self.came and number == signal.SIGINT and time.monotonic() - self.first_at > 1:
             os._exit(130)
-        came.append(time.monotonic())
+        if not self.came:
+            self.came, self.first_at = True, time.monotonic()
+        if self.breakable:
+            self.breakable = False
+            raise Stopped
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, note)
-    return lambda: bool(came)
+    @contextmanager
+    def may_break_off(self, alone: bool, nothing_new: bool) -> Iterator[None]:
+        """A block that a signal ends at once, even where it waits, reads or compiles.
+
+        One process among several can't leave a step by itself; but with `nothing_new` since the last save it can
+        leave the run.
+        """
+        try:
+            self.breakable = alone or nothing_new
+            if self.breakable and self.came:
+                raise Stopped
+            yield
+        except Stopped:
+            if not alone:
+                os._exit(EXIT_STOPPED)
+        finally:
+            self.breakable = False

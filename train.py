@@ -26,11 +26,10 @@ import tokenizer
 from loader import Loader, Split, seed_of, read_meta
 from metrics import Metrics
 from model import GPT, ModelArgs, cropped, generate, read_weights
-from runtime import Ranks, listen_for_signals, lock, peak_flops, pick_dtype, restore_rng, rng_state, start
+from runtime import EXIT_STOPPED, Ranks, Signals, lock, peak_flops, pick_dtype, restore_rng, rng_state, start
 
 EXIT_FAILED = 1  # the last save failed: the end of the run is not on the disk
 EXIT_NOT_FINITE = 3  # trying again would meet the same numbers: look first
-EXIT_STOPPED = 75  # stopped by a signal with everything saved: the same command, with init_from=auto, goes on
 NOT_FINITE = """step {step}: the loss or the gradient is not finite; that update was not made, and the run ends here.
 Likely causes: a learning rate that is too high (it was {lr:.2e}), too little warm-up, float16, or damaged data.
 {out_dir}/ckpt.pt is from before it: go on from there with --init_from=resume and a lower --learning_rate."""
@@ -157,9 +156,25 @@ def show_sample(model: GPT, meta: dict[str, Any], tokens: int) -> str:
     return vocabulary.decode([token for token in made if token is not None])
 
 
+def as_it_runs(model: GPT, config: TrainConfig, ranks: Ranks, autocast: Any, split: Split) -> tuple[Any, Any]:
+    """The model compiled if that pays, and that one again with its gradients averaged over the ranks."""
+    compiled = config.compile is True or config.compile == "auto" and ranks.device.type == "cuda"
+    fast = torch.compile(model) if compiled else model
+    if ranks.world_size == 1:
+        return fast, fast
+    # DDP orders its buckets by the first backward that it sees. That one is made here, not in the first step: sums
+    # over the ranks then round alike in a run that begins at a step and in one that only passes by.
+    net = DistributedDataParallel(fast)
+    with autocast:
+        loss = net(*(t.to(ranks.device) for t in split.rows(0, config.batch_size)))
+    loss.backward()
+    model.zero_grad(set_to_none=True)
+    return fast, net
+
+
 def main(config: TrainConfig, given: dict[str, Any]) -> int:
     """The run, from where it stands to max_iters; returns the exit code."""
-    signalled = listen_for_signals()
+    signals = Signals()
     ranks = start(config)
     device, lead, out_dir = ranks.device, ranks.rank == 0, Path(config.out_dir)
     writes = lead and not config.eval_only
@@ -187,20 +202,13 @@ def main(config: TrainConfig, given: dict[str, Any]) -> int:
         if config.wandb_log:
             wandb_run_id = metrics.start_wandb(asdict(config), wandb_run_id)
 
-    # the model as it runs: compiled, and with its gradients averaged over the ranks
-    compiled = config.compile is True or config.compile == "auto" and device.type == "cuda"
-    fast = torch.compile(model) if compiled else model
-    net = DistributedDataParallel(fast) if ranks.world_size > 1 else fast
-    if ranks.world_size > 1:  # DDP orders its buckets by the first backward it sees: before the first step, so that
-        with autocast:        # sums over ranks round alike in a run that begins here and in one that passes by
-            net(*(t.to(device) for t in splits["train"].rows(0, 1))).backward()
-        optimizer.zero_grad(set_to_none=True)
+    fast, net = as_it_runs(model, config, ranks, autocast, splits["train"])
     M = config.gradient_accumulation_steps
     tokens_per_step, peak = M * config.batch_size * config.block_size, peak_flops(device)
     if lead:
         metrics.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {tokens_per_step:,} tokens a "
                     f"step, {meta['tokens']['train']:,} of {meta['name']}; {ranks.world_size} x {device.type}, "
-                    f"{str(dtype).removeprefix('torch.')}{', compiled' if compiled else ''}")
+                    f"{str(dtype).removeprefix('torch.')}{', compiled' if fast is not model else ''}")
 
     healthy = torch.ones((), device=device)  # becomes 0, for good, with the first loss or gradient that is not finite
     applied = torch.full((), float(step), device=device)  # updates made; behind `step` once not healthy
@@ -213,19 +221,21 @@ def main(config: TrainConfig, given: dict[str, Any]) -> int:
                 metrics.say(NOT_FINITE.format(step=int(applied) + 1, out_dir=out_dir, lr=lr))
             sys.exit(EXIT_NOT_FINITE)
 
-    saved_step = logged_step = step
-    clock = time.perf_counter()
+    alone, begun_at, logged_step, unsaved, clock = ranks.world_size == 1, step, step, False, time.perf_counter()
     while True:
         # once in a while: look
         best = False
         if (step % config.eval_interval == 0 or step >= config.max_iters) and evaluation.get("step") != step:
             halt_unless_healthy()
-            losses = evaluate(fast, splits, config, ranks, autocast, lambda: ranks.any(signalled()))
+            losses = None
+            with signals.may_break_off(alone, nothing_new=step == begun_at):
+                losses = evaluate(fast, splits, config, ranks, autocast, lambda: ranks.any(signals.came))
             if losses:  # else a signal came: the run that goes on from here evaluates again
                 evaluation = {"step": step, **losses}
                 best_val_loss = ranks.from_first(saver.best_val_loss if writes else best_val_loss)
                 best = 0 < step and losses["val_loss"] < best_val_loss
                 best_val_loss = losses["val_loss"] if best else best_val_loss
+                unsaved = step > 0
                 metrics.log(evaluation)
                 if lead:
                     metrics.say(f"step {step}: train loss {losses['train_loss']:.4f}, val loss {losses['val_loss']:.4f}"
@@ -237,10 +247,12 @@ def main(config: TrainConfig, given: dict[str, Any]) -> int:
             break
 
         # once in a while: save
-        stopped = ranks.any(signalled())
+        stopped = ranks.any(signals.came)
         ending = stopped or step >= config.max_iters
         due = step % (config.checkpoint_interval or config.eval_interval) == 0
-        if step > saved_step and (due or best or ending):
+        if ending and ranks.any(writes and not saver.wait()):
+            unsaved = True  # the last save failed: one more try
+        if unsaved and (due or best or ending):
             halt_unless_healthy()
             rng = ranks.gather(rng_state(device))
             if writes:
@@ -249,21 +261,26 @@ def main(config: TrainConfig, given: dict[str, Any]) -> int:
                     "step": step, "config": asdict(config), "model_args": asdict(model.args),
                     "best_val_loss": best_val_loss, "evaluation": evaluation, "rng": rng,
                     "scaler": scaler.state_dict(), "data": meta, "wandb_run_id": wandb_run_id}, best)
-            saved_step = step
+            unsaved = False
         if ending:
             break
 
         # a step: the gradient of M micro-batches over all ranks, then one update
         model.train()
         lr = learning_rate(step, config)
-        losses = torch.zeros(M, device=device)
-        for m, x, y in loader.step(step):
-            torch.manual_seed(seed_of(config.seed, step, m))  # dropout depends on nothing else
-            net.require_backward_grad_sync = m == loader.mine[-1]  # DDP reduces once a step
-            with autocast:
-                loss = net(x, y)
-            losses[m] = loss.detach()
-            scaler.scale(loss / len(loader.mine)).backward()
+        losses, complete = torch.zeros(M, device=device), False
+        with signals.may_break_off(alone, nothing_new=step == begun_at):  # nothing is changed before the update
+            for m, x, y in loader.step(step):
+                torch.manual_seed(seed_of(config.seed, step, m))  # dropout depends on nothing else
+                net.require_backward_grad_sync = m == loader.mine[-1]  # DDP reduces once a step
+                with autocast:
+                    loss = net(x, y)
+                losses[m] = loss.detach()
+                scaler.scale(loss / len(loader.mine)).backward()
+            complete = True
+        if not complete:
+            optimizer.zero_grad(set_to_none=True)
+            continue
         loss = ranks.sum(losses).mean()
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
@@ -283,6 +300,7 @@ def main(config: TrainConfig, given: dict[str, Any]) -> int:
         optimizer.zero_grad(set_to_none=True)
         applied += healthy
         step += 1
+        unsaved = True
 
         # once in a while: log
         if step % config.log_interval == 0 or device.type == "cpu":
@@ -298,11 +316,11 @@ def main(config: TrainConfig, given: dict[str, Any]) -> int:
             metrics.say_progress(row, config.max_iters, seconds * (config.max_iters - step))
 
     if writes:
-        whole = saver.wait()
+        saved = saver.wait()
         metrics.close()
-        metrics.say(f"{'stopped' if stopped else 'done'} at step {step}" + f", saved in {out_dir}" * whole
+        metrics.say(f"{'stopped' if stopped else 'done'} at step {step}, {'saved' if saved else 'NOT SAVED'} in {out_dir}"
                     + "; go on with --init_from=resume" * stopped)
-        if not whole:
+        if not saved:
             return EXIT_FAILED
     if ranks.world_size > 1:
         torch.distributed.destroy_process_group()
