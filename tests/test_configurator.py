@@ -1,0 +1,420 @@
+"""What configurator.py promises: types, precedence, files that leak nothing, one-line mistakes."""
+import builtins
+import io
+import subprocess
+import sys
+from contextlib import redirect_stderr
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from configurator import TrainConfig, parse
+from sample import SampleConfig
+
+ROOT = Path(__file__).parents[1]
+DEFAULTS = TrainConfig()
+
+
+def read(*argv):
+    """The settings that a command line gives."""
+    return parse(TrainConfig, "", [str(a) for a in argv])[0]
+
+
+def mistake(*argv):
+    """The message of a command line that must be refused: in one line, with exit code 2."""
+    err = io.StringIO()
+    with redirect_stderr(err), pytest.raises(SystemExit) as end:
+        read(*argv)
+    assert end.value.code == 2
+    assert err.getvalue().startswith("error: ")
+    assert err.getvalue().count("\n") == 1 and err.getvalue().endswith("\n"), err.getvalue()
+    return err.getvalue()
+
+
+@pytest.fixture
+def file(tmp_path):
+    """A function that writes a config file and gives its path."""
+    def write(text, name="x.py"):
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+    return write
+
+
+def run(*argv):
+    """A script with these arguments, in a process of its own."""
+    command = [sys.executable, *map(str, argv)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+# types
+
+
+@pytest.mark.parametrize("key, spelling, value", [
+    ("learning_rate", "1e-3", 1e-3), ("learning_rate", "1", 1.0), ("min_lr", "0", 0.0),
+    ("dropout", ".5", 0.5),
+    ("max_iters", "1e4", 10000), ("max_iters", "500", 500), ("max_iters", "0", 0),
+    ("n_layer", "3.0", 3),
+    ("out_dir", "a=b", "a=b"), ("out_dir", "", ""), ("out_dir", "7", "7"),
+    ("wandb_run_name", "--x", "--x"),
+    ("bias", "True", True), ("bias", "true", True), ("bias", "1", True),
+    ("decay_lr", "False", False), ("decay_lr", "false", False), ("decay_lr", "0", False),
+    ("compile", "True", True), ("compile", "False", False), ("compile", "auto", "auto"),
+    ("dtype", "bfloat16", "bfloat16"), ("dtype", "auto", "auto"),
+    ("seed", "9007199254740993", 2**53 + 1),
+])
+def test_a_flag_becomes_its_keys_type(key, spelling, value):
+    got = getattr(read(f"--{key}={spelling}"), key)
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize("key, spelling, value", [
+    ("learning_rate", "1", 1.0), ("max_iters", "1e4", 10000), ("bias", "1", True),
+    ("compile", "False", False),
+    ("gradient_accumulation_steps", "5 * 8", 40), ("min_lr", "0.5 / 4", 0.125),
+    ("out_dir", "'a' + 'b'", "ab"),
+])
+def test_a_file_s_value_becomes_its_keys_type(file, key, spelling, value):
+    got = getattr(read(file(f"{key} = {spelling}\n")), key)
+    assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize("flag, says", [
+    ("--n_layer=six", "n_layer takes a whole number, not 'six'"),
+    ("--n_layer=1.5", "n_layer takes a whole number, not '1.5'"),
+    ("--n_layer=nan", "n_layer takes a whole number"),
+    ("--n_layer=inf", "n_layer takes a whole number"),
+    ("--n_layer=", "n_layer takes a whole number"),
+    ("--n_layer=True", "n_layer takes a whole number"),
+    ("--learning_rate=fast", "learning_rate takes a number, not 'fast'"),
+    ("--bias=yes", "bias takes True or False, not 'yes'"), ("--bias=2", "bias takes True or False"),
+    ("--dtype=float64", "dtype takes auto or float32 or bfloat16 or float16, not 'float64'"),
+    ("--compile=maybe", "compile takes True or False or auto, not 'maybe'"),
+    ("--n_layer=0", "n_layer must be at least 1"),
+    ("--batch_size=-1", "batch_size must be at least 1"),
+    ("--keep_checkpoints=1", "keep_checkpoints must be at least 2"),
+    ("--beta2=1", "beta2 must be at least 0 and below 1"),
+    ("--dropout=1.0", "dropout must be at least 0 and below 1"),
+    ("--learning_rate=-1e-3", "learning_rate must be"),
+    ("--learning_rate=nan", "learning_rate must be"),
+    ("--learning_rate=inf", "learning_rate must be"),
+    ("--seed=1e30", "seed must be"), ("--seed=-1", "seed must be"),
+])
+def test_a_value_of_the_wrong_kind_or_out_of_range_is_refused_with_what_would_be_right(flag, says):
+    message = mistake(flag)
+    assert says in message and flag in message
+
+
+@pytest.mark.parametrize("line, says", [
+    ("n_layer = 'six'", "n_layer takes a whole number, not 'six'"),
+    ("n_layer = [6]", "n_layer takes a whole number"),
+    ("n_layer = None", "n_layer takes a whole number"),
+    ("n_layer = True", "n_layer takes a whole number"),
+    ("out_dir = 5", "out_dir takes a string"),
+    ("dtype = ['float32']", "dtype takes auto or float32"),
+    ("learning_rate = 10**400", "learning_rate takes a number"),
+    ("n_layer = 0", "n_layer must be at least 1"),
+    ("learning_rate = float('nan')", "learning_rate must be"),
+    ("learning_rate = lambda step: 1e-3", "learning_rate takes a number"),
+    ("n_layer = max", "n_layer takes a whole"),
+])
+def test_a_wrong_value_in_a_file_names_the_key_and_the_file(file, line, says):
+    path = file(line)
+    message = mistake(path)
+    assert says in message and str(path) in message
+
+
+# precedence
+
+
+def test_without_arguments_the_defaults_hold():
+    config, given, words = parse(TrainConfig, "", [])
+    assert config == DEFAULTS and given == {} and words == []
+
+
+def test_a_flag_beats_a_file_and_a_file_beats_the_default_whatever_the_order(file):
+    path = file("n_layer = 3\nn_head = 3\n")
+    for argv in ([path, "--n_layer=2"], ["--n_layer=2", path]):
+        config = read(*argv)
+        assert (config.n_layer, config.n_head, config.n_embd) == (2, 3, DEFAULTS.n_embd)
+
+
+def test_of_two_flags_or_two_files_the_later_one_holds(file):
+    one, two = file("n_layer = 3\nn_head = 3", "one.py"), file("n_layer = 4", "two.py")
+    assert read("--n_layer=7", "--n_layer=8").n_layer == 8
+    config = read(one, two)
+    assert (config.n_layer, config.n_head) == (4, 3)
+
+
+def test_what_was_given_is_told_apart_from_the_defaults_even_where_it_is_the_same(file):
+    given = parse(TrainConfig, "", [str(file("n_head = 12")), "--seed=1337"])[1]
+    assert given == {"n_head": 12, "seed": 1337}
+
+
+@pytest.mark.parametrize("settings", [TrainConfig, SampleConfig])
+def test_every_default_may_be_given_as_a_flag(settings):
+    flags = [f"--{f.name}={f.default}" for f in fields(settings)]
+    assert parse(settings, "", flags)[0] == settings()
+
+
+def test_the_settings_can_not_be_changed():
+    with pytest.raises(AttributeError):
+        DEFAULTS.n_layer = 3
+
+
+# files
+
+
+def test_a_file_may_compute_import_and_define(file):
+    config = read(file("""
+import time, os.path as p
+from math import sqrt
+_tokens = 2 ** 10
+def half(x):
+    return x // 2
+class Sizes:
+    wide = 64
+block_size = half(_tokens)
+n_embd = Sizes.wide
+learning_rate = sqrt(1e-6)
+wandb_run_name = "ft-" + str(time.time())
+out_dir = p.join("a", "b")
+min_lr = min(learning_rate, 1) / 10
+max_iters = sum(i for i in [1, 2] if half(i) < block_size)
+"""))
+    assert (config.block_size, config.n_embd, config.max_iters) == (512, 64, 3)
+    assert config.out_dir == "a/b"
+    assert config.learning_rate == pytest.approx(1e-3) and config.min_lr == pytest.approx(1e-4)
+    assert float(config.wandb_run_name.removeprefix("ft-")) > 1e9
+
+
+def test_a_file_can_read_the_defaults_and_change_them(file):
+    config = read(file("""
+n_layer = n_layer * 2
+n_layer += 1
+lr_decay_iters = max_iters
+def wide():
+    return n_embd
+n_head = wide()
+"""))
+    assert config.n_layer == 2 * DEFAULTS.n_layer + 1
+    assert config.lr_decay_iters == DEFAULTS.max_iters and config.n_head == DEFAULTS.n_embd
+
+
+def test_a_file_sees_nothing_of_the_program_nor_of_another_file(file):
+    one = file("_mine = 1\nn_layer = 3", "one.py")
+    for name in ("TrainConfig", "fields", "settings", "path", "_mine"):
+        assert f"NameError: name '{name}' is not defined" in mistake(one, file(f"_x = {name}"))
+    assert read(one, file("n_head = n_layer", "two.py")).n_head == DEFAULTS.n_layer
+
+
+@pytest.mark.parametrize("text", [
+    "__builtins__ = None\n", "__builtins__ = {'print': 3}\n",
+    "__builtins__['print'] = 3\n__builtins__.pop('len')\n",
+    "def print(*a):\n    raise OSError\ndef len(x):\n    return 7\n",
+    "import sys as print, math as len\n",
+    "__name__ = '__main__'\n__file__ = 'elsewhere'\n", "globals().update(print=max, len=min)\n",
+])
+def test_what_a_file_does_to_its_names_does_not_reach_the_program(file, text):
+    before = dict(vars(builtins))
+    try:
+        config = read(file(text + "n_layer = 3\n"))
+        assert vars(builtins) == before
+    finally:
+        vars(builtins).update(before)
+    assert config.n_layer == 3 and read() == DEFAULTS
+
+
+def test_a_file_that_rebinds_a_builtin_to_a_value_is_told_that_it_is_no_key(file):
+    assert "unknown key 'print'" in mistake(file("print = 3"))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.name)
+def test_the_repo_s_own_files_are_good(path):
+    parse(TrainConfig, "", [str(path)])
+
+
+CHARACTERS = """
+# a character model on one GPU
+out_dir = 'out-char'
+eval_interval = 250
+eval_iters = 200
+log_interval = 10
+always_save_checkpoint = False
+wandb_log = False # switch on by a flag
+wandb_project = 'char'
+wandb_run_name = 'mini'
+dataset = 'shakespeare_char'
+gradient_accumulation_steps = 1
+batch_size = 64
+block_size = 256
+n_layer = 6
+n_head = 6
+n_embd = 384
+dropout = 0.2
+learning_rate = 1e-3
+max_iters = 5000
+lr_decay_iters = 5000
+min_lr = 1e-4
+beta2 = 0.99
+warmup_iters = 100
+# device = 'cpu'
+# compile = False
+"""
+SCRATCH = """
+wandb_log = True
+wandb_project = 'owt'
+wandb_run_name='gpt2-124M'
+batch_size = 12
+block_size = 1024
+gradient_accumulation_steps = 5 * 8
+max_iters = 600000
+lr_decay_iters = 600000
+eval_interval = 1000
+eval_iters = 200
+log_interval = 10
+weight_decay = 1e-1
+"""
+FINETUNE = """
+import time
+
+out_dir = 'out-tuned'
+eval_interval = 5
+eval_iters = 40
+wandb_log = False
+wandb_project = 'tuned'
+wandb_run_name = 'ft-' + str(time.time())
+dataset = 'shakespeare'
+init_from = 'gpt2-xl'
+always_save_checkpoint = False
+batch_size = 1
+gradient_accumulation_steps = 32
+max_iters = 20
+learning_rate = 3e-5
+decay_lr = False
+"""
+EVALUATE = """
+batch_size = 8
+eval_iters = 500
+eval_only = True
+wandb_log = False
+init_from = '{}'
+"""
+
+
+@pytest.mark.parametrize("text", [CHARACTERS, SCRATCH, FINETUNE, *(
+    EVALUATE.format(name) for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"))],
+    ids=["characters", "scratch", "finetune", "gpt2", "medium", "large", "xl"])
+def test_files_in_nanogpt_s_manner_are_good(file, text):
+    config, given, _ = parse(TrainConfig, "", [str(file(text))])
+    for line in text.splitlines():
+        key, equals, value = line.partition(" = ")
+        if equals and key.isidentifier() and "time" not in value:
+            assert given.pop(key) == getattr(config, key) == eval(value)
+    assert given.keys() <= {"wandb_run_name"}
+
+
+def test_every_key_of_nanogpt_is_known():
+    keys = """out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint
+        init_from wandb_log wandb_project wandb_run_name dataset gradient_accumulation_steps
+        batch_size block_size n_layer n_head n_embd dropout bias learning_rate max_iters
+        weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend
+        device dtype compile""".split()
+    assert set(keys) <= {f.name for f in fields(TrainConfig)}
+
+
+# mistakes
+
+
+@pytest.mark.parametrize("wrong, near", [
+    ("n_layers", "n_layer"), ("learning_rte", "learning_rate"), ("n-head", "n_head"),
+    ("lr_decay_steps", "lr_decay_iters"), ("batchsize", "batch_size")])
+def test_an_unknown_key_names_the_nearest_known_one_and_where_it_stands(file, wrong, near):
+    flag = mistake(f"--{wrong}=3")
+    assert f"unknown key {wrong!r}; did you mean {near}?" in flag and f"--{wrong}=3" in flag
+    if wrong.isidentifier():
+        path = file(f"{wrong} = 3")
+        assert f"{path}: unknown key {wrong!r}; did you mean {near}?" in mistake(path)
+
+
+def test_a_key_like_none_is_pointed_to_the_list():
+    assert "--help" in mistake("--zzzzzzzz=3")
+
+
+@pytest.mark.parametrize("flag", ["--n_layer", "-n_layer=3", "--", "-", "--compile"])
+def test_a_flag_that_is_not_key_equals_value_is_refused(flag):
+    message = mistake(flag)
+    assert flag in message and "--key=value" in message
+
+
+def test_a_file_that_is_not_there_or_no_file_is_refused(tmp_path):
+    assert f"{tmp_path}/none.py: no such file" in mistake(tmp_path / "none.py")
+    assert "directory" in mistake(tmp_path) and str(tmp_path) in mistake(tmp_path)
+    assert "n_layer=3" in mistake("n_layer=3")
+
+
+@pytest.mark.parametrize("text, line", [
+    ("n_layer = 3\nn_head =\n", 2), ("n_layer = (3\n\n", 1), ("a = 1\n  n_layer = 3\n", 2),
+    ("n_layer = 3\0\n", 1),
+    (b"n_layer = 3\nout_dir = '\xff'\n", None),
+])
+def test_a_file_that_is_not_python_is_named_with_its_line(file, text, line):
+    path = file(text)
+    message = mistake(path)
+    assert f"{path}:{line}: " in message if line else f"{path}:" in message
+
+
+@pytest.mark.parametrize("text, line, says", [
+    ("n_layer = 3\nn_head = 1 // 0\n", 2, "ZeroDivisionError"),
+    ("import no_such_module\n", 1, "no_such_module"),
+    ("def f():\n    return missing\n\nn_head = f()\n", 2, "NameError"),
+    ("raise ValueError('a\\nb')\n", 1, "ValueError"),
+    ("import json\n\nn_layer = json.loads('{')\n", 3, "JSONDecodeError"),
+    ("assert 1 > 2, 'no'\n", 1, "no"),
+    ("\nn_layer = eval('1 +')\n", 2, "SyntaxError"),
+])
+def test_an_exception_in_a_file_is_named_with_its_line(file, text, line, says):
+    path = file(text)
+    message = mistake(path)
+    assert f"{path}:{line}: " in message and says in message
+
+
+@pytest.mark.parametrize("script, argv, says", [
+    ("train.py", ["--n_layers=3"], "did you mean n_layer?"),
+    ("train.py", ["--n_layer=six"], "whole number"),
+    ("train.py", ["--n_layer"], "--key=value"), ("train.py", ["no/such.py"], "no/such.py"),
+    ("train.py", ["config"], "directory"), ("train.py", ["{file}"], ":2: "),
+    ("sample.py", ["--temprature=1"], "did you mean temperature?"),
+    ("sample.py", ["--num_samples=0"], "at least 1"),
+    ("sample.py", ["config/train_gpt2.py"], "--key=value"),
+])
+def test_a_mistake_ends_the_script_with_one_line_and_code_2(file, script, argv, says):
+    path = file("n_layer = 3\nn_head = nothing\n")
+    done = run(script, *(a.format(file=path) for a in argv))
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert done.stderr.startswith("error: ") and says in done.stderr
+
+
+def test_of_several_ranks_on_a_host_only_the_first_one_speaks(monkeypatch, capsys):
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit) as end:
+            read("--n_layer=six")
+        assert end.value.code == 2 and capsys.readouterr().err.count("\n") == lines
+
+
+# --help
+
+
+@pytest.mark.parametrize("script, settings", [("train.py", TrainConfig),
+                                              ("sample.py", SampleConfig)])
+def test_help_shows_every_key_with_its_default_and_reason_and_loads_no_torch(script, settings):
+    done = run("-X", "importtime", script, "--help")
+    assert done.returncode == 0
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    for f in fields(settings):
+        key, why = f"--{f.name}={f.default} ", f.metadata["why"]
+        assert why and sum(line.startswith(key) and line.endswith(why) for line in lines) == 1
+    loaded = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "configurator" in loaded and not loaded & {"torch", "numpy", "tiktoken", "wandb"}

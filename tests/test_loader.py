@@ -1,0 +1,287 @@
+"""What loader.py promises: batches are a function of (seed, step); an epoch visits all windows."""
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import loader
+from loader import Loader, Split, mix, read_meta, seed_of, shuffled
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A function that writes 0, 1, 2, ... as the training split of x: a token is its own place."""
+    monkeypatch.setattr(loader, "DATA", tmp_path)
+    (tmp_path / "x").mkdir()
+
+    def write(count, dtype="uint16", first=0):
+        np.arange(first, first + count).astype(dtype).tofile(tmp_path / "x" / "train.bin")
+    return write
+
+
+def split(block_size, seed=1, shift=True, dtype="uint16"):
+    return Split("x", "train", dtype, block_size, seed, shift)
+
+
+def starts(a_split, epoch=0):
+    """Where each of an epoch's windows begins in the file, in the order that it is read."""
+    x, _ = a_split.rows(epoch * a_split.windows, a_split.windows)
+    return x[:, 0].tolist()
+
+
+# the permutation
+
+
+def permutation(n, key):
+    return shuffled(np.arange(n, dtype=np.uint64), n, np.full(n, key, np.uint64)).tolist()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 63, 64, 65, 100, 1000,
+                               1023, 1024, 1025, 4097, 30_011])
+def test_shuffled_is_a_permutation_and_another_for_another_key(n):
+    orders = [permutation(n, key) for key in range(20)]
+    assert all(sorted(order) == list(range(n)) for order in orders)
+    assert len(set(map(tuple, orders))) >= (1, 1, 2, 4, 8)[n] if n < 5 else 15
+
+
+@pytest.mark.parametrize("n", [2**31, 2**40 + 7, 2**62 - 1])
+def test_shuffled_maps_a_huge_range_onto_itself_without_an_array_of_it(n):
+    index = np.concatenate([np.arange(20_000), n - 1 - np.arange(20_000)]).astype(np.uint64)
+    to = shuffled(index, n, np.zeros(40_000, np.uint64))
+    assert (to < n).all() and len(np.unique(to)) == 40_000
+    assert abs(to.astype(float).mean() / n - 0.5) < 0.01  # spread evenly: sigma is 0.0014
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 6, 16])
+def test_every_place_is_sent_everywhere_about_equally_often(n):
+    keys = mix(np.arange(8000, dtype=np.uint64))
+    for i in range(n):
+        to = np.bincount(shuffled(np.full(8000, i, np.uint64), n, keys).astype(int), minlength=n)
+        assert (abs(to - 8000 / n) < 0.15 * 8000 / n + 60).all(), to
+
+
+def test_neighbours_do_not_stay_neighbours():
+    order = np.array(permutation(10_000, 3))
+    assert (abs(np.diff(order)) < 10).mean() < 0.01  # 0.002 by chance
+    assert abs(np.corrcoef(order, np.arange(10_000))[0, 1]) < 0.05
+
+
+def test_shuffled_does_not_change_what_it_is_given():
+    index = np.arange(10, dtype=np.uint64)
+    shuffled(index, 10, np.zeros(10, np.uint64))
+    assert index.tolist() == list(range(10))
+
+
+def test_seed_of_tells_its_numbers_and_their_order_apart():
+    seeds = [seed_of(a, b, c) for a in range(10) for b in range(10) for c in range(10)]
+    assert len(set(seeds)) == 1000 and all(0 <= seed < 2**63 for seed in seeds)
+    assert seed_of(1337, 5, 0) == seed_of(1337, 5, 0) != seed_of(1337, 0, 5)
+
+
+# a split
+
+
+@pytest.mark.parametrize("count, block_size", [(9, 8), (16, 8), (17, 8), (24, 8), (100, 8),
+                                               (1000, 7), (4097, 64), (50, 1)])
+def test_every_epoch_visits_every_window_once(data, count, block_size):
+    data(count)
+    a_split = split(block_size)
+    for epoch in range(5):
+        places = sorted(starts(a_split, epoch))
+        assert np.diff(places).tolist() == [block_size] * (a_split.windows - 1)  # side by side
+        assert 0 <= places[0] and places[-1] + block_size < count
+
+
+def test_each_epoch_has_an_order_and_an_offset_of_its_own(data):
+    data(1000)
+    epochs = [starts(split(8), epoch) for epoch in range(100)]
+    orders = {tuple(np.argsort(places).tolist()) for places in epochs}
+    assert len(orders) == 100 and {min(places) for places in epochs} == set(range(8))
+
+
+@pytest.mark.parametrize("count", [9, 12, 16, 17, 23, 24, 31, 100])
+def test_over_the_epochs_every_token_is_read(data, count):
+    data(count)
+    a_split = split(8)
+    x, y = a_split.rows(0, 400 * a_split.windows)
+    assert set(x.flatten().tolist()) == set(range(count - 1))
+    assert set(y.flatten().tolist()) == set(range(1, count))
+
+
+def test_an_epoch_leaves_out_less_than_two_windows(data):
+    for count in range(9, 100):
+        data(count)
+        a_split = split(8)
+        assert count - a_split.windows * 8 < 16
+
+
+def test_targets_are_the_inputs_one_token_on(data):
+    data(1000)
+    x, y = split(16).rows(123, 50)
+    assert x.shape == y.shape == (50, 16) and x.dtype == y.dtype == torch.int64
+    assert (x == x[:, :1] + torch.arange(16)).all() and (y == x + 1).all()
+
+
+def test_rows_are_the_same_however_they_are_asked_for(data):
+    data(1000)
+    x, y = split(8).rows(100, 300)  # across the ends of epochs
+    for first, count in ((100, 1), (170, 7), (399, 1), (240, 20)):
+        a, b = split(8).rows(first, count)
+        part = slice(first - 100, first - 100 + count)
+        assert torch.equal(a, x[part]) and torch.equal(b, y[part])
+
+
+def test_a_seed_gives_an_order_that_repeats_and_another_seed_another(data):
+    data(1000)
+    orders = [tuple(starts(split(8, seed=seed))) for seed in range(20)]
+    assert len(set(orders)) == 20
+    assert orders == [tuple(starts(split(8, seed=seed))) for seed in range(20)]
+
+
+def test_evaluation_windows_cover_the_split_and_never_move(data):
+    for count in (9, 16, 17, 100, 1001):
+        data(count)
+        for seed in (1, 2):
+            a_split = split(8, seed, shift=False)
+            for epoch in range(3):
+                assert sorted(starts(a_split, epoch)) == list(range(0, count - 8, 8))
+
+
+def test_wide_tokens_are_read_from_uint32(data):
+    data(200, "uint32", first=2**31)
+    x, y = split(8, dtype="uint32").rows(0, 100)
+    assert x.dtype == torch.int64 and (y == x + 1).all()
+    assert 2**31 <= x.min() and x.max() < 2**31 + 200
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_a_file_too_short_for_one_window_is_refused_with_the_mend(data, dtype):
+    for count in (0, 1, 8):
+        data(count, dtype)
+        for shift in (True, False):
+            says = rf"train\.bin has {count} tokens.* needs 9; lower block_size"
+            with pytest.raises(ValueError, match=says):
+                split(8, shift=shift, dtype=dtype)
+    data(9, dtype)
+    x, y = split(8, dtype=dtype).rows(0, 3)
+    assert x.tolist() == [list(range(8))] * 3 and y.tolist() == [list(range(1, 9))] * 3
+
+
+def test_a_dataset_that_is_not_there_is_named_with_the_mend(data, tmp_path):
+    with pytest.raises(ValueError, match=r"train\.bin.*prepare\.py"):
+        split(8)
+    with pytest.raises(ValueError, match="none; make it with: python prepare.py none"):
+        read_meta("none")
+    (tmp_path / "x" / "meta.json").write_text('{"dtype": ')
+    with pytest.raises(ValueError, match="meta.json is damaged"):
+        read_meta("x")
+    (tmp_path / "x" / "meta.json").write_text(json.dumps({"dtype": "uint16"}))
+    assert read_meta("x") == {"dtype": "uint16"}
+
+
+def test_places_beyond_4_gb_are_exact(data, tmp_path, monkeypatch):
+    with open(tmp_path / "x" / "train.bin", "wb") as f:
+        f.truncate(2**34)  # no byte of it is on the disk
+    places, pread = [], os.pread
+    monkeypatch.setattr(os, "pread", lambda *a: places.append(a[2]) or pread(*a))
+    split(1000).rows(0, 2000)
+    assert max(places) > 0.99 * 2**34 and min(places) < 0.01 * 2**34
+    assert len(set(places)) == 2000 and len({place % 2000 for place in places}) == 1
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory from /proc")
+def test_memory_stays_flat_while_a_large_file_is_read(data, tmp_path):
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    with open(tmp_path / "x" / "train.bin", "wb") as f:
+        f.truncate(2 * 2**30)
+    a_split = split(1024)
+    for i in range(50):
+        a_split.rows(i * 32, 32)
+    before = resident()
+    for i in range(2000):
+        a_split.rows(i * 32, 32)
+    assert resident() - before < 20 * 2**20  # the pages that were touched are some 250 MB
+
+
+# a loader
+
+
+def batches(a_loader, step):
+    """A step's micro-batches as {m: (inputs, targets)} in plain lists."""
+    return {m: (x.tolist(), y.tolist()) for m, x, y in a_loader.step(step)}
+
+
+def first_tokens(a_loader, steps):
+    """The first token of each row of these steps."""
+    return [row[0] for step in steps for x, _ in batches(a_loader, step).values() for row in x]
+
+
+def share(rank=0, ranks=1, micro_batches=4, batch_size=3, seed=1):
+    each = micro_batches // ranks
+    mine = range(rank * each, (rank + 1) * each)
+    return Loader(split(8, seed), batch_size, micro_batches, mine, torch.device("cpu"))
+
+
+def test_a_step_has_the_same_rows_whatever_number_of_ranks_shares_them(data):
+    data(1000)
+    for step in (0, 1, 57):
+        alone = batches(share(), step)
+        assert list(alone) == [0, 1, 2, 3]
+        for ranks in (2, 4):
+            shared = [batches(share(rank, ranks), step) for rank in range(ranks)]
+            assert sum(map(len, shared)) == 4
+            assert {m: rows for part in shared for m, rows in part.items()} == alone
+
+
+def test_the_steps_of_an_epoch_read_every_window_once(data):
+    data(8 * 25)  # 24 windows: two steps of 4 x 3
+    a_loader = share()
+    for epoch in range(3):
+        rows = first_tokens(a_loader, (2 * epoch, 2 * epoch + 1))
+        assert len(set(rows)) == len(rows) == a_loader.split.windows == 24
+
+
+def test_a_step_is_the_same_whether_reached_from_0_or_asked_for_at_once(data):
+    data(1000)
+    a_loader = share()
+    reached = [batches(a_loader, step) for step in range(30)]
+    assert all(batches(share(), step) == reached[step] for step in range(30))
+    for step in (29, 3, 4, 0, 29, 29):
+        assert batches(a_loader, step) == reached[step]
+    assert all(reached[i] != reached[i + 1] for i in range(29))
+
+
+def test_a_step_that_was_left_half_way_is_whole_the_next_time(data):
+    data(1000)
+    a_loader = share()
+    m, _, _ = next(a_loader.step(5))
+    assert m == 0
+    assert batches(a_loader, 5) == batches(share(), 5)
+    assert batches(a_loader, 6) == batches(share(), 6)
+
+
+def test_each_micro_batch_is_read_once_and_the_next_one_ahead_of_time(data, monkeypatch):
+    data(1000)
+    a_loader, firsts = share(rank=1, ranks=2), []
+    rows = a_loader.split.rows
+    monkeypatch.setattr(a_loader.split, "rows", lambda *a: firsts.append(a[0]) or rows(*a))
+    for step in range(3):
+        batches(a_loader, step)
+    a_loader.thread.shutdown()
+    assert firsts == [3 * (4 * step + m) for step in range(3) for m in (2, 3)] + [3 * (4 * 3 + 2)]
+
+
+def test_a_step_far_away_is_there_at_once(data):
+    data(8 * 25)
+    a_loader = share()
+    rows = first_tokens(a_loader, (10**9, 10**9 + 1))
+    assert np.diff(sorted(rows)).tolist() == [8] * 23
+
+
+def test_another_seed_gives_other_batches(data):
+    data(1000)
+    assert len({json.dumps(batches(share(seed=seed), 0)) for seed in range(10)}) == 10

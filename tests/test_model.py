@@ -1,0 +1,501 @@
+"""What model.py promises: it is GPT-2, its cache changes nothing, its optimizer forgets nothing."""
+import copy
+import json
+import math
+import os
+from dataclasses import asdict, replace
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before Transformers is loaded: else it asks the hub, and waits
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from model import GPT, ModelArgs, cropped, generate, pick, read_weights
+
+torch.set_num_threads(1)  # models this small are slower on two
+ARGS = ModelArgs(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=61,
+                 bias=True, dropout=0.0)
+CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Transformers keeps these transposed
+
+
+def wild(args=ARGS, std=0.3):
+    """A model whose every parameter is random and large: nothing hides behind a 0 or a 1."""
+    torch.manual_seed(0)
+    model = GPT(args)
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=std)
+    return model.eval()
+
+
+def tokens(*shape, below=ARGS.vocab_size, seed=1):
+    return torch.randint(below, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def agree(ours, theirs, tolerance):
+    """Whether two tensors differ by no more than `tolerance` of the largest value."""
+    assert ours.shape == theirs.shape
+    error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+    assert error < tolerance, f"they differ by {error:.1e} of the largest value"
+
+
+# against Transformers
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """A random GPT-2 of Transformers, in float32, and the folder that it was saved to."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(
+        n_layer=3, n_head=4, n_embd=64, n_positions=32, vocab_size=101, initializer_range=0.2,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="eager"))
+    for name, p in model.named_parameters():
+        if p.dim() == 1:  # biases and norms begin as exact 0 and 1, which would hide a fault
+            p.data += 0.2 * torch.randn_like(p)
+    folder = tmp_path_factory.mktemp("gpt2")
+    model.eval().save_pretrained(folder)
+    return model, folder
+
+
+def loaded(source, vocab_size=101, block_size=32):
+    """The model in a file or folder, as train.py builds it."""
+    args, state, _ = read_weights(str(source))
+    args, state = cropped(args, state, vocab_size, block_size)
+    model = GPT(args)
+    model.load_state_dict(state)
+    return model.eval()
+
+
+def test_logits_loss_and_every_gradient_are_those_of_transformers(theirs):
+    hf, folder = theirs
+    ours, idx = loaded(folder), tokens(4, 32, below=101)
+    agree(ours(idx), hf(idx).logits, 1e-5)
+    loss, expected = ours(idx[:, :-1], idx[:, 1:]), hf(idx, labels=idx).loss
+    agree(loss, expected, 1e-6)
+    hf.zero_grad()
+    expected.backward()
+    loss.backward()
+    gradients = {name: p.grad for name, p in hf.named_parameters()}
+    assert gradients.keys() == {name for name, _ in ours.named_parameters()}
+    for name, p in ours.named_parameters():
+        agree(p.grad, gradients[name].t() if name.endswith(CONV1D) else gradients[name], 2e-5)
+
+
+def test_a_shorter_block_changes_nothing_for_short_inputs(theirs):
+    hf, folder = theirs
+    ours, idx = loaded(folder, block_size=8), tokens(4, 8, below=101)
+    assert ours.transformer.wpe.weight.shape == (8, 64) and ours.args.block_size == 8
+    agree(ours(idx), hf(idx).logits, 1e-5)
+
+
+def test_the_hub_s_files_without_prefix_and_with_causal_masks_are_read(theirs, tmp_path):
+    state = load_file(theirs[1] / "model.safetensors")
+    state = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
+    for i in range(3):
+        state[f"h.{i}.attn.bias"] = torch.ones(32, 32).tril().view(1, 1, 32, 32)
+        state[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    state["lm_head.weight"] = state["wte.weight"].clone()
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((theirs[1] / "config.json").read_bytes())
+    expected = loaded(theirs[1]).state_dict()
+    got = loaded(tmp_path).state_dict()
+    assert got.keys() == expected.keys() and all(torch.equal(got[k], expected[k]) for k in got)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("model_type", "llama"), ("activation_function", "gelu"), ("layer_norm_epsilon", 1e-6),
+    ("scale_attn_by_inverse_layer_idx", True), ("scale_attn_weights", False),
+    ("tie_word_embeddings", False), ("n_inner", 96), ("add_cross_attention", True),
+])
+def test_another_architecture_is_refused_by_the_key_that_says_so(theirs, tmp_path, key, value):
+    config = json.loads((theirs[1] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+    (tmp_path / "model.safetensors").write_bytes((theirs[1] / "model.safetensors").read_bytes())
+    with pytest.raises(ValueError, match=f"{key} is {value!r}"):
+        read_weights(str(tmp_path))
+
+
+@pytest.mark.parametrize("config, weights, says", [
+    (None, None, "config.json"), ("{", None, "config.json"), ("{}", None, "config.json"),
+    ("[]", None, "config.json"),
+    ("good", None, "safetensors"), ("good", b"no weights", "safetensors"),
+])
+def test_a_folder_that_lacks_or_spoils_a_file_is_refused(theirs, tmp_path, config, weights, says):
+    if config:
+        good = (theirs[1] / "config.json").read_text()
+        (tmp_path / "config.json").write_text(good if config == "good" else config)
+    if weights:
+        (tmp_path / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError, match=says):
+        read_weights(str(tmp_path))
+
+
+# checkpoint files
+
+
+def nanogpt_checkpoint(model, path, prefix="_orig_mod.", rows=64, **more):
+    """What nanoGPT saves of a compiled model whose vocabulary it has padded."""
+    state = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
+    wte = f"{prefix}transformer.wte.weight"
+    state[wte] = torch.cat([state[wte], torch.zeros(rows - len(state[wte]), state[wte].size(1))])
+    state[f"{prefix}lm_head.weight"] = state[wte]
+    torch.save({"model": state | more, "model_args": asdict(model.args) | {"vocab_size": rows},
+                "iter_num": 7, "best_val_loss": torch.tensor(1.0), "config": {"n_layer": 2}}, path)
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", ""])
+def test_a_checkpoint_of_nanogpt_is_read(tmp_path, prefix):
+    model, path = wild(), tmp_path / "ckpt.pt"
+    nanogpt_checkpoint(model, path, prefix)
+    got = loaded(path, vocab_size=61, block_size=16)
+    assert got.args == model.args
+    assert torch.equal(got(tokens(2, 16)), model(tokens(2, 16)))
+
+
+def test_a_checkpoint_of_nanogpt_with_causal_masks_is_read(tmp_path):
+    model, path = wild(), tmp_path / "ckpt.pt"
+    masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 16, 16).tril() for i in range(2)}
+    nanogpt_checkpoint(model, path, prefix="", **masks)
+    assert torch.equal(loaded(path, 61, 16)(tokens(2, 16)), model(tokens(2, 16)))
+
+
+def test_a_checkpoint_of_ours_brings_the_description_of_its_data(tmp_path):
+    model, path = wild(), tmp_path / "ckpt.pt"
+    weights, description = model.state_dict(), {"name": "x"}
+    torch.save({"model": weights, "model_args": asdict(ARGS), "data": description}, path)
+    args, state, data = read_weights(str(path))
+    assert args == ARGS and data == description
+    assert state.keys() == weights.keys() and all(torch.equal(state[k], weights[k]) for k in state)
+
+
+@pytest.mark.parametrize("content", [
+    None, b"", b"not a checkpoint", {"model": {}}, {"model_args": asdict(ARGS)}, [1, 2],
+    {"model": {}, "model_args": {"n_layer": 1}}, {"model": [1], "model_args": asdict(ARGS)},
+], ids=["missing", "empty", "text", "no-args", "no-model", "list", "few-args", "no-names"])
+def test_what_is_no_checkpoint_is_refused_in_one_line_that_names_it(tmp_path, content):
+    path = tmp_path / "ckpt.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(ValueError, match="ckpt.pt") as refused:
+        read_weights(str(path))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_checkpoint_never_runs_code(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "trapped"),)
+    torch.save({"model": Trap(), "model_args": asdict(ARGS)}, tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError):
+        read_weights(str(tmp_path / "ckpt.pt"))
+    assert not (tmp_path / "trapped").exists()
+
+
+# the network
+
+
+def test_the_parameters_have_gpt2_s_names_and_no_output_layer_besides_the_embedding(theirs):
+    names = [name for name, _ in theirs[0].named_parameters()]
+    assert [name for name, _ in loaded(theirs[1]).named_parameters()] == names
+    assert not any("lm_head" in name for name in names)
+
+
+def test_the_embedding_and_the_output_layer_are_one():
+    model, idx = wild(), tokens(2, 16)
+    before = model(idx)
+    with torch.no_grad():
+        model.transformer.wte.weight[60] += 1  # a token that idx must not hold
+    assert not (idx == 60).any()
+    changed = model(idx) != before
+    assert changed[..., 60].all() and not changed[..., :60].any()
+
+
+def test_without_bias_there_are_none():
+    names = [name for name, _ in GPT(replace(ARGS, bias=False)).named_parameters()]
+    assert len(names) == 2 + 6 * ARGS.n_layer + 1
+    assert not any(name.endswith("bias") for name in names)
+
+
+def test_the_weights_begin_as_gpt2_s():
+    torch.manual_seed(0)
+    for name, p in GPT(replace(ARGS, n_layer=3, n_embd=128)).named_parameters():
+        std = 0.02 / math.sqrt(2 * 3) if name.endswith("c_proj.weight") else 0.02
+        if p.dim() == 2:
+            assert abs(p.std() - std) < 0.06 * std and abs(p.mean()) < 0.1 * std, name
+        else:
+            assert (p == (0 if name.endswith("bias") else 1)).all(), name
+
+
+def test_a_token_sees_those_before_it_and_not_those_after_it():
+    model, idx = wild(), tokens(1, 16)
+    for changed in range(16):
+        other = idx.clone()
+        other[0, changed] = (idx[0, changed] + 1) % 61
+        differs = (model(idx) - model(other)).abs().amax((0, 2)) > 1e-4
+        assert not differs[:changed].any() and differs[changed:].all()
+
+
+def test_dropout_acts_in_training_only_and_repeats_with_its_seed():
+    model, idx = wild(replace(ARGS, dropout=0.5)), tokens(4, 16)
+    assert torch.equal(model(idx), wild()(idx)) and torch.equal(model(idx), model(idx))
+    model.train()
+    torch.manual_seed(1)
+    one, two = model(idx), model(idx)
+    torch.manual_seed(1)
+    assert not torch.equal(one, two) and torch.equal(one, model(idx))
+
+
+def test_dropout_acts_on_the_embedding_the_attention_and_both_branches():
+    model, x = wild(replace(ARGS, dropout=0.5)), torch.randn(64, 16, 32)
+    block = model.transformer.h[0]
+    attention, mlp = block.attn(x, None, 0), block.mlp(x)
+    model.train()
+    dropped = block.mlp(x)
+    kept = dropped != 0
+    assert 0.45 < kept.float().mean() < 0.55  # half is gone, and what stays is doubled
+    agree(dropped[kept], 2 * mlp[kept], 1e-5)
+    dropped = block.attn(x, None, 0)
+    kept = dropped != 0
+    assert 0.45 < kept.float().mean() < 0.55
+    assert (dropped[kept] - 2 * attention[kept]).abs().mean() > 0.1 * attention.abs().mean()
+    entered = []
+    block.register_forward_pre_hook(lambda _, args: entered.append(args[0]))
+    model(tokens(64, 16))
+    assert 0.45 < (entered[0] != 0).float().mean() < 0.55
+
+
+def test_a_batch_is_learned_by_heart():
+    torch.manual_seed(0)
+    model, idx = GPT(ARGS), tokens(4, 17)
+    optimizer = model.optimizer(1e-2, (0.9, 0.95), 0.0)
+    for _ in range(120):
+        loss = model(idx[:, :-1], idx[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.02
+
+
+def test_bfloat16_agrees_with_float64_as_far_as_it_can():
+    model = wild(replace(ARGS, n_embd=64, n_layer=3), std=0.15)
+    exact, x, y = copy.deepcopy(model).double(), tokens(8, 16), tokens(8, 16, seed=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, loss = model(x), model(x, y)
+    agree(logits.double(), exact(x), 0.02)
+    agree(loss.double(), exact(x, y), 0.002)
+    loss.backward()
+    exact(x, y).backward()
+    for (name, p), q in zip(model.named_parameters(), exact.parameters()):
+        error = ((p.grad - q.grad).norm() / q.grad.norm()).item()
+        assert error < 0.02, f"{name}: {error:.3f}"
+
+
+def padded_output(model):
+    """What `GPT.output_weight` gives on CUDA."""
+    return F.pad(model.transformer.wte.weight, (0, 0, 0, 3))
+
+
+def test_padding_the_vocabulary_changes_neither_logits_nor_loss_nor_gradients(monkeypatch):
+    plain, x, y = wild(), tokens(4, 16), tokens(4, 16, seed=2)
+    padded = copy.deepcopy(plain)
+    logits, loss = plain(x), plain(x, y)
+    loss.backward()
+    monkeypatch.setattr(GPT, "output_weight", padded_output)
+    assert padded.output_weight().shape == (64, 32)
+    agree(padded(x), logits, 1e-6)
+    agree(padded(x, y), loss, 1e-6)
+    padded(x, y).backward()
+    for p, q in zip(padded.parameters(), plain.parameters()):
+        agree(p.grad, q.grad, 1e-5)
+
+
+def test_padding_is_never_sampled(monkeypatch):
+    monkeypatch.setattr(GPT, "output_weight", padded_output)
+    model = wild()
+    with torch.no_grad():  # every token's logit is far below padding's, which is 0
+        model.transformer.ln_f.weight.zero_()
+        model.transformer.ln_f.bias.fill_(1)
+        model.transformer.wte.weight.copy_(-model.transformer.wte.weight.abs())
+    for temperature in (0, 1.0, 100.0):
+        for new in generate(model, [[1]] * 20, 20, temperature=temperature):
+            assert max(new) < 61
+
+
+# the optimizer
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_optimizer_updates_every_parameter_once_and_decays_no_bias_or_norm(bias):
+    model = GPT(replace(ARGS, bias=bias))
+    optimizer = model.optimizer(3e-4, (0.8, 0.9), 0.1)
+    groups = optimizer.param_groups
+    decay = [(id(p), group["weight_decay"]) for group in groups for p in group["params"]]
+    assert sorted(decay) == sorted((id(p), 0.0 if name.endswith("bias") or "ln_" in name else 0.1)
+                                   for name, p in model.named_parameters())
+    assert all(group["lr"] == 3e-4 and group["betas"] == (0.8, 0.9) for group in groups)
+
+
+def test_a_step_moves_every_parameter():
+    model = wild()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = model.optimizer(1e-2, (0.9, 0.95), 0.1)
+    model(tokens(4, 16), tokens(4, 16, seed=2)).backward()
+    optimizer.step()
+    assert all((tensor != before[name]).any() for name, tensor in model.state_dict().items())
+
+
+# generation
+
+
+def talker():
+    """A wild model whose likeliest next token depends on the place and the text."""
+    model = wild(std=0.5)
+    with torch.no_grad():
+        model.transformer.wpe.weight.mul_(10)
+        model.transformer.ln_f.bias.zero_()
+    return model
+
+
+def made(model, prompts, n, **how):
+    """What `generate` gives for each prompt, without the pauses."""
+    steps = list(generate(model, prompts, n, **how))
+    return [[step[i] for step in steps if step[i] is not None] for i in range(len(prompts))]
+
+
+def made_without_cache(model, prompt, n, temperature=1.0, top_k=0, top_p=1.0, seed=1337):
+    """The same for one prompt, by a forward pass over the whole window for each token."""
+    rng, text = torch.Generator().manual_seed(seed), list(prompt)
+    size = model.args.block_size
+    start = max(0, len(text) - size)
+    for _ in range(n):
+        if len(text) - start > size:
+            start = len(text) - (size - size // 4)
+        logits = model(torch.tensor([text[start:]]))[:, -1]
+        text.append(pick(logits, temperature, top_k, top_p, rng).item())
+    return text[len(prompt):]
+
+
+def test_the_cache_gives_the_logits_of_the_whole():
+    model, idx = talker(), tokens(3, 16)
+    whole = model(idx)
+    for begin in (1, 5, 16):
+        cache = model.new_cache(3)
+        parts = [model(idx[:, :begin], cache=cache)]
+        parts += [model(idx[:, i:i + 1], cache=cache) for i in range(begin, 16)]
+        assert cache.length == 16
+        agree(torch.cat(parts, 1), whole[:, begin - 1:], 1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 5, 16, 30])
+@pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 1.0, "seed": 3},
+                                 {"temperature": 0.7, "top_k": 20, "top_p": 0.9}], ids=str)
+def test_cached_generation_equals_uncached_also_past_the_block(length, how):
+    model, prompt = talker(), tokens(length, seed=length).tolist()
+    expected = made_without_cache(model, prompt, 50, **how)
+    assert made(model, [prompt], 50, **how) == [expected]
+    assert len(set(expected)) > 4  # it is no loop over a few tokens
+
+
+def test_prompts_of_different_lengths_in_a_batch_are_continued_as_each_alone():
+    model = talker()
+    prompts = [tokens(length, seed=length).tolist() for length in (7, 1, 4, 4)]
+    alone = [made(model, [prompt], 40, temperature=0)[0] for prompt in prompts]
+    assert made(model, prompts, 40, temperature=0) == alone
+    assert all(len(text) == 40 for text in alone)
+
+
+def test_each_sequence_gets_max_new_tokens_and_is_silent_while_its_prompt_is_read():
+    for n in (0, 1, 7):
+        assert [len(text) for text in made(talker(), [[1, 2, 3], [4]], n)] == [n, n]
+    silent = [[token is None for token in step] for step in generate(talker(), [[1, 2, 3], [4]], 2)]
+    assert silent == [[True, False], [True, False], [False, True], [False, True]]
+
+
+def test_a_sequence_ends_before_its_stop_token_and_the_others_go_on():
+    model, prompts = talker(), [[1], [2], [3, 4]]
+    free = made(model, prompts, 30, seed=5)
+    stop = free[0][12]
+    until = [text[:text.index(stop)] if stop in text else text for text in free]
+    assert len(until[0]) <= 12 and max(map(len, until)) > 12
+    assert made(model, prompts, 30, seed=5, stop=stop) == until
+    [[first]] = made(model, [[1]], 1, seed=5)
+    assert list(generate(model, [[1]], 30, seed=5, stop=first)) == [[None]]
+
+
+def test_a_stop_token_in_the_prompt_stops_nothing():
+    model = talker()
+    prompts = [[9, 9, 1], [5]]
+    assert made(model, prompts, 1, seed=5, stop=9) == made(model, prompts, 1, seed=5)
+
+
+def test_a_seed_repeats_and_another_differs():
+    model = talker()
+    one, again, other = (made(model, [[1]] * 3, 40, seed=seed) for seed in (1, 1, 2))
+    assert one == again and one != other and len(set(map(tuple, one))) == 3
+
+
+def test_generation_leaves_the_random_numbers_of_training_alone():
+    model, before = talker(), torch.get_rng_state()
+    made(model, [[1]], 5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_temperature_0_and_top_k_1_and_a_tiny_top_p_take_the_likeliest():
+    model, text = talker(), [1]
+    while len(text) < 16:
+        text.append(int(model(torch.tensor([text]))[0, -1].argmax()))
+    for how in ({"temperature": 0}, {"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-6}):
+        assert made(model, [[1]], 15, **how) == [text[1:]], how
+
+
+# picking a token
+
+
+SHARES = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15])  # in an order that is not that of the ranks
+
+
+def drawn(n=20000, **how):
+    """How often each of five tokens is drawn, of which SHARES are the probabilities."""
+    how = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | how
+    picked = pick((SHARES.log() + 7).expand(n, -1), rng=torch.Generator().manual_seed(0), **how)
+    return torch.bincount(picked, minlength=5) / n
+
+
+def same(shares, expected, n=20000):
+    """Whether shares of n draws are the expected ones, to five sigma; 0 where those are 0."""
+    expected = torch.as_tensor(expected) / sum(expected)
+    return bool(((shares - expected).abs() <= 5 * (expected * (1 - expected) / n).sqrt()).all())
+
+
+def test_tokens_are_drawn_by_their_probability_and_temperature_bends_it():
+    assert same(drawn(), SHARES)
+    assert same(drawn(temperature=0.5), SHARES**2) and same(drawn(temperature=2.0), SHARES**0.5)
+
+
+@pytest.mark.parametrize("k, kept", [(0, range(5)), (1, [1]), (2, [1, 3]), (4, [1, 2, 3, 4]),
+                                     (5, range(5)), (9, range(5))])
+def test_top_k_keeps_the_k_likeliest_and_their_proportions(k, kept):
+    assert same(drawn(top_k=k), [SHARES[i] * (i in kept) for i in range(5)])
+
+
+@pytest.mark.parametrize("p, kept", [(0.01, [1]), (0.39, [1]), (0.41, [1, 3]), (0.69, [1, 3]),
+                                     (0.71, [1, 3, 4]), (0.84, [1, 3, 4]), (0.86, [1, 2, 3, 4]),
+                                     (0.96, range(5)), (1.0, range(5))])
+def test_top_p_keeps_the_fewest_tokens_that_hold_p(p, kept):
+    assert same(drawn(top_p=p), [SHARES[i] * (i in kept) for i in range(5)])
+
+
+def test_top_p_looks_at_what_temperature_and_top_k_have_left():
+    assert same(drawn(top_k=2, top_p=0.56), [0, 1, 0, 0, 0])  # 0.4 of 0.7 is 0.57
+    assert same(drawn(temperature=0.5, top_p=0.56), [0, 1, 0, 0, 0])  # 0.16 of 0.285 is 0.56
+
+
+def test_each_row_is_cut_by_its_own_probabilities():
+    rows = torch.stack([SHARES.log(), SHARES.roll(1).log() - 5]).repeat(500, 1)
+    for how in ({"top_k": 2, "top_p": 1.0}, {"top_k": 0, "top_p": 0.69}):
+        picked = pick(rows, 1.0, rng=torch.Generator().manual_seed(0), **how).view(500, 2)
+        assert [set(column.tolist()) for column in picked.T] == [{1, 3}, {2, 4}]
