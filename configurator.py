@@ -3,6 +3,7 @@
 Each setting is a field of a frozen dataclass, with its type, its default and its reason. `parse` fills one
 from the command line; every mistake ends the program with a single line that names the mend.
 """
+import ast
 import builtins
 import difflib
 import inspect
@@ -19,7 +20,7 @@ EXIT_MISTAKE = 2  # the command, a file or the machine must be changed first: tr
 def fail(message: str) -> NoReturn:
     """End the program with one line on stderr and exit code 2; of several ranks on a host, the first one speaks."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(EXIT_MISTAKE)
 
 
@@ -35,7 +36,7 @@ class TrainConfig:
     out_dir: str = knob("out", "the run's folder: bundles and metrics.jsonl")
     init_from: str = knob("scratch", "scratch | resume | auto (resume if there is a run, else scratch) | "
                           "gpt2, gpt2-medium, gpt2-large, gpt2-xl | path of a checkpoint or a Hugging Face folder")
-    seed: int = knob(1337, "weights, order of the data and dropout follow from it", least=0)
+    seed: int = knob(1337, "weights, order of the data and dropout follow from it", least=0, below=2**63)
     # the data
     dataset: str = knob("openwebtext", "data/<dataset>, made by prepare.py")
     gradient_accumulation_steps: int = knob(5 * 8, "micro-batches a step, over all ranks", least=1)
@@ -93,9 +94,14 @@ def _convert(kind: Any, value: Any) -> Any:
         return str(value).lower() in ("true", "1")
     elif kind is str and isinstance(value, str):
         return value
-    elif kind in (int, float) and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        if kind is float or float(value).is_integer():  # 1e4 is a good whole number too
-            return kind(float(value))
+    elif kind is float and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif kind is int and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        try:
+            return int(str(value))
+        except ValueError:
+            if float(value).is_integer():  # 1e4 is a good whole number too
+                return int(float(value))
     raise ValueError
 
 
@@ -128,25 +134,29 @@ def checked(settings: type, key: str, value: Any, where: str) -> Any:
 def read_config_file(settings: type, path: str) -> dict[str, Any]:
     """The settings that a Python file assigns, e.g. {"n_layer": 6}.
 
-    The file runs in a namespace of its own, where it can read the defaults by name. Modules, functions and
-    names with a leading underscore are its own business; any other name must be a known key.
+    The file runs in a namespace of its own, where it can read the defaults by name. What it imports, functions
+    and names with a leading underscore are its own business; any other name must be a known key.
     """
     try:
-        with open(path, encoding="utf-8") as f:
-            code = compile(f.read(), path, "exec")
+        with open(path, encoding="utf-8-sig") as f:
+            source = f.read()
+        code = compile(source, path, "exec")
     except OSError as e:
         fail(f"{path}: {e.strerror.lower()}; give the path of a config file, e.g. config/train_shakespeare_char.py")
     except (SyntaxError, ValueError) as e:
-        fail(f"{path}:{getattr(e, 'lineno', 1)}: not Python: {getattr(e, 'msg', e)}")
+        fail(f"{path}:{getattr(e, 'lineno', None) or 1}: not Python: {getattr(e, 'msg', e)}")
     defaults = {f.name: f.default for f in fields(settings)}
     namespace = {"__builtins__": vars(builtins) | defaults, "__name__": "config", "__file__": path}
     try:
         exec(code, namespace)
-    except Exception as e:
-        line = inspect.trace()[-1].lineno if inspect.trace()[-1].filename == path else "?"
+    except (Exception, SystemExit) as e:
+        line = [frame.lineno for frame in inspect.trace() if frame.filename == path][-1]
         fail(f"{path}:{line}: {type(e).__name__}: {e}")
+    imported = {alias.asname or alias.name.split(".")[0] for node in ast.walk(ast.parse(source))
+                if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
+    own = {key for key, value in namespace.items() if key.startswith("_") or callable(value)} | imported
     return {key: checked(settings, key, value, path) for key, value in namespace.items()
-            if not key.startswith("_") and not inspect.ismodule(value) and not callable(value)}
+            if key in defaults or key not in own}
 
 
 def show_help(settings: type, usage: str) -> NoReturn:

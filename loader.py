@@ -3,6 +3,7 @@
 A split of T tokens is cut into windows of block_size tokens (and the one that follows, as target). Every epoch
 visits every window once, in an order that arithmetic gives, and cuts at another offset.
 """
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -57,9 +58,23 @@ def read_meta(dataset: str) -> dict[str, Any]:
     try:
         return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     except OSError:
+        if (folder / "train.bin").exists() and not (folder / "meta.pkl").exists():
+            return nanogpt_meta(folder)
         raise ValueError(f"no prepared dataset in {folder}; make it with: python prepare.py {dataset}") from None
     except ValueError as e:
         raise ValueError(f"{folder}/meta.json is damaged ({e}); make the dataset again with prepare.py") from None
+
+
+def nanogpt_meta(folder: Path) -> dict[str, Any]:
+    """The description of a set that nanoGPT prepared: GPT-2's tokens, unless a meta.pkl says otherwise."""
+    fingerprint, tokens = hashlib.sha256(), {}
+    for split in ("train", "val"):
+        with open(folder / f"{split}.bin", "rb") as f:
+            size = os.fstat(f.fileno()).st_size
+            fingerprint.update(f"{split} {size}".encode() + f.read(1 << 20))  # to know it again
+        tokens[split] = size // 2
+    return {"format": 1, "name": folder.name, "tokenizer": {"kind": "gpt2"}, "vocab_size": 50257, "dtype": "uint16",
+            "tokens": tokens, "fingerprint": fingerprint.hexdigest()}
 
 
 class Split:
@@ -80,7 +95,7 @@ class Split:
             raise ValueError(f"{path} has {tokens:,} tokens, but block_size={block_size} needs {block_size + 1:,}; "
                              "lower block_size or prepare more text")
         self.windows = max(1, tokens // block_size - 1) if shift else (tokens - 1) // block_size
-        self.offsets = min(block_size, tokens - self.windows * block_size) if shift else 1
+        self.offsets = tokens - self.windows * block_size if shift else 1
         self.key = np.uint64(seed_of(seed))
 
     def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:

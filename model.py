@@ -212,12 +212,14 @@ def pick(logits: Tensor, temperature: float, top_k: int, top_p: float, rng: torc
     probability (Holtzman et al. 2020); temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = logits.float()
+    logits = (logits - logits.max(-1, keepdim=True).values) / temperature  # at most 0: it can't overflow
     if 0 < top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     if top_p < 1:
         ranked, order = logits.softmax(-1).sort(dim=-1, descending=True)
         outside = ranked.cumsum(-1) - ranked >= top_p  # what the likelier ones hold suffices without this one
+        outside[:, 0] = False
         logits = logits.masked_fill(outside.gather(-1, order.argsort(-1)), -math.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=rng).squeeze(-1)
 
@@ -232,7 +234,13 @@ def read_hugging_face(folder: Path) -> tuple[ModelArgs, dict[str, Tensor]]:
     except (OSError, ValueError) as e:
         raise ValueError(f"{folder}/config.json can't be read: {e}") from None
     ours = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-            "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
+            "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+            "add_cross_attention": False, "tie_word_embeddings": True}
+    sizes = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
+    if not isinstance(config, dict) or any(key not in config for key in sizes):
+        raise ValueError(f"{folder}/config.json does not describe a GPT-2")
+    if config.get("n_inner") is not None:  # absent or null means four times the width
+        ours["n_inner"] = 4 * config["n_embd"]
     for key, value in ours.items():
         if config.get(key, value) != value:
             raise ValueError(f"{folder}/config.json: {key} is {config[key]!r}; only {value!r} can be loaded")
@@ -240,13 +248,19 @@ def read_hugging_face(folder: Path) -> tuple[ModelArgs, dict[str, Tensor]]:
                      config["vocab_size"], bias=True, dropout=config.get("resid_pdrop", 0.0))
     state = {}
     for file in sorted(folder.glob("*.safetensors")):
-        for name, tensor in load_file(file).items():
+        try:
+            tensors = load_file(file)
+        except Exception as e:
+            raise ValueError(f"{file} can't be read: {e}") from None
+        for name, tensor in tensors.items():
             name = "transformer." + name.removeprefix("transformer.")
             if name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
                 continue  # the causal mask, and the twin of wte
             if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
                 tensor = tensor.t().contiguous()  # Conv1D keeps (in, out) where Linear keeps (out, in)
             state[name] = tensor.float()
+    if not state:
+        raise ValueError(f"{folder} has no *.safetensors")
     return args, state
 
 
@@ -255,6 +269,16 @@ def cropped(args: ModelArgs, state: dict[str, Tensor], vocab_size: int, block_si
     sizes = {"transformer.wte.weight": vocab_size, "transformer.wpe.weight": block_size}
     state = {name: tensor[:sizes[name]] if name in sizes else tensor for name, tensor in state.items()}
     return replace(args, vocab_size=vocab_size, block_size=block_size), state
+
+
+def with_weights(args: ModelArgs, state: dict[str, Tensor]) -> GPT:
+    """The network with these weights. Raises ValueError if they are not the ones it needs."""
+    model = GPT(args)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as e:
+        raise ValueError(f"the weights do not fit the network: {str(e).splitlines()[1].strip()}") from None
+    return model
 
 
 def read_weights(source: str) -> tuple[ModelArgs, dict[str, Tensor], dict | None]:
@@ -274,8 +298,10 @@ def read_weights(source: str) -> tuple[ModelArgs, dict[str, Tensor], dict | None
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         args = ModelArgs(**saved["model_args"])
-        state = {name.removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()}
-    except (RuntimeError, ValueError, EOFError, KeyError, TypeError, pickle.UnpicklingError) as e:
+        state = {name.removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()
+                 if not name.endswith(".attn.bias")}
+    except (RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError, OSError,
+            pickle.UnpicklingError) as e:
         raise ValueError(f"init_from={source} is no checkpoint of keepGPT or nanoGPT: {e}".splitlines()[0]) from None
     state.pop("lm_head.weight", None)  # the twin of wte
     return args, state, saved.get("data")

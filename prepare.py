@@ -200,7 +200,7 @@ def write_set(folder: str, request: dict, kind: str,
         if min(tokens) < 2:
             fail(f"{name}: too short, with {tokens[0]} train and {tokens[1]} val tokens: give more "
                  "text, or another --val_fraction")
-        digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+        digest = hashlib.sha256(json.dumps([description, tokens], sort_keys=True).encode())
         for path in temporary[:2]:
             with open(path, "rb") as f:
                 hashlib.file_digest(f, lambda: digest)

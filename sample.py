@@ -20,7 +20,7 @@ class SampleConfig:
     top_k: int = knob(200, "draw among so many of the likeliest tokens; 0 = all", least=0)
     top_p: float = knob(1.0, "draw among the likeliest tokens that hold this probability", least=0)
     stop_at_eot: bool = knob(False, "end a sample at the end-of-text token")
-    seed: int = knob(1337, "another seed, another text", least=0)
+    seed: int = knob(1337, "another seed, another text", least=0, below=2**63)
     device: str = knob("auto", "auto | cpu | cuda | cuda:1 | mps")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "of the weights: auto = what is fast")
 
@@ -37,7 +37,7 @@ import torch
 
 import tokenizer
 from checkpoint import BadBundle, newest_bundle, read_bundle
-from model import GPT, ModelArgs, cropped, generate, read_weights
+from model import GPT, ModelArgs, cropped, generate, read_weights, with_weights
 from runtime import pick_device, pick_dtype
 
 
@@ -59,9 +59,10 @@ def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
     vocabulary = tokenizer.from_meta(data or {"tokenizer": {"kind": "gpt2"}})
     if not 0 <= args.vocab_size - vocabulary.vocab_size < 64:
         fail(f"{config.init_from} knows {args.vocab_size} tokens and does not say which")
-    args, state = cropped(args, state, vocabulary.vocab_size, args.block_size)
-    model = GPT(args)
-    model.load_state_dict(state)
+    try:
+        model = with_weights(*cropped(args, state, vocabulary.vocab_size, args.block_size))
+    except ValueError as e:
+        fail(f"{origin}: {e}")
     return model.eval(), vocabulary, origin
 
 

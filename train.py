@@ -25,7 +25,7 @@ import checkpoint
 import tokenizer
 from loader import Loader, Split, seed_of, read_meta
 from metrics import Metrics
-from model import GPT, ModelArgs, cropped, generate, read_weights
+from model import GPT, ModelArgs, cropped, generate, read_weights, with_weights
 from runtime import EXIT_STOPPED, Ranks, Signals, lock, peak_flops, pick_dtype, restore_rng, rng_state, start
 
 EXIT_FAILED = 1  # the last save failed: the end of the run is not on the disk
@@ -75,8 +75,10 @@ def build(config: TrainConfig, given: dict[str, Any], vocab_size: int) -> tuple[
         fail(f"{config.init_from} knows {args.vocab_size} tokens, data/{config.dataset} has {vocab_size}; "
              "prepare the text with the tokenizer of those weights")
     args, state = cropped(args, state, vocab_size, min(config.block_size, args.block_size))
-    model = GPT(replace(args, dropout=config.dropout))
-    model.load_state_dict(state)
+    try:
+        model = with_weights(replace(args, dropout=config.dropout), state)
+    except ValueError as e:
+        fail(f"{config.init_from}: {e}")
     return model, replace(config, **{key: getattr(args, key) for key in ARCHITECTURE})
 
 

@@ -101,7 +101,8 @@ def test_known_sets(known_sets, shakespeare, name, vocab_size, counts):
     at = int(len(shakespeare) * 0.9)
     assert tokenizer.decode(train) == shakespeare[:at]
     assert tokenizer.decode(val) == shakespeare[at:]
-    digest = hashlib.sha256(json.dumps(meta["tokenizer"], sort_keys=True).encode())
+    described = [meta["tokenizer"], list(meta["tokens"].values())]
+    digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     digest.update((known_sets / name / "train.bin").read_bytes())
     digest.update((known_sets / name / "val.bin").read_bytes())
     assert meta["fingerprint"] == digest.hexdigest()
