@@ -1,7 +1,9 @@
-"""The bundle: snapshot, write, verify, choose, prune. After a crash at any instant the folder holds the old or the new one.
+"""The bundle: snapshot, write, verify, choose, prune. After a crash at any instant the folder holds
+the old or the new one.
 
-A save is: copy the live tensors; write them to a temporary file; fsync it; rename it to ckpt-<step>.pt; let ckpt.pt
-(and best.pt) name the same file; fsync the folder; only then remove generations that are too old.
+A save is: copy the live tensors; write them to a temporary file; fsync it; rename it to
+ckpt-<step>.pt; let ckpt.pt (and best.pt) name the same file; fsync the folder; only then remove
+generations that are too old.
 """
 import errno
 import math
@@ -23,10 +25,12 @@ from configurator import TrainConfig, fail
 from model import GPT, ModelArgs
 
 FORMAT = 1
-MAGIC = b"keepGPT\n"  # ends each bundle, with the CRC32 of all before it: torch.load does not look at the zip's own
-FIXED = ("seed", "n_layer", "n_head", "n_embd", "block_size", "bias")  # another value would be another run
-KEYS = {"format", "model", "optimizer", "step", "config", "model_args", "best_val_loss", "evaluation", "rng", "scaler",
-        "data", "wandb_run_id"}
+# ends each bundle, with the CRC32 of all before it: torch.load does not look at the zip's own
+MAGIC = b"keepGPT\n"
+# another value would be another run
+FIXED = ("seed", "n_layer", "n_head", "n_embd", "block_size", "bias")
+KEYS = {"format", "model", "optimizer", "step", "config", "model_args", "best_val_loss",
+        "evaluation", "rng", "scaler", "data", "wandb_run_id"}
 
 
 class BadBundle(Exception):
@@ -34,7 +38,8 @@ class BadBundle(Exception):
 
 
 class Disk:
-    """Every operation that a save performs on the disk, so that a test can make each of them fail."""
+    """Every operation that a save performs on the disk, so that a test can make each of them
+    fail."""
 
     def create(self, path: Path) -> int:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -77,7 +82,8 @@ class ChecksummedFile:
         self.crc = zlib.crc32(left, self.crc)
         try:
             while left and not self.error:
-                left = left[self.disk.write(self.file, left):]  # a disk may take less than it was given
+                # a disk may take less than it was given
+                left = left[self.disk.write(self.file, left):]
         except OSError as e:  # torch.save would hide it behind an error of its own
             self.error = e
         return size
@@ -100,7 +106,8 @@ def write_bundle(bundle: dict[str, Any], path: Path, disk: Disk) -> None:
 
 
 def point(name: Path, target: Path, disk: Disk) -> None:
-    """Let `name` be another name of the file `target`, or a copy of it where the file system has no links."""
+    """Let `name` be another name of the file `target`, or a copy of it where the file system has
+    no links."""
     temporary = name.with_suffix(".pt.tmp")
     try:
         disk.link(target, temporary)
@@ -112,7 +119,8 @@ def point(name: Path, target: Path, disk: Disk) -> None:
 
 
 def commit(bundle: dict[str, Any], folder: Path, keep: int, best: bool, disk: Disk) -> None:
-    """Make `bundle` the newest of `folder`, durably. Raises OSError; the older bundles are then as they were."""
+    """Make `bundle` the newest of `folder`, durably. Raises OSError; the older bundles are then as
+    they were."""
     generation = folder / f"ckpt-{bundle['step']:08d}.pt"
     temporary = generation.with_suffix(".pt.tmp")
     try:
@@ -131,7 +139,8 @@ def commit(bundle: dict[str, Any], folder: Path, keep: int, best: bool, disk: Di
 
 def generations(folder: Path) -> list[Path]:
     """The numbered bundles of a folder, newest first."""
-    return sorted((p for p in folder.glob("ckpt-*.pt") if re.fullmatch(r"ckpt-\d+\.pt", p.name)), reverse=True)
+    return sorted((p for p in folder.glob("ckpt-*.pt") if re.fullmatch(r"ckpt-\d+\.pt", p.name)),
+                  reverse=True)
 
 
 def remove_leftovers(folder: Path, disk: Disk) -> None:
@@ -146,7 +155,8 @@ def has_run(folder: Path) -> bool:
 
 
 def read_bundle(path: Path) -> dict[str, Any]:
-    """Read and verify a bundle. Raises BadBundle for anything that is not, to the bit, what was saved."""
+    """Read and verify a bundle. Raises BadBundle for anything that is not, to the bit, what was
+    saved."""
     try:
         with open(path, "rb") as f:
             size, crc = os.fstat(f.fileno()).st_size - len(MAGIC) - 4, 0
@@ -171,14 +181,16 @@ def read_bundle(path: Path) -> dict[str, Any]:
 
 
 def check_shapes(bundle: dict[str, Any]) -> None:
-    """Raises BadBundle unless weights and moments have the shapes that the bundle's own model_args ask for."""
+    """Raises BadBundle unless weights and moments have the shapes that the bundle's own model_args
+    ask for."""
     try:
         with torch.device("meta"):
             model = GPT(ModelArgs(**bundle["model_args"]))
         shapes = {name: p.shape for name, p in model.named_parameters()}
         moments = model.optimizer(0.0, (0.0, 0.0), 0.0).param_groups
         right = {name: tensor.shape for name, tensor in bundle["model"].items()} == shapes and all(
-            bundle["optimizer"]["state"][i][key].shape == p.shape for key in ("exp_avg", "exp_avg_sq")
+            bundle["optimizer"]["state"][i][key].shape == p.shape
+            for key in ("exp_avg", "exp_avg_sq")
             for i, p in enumerate(p for group in moments for p in group["params"]))
     except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as e:
         raise BadBundle(f"its parts do not fit together: {type(e).__name__} {e}") from None
@@ -187,7 +199,8 @@ def check_shapes(bundle: dict[str, Any]) -> None:
 
 
 def newest_bundle(folder: Path) -> dict[str, Any]:
-    """The newest bundle that is whole. Says which ones it passes over; raises BadBundle if none is left."""
+    """The newest bundle that is whole. Says which ones it passes over; raises BadBundle if none
+    is left."""
     tried = []
     for path in [folder / "ckpt.pt", *generations(folder), folder / "best.pt"]:
         if not path.exists():
@@ -199,10 +212,12 @@ def newest_bundle(folder: Path) -> dict[str, Any]:
             print(f"passing over {path}: {e}", file=sys.stderr)
         else:
             return bundle
-    raise BadBundle(f"no whole bundle in {folder} (" + ("; ".join(tried) or "there is none at all") + ")")
+    raise BadBundle(f"no whole bundle in {folder} ("
+                    + ("; ".join(tried) or "there is none at all") + ")")
 
 
-def resumed_config(given: dict[str, Any], bundle: dict[str, Any], data: dict[str, Any]) -> tuple[TrainConfig, list[str]]:
+def resumed_config(given: dict[str, Any], bundle: dict[str, Any],
+                   data: dict[str, Any]) -> tuple[TrainConfig, list[str]]:
     """The run's own settings with the `given` ones over them, and a word on each that changed.
 
     What would make it another run is refused.
@@ -210,21 +225,28 @@ def resumed_config(given: dict[str, Any], bundle: dict[str, Any], data: dict[str
     known = {f.name for f in fields(TrainConfig)}
     saved = {key: value for key, value in bundle["config"].items() if key in known}
     config = TrainConfig(**saved | given)
-    changes = {key: (saved[key], value) for key, value in given.items() if saved.get(key, value) != value}
+    changes = {key: (saved[key], value) for key, value in given.items()
+               if saved.get(key, value) != value}
     for key in FIXED:
         if key in changes:
-            fail(f"this run has {key}={changes[key][0]}, not {changes[key][1]}: that would be another run; "
-                 f"leave --{key} out, or begin anew with another --out_dir")
-    rows, old_rows = (c["batch_size"] * c["gradient_accumulation_steps"] for c in (asdict(config), saved))
+            fail(f"this run has {key}={changes[key][0]}, not {changes[key][1]}: "
+                 f"that would be another run; leave --{key} out, "
+                 "or begin anew with another --out_dir")
+    rows, old_rows = (c["batch_size"] * c["gradient_accumulation_steps"]
+                      for c in (asdict(config), saved))
     if rows != old_rows:
-        fail(f"this run has batch_size x gradient_accumulation_steps = {old_rows}, not {rows}; keep the product")
+        fail(f"this run has batch_size x gradient_accumulation_steps = {old_rows}, not {rows}; "
+             "keep the product")
     if data["fingerprint"] != bundle["data"]["fingerprint"]:
-        fail(f"this run was trained on {bundle['data']['name']} {bundle['data']['fingerprint'][:12]}, "
-             f"but data/{config.dataset} is {data['fingerprint'][:12]}; prepare that text again")
-    return config, [f"{key} {old} -> {new}" for key, (old, new) in changes.items() if key != "init_from"]
+        fail(f"this run was trained on {bundle['data']['name']} "
+             f"{bundle['data']['fingerprint'][:12]}, but data/{config.dataset} is "
+             f"{data['fingerprint'][:12]}; prepare that text again")
+    return config, [f"{key} {old} -> {new}" for key, (old, new) in changes.items()
+                    if key != "init_from"]
 
 
-def restore(bundle: dict[str, Any], optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> None:
+def restore(bundle: dict[str, Any], optimizer: torch.optim.Optimizer,
+            scaler: torch.amp.GradScaler) -> None:
     """Give the optimizer its moments back; its settings stay those of this command."""
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": bundle["optimizer"]["state"], "param_groups": groups})
@@ -233,8 +255,10 @@ def restore(bundle: dict[str, Any], optimizer: torch.optim.Optimizer, scaler: to
 
 
 def check_finite(bundle: dict[str, Any]) -> None:
-    """Raises ArithmeticError for weights or moments that are not finite: they must not replace good ones."""
-    moments = {f"{key} of parameter {i}": tensor for i, state in bundle["optimizer"]["state"].items()
+    """Raises ArithmeticError for weights or moments that are not finite: they must not replace
+    good ones."""
+    moments = {f"{key} of parameter {i}": tensor
+               for i, state in bundle["optimizer"]["state"].items()
                for key, tensor in state.items()}
     for name, tensor in (bundle["model"] | moments).items():
         if not all(math.isfinite(x) for x in torch.aminmax(tensor)):
@@ -244,20 +268,25 @@ def check_finite(bundle: dict[str, Any]) -> None:
 class Saver:
     """Saves in the background, one bundle at a time, while training goes on.
 
-    The copy that is written is filled anew by each save: a save costs one more copy of the bundle on the host and
-    none on the GPU. From CUDA a stream of its own makes it, into pinned memory; on a CPU the thread does.
+    The copy that is written is filled anew by each save: a save costs one more copy of the bundle
+    on the host and none on the GPU. From CUDA a stream of its own makes it, into pinned memory; on
+    a CPU the thread does.
     """
 
-    def __init__(self, folder: Path, keep: int, best_val_loss: float, before_commit: Callable[[], None],
-                 device: torch.device, disk: Disk | None = None) -> None:
-        """`best_val_loss` is best.pt's; `before_commit` is called once the copy is made, before anything is written."""
-        self.folder, self.keep, self.best_val_loss, self.before_commit = folder, keep, best_val_loss, before_commit
+    def __init__(self, folder: Path, keep: int, best_val_loss: float,
+                 before_commit: Callable[[], None], device: torch.device,
+                 disk: Disk | None = None) -> None:
+        """`best_val_loss` is best.pt's; `before_commit` is called once the copy is made, before
+        anything is written."""
+        self.folder, self.keep, self.best_val_loss, self.before_commit = (
+            folder, keep, best_val_loss, before_commit)
         self.disk, self.copies, self.copied = disk or Disk(), {}, threading.Event()
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.thread, self.failed = None, False
 
     def save(self, live: dict[str, Any], best: bool) -> None:
-        """Begin to save the live tensors of a bundle. They must not change before `wait_for_copy` returns."""
+        """Begin to save the live tensors of a bundle. They must not change before `wait_for_copy`
+        returns."""
         self.wait()
         self.copied.clear()
         if self.stream:
@@ -296,7 +325,8 @@ class Saver:
             self.failed = False
         except Exception as e:
             self.failed, self.best_val_loss = True, before
-            print(f"\nSAVING STEP {live['step']} FAILED: {e}. The older bundles are kept, the next save tries again.",
+            print(f"\nSAVING STEP {live['step']} FAILED: {e}. "
+                  "The older bundles are kept, the next save tries again.",
                   file=sys.stderr, flush=True)
         finally:
             self.copied.set()

@@ -1,13 +1,17 @@
-"""Train a GPT: `python train.py config/x.py --key=value`, or the same behind torchrun; --help lists every key.
+"""Train a GPT: `python train.py config/x.py --key=value`, or the same behind torchrun; --help lists
+every key.
 
-Kill it at any time: with --init_from=auto the same command goes on from the newest bundle in out_dir.
+Kill it at any time: with --init_from=auto the same command goes on from the newest bundle in
+out_dir.
 """
 import sys
 
 from configurator import TrainConfig, fail, parse
 
-if __name__ == "__main__":  # before torch is loaded, so that --help and mistakes are answered at once
-    CONFIG, GIVEN, _ = parse(TrainConfig, "python train.py [config/x.py] [--key=value ...]", sys.argv[1:])
+if __name__ == "__main__":
+    # before torch is loaded, so that --help and mistakes are answered at once
+    CONFIG, GIVEN, _ = parse(TrainConfig, "python train.py [config/x.py] [--key=value ...]",
+                             sys.argv[1:])
 
 import math
 import time
@@ -26,13 +30,18 @@ import tokenizer
 from loader import Loader, Split, seed_of, read_meta
 from metrics import Metrics
 from model import GPT, ModelArgs, cropped, generate, read_weights, with_weights
-from runtime import EXIT_STOPPED, Ranks, Signals, lock, peak_flops, pick_dtype, restore_rng, rng_state, start
+from runtime import (EXIT_STOPPED, Ranks, Signals, lock, peak_flops, pick_dtype, restore_rng,
+                     rng_state, start)
 
 EXIT_FAILED = 1  # the last save failed: the end of the run is not on the disk
 EXIT_NOT_FINITE = 3  # trying again would meet the same numbers: look first
-NOT_FINITE = """step {step}: the loss or the gradient is not finite; that update was not made, and the run ends here.
-Likely causes: a learning rate that is too high (it was {lr:.2e}), too little warm-up, float16, or damaged data.
-{out_dir}/ckpt.pt is from before it: go on from there with --init_from=resume and a lower --learning_rate."""
+NOT_FINITE = (
+    "step {step}: the loss or the gradient is not finite; that update was not made, "
+    "and the run ends here.\n"
+    "Likely causes: a learning rate that is too high (it was {lr:.2e}), too little warm-up, "
+    "float16, or damaged data.\n"
+    "{out_dir}/ckpt.pt is from before it: go on from there with --init_from=resume "
+    "and a lower --learning_rate.")
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "block_size", "bias")
 
 
@@ -48,7 +57,8 @@ def find_run(config: TrainConfig, ranks: Ranks) -> dict[str, Any] | None:
                 problem = (f"{out_dir} already holds a run; go on with it by --init_from=resume, "
                            "or begin another with --out_dir=<new folder>")
         except checkpoint.BadBundle as e:
-            problem = f"nothing to resume: {e}; begin a run with --init_from=scratch in a new --out_dir"
+            problem = (f"nothing to resume: {e}; "
+                       "begin a run with --init_from=scratch in a new --out_dir")
     bundle, problem = ranks.from_first((bundle, problem))
     if problem:
         fail(problem)
@@ -61,8 +71,8 @@ def build(config: TrainConfig, given: dict[str, Any], vocab_size: int) -> tuple[
     if config.init_from in ("scratch", "auto"):
         if config.n_embd % config.n_head:
             fail(f"n_embd={config.n_embd} is not a multiple of n_head={config.n_head}")
-        return GPT(ModelArgs(*(getattr(config, key) for key in ARCHITECTURE[:4]), vocab_size, config.bias,
-                             config.dropout)), config
+        return GPT(ModelArgs(*(getattr(config, key) for key in ARCHITECTURE[:4]), vocab_size,
+                             config.bias, config.dropout)), config
     try:
         args, state, _ = read_weights(config.init_from)
     except ValueError as e:
@@ -72,7 +82,8 @@ def build(config: TrainConfig, given: dict[str, Any], vocab_size: int) -> tuple[
         if value is not None and value != have and not (key == "block_size" and value < have):
             fail(f"{config.init_from} has {key}={have}, not {value}; leave {key} out")
     if not 0 <= args.vocab_size - vocab_size < 64:  # nanoGPT pads 50257 rows to 50304
-        fail(f"{config.init_from} knows {args.vocab_size} tokens, data/{config.dataset} has {vocab_size}; "
+        fail(f"{config.init_from} knows {args.vocab_size} tokens, "
+             f"data/{config.dataset} has {vocab_size}; "
              "prepare the text with the tokenizer of those weights")
     args, state = cropped(args, state, vocab_size, min(config.block_size, args.block_size))
     try:
@@ -83,25 +94,29 @@ def build(config: TrainConfig, given: dict[str, Any], vocab_size: int) -> tuple[
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """The rate of the update that follows `step`: linear warm-up, then a cosine (Loshchilov and Hutter 2017)."""
+    """The rate of the update that follows `step`: linear warm-up, then a cosine (Loshchilov and
+    Hutter 2017)."""
     if not config.decay_lr:
         return config.learning_rate
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
     span = max(1, config.lr_decay_iters - config.warmup_iters)
     progress = min(1.0, (step - config.warmup_iters) / span)
-    return config.min_lr + (config.learning_rate - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    return (config.min_lr
+            + (config.learning_rate - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2)
 
 
 @torch.no_grad()
 def evaluate(model: GPT, splits: dict[str, Split], config: TrainConfig, ranks: Ranks, autocast: Any,
              stopping: Callable[[], bool]) -> dict[str, float] | None:
-    """Mean loss over the first windows of each split, always the same ones, shared among the ranks; None if stopped."""
+    """Mean loss over the first windows of each split, always the same ones, shared among the ranks;
+    None if stopped."""
     model.eval()
     losses = {}
     for name, split in splits.items():
         count = min(config.eval_iters * config.batch_size, split.windows)
-        batches = [(first, min(config.batch_size, count - first)) for first in range(0, count, config.batch_size)]
+        batches = [(first, min(config.batch_size, count - first))
+                   for first in range(0, count, config.batch_size)]
         means = torch.zeros(len(batches), device=ranks.device)  # each entry is filled by one rank
         for turn in range(0, len(batches), ranks.world_size):
             if stopping():
@@ -116,10 +131,12 @@ def evaluate(model: GPT, splits: dict[str, Split], config: TrainConfig, ranks: R
 
 
 def begin(config: TrainConfig, given: dict[str, Any], ranks: Ranks) -> tuple:
-    """What is trained, on which data, and the bundle it goes on from: (model, config, meta, bundle or None)."""
+    """What is trained, on which data, and the bundle it goes on from: (model, config, meta, bundle
+    or None)."""
     bundle = find_run(config, ranks)
     try:
-        meta = read_meta(given.get("dataset", bundle["config"]["dataset"]) if bundle else config.dataset)
+        meta = read_meta(given.get("dataset", bundle["config"]["dataset"]) if bundle
+                         else config.dataset)
     except ValueError as e:
         fail(str(e))
     if not bundle:
@@ -127,45 +144,52 @@ def begin(config: TrainConfig, given: dict[str, Any], ranks: Ranks) -> tuple:
         return model, config, meta, None
     config, changes = checkpoint.resumed_config(given, bundle, meta)
     if ranks.rank == 0:
-        print(f"resuming {given.get('out_dir', config.out_dir)} at step {bundle['step']}", *changes, sep=", ")
+        print(f"resuming {given.get('out_dir', config.out_dir)} at step {bundle['step']}", *changes,
+              sep=", ")
     model = GPT(ModelArgs(**bundle["model_args"] | {"dropout": config.dropout}))
     model.load_state_dict(bundle["model"])
     return model, config, meta, bundle
 
 
-def open_data(config: TrainConfig, meta: dict[str, Any], ranks: Ranks) -> tuple[Loader, dict[str, Split]]:
+def open_data(config: TrainConfig, meta: dict[str, Any],
+              ranks: Ranks) -> tuple[Loader, dict[str, Split]]:
     """This rank's share of the training batches, and the two splits as an evaluation reads them."""
     share, rest = divmod(config.gradient_accumulation_steps, ranks.world_size)
     if rest:
-        fail(f"gradient_accumulation_steps={config.gradient_accumulation_steps} is counted over all ranks; "
-             f"make it a multiple of their number, {ranks.world_size}")
+        fail(f"gradient_accumulation_steps={config.gradient_accumulation_steps} "
+             f"is counted over all ranks; make it a multiple of their number, {ranks.world_size}")
     mine = range(ranks.rank * share, (ranks.rank + 1) * share)
     try:
         def split(name: str, shift: bool) -> Split:
             return Split(config.dataset, name, meta["dtype"], config.block_size, config.seed, shift)
-        loader = Loader(split("train", shift=True), config.batch_size, config.gradient_accumulation_steps, mine,
-                        ranks.device)
+        loader = Loader(split("train", shift=True), config.batch_size,
+                        config.gradient_accumulation_steps, mine, ranks.device)
         return loader, {"train": split("train", shift=False), "val": split("val", shift=False)}
     except ValueError as e:
         fail(str(e))
 
 
 def show_sample(model: GPT, meta: dict[str, Any], tokens: int) -> str:
-    """A little text by the model as it is: from the end-of-text token, or from the first character it knows."""
+    """A little text by the model as it is: from the end-of-text token, or from the first character
+    it knows."""
     vocabulary = tokenizer.from_meta(meta)
     model.eval()
-    made = [row[0] for row in generate(model, [[vocabulary.eot or 0]], tokens, temperature=0.8, top_k=200)]
+    made = [row[0] for row in generate(model, [[vocabulary.eot or 0]], tokens,
+                                       temperature=0.8, top_k=200)]
     return vocabulary.decode([token for token in made if token is not None])
 
 
-def as_it_runs(model: GPT, config: TrainConfig, ranks: Ranks, autocast: Any, split: Split) -> tuple[Any, Any]:
-    """The model compiled if that pays, and that one again with its gradients averaged over the ranks."""
+def as_it_runs(model: GPT, config: TrainConfig, ranks: Ranks, autocast: Any,
+               split: Split) -> tuple[Any, Any]:
+    """The model compiled if that pays, and that one again with its gradients averaged over
+    the ranks."""
     compiled = config.compile is True or config.compile == "auto" and ranks.device.type == "cuda"
     fast = torch.compile(model) if compiled else model
     if ranks.world_size == 1:
         return fast, fast
-    # DDP orders its buckets by the first backward that it sees. That one is made here, not in the first step: sums
-    # over the ranks then round alike in a run that begins at a step and in one that only passes by.
+    # DDP orders its buckets by the first backward that it sees. That one is made here, not in the
+    # first step: sums over the ranks then round alike in a run that begins at a step and in one
+    # that only passes by.
     net = DistributedDataParallel(fast)
     with autocast:
         loss = net(*(t.to(ranks.device) for t in split.rows(0, config.batch_size)))
@@ -186,13 +210,15 @@ def main(config: TrainConfig, given: dict[str, Any]) -> int:
     model, config, meta, bundle = begin(config, given, ranks)
     loader, splits = open_data(config, meta, ranks)
     model.to(device)
-    optimizer = model.optimizer(config.learning_rate, (config.beta1, config.beta2), config.weight_decay)
+    optimizer = model.optimizer(config.learning_rate, (config.beta1, config.beta2),
+                                config.weight_decay)
     dtype = pick_dtype(config.dtype, device)
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     step, best_val_loss, evaluation, wandb_run_id = 0, math.inf, {}, None
     if bundle:
-        step, best_val_loss, evaluation = bundle["step"], bundle["best_val_loss"], bundle["evaluation"]
+        step, best_val_loss, evaluation = (bundle["step"], bundle["best_val_loss"],
+                                           bundle["evaluation"])
         wandb_run_id = bundle["wandb_run_id"]
         checkpoint.restore(bundle, optimizer, scaler)
         if len(bundle["rng"]) == ranks.world_size:
@@ -200,7 +226,8 @@ def main(config: TrainConfig, given: dict[str, Any]) -> int:
         del bundle
     metrics = Metrics(out_dir if writes else None, step)
     if writes:
-        saver = checkpoint.Saver(out_dir, config.keep_checkpoints, best_val_loss, metrics.sync, device)
+        saver = checkpoint.Saver(out_dir, config.keep_checkpoints, best_val_loss, metrics.sync,
+                                 device)
         if config.wandb_log:
             wandb_run_id = metrics.start_wandb(asdict(config), wandb_run_id)
 
@@ -208,12 +235,16 @@ def main(config: TrainConfig, given: dict[str, Any]) -> int:
     M = config.gradient_accumulation_steps
     tokens_per_step, peak = M * config.batch_size * config.block_size, peak_flops(device)
     if lead:
-        metrics.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {tokens_per_step:,} tokens a "
-                    f"step, {meta['tokens']['train']:,} of {meta['name']}; {ranks.world_size} x {device.type}, "
-                    f"{str(dtype).removeprefix('torch.')}{', compiled' if fast is not model else ''}")
+        metrics.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
+                    f"{tokens_per_step:,} tokens a step, {meta['tokens']['train']:,} of "
+                    f"{meta['name']}; {ranks.world_size} x {device.type}, "
+                    f"{str(dtype).removeprefix('torch.')}"
+                    f"{', compiled' if fast is not model else ''}")
 
-    healthy = torch.ones((), device=device)  # becomes 0, for good, with the first loss or gradient that is not finite
-    applied = torch.full((), float(step), device=device)  # updates made; behind `step` once not healthy
+    # `healthy` becomes 0, for good, with the first loss or gradient that is not finite
+    healthy = torch.ones((), device=device)
+    # updates made; behind `step` once not healthy
+    applied = torch.full((), float(step), device=device)
 
     def halt_unless_healthy() -> None:
         if not healthy:
@@ -223,15 +254,18 @@ def main(config: TrainConfig, given: dict[str, Any]) -> int:
                 metrics.say(NOT_FINITE.format(step=int(applied) + 1, out_dir=out_dir, lr=lr))
             sys.exit(EXIT_NOT_FINITE)
 
-    alone, begun_at, logged_step, unsaved, clock = ranks.world_size == 1, step, step, False, time.perf_counter()
+    alone, begun_at, logged_step, unsaved, clock = (
+        ranks.world_size == 1, step, step, False, time.perf_counter())
     while True:
         # once in a while: look
         best = False
-        if (step % config.eval_interval == 0 or step >= config.max_iters) and evaluation.get("step") != step:
+        if ((step % config.eval_interval == 0 or step >= config.max_iters)
+                and evaluation.get("step") != step):
             halt_unless_healthy()
             losses = None
             with signals.may_break_off(alone, nothing_new=step == begun_at):
-                losses = evaluate(fast, splits, config, ranks, autocast, lambda: ranks.any(signals.came))
+                losses = evaluate(fast, splits, config, ranks, autocast,
+                                  lambda: ranks.any(signals.came))
             if losses:  # else a signal came: the run that goes on from here evaluates again
                 evaluation = {"step": step, **losses}
                 best_val_loss = ranks.from_first(saver.best_val_loss if writes else best_val_loss)
@@ -240,8 +274,8 @@ def main(config: TrainConfig, given: dict[str, Any]) -> int:
                 unsaved = step > 0
                 metrics.log(evaluation)
                 if lead:
-                    metrics.say(f"step {step}: train loss {losses['train_loss']:.4f}, val loss {losses['val_loss']:.4f}"
-                                + ", the best so far" * best)
+                    metrics.say(f"step {step}: train loss {losses['train_loss']:.4f}, "
+                                f"val loss {losses['val_loss']:.4f}" + ", the best so far" * best)
                     if config.sample_tokens:
                         metrics.say(show_sample(model, meta, config.sample_tokens) + "\n")
             logged_step, clock = step, time.perf_counter()
@@ -259,10 +293,11 @@ def main(config: TrainConfig, given: dict[str, Any]) -> int:
             rng = ranks.gather(rng_state(device))
             if writes:
                 saver.save({
-                    "format": checkpoint.FORMAT, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                    "step": step, "config": asdict(config), "model_args": asdict(model.args),
-                    "best_val_loss": best_val_loss, "evaluation": evaluation, "rng": rng,
-                    "scaler": scaler.state_dict(), "data": meta, "wandb_run_id": wandb_run_id}, best)
+                    "format": checkpoint.FORMAT, "model": model.state_dict(),
+                    "optimizer": optimizer.state_dict(), "step": step, "config": asdict(config),
+                    "model_args": asdict(model.args), "best_val_loss": best_val_loss,
+                    "evaluation": evaluation, "rng": rng, "scaler": scaler.state_dict(),
+                    "data": meta, "wandb_run_id": wandb_run_id}, best)
             unsaved = False
         if ending:
             break
@@ -271,7 +306,8 @@ def main(config: TrainConfig, given: dict[str, Any]) -> int:
         model.train()
         lr = learning_rate(step, config)
         losses, complete = torch.zeros(M, device=device), False
-        with signals.may_break_off(alone, nothing_new=step == begun_at):  # nothing is changed before the update
+        # a signal may break this off: nothing is changed before the update
+        with signals.may_break_off(alone, nothing_new=step == begun_at):
             for m, x, y in loader.step(step):
                 torch.manual_seed(seed_of(config.seed, step, m))  # dropout depends on nothing else
                 net.require_backward_grad_sync = m == loader.mine[-1]  # DDP reduces once a step
@@ -288,11 +324,13 @@ def main(config: TrainConfig, given: dict[str, Any]) -> int:
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
         if config.grad_clip:
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), config.grad_clip, grad_norm)
-        if scaler.is_enabled():  # float16 gradients overflow now and then: the scaler skips that update by itself
+        if scaler.is_enabled():
+            # float16 gradients overflow now and then: the scaler skips that update by itself
             healthy *= torch.isfinite(loss)
         else:
             healthy *= torch.isfinite(loss + grad_norm)
-            optimizer.found_inf = 1 - healthy  # read on the device by the fused AdamW, which then changes nothing
+            # read on the device by the fused AdamW, which then changes nothing
+            optimizer.found_inf = 1 - healthy
         for group in optimizer.param_groups:
             group["lr"] = lr
         if writes:
@@ -308,19 +346,22 @@ def main(config: TrainConfig, given: dict[str, Any]) -> int:
         if step % config.log_interval == 0 or device.type == "cpu":
             halt_unless_healthy()
         if step % config.log_interval == 0 and lead:
-            seconds, clock = (time.perf_counter() - clock) / (step - logged_step), time.perf_counter()
+            seconds, clock = ((time.perf_counter() - clock) / (step - logged_step),
+                              time.perf_counter())
             logged_step = step
             row = {"step": step, "loss": loss.item(), "lr": lr, "grad_norm": grad_norm.item(),
                    "tokens_per_s": tokens_per_step / seconds}
             if peak:
-                row["mfu"] = model.flops_per_token() * row["tokens_per_s"] / (peak * ranks.world_size)
+                row["mfu"] = (model.flops_per_token() * row["tokens_per_s"]
+                              / (peak * ranks.world_size))
             metrics.log(row)
             metrics.say_progress(row, config.max_iters, seconds * (config.max_iters - step))
 
     if writes:
         saved = saver.wait()
         metrics.close()
-        metrics.say(f"{'stopped' if stopped else 'done'} at step {step}, {'saved' if saved else 'NOT SAVED'} in {out_dir}"
+        metrics.say(f"{'stopped' if stopped else 'done'} at step {step}, "
+                    f"{'saved' if saved else 'NOT SAVED'} in {out_dir}"
                     + "; go on with --init_from=resume" * stopped)
         if not saved:
             return EXIT_FAILED
