@@ -1,7 +1,8 @@
-"""Batches as a function of (seed, step): nothing to save, nothing to restore, the same for any number of ranks.
+"""Batches as a function of (seed, step): nothing to save, nothing to restore, the same for any
+number of ranks.
 
-A split of T tokens is cut into windows of block_size tokens (and the one that follows, as target). Every epoch
-visits every window once, in an order that arithmetic gives, and cuts at another offset.
+A split of T tokens is cut into windows of block_size tokens (and the one that follows, as target).
+Every epoch visits every window once, in an order that arithmetic gives, and cuts at another offset.
 """
 import hashlib
 import json
@@ -35,10 +36,12 @@ def seed_of(*numbers: int) -> int:
 
 
 def shuffled(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
-    """Where position `index` of [0, n) goes in the permutation that `key` names; uint64 arrays of one shape.
+    """Where position `index` of [0, n) goes in the permutation that `key` names; uint64 arrays of
+    one shape.
 
-    A Feistel network permutes the smallest power of four that holds n; what falls outside [0, n) is sent
-    through again until it falls inside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
+    A Feistel network permutes the smallest power of four that holds n; what falls outside [0, n) is
+    sent through again until it falls inside (Black and Rogaway 2002, "Ciphers with arbitrary finite
+    domains").
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     low = (np.uint64(1) << half) - np.uint64(1)
@@ -53,68 +56,86 @@ def shuffled(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
 
 
 def read_meta(dataset: str) -> dict[str, Any]:
-    """What prepare.py wrote about data/<dataset>. Raises ValueError, with the mend, if it is not there."""
+    """What prepare.py wrote about data/<dataset>. Raises ValueError, with the mend, if it is not
+    there."""
     folder = DATA / dataset
     try:
         return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     except OSError:
         if (folder / "train.bin").exists() and not (folder / "meta.pkl").exists():
             return nanogpt_meta(folder)
-        raise ValueError(f"no prepared dataset in {folder}; make it with: python prepare.py {dataset}") from None
+        raise ValueError(f"no prepared dataset in {folder}; "
+                         f"make it with: python prepare.py {dataset}") from None
     except ValueError as e:
-        raise ValueError(f"{folder}/meta.json is damaged ({e}); make the dataset again with prepare.py") from None
+        raise ValueError(f"{folder}/meta.json is damaged ({e}); "
+                         "make the dataset again with prepare.py") from None
 
 
 def nanogpt_meta(folder: Path) -> dict[str, Any]:
-    """The description of a set that nanoGPT prepared: GPT-2's tokens, unless a meta.pkl says otherwise."""
+    """The description of a set that nanoGPT prepared: GPT-2's tokens, unless a meta.pkl says
+    otherwise."""
     fingerprint, tokens = hashlib.sha256(), {}
     for split in ("train", "val"):
         with open(folder / f"{split}.bin", "rb") as f:
             size = os.fstat(f.fileno()).st_size
             fingerprint.update(f"{split} {size}".encode() + f.read(1 << 20))  # to know it again
         tokens[split] = size // 2
-    return {"format": 1, "name": folder.name, "tokenizer": {"kind": "gpt2"}, "vocab_size": 50257, "dtype": "uint16",
-            "tokens": tokens, "fingerprint": fingerprint.hexdigest()}
+    return {"format": 1, "name": folder.name, "tokenizer": {"kind": "gpt2"}, "vocab_size": 50257,
+            "dtype": "uint16", "tokens": tokens, "fingerprint": fingerprint.hexdigest()}
 
 
 class Split:
-    """One .bin file of tokens, cut into windows and read by position: no mapping that grows as it is read."""
+    """One .bin file of tokens, cut into windows and read by position: no mapping that grows as it
+    is read."""
 
-    def __init__(self, dataset: str, split: str, dtype: str, block_size: int, seed: int, shift: bool) -> None:
-        """With `shift` each epoch cuts at another offset, else the windows are the same in every epoch.
+    def __init__(self, dataset: str, split: str, dtype: str, block_size: int, seed: int,
+                 shift: bool) -> None:
+        """With `shift` each epoch cuts at another offset, else the windows are the same in every
+        epoch.
 
-        Raises ValueError if the file can't be read or holds no window of block_size tokens and their targets.
+        Raises ValueError if the file can't be read or holds no window of block_size tokens and
+        their targets.
         """
-        path, self.dtype, self.block_size = DATA / dataset / f"{split}.bin", np.dtype(dtype), block_size
+        path, self.dtype, self.block_size = (
+            DATA / dataset / f"{split}.bin", np.dtype(dtype), block_size)
         try:
             self.file = os.open(path, os.O_RDONLY)
         except OSError as e:
             raise ValueError(f"{path}: {e.strerror.lower()}; make it with prepare.py") from None
         tokens = os.fstat(self.file).st_size // self.dtype.itemsize
         if tokens <= block_size:
-            raise ValueError(f"{path} has {tokens:,} tokens, but block_size={block_size} needs {block_size + 1:,}; "
-                             "lower block_size or prepare more text")
+            raise ValueError(f"{path} has {tokens:,} tokens, but block_size={block_size} "
+                             f"needs {block_size + 1:,}; lower block_size or prepare more text")
         self.windows = max(1, tokens // block_size - 1) if shift else (tokens - 1) // block_size
         self.offsets = tokens - self.windows * block_size if shift else 1
         self.key = np.uint64(seed_of(seed))
 
     def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """Windows number first ... first + count - 1 of the endless row of epochs: inputs, targets, (count, T) int64."""
-        epoch, index = np.divmod(np.arange(first, first + count, dtype=np.uint64), np.uint64(self.windows))
+        """Windows number first ... first + count - 1 of the endless row of epochs: inputs, targets,
+        (count, T) int64."""
+        epoch, index = np.divmod(np.arange(first, first + count, dtype=np.uint64),
+                                 np.uint64(self.windows))
         key = mix(epoch ^ self.key)
-        start = shuffled(index, self.windows, key) * np.uint64(self.block_size) + key % np.uint64(self.offsets)
+        start = (shuffled(index, self.windows, key) * np.uint64(self.block_size)
+                 + key % np.uint64(self.offsets))
         size, length = self.dtype.itemsize, self.block_size + 1
-        rows = np.stack([np.frombuffer(os.pread(self.file, length * size, int(s) * size), self.dtype) for s in start])
+        rows = np.stack([
+            np.frombuffer(os.pread(self.file, length * size, int(s) * size), self.dtype)
+            for s in start])
         window = torch.from_numpy(rows.astype(np.int64))  # (count, T + 1)
         return window[:, :-1], window[:, 1:]
 
 
 class Loader:
-    """A rank's share of each step's micro-batches; the next one is read while this one is computed on."""
+    """A rank's share of each step's micro-batches; the next one is read while this one is computed
+    on."""
 
-    def __init__(self, split: Split, batch_size: int, micro_batches: int, mine: range, device: torch.device) -> None:
-        """A step draws `micro_batches` of `batch_size` windows in all; this rank computes those numbered in `mine`."""
-        self.split, self.batch_size, self.micro_batches, self.mine = split, batch_size, micro_batches, mine
+    def __init__(self, split: Split, batch_size: int, micro_batches: int, mine: range,
+                 device: torch.device) -> None:
+        """A step draws `micro_batches` of `batch_size` windows in all; this rank computes those
+        numbered in `mine`."""
+        self.split, self.batch_size, self.micro_batches, self.mine = (
+            split, batch_size, micro_batches, mine)
         self.device, self.thread, self.ahead = device, ThreadPoolExecutor(1), {}
 
     def read(self, step: int, m: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
-"""GPT-2 as one file: the network, its optimizer groups, generation with a key-value cache, and weights from elsewhere.
+"""GPT-2 as one file: the network, its optimizer groups, generation with a key-value cache, and
+weights from elsewhere.
 
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners": pre-norm blocks, learned positions,
-tanh GELU, token embedding tied to the output layer. Parameter names are GPT-2's.
+Radford et al. 2019, "Language Models are Unsupervised Multitask Learners": pre-norm blocks, learned
+positions, tanh GELU, token embedding tied to the output layer. Parameter names are GPT-2's.
 Letters for shapes: B sequences, T tokens, C width, H heads, D = C / H, V vocabulary.
 """
 import json
@@ -30,7 +31,8 @@ class ModelArgs:
 
 @dataclass
 class Cache:
-    """Keys and values of the tokens seen so far: one (2, B, H, block_size, D) tensor a layer, `length` of it filled."""
+    """Keys and values of the tokens seen so far: one (2, B, H, block_size, D) tensor a layer,
+    `length` of it filled."""
     layers: list[Tensor]
     length: int = 0
 
@@ -52,7 +54,8 @@ class Attention(nn.Module):
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        self.c_attn = nn.Linear(args.n_embd, 3 * args.n_embd, bias=args.bias)  # queries, keys, values in one product
+        # queries, keys, values in one product
+        self.c_attn = nn.Linear(args.n_embd, 3 * args.n_embd, bias=args.bias)
         self.c_proj = nn.Linear(args.n_embd, args.n_embd, bias=args.bias)
         self.n_head, self.dropout = args.n_head, args.dropout
 
@@ -69,11 +72,13 @@ class Attention(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Causal attention of the last T positions, (B, H, T, D), over all S positions, (B, H, S, D); T is S or 1."""
+    """Causal attention of the last T positions, (B, H, T, D), over all S positions, (B, H, S, D);
+    T is S or 1."""
     causal = q.size(2) > 1
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
-    with torch.autocast("cpu", enabled=False):  # the bfloat16 backward of attention is many times slower on a CPU
+    # the bfloat16 backward of attention is many times slower on a CPU
+    with torch.autocast("cpu", enabled=False):
         return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), dropout_p=dropout,
                                               is_causal=causal).to(q.dtype)
 
@@ -120,18 +125,21 @@ class GPT(nn.Module):
             "ln_f": LayerNorm(args.n_embd, args.bias),
         })
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):  # 2 n_layer of these add up on the residual stream (GPT-2, section 2.3)
+            if name.endswith("c_proj.weight"):
+                # 2 n_layer of these add up on the residual stream (GPT-2, section 2.3)
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * args.n_layer))
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None, cache: Cache | None = None) -> Tensor:
-        """Logits (B, T, V) after each of the tokens `idx` (B, T), or their mean cross-entropy in nats with `targets`.
+    def forward(self, idx: Tensor, targets: Tensor | None = None,
+                cache: Cache | None = None) -> Tensor:
+        """Logits (B, T, V) after each of the tokens `idx` (B, T), or their mean cross-entropy in
+        nats with `targets`.
 
-        With a `cache`, idx continues what the cache holds (one token at a time once it is not empty), and only
-        the logits after the last token come back, (B, 1, V).
+        With a `cache`, idx continues what the cache holds (one token at a time once it is not
+        empty), and only the logits after the last token come back, (B, 1, V).
         """
         seen = cache.length if cache else 0
         wte, wpe, blocks, ln_f = self.transformer.values()
@@ -148,51 +156,65 @@ class GPT(nn.Module):
             return logits[..., :self.args.vocab_size]
         columns = logits.size(-1)
         if columns > self.args.vocab_size:  # the padding takes no part in the softmax
-            logits = logits.index_fill(-1, torch.arange(self.args.vocab_size, columns, device=idx.device), -math.inf)
+            logits = logits.index_fill(
+                -1, torch.arange(self.args.vocab_size, columns, device=idx.device), -math.inf)
         return F.cross_entropy(logits.view(-1, columns), targets.reshape(-1))
 
     def output_weight(self) -> Tensor:
-        """The tied output layer, (V, C); on CUDA with zero rows up to a multiple of 64, which its kernels want."""
+        """The tied output layer, (V, C); on CUDA with zero rows up to a multiple of 64, which its
+        kernels want."""
         wte = self.transformer.wte.weight
         return F.pad(wte, (0, 0, 0, -wte.size(0) % 64)) if wte.is_cuda else wte
 
     def flops_per_token(self) -> int:
-        """Forward and backward for one token of a full block: Chowdhery et al. 2022 (PaLM), appendix B."""
+        """Forward and backward for one token of a full block: Chowdhery et al. 2022 (PaLM),
+        appendix B."""
         n = sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
         return 6 * n + 12 * self.args.n_layer * self.args.n_embd * self.args.block_size
 
-    def optimizer(self, learning_rate: float, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
-        """AdamW (Loshchilov and Hutter 2019) that decays matrices and embeddings, but no biases and norms."""
+    def optimizer(self, learning_rate: float, betas: tuple[float, float],
+                  weight_decay: float) -> torch.optim.AdamW:
+        """AdamW (Loshchilov and Hutter 2019) that decays matrices and embeddings, but no biases
+        and norms."""
         decay = [p for p in self.parameters() if p.dim() >= 2]
         rest = [p for p in self.parameters() if p.dim() < 2]
         assert {id(p) for p in decay + rest} == {id(p) for p in self.parameters()}
-        assert len(decay + rest) == len(list(self.parameters())), "a parameter would be updated twice or not at all"
-        groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+        assert len(decay + rest) == len(list(self.parameters())), \
+            "a parameter would be updated twice or not at all"
+        groups = [{"params": decay, "weight_decay": weight_decay},
+                  {"params": rest, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
     def new_cache(self, batch: int) -> Cache:
         """An empty cache for `batch` sequences of up to block_size tokens."""
-        shape = (2, batch, self.args.n_head, self.args.block_size, self.args.n_embd // self.args.n_head)
-        return Cache([self.transformer.wte.weight.new_empty(shape) for _ in range(self.args.n_layer)])
+        shape = (2, batch, self.args.n_head, self.args.block_size,
+                 self.args.n_embd // self.args.n_head)
+        return Cache([self.transformer.wte.weight.new_empty(shape)
+                      for _ in range(self.args.n_layer)])
 
 
 @torch.inference_mode()
-def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0, top_k: int = 0,
-             top_p: float = 1.0, stop: int | None = None, seed: int = 1337) -> Iterator[list[int | None]]:
-    """Continue each prompt (token ids, at least one); yields each sequence's next token as it is made.
+def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0,
+             top_k: int = 0, top_p: float = 1.0, stop: int | None = None,
+             seed: int = 1337) -> Iterator[list[int | None]]:
+    """Continue each prompt (token ids, at least one); yields each sequence's next token as it is
+    made.
 
-    None stands for a sequence that has nothing new: its prompt is longer than another's and still being read,
-    or it has ended, by the `stop` token (not yielded) or after `max_new_tokens`. Past block_size the window
-    slides by a quarter of it at a time, so that the cache is filled anew only once in so many tokens.
+    None stands for a sequence that has nothing new: its prompt is longer than another's and still
+    being read, or it has ended, by the `stop` token (not yielded) or after `max_new_tokens`. Past
+    block_size the window slides by a quarter of it at a time, so that the cache is filled anew only
+    once in so many tokens.
     """
     device, block_size = model.transformer.wte.weight.device, model.args.block_size
     rng = torch.Generator(device).manual_seed(seed)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
-    tokens = torch.zeros(len(prompts), int(lengths.max()) + max_new_tokens, dtype=torch.long, device=device)
+    tokens = torch.zeros(len(prompts), int(lengths.max()) + max_new_tokens, dtype=torch.long,
+                         device=device)
     for row, prompt in zip(tokens, prompts):
         row[:len(prompt)] = torch.tensor(prompt, device=device)
     ended = torch.zeros_like(lengths, dtype=torch.bool)
-    known = int(lengths.min())  # every sequence has so many tokens; prompts that are longer wait in `tokens`
+    # every sequence has so many tokens; prompts that are longer wait in `tokens`
+    known = int(lengths.min())
     cache = model.new_cache(len(prompts))
     new = tokens[:, max(0, known - block_size):known]
     while known < tokens.size(1) and not ended.all():
@@ -201,36 +223,43 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, temperat
         picked = pick(model(new, cache=cache)[:, -1], temperature, top_k, top_p, rng)  # (B,)
         in_prompt = known < lengths
         tokens[:, known] = torch.where(in_prompt, tokens[:, known], picked)
-        ended |= ~in_prompt & (picked == (-1 if stop is None else stop)) | (known >= lengths + max_new_tokens)
+        ended |= (~in_prompt & (picked == (-1 if stop is None else stop))
+                  | (known >= lengths + max_new_tokens))
         new = tokens[:, known:known + 1]
         known += 1
-        yield [None if silent else token for silent, token in zip((ended | in_prompt).tolist(), picked.tolist())]
+        yield [None if silent else token
+               for silent, token in zip((ended | in_prompt).tolist(), picked.tolist())]
 
 
-def pick(logits: Tensor, temperature: float, top_k: int, top_p: float, rng: torch.Generator) -> Tensor:
-    """Draw a token, (B,), from logits, (B, V), among the `top_k` likeliest (0 = all) that hold `top_p` of the
-    probability (Holtzman et al. 2020); temperature 0 takes the likeliest."""
+def pick(logits: Tensor, temperature: float, top_k: int, top_p: float,
+         rng: torch.Generator) -> Tensor:
+    """Draw a token, (B,), from logits, (B, V), among the `top_k` likeliest (0 = all) that hold
+    `top_p` of the probability (Holtzman et al. 2020); temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits.float()
-    logits = (logits - logits.max(-1, keepdim=True).values) / temperature  # at most 0: it can't overflow
+    # at most 0: it can't overflow
+    logits = (logits - logits.max(-1, keepdim=True).values) / temperature
     if 0 < top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
     if top_p < 1:
         ranked, order = logits.softmax(-1).sort(dim=-1, descending=True)
-        outside = ranked.cumsum(-1) - ranked >= top_p  # what the likelier ones hold suffices without this one
+        # what the likelier ones hold suffices without this one
+        outside = ranked.cumsum(-1) - ranked >= top_p
         outside[:, 0] = False
         logits = logits.masked_fill(outside.gather(-1, order.argsort(-1)), -math.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=rng).squeeze(-1)
 
 
 def read_hugging_face(folder: Path) -> tuple[ModelArgs, dict[str, Tensor]]:
-    """A GPT-2 in Hugging Face's format as (ModelArgs, state dict). Raises ValueError for another architecture."""
+    """A GPT-2 in Hugging Face's format as (ModelArgs, state dict). Raises ValueError for another
+    architecture."""
     try:
         from safetensors.torch import load_file
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ImportError:
-        raise ValueError("reading weights from elsewhere needs one more package: pip install safetensors") from None
+        raise ValueError("reading weights from elsewhere needs one more package: "
+                         "pip install safetensors") from None
     except (OSError, ValueError) as e:
         raise ValueError(f"{folder}/config.json can't be read: {e}") from None
     ours = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
@@ -243,7 +272,8 @@ def read_hugging_face(folder: Path) -> tuple[ModelArgs, dict[str, Tensor]]:
         ours["n_inner"] = 4 * config["n_embd"]
     for key, value in ours.items():
         if config.get(key, value) != value:
-            raise ValueError(f"{folder}/config.json: {key} is {config[key]!r}; only {value!r} can be loaded")
+            raise ValueError(f"{folder}/config.json: {key} is {config[key]!r}; "
+                             f"only {value!r} can be loaded")
     args = ModelArgs(config["n_layer"], config["n_head"], config["n_embd"], config["n_positions"],
                      config["vocab_size"], bias=True, dropout=config.get("resid_pdrop", 0.0))
     state = {}
@@ -257,17 +287,21 @@ def read_hugging_face(folder: Path) -> tuple[ModelArgs, dict[str, Tensor]]:
             if name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
                 continue  # the causal mask, and the twin of wte
             if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-                tensor = tensor.t().contiguous()  # Conv1D keeps (in, out) where Linear keeps (out, in)
+                # Conv1D keeps (in, out) where Linear keeps (out, in)
+                tensor = tensor.t().contiguous()
             state[name] = tensor.float()
     if not state:
         raise ValueError(f"{folder} has no *.safetensors")
     return args, state
 
 
-def cropped(args: ModelArgs, state: dict[str, Tensor], vocab_size: int, block_size: int) -> tuple[ModelArgs, dict]:
-    """The same network for fewer tokens (what only pads the vocabulary goes) and a shorter block."""
+def cropped(args: ModelArgs, state: dict[str, Tensor], vocab_size: int,
+            block_size: int) -> tuple[ModelArgs, dict]:
+    """The same network for fewer tokens (what only pads the vocabulary goes) and a shorter
+    block."""
     sizes = {"transformer.wte.weight": vocab_size, "transformer.wpe.weight": block_size}
-    state = {name: tensor[:sizes[name]] if name in sizes else tensor for name, tensor in state.items()}
+    state = {name: tensor[:sizes[name]] if name in sizes else tensor
+             for name, tensor in state.items()}
     return replace(args, vocab_size=vocab_size, block_size=block_size), state
 
 
@@ -277,13 +311,15 @@ def with_weights(args: ModelArgs, state: dict[str, Tensor]) -> GPT:
     try:
         model.load_state_dict(state)
     except RuntimeError as e:
-        raise ValueError(f"the weights do not fit the network: {str(e).splitlines()[1].strip()}") from None
+        raise ValueError("the weights do not fit the network: "
+                         f"{str(e).splitlines()[1].strip()}") from None
     return model
 
 
 def read_weights(source: str) -> tuple[ModelArgs, dict[str, Tensor], dict | None]:
-    """Weights to begin from: gpt2, gpt2-medium, gpt2-large or gpt2-xl; a folder in Hugging Face's format; or a
-    checkpoint file of keepGPT or nanoGPT. Returns them with the description of their data, if the file has one.
+    """Weights to begin from: gpt2, gpt2-medium, gpt2-large or gpt2-xl; a folder in Hugging Face's
+    format; or a checkpoint file of keepGPT or nanoGPT. Returns them with the description of their
+    data, if the file has one.
 
     Raises ValueError, with the mend, for anything else.
     """
@@ -293,8 +329,9 @@ def read_weights(source: str) -> tuple[ModelArgs, dict[str, Tensor], dict | None
     if path.is_dir():
         return *read_hugging_face(path), None
     if not path.exists():
-        raise ValueError(f"init_from={source}: it is neither scratch, resume, auto, gpt2, gpt2-medium, gpt2-large, "
-                         "gpt2-xl, nor the path of a checkpoint or a folder")
+        raise ValueError(f"init_from={source}: it is neither scratch, resume, auto, gpt2, "
+                         "gpt2-medium, gpt2-large, gpt2-xl, nor the path of a checkpoint "
+                         "or a folder")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         args = ModelArgs(**saved["model_args"])
@@ -302,7 +339,8 @@ def read_weights(source: str) -> tuple[ModelArgs, dict[str, Tensor], dict | None
                  if not name.endswith(".attn.bias")}
     except (RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError, OSError,
             pickle.UnpicklingError) as e:
-        raise ValueError(f"init_from={source} is no checkpoint of keepGPT or nanoGPT: {e}".splitlines()[0]) from None
+        raise ValueError(f"init_from={source} is no checkpoint of keepGPT or nanoGPT: {e}"
+                         .splitlines()[0]) from None
     state.pop("lm_head.weight", None)  # the twin of wte
     return args, state, saved.get("data")
 
@@ -313,7 +351,9 @@ def download(name: str) -> Path:
         from huggingface_hub import snapshot_download
         return Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors"]))
     except ImportError:
-        raise ValueError("GPT-2's weights need two more packages: pip install huggingface_hub safetensors") from None
+        raise ValueError("GPT-2's weights need two more packages: "
+                         "pip install huggingface_hub safetensors") from None
     except Exception as e:
-        raise ValueError(f"{name} can't be fetched ({type(e).__name__}); without a network give a folder that holds "
-                         "its config.json and model.safetensors: --init_from=FOLDER") from None
+        raise ValueError(f"{name} can't be fetched ({type(e).__name__}); without a network give "
+                         "a folder that holds its config.json and model.safetensors: "
+                         "--init_from=FOLDER") from None

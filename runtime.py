@@ -1,4 +1,5 @@
-"""The process that a run lives in: its device, the other ranks, signals, the lock on out_dir, random generators."""
+"""The process that a run lives in: its device, the other ranks, signals, the lock on out_dir,
+random generators."""
 import fcntl
 import os
 import random
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from configurator import TrainConfig, fail
 
-EXIT_STOPPED = 75  # stopped by a signal with everything saved: the same command, with init_from=auto, goes on
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165, "RTX 3090": 71,
-               "V100": 125, "T4": 65}  # dense bfloat16 (float16 before Ampere), from the data sheets
+# stopped by a signal with everything saved: the same command, with init_from=auto, goes on
+EXIT_STOPPED = 75
+# dense bfloat16 (float16 before Ampere), from the data sheets
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165,
+               "RTX 3090": 71, "V100": 125, "T4": 65}
 
 
 @dataclass(frozen=True)
@@ -53,18 +56,22 @@ class Ranks:
         return bool(count)
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over all ranks, in place. Where a single rank's entry is not zero, it is exact."""
+        """The sum over all ranks, in place. Where a single rank's entry is not zero, it is
+        exact."""
         if self.world_size > 1:
             dist.all_reduce(x)
         return x
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`, or for auto the best there is; on CUDA each rank of a host takes its own."""
+    """The device called `name`, or for auto the best there is; on CUDA each rank of a host takes
+    its own."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = ("cuda" if torch.cuda.is_available() else
+                "mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+        device = (torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda"
+                  else torch.device(name))
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError):
         fail(f"there is no device {name!r} on this machine; device=auto takes what there is")
@@ -76,29 +83,35 @@ def start(config: TrainConfig) -> Ranks:
     device = pick_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    random.seed(config.seed)  # nothing here draws from these two; what a user adds will then repeat as well
+    # nothing here draws from these two; what a user adds will then repeat as well
+    random.seed(config.seed)
     np.random.seed(config.seed % 2**32)
     torch.set_float32_matmul_precision("high")  # TF32 where there is any
-    if device.type == "cpu" or config.deterministic:  # on a CPU it costs nothing, and compiled code needs it
+    if device.type == "cpu" or config.deterministic:
+        # on a CPU it costs nothing, and compiled code needs it
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     if "RANK" not in os.environ:
         return Ranks(0, 1, device)
-    backend = ("nccl" if device.type == "cuda" else "gloo") if config.backend == "auto" else config.backend
+    backend = (("nccl" if device.type == "cuda" else "gloo") if config.backend == "auto"
+               else config.backend)
     dist.init_process_group(backend)
     return Ranks(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of the matrix products: what was asked for, or what is fast and safe on the device."""
+    """The dtype of the matrix products: what was asked for, or what is fast and safe on the
+    device."""
     if name == "float16" and device.type != "cuda":
-        fail(f"dtype=float16 needs a GradScaler, which works on CUDA; on {device.type} take bfloat16 or float32")
+        fail("dtype=float16 needs a GradScaler, which works on CUDA; "
+             f"on {device.type} take bfloat16 or float32")
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
-    bf16_cpu = device.type == "cpu" and (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
+    bf16_cpu = device.type == "cpu" and (torch.cpu._is_amx_tile_supported()
+                                         or torch.cpu._is_avx512_bf16_supported())
     return torch.bfloat16 if bf16_cpu else torch.float32
 
 
@@ -109,7 +122,8 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def lock(out_dir: Path) -> Any:
-    """Hold out_dir for this process; the lock dies with it. A folder that can't be used is the user's to mend."""
+    """Hold out_dir for this process; the lock dies with it. A folder that can't be used is the
+    user's to mend."""
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         file = open(out_dir / ".lock", "w")
@@ -166,8 +180,8 @@ class Signals:
     def may_break_off(self, alone: bool, nothing_new: bool) -> Iterator[None]:
         """A block that a signal ends at once, even where it waits, reads or compiles.
 
-        One process among several can't leave a step by itself; but with `nothing_new` since the last save it can
-        leave the run.
+        One process among several can't leave a step by itself; but with `nothing_new` since the
+        last save it can leave the run.
         """
         try:
             self.breakable = alone or nothing_new
