@@ -1,7 +1,8 @@
 """One typed configuration a script: defaults < config/x.py < --key=value.
 
-Each setting is a field of a frozen dataclass, with its type, its default and its reason. `parse` fills one
-from the command line; every mistake ends the program with a single line that names the mend.
+Each setting is a field of a frozen dataclass, with its type, its default and its reason. `parse`
+fills one from the command line; every mistake ends the program with a single line that names the
+mend.
 """
 import ast
 import builtins
@@ -14,29 +15,35 @@ from math import inf
 from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-EXIT_MISTAKE = 2  # the command, a file or the machine must be changed first: trying again would not help
+# the command, a file or the machine must be changed first: trying again would not help
+EXIT_MISTAKE = 2
 
 
 def fail(message: str) -> NoReturn:
-    """End the program with one line on stderr and exit code 2; of several ranks on a host, the first one speaks."""
+    """End the program with one line on stderr and exit code 2; of several ranks on a host, the
+    first one speaks."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
     sys.exit(EXIT_MISTAKE)
 
 
 def knob(default: Any, why: str, least: float = -inf, below: float = inf) -> Any:
-    """A setting: its default, what it is for, and the half-open range [least, below) its value must lie in."""
+    """A setting: its default, what it is for, and the half-open range [least, below) its value must
+    lie in."""
     return field(default=default, metadata={"why": why, "least": least, "below": below})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The settings of train.py. nanoGPT's names keep nanoGPT's meaning; "step" is an optimizer update done."""
+    """The settings of train.py. nanoGPT's names keep nanoGPT's meaning; "step" is an optimizer
+    update done."""
     # the run
     out_dir: str = knob("out", "the run's folder: bundles and metrics.jsonl")
-    init_from: str = knob("scratch", "scratch | resume | auto (resume if there is a run, else scratch) | "
-                          "gpt2, gpt2-medium, gpt2-large, gpt2-xl | path of a checkpoint or a Hugging Face folder")
-    seed: int = knob(1337, "weights, order of the data and dropout follow from it", least=0, below=2**63)
+    init_from: str = knob("scratch",
+        "scratch | resume | auto (resume if there is a run, else scratch) | "
+        "gpt2, gpt2-medium, gpt2-large, gpt2-xl | path of a checkpoint or a Hugging Face folder")
+    seed: int = knob(1337,
+        "weights, order of the data and dropout follow from it", least=0, below=2**63)
     # the data
     dataset: str = knob("openwebtext", "data/<dataset>, made by prepare.py")
     gradient_accumulation_steps: int = knob(5 * 8, "micro-batches a step, over all ranks", least=1)
@@ -47,41 +54,50 @@ class TrainConfig:
     n_head: int = knob(12, "attention heads; n_embd must be a multiple", least=1)
     n_embd: int = knob(768, "width", least=1)
     dropout: float = knob(0.0, "0 for pretraining, 0.1 and more for small data", least=0, below=1)
-    bias: bool = knob(False, "biases in Linear and LayerNorm: True as in GPT-2, False is faster and no worse")
+    bias: bool = knob(False,
+        "biases in Linear and LayerNorm: True as in GPT-2, False is faster and no worse")
     # AdamW and its schedule
     learning_rate: float = knob(6e-4, "peak learning rate", least=0)
     max_iters: int = knob(600000, "the run ends after so many steps", least=0)
-    weight_decay: float = knob(1e-1, "on matrices and embeddings; never on biases and norms", least=0)
+    weight_decay: float = knob(1e-1,
+        "on matrices and embeddings; never on biases and norms", least=0)
     beta1: float = knob(0.9, "AdamW's decay of the mean gradient", least=0, below=1)
-    beta2: float = knob(0.95, "AdamW's decay of the mean square; 0.99 when a batch has few tokens", least=0, below=1)
+    beta2: float = knob(0.95,
+        "AdamW's decay of the mean square; 0.99 when a batch has few tokens", least=0, below=1)
     grad_clip: float = knob(1.0, "clip the global gradient norm here; 0 = off", least=0)
     decay_lr: bool = knob(True, "warm up, then follow a cosine down; False = constant")
     warmup_iters: int = knob(2000, "steps of linear warm-up", least=0)
-    lr_decay_iters: int = knob(600000, "the cosine reaches min_lr here, usually at max_iters", least=0)
+    lr_decay_iters: int = knob(600000,
+        "the cosine reaches min_lr here, usually at max_iters", least=0)
     min_lr: float = knob(6e-5, "the cosine's floor, usually learning_rate / 10", least=0)
     # looking and saving
     eval_interval: int = knob(2000, "evaluate every so many steps", least=1)
-    eval_iters: int = knob(200, "micro-batches an evaluation reads of each split, always the same ones", least=1)
+    eval_iters: int = knob(200,
+        "micro-batches an evaluation reads of each split, always the same ones", least=1)
     eval_only: bool = knob(False, "evaluate once and end")
     log_interval: int = knob(1, "log every so many steps", least=1)
-    sample_tokens: int = knob(0, "show a sample of so many tokens at each evaluation; 0 = none", least=0)
+    sample_tokens: int = knob(0,
+        "show a sample of so many tokens at each evaluation; 0 = none", least=0)
     checkpoint_interval: int = knob(0, "save every so many steps; 0 = at each evaluation", least=0)
     keep_checkpoints: int = knob(2, "newest bundles to keep; best.pt is kept besides", least=2)
-    always_save_checkpoint: bool = knob(True, "nanoGPT's; changes nothing here: newest and best are always kept")
+    always_save_checkpoint: bool = knob(True,
+        "nanoGPT's; changes nothing here: newest and best are always kept")
     wandb_log: bool = knob(False, "log to Weights & Biases as well")
     wandb_project: str = knob("owt", "its project")
     wandb_run_name: str = knob("gpt2", "its run name")
     # the machine
     device: str = knob("auto", "auto | cpu | cuda | cuda:1 | mps")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob(
-        "auto", "of the matrix products: auto takes bfloat16 where it is fast")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto",
+        "of the matrix products: auto takes bfloat16 where it is fast")
     compile: bool | Literal["auto"] = knob("auto", "torch.compile: auto = on CUDA")
-    deterministic: bool = knob(False, "bits repeat on CUDA too, for some speed; on a CPU they always do")
+    deterministic: bool = knob(False,
+        "bits repeat on CUDA too, for some speed; on a CPU they always do")
     backend: str = knob("auto", "of torch.distributed: auto = nccl on CUDA, else gloo")
 
 
 def _convert(kind: Any, value: Any) -> Any:
-    """`value` as a `kind`; a string may spell a number or a bool. Raises ValueError if it is none."""
+    """`value` as a `kind`; a string may spell a number or a bool. Raises ValueError if it is
+    none."""
     if get_origin(kind) in (Union, UnionType):
         for option in get_args(kind):
             try:
@@ -110,15 +126,18 @@ def _in_words(kind: Any) -> str:
     words = {int: "a whole number", float: "a number", bool: "True or False", str: "a string"}
     if kind in words:
         return words[kind]
-    return " or ".join(option if isinstance(option, str) else _in_words(option) for option in get_args(kind))
+    return " or ".join(option if isinstance(option, str) else _in_words(option)
+                       for option in get_args(kind))
 
 
 def checked(settings: type, key: str, value: Any, where: str) -> Any:
-    """`value` as the type of `settings.key`, in its range; else the program ends, naming the key and `where`."""
+    """`value` as the type of `settings.key`, in its range; else the program ends, naming the key
+    and `where`."""
     known = {f.name: f for f in fields(settings)}
     if key not in known:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        fail(f"{where}: unknown key {key!r}; " + (f"did you mean {near[0]}?" if near else "--help lists the keys"))
+        fail(f"{where}: unknown key {key!r}; "
+             + (f"did you mean {near[0]}?" if near else "--help lists the keys"))
     kind = get_type_hints(settings)[key]
     try:
         value = _convert(kind, value)
@@ -134,15 +153,17 @@ def checked(settings: type, key: str, value: Any, where: str) -> Any:
 def read_config_file(settings: type, path: str) -> dict[str, Any]:
     """The settings that a Python file assigns, e.g. {"n_layer": 6}.
 
-    The file runs in a namespace of its own, where it can read the defaults by name. What it imports, functions
-    and names with a leading underscore are its own business; any other name must be a known key.
+    The file runs in a namespace of its own, where it can read the defaults by name. What it
+    imports, functions and names with a leading underscore are its own business; any other name must
+    be a known key.
     """
     try:
         with open(path, encoding="utf-8-sig") as f:
             source = f.read()
         code = compile(source, path, "exec")
     except OSError as e:
-        fail(f"{path}: {e.strerror.lower()}; give the path of a config file, e.g. config/train_shakespeare_char.py")
+        fail(f"{path}: {e.strerror.lower()}; give the path of a config file, "
+             "e.g. config/train_shakespeare_char.py")
     except (SyntaxError, ValueError) as e:
         fail(f"{path}:{getattr(e, 'lineno', None) or 1}: not Python: {getattr(e, 'msg', e)}")
     defaults = {f.name: f.default for f in fields(settings)}
@@ -154,7 +175,8 @@ def read_config_file(settings: type, path: str) -> dict[str, Any]:
         fail(f"{path}:{line}: {type(e).__name__}: {e}")
     imported = {alias.asname or alias.name.split(".")[0] for node in ast.walk(ast.parse(source))
                 if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
-    own = {key for key, value in namespace.items() if key.startswith("_") or callable(value)} | imported
+    own = {key for key, value in namespace.items()
+           if key.startswith("_") or callable(value)} | imported
     return {key: checked(settings, key, value, path) for key, value in namespace.items()
             if key in defaults or key not in own}
 
@@ -168,10 +190,11 @@ def show_help(settings: type, usage: str) -> NoReturn:
 
 
 def parse(settings: type, usage: str, argv: list[str]) -> tuple[Any, dict[str, Any], list[str]]:
-    """Read a command line of words (`config/x.py` or whatever the script takes) and `--key=value` flags.
+    """Read a command line of words (`config/x.py` or whatever the script takes) and `--key=value`
+    flags.
 
-    Config files come before the flags, whatever the order. Returns the settings, those of them that were
-    given rather than left at their default, and the words that are no config files.
+    Config files come before the flags, whatever the order. Returns the settings, those of them that
+    were given rather than left at their default, and the words that are no config files.
     """
     if "--help" in argv or "-h" in argv:
         show_help(settings, usage)

@@ -7,7 +7,8 @@ from typing import Any
 
 
 class Metrics:
-    """The run's log, on rank 0. After a resume it is one clean curve: rows past the resumed step are dropped."""
+    """The run's log, on rank 0. After a resume it is one clean curve: rows past the resumed step
+    are dropped."""
 
     def __init__(self, out_dir: Path | None, step: int) -> None:
         """Go on after `step` in out_dir's metrics.jsonl; without a folder nothing is kept."""
@@ -26,14 +27,15 @@ class Metrics:
         self.file = open(path, "a", encoding="utf-8")
 
     def start_wandb(self, config: dict[str, Any], run_id: str | None) -> str | None:
-        """Log to Weights & Biases as well, into the run `run_id` if there is one, and return the run's id.
+        """Log to Weights & Biases as well, into the run `run_id` if there is one, and return the
+        run's id.
 
         A failure there stops nothing.
         """
         try:
             import wandb
-            self.wandb = wandb.init(project=config["wandb_project"], name=config["wandb_run_name"], config=config,
-                                    id=run_id, resume="allow")
+            self.wandb = wandb.init(project=config["wandb_project"], name=config["wandb_run_name"],
+                                    config=config, id=run_id, resume="allow")
             return self.wandb.id
         except Exception as e:
             self.say(f"wandb is off for this run: {e}")
@@ -64,7 +66,8 @@ class Metrics:
         """The line of a logged step."""
         minutes, seconds = divmod(round(seconds_left), 60)
         self.say(f"step {row['step']}/{max_iters}: loss {row['loss']:.4f}, lr {row['lr']:.2e}, "
-                 f"{row['tokens_per_s']:,.0f} tokens/s" + (f", MFU {row['mfu']:.1%}" if "mfu" in row else "")
+                 f"{row['tokens_per_s']:,.0f} tokens/s"
+                 + (f", MFU {row['mfu']:.1%}" if "mfu" in row else "")
                  + f", {minutes // 60}:{minutes % 60:02}:{seconds:02} left", live=True)
 
     def say(self, text: str, live: bool = False) -> None:

@@ -1,4 +1,5 @@
-"""Continue text with a trained model: `python sample.py --out_dir=out --start="To be"`; --help lists every key."""
+"""Continue text with a trained model: `python sample.py --out_dir=out --start="To be"`; --help
+lists every key."""
 import math
 import sys
 from dataclasses import dataclass
@@ -11,21 +12,25 @@ from configurator import fail, knob, parse
 class SampleConfig:
     """The settings of sample.py."""
     out_dir: str = knob("out", "folder of the run")
-    init_from: str = knob("best", "best | resume (the newest) of out_dir's bundles | path of a checkpoint or a "
-                          "Hugging Face folder | gpt2, gpt2-medium, gpt2-large, gpt2-xl")
+    init_from: str = knob("best",
+        "best | resume (the newest) of out_dir's bundles | path of a checkpoint or a "
+        "Hugging Face folder | gpt2, gpt2-medium, gpt2-large, gpt2-xl")
     start: str = knob("", "the text to continue; FILE:prompt.txt reads it from a file")
     num_samples: int = knob(3, "how many continuations", least=1)
     max_new_tokens: int = knob(500, "length of each", least=0)
-    temperature: float = knob(0.8, "below 1 plainer, above 1 wilder; 0 = always the likeliest token", least=0)
+    temperature: float = knob(0.8,
+        "below 1 plainer, above 1 wilder; 0 = always the likeliest token", least=0)
     top_k: int = knob(200, "draw among so many of the likeliest tokens; 0 = all", least=0)
     top_p: float = knob(1.0, "draw among the likeliest tokens that hold this probability", least=0)
     stop_at_eot: bool = knob(False, "end a sample at the end-of-text token")
     seed: int = knob(1337, "another seed, another text", least=0, below=2**63)
     device: str = knob("auto", "auto | cpu | cuda | cuda:1 | mps")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto", "of the weights: auto = what is fast")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto",
+        "of the weights: auto = what is fast")
 
 
-if __name__ == "__main__":  # before torch is loaded, so that --help and mistakes are answered at once
+if __name__ == "__main__":
+    # before torch is loaded, so that --help and mistakes are answered at once
     CONFIG, _, WORDS = parse(SampleConfig, "python sample.py [--key=value ...]", sys.argv[1:])
     if WORDS:
         fail(f"{WORDS[0]}: a flag is written --key=value; --help lists the keys")
@@ -47,7 +52,8 @@ def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
     try:
         if config.init_from in ("best", "resume"):
             best = folder / "best.pt"
-            bundle = read_bundle(best) if config.init_from == "best" and best.exists() else newest_bundle(folder)
+            bundle = (read_bundle(best) if config.init_from == "best" and best.exists()
+                      else newest_bundle(folder))
             args, state, data = ModelArgs(**bundle["model_args"]), bundle["model"], bundle["data"]
             loss = bundle["evaluation"].get("val_loss", math.nan)
             origin = f"{folder}: step {bundle['step']}, val loss {loss:.4f}"
@@ -67,7 +73,8 @@ def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
 
 
 def read_prompt(start: str, vocabulary: tokenizer.Tokenizer) -> list[int]:
-    """The tokens to continue; for an empty text the end-of-text token, or the first character there is."""
+    """The tokens to continue; for an empty text the end-of-text token, or the first character there
+    is."""
     try:
         if start.startswith("FILE:"):
             start = Path(start.removeprefix("FILE:")).read_text(encoding="utf-8")
@@ -89,11 +96,13 @@ def main(config: SampleConfig) -> None:
     samples = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(config.num_samples)]
     texts = [vocabulary.decode(prompt) if config.start else ""] * config.num_samples
     print(texts[0], end="", flush=True)
-    for new in generate(model, [prompt] * config.num_samples, config.max_new_tokens, config.temperature, config.top_k,
-                        config.top_p, vocabulary.eot if config.stop_at_eot else None, config.seed):
+    for new in generate(model, [prompt] * config.num_samples, config.max_new_tokens,
+                        config.temperature, config.top_k, config.top_p,
+                        vocabulary.eot if config.stop_at_eot else None, config.seed):
         for i, token in enumerate(new):
             if token is not None:
-                piece = samples[i].decode(vocabulary.token_bytes(token))  # a character may be several tokens
+                # a character may be several tokens
+                piece = samples[i].decode(vocabulary.token_bytes(token))
                 texts[i] += piece
                 if i == 0:
                     print(piece, end="", flush=True)
