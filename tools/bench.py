@@ -1,6 +1,7 @@
 """Measurements, both sides in one run: `python -m tools.bench checkpoint`; --help lists the keys.
 
-checkpoint: what a save adds to training, beside a plain torch.save in the loop, and the write beside the disk alone.
+checkpoint: what a save adds to training, beside a plain torch.save in the loop, and the write
+beside the disk alone.
 """
 import sys
 from dataclasses import dataclass
@@ -12,13 +13,15 @@ from configurator import fail, knob, parse
 class BenchConfig:
     """The settings of the benchmarks."""
     rounds: int = knob(5, "medians are taken over so many rounds", least=1)
-    folder: str = knob("", "where bundles are written; empty = a temporary folder on the default disk")
+    folder: str = knob("",
+        "where bundles are written; empty = a temporary folder on the default disk")
     device: str = knob("auto", "auto | cpu | cuda")
     only: str = knob("", "measure the model of this name alone: small | gpt2")
 
 
 if __name__ == "__main__":
-    CONFIG, _, WORDS = parse(BenchConfig, "python -m tools.bench checkpoint [--key=value ...]", sys.argv[1:])
+    CONFIG, _, WORDS = parse(BenchConfig, "python -m tools.bench checkpoint [--key=value ...]",
+                             sys.argv[1:])
 
 import os
 import platform
@@ -36,14 +39,16 @@ from configurator import TrainConfig
 from model import GPT, ModelArgs
 from runtime import pick_device, pick_dtype
 
-MODELS = {"small": (ModelArgs(6, 6, 384, 256, 65, False, 0.0), 16), "gpt2": (ModelArgs(12, 12, 768, 1024, 50257, False, 0.0), 1)}
+MODELS = {"small": (ModelArgs(6, 6, 384, 256, 65, False, 0.0), 16),
+          "gpt2": (ModelArgs(12, 12, 768, 1024, 50257, False, 0.0), 1)}
 
 
 def machine(device: torch.device) -> str:
     """What was measured on."""
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
-        cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+        cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo")
+                   if line.startswith("model name"))
     gpu = torch.cuda.get_device_name(device) + ", " if device.type == "cuda" else ""
     return f"{gpu}{cpu}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
@@ -63,7 +68,8 @@ class Training:
         self.optimizer = self.model.optimizer(1e-3, (0.9, 0.95), 0.1)
         self.batch = torch.randint(args.vocab_size, (2, batch_size, args.block_size), device=device)
         dtype = pick_dtype("auto", device)
-        self.autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+        self.autocast = (torch.autocast(device.type, dtype) if dtype != torch.float32
+                         else nullcontext())
         self.fast = torch.compile(self.model) if device.type == "cuda" else self.model
 
     def step(self, before_update: Callable[[], None] = lambda: None) -> None:
@@ -77,9 +83,10 @@ class Training:
 
     def live(self, step: int) -> dict:
         """What a bundle is made of."""
-        return {"format": checkpoint.FORMAT, "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "step": step, "config": {}, "model_args": vars(self.model.args), "best_val_loss": 0.0,
-                "evaluation": {}, "rng": [], "scaler": {}, "data": {}, "wandb_run_id": None}
+        return {"format": checkpoint.FORMAT, "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(), "step": step, "config": {},
+                "model_args": vars(self.model.args), "best_val_loss": 0.0, "evaluation": {},
+                "rng": [], "scaler": {}, "data": {}, "wandb_run_id": None}
 
 
 def seconds(work: Callable[[], None], device: torch.device) -> float:
@@ -105,12 +112,15 @@ def raw_write(path: Path, size: int) -> None:
 def bench_checkpoint(config: BenchConfig) -> None:
     """Blocks of steps without a save, with one of ours and with a plain torch.save, in turn."""
     device = pick_device(config.device)
-    print(f"{machine(device)}\n\n| model | bundle | step | plain torch.save adds | keepGPT's save adds | of training, at a save "
-          "every 100 steps | its write | the disk alone |\n|---|---|---|---|---|---|---|---|")
+    print(f"{machine(device)}\n\n"
+          "| model | bundle | step | plain torch.save adds | keepGPT's save adds | "
+          "of training, at a save every 100 steps | its write | the disk alone |\n"
+          "|---|---|---|---|---|---|---|---|")
     for name, (args, batch_size) in MODELS.items():
         if config.only in ("", name):
             with tempfile.TemporaryDirectory(dir=config.folder or None) as folder:
-                print(checkpoint_row(name, Training(args, batch_size, device), Path(folder), config.rounds), flush=True)
+                print(checkpoint_row(name, Training(args, batch_size, device), Path(folder),
+                                     config.rounds), flush=True)
 
 
 def checkpoint_row(name: str, training: Training, folder: Path, rounds: int) -> str:
@@ -118,11 +128,13 @@ def checkpoint_row(name: str, training: Training, folder: Path, rounds: int) -> 
     device = training.device
     saver = checkpoint.Saver(folder, 2, 0.0, lambda: None, device)
     for i in range(3):
-        saver.save(training.live(i), best=False) if i else None  # the first save makes the memory it will use again
+        # the first save makes the memory it will use again
+        saver.save(training.live(i), best=False) if i else None
         training.step(saver.wait_for_copy)
     saver.wait()
     step = median(seconds(training.step, device) for _ in range(5))
-    steps = 2 + round(1.5 * seconds(lambda: (saver.save(training.live(3), False), saver.wait()), device) / step)
+    steps = 2 + round(
+        1.5 * seconds(lambda: (saver.save(training.live(3), False), saver.wait()), device) / step)
 
     def block(save: Callable[[], None]) -> Callable[[], None]:
         def work() -> None:
@@ -139,13 +151,15 @@ def checkpoint_row(name: str, training: Training, folder: Path, rounds: int) -> 
         for kind, save in kinds.items():
             times[kind].append(seconds(block(save), device))
         size = (folder / "plain.pt").stat().st_size
-        times["write"].append(seconds(lambda: (saver.save(training.live(5), False), saver.wait()), device))
+        times["write"].append(
+            seconds(lambda: (saver.save(training.live(5), False), saver.wait()), device))
         times["disk"].append(seconds(lambda: raw_write(folder / "raw", size), device))
     t = {kind: median(values) for kind, values in times.items()}
     step, plain, ours = t["none"] / steps, t["plain"] - t["none"], t["keepGPT"] - t["none"]
     assert not saver.failed
-    return (f"| {name} | {size / 1e6:,.0f} MB | {step * 1e3:,.0f} ms | {plain:.2f} s | {ours:.2f} s ({ours / plain:.2f} x) | "
-            f"{ours / (100 * step):.2%} | {t['write']:.2f} s | {t['disk']:.2f} s ({t['write'] / t['disk']:.2f} x) |")
+    return (f"| {name} | {size / 1e6:,.0f} MB | {step * 1e3:,.0f} ms | {plain:.2f} s | "
+            f"{ours:.2f} s ({ours / plain:.2f} x) | {ours / (100 * step):.2%} | "
+            f"{t['write']:.2f} s | {t['disk']:.2f} s ({t['write'] / t['disk']:.2f} x) |")
 
 
 PARTS = {"checkpoint": bench_checkpoint}

@@ -1,6 +1,8 @@
-"""The whole story in a few minutes: prepare, train, pull the plug, go on, sample. Run it as `python -m tools.demo`.
+"""The whole story in a few minutes: prepare, train, pull the plug, go on, sample. Run it as
+`python -m tools.demo`.
 
-Shows each command before it runs it. What an earlier demo made is used again; remove out-demo/ to see it anew.
+Shows each command before it runs it. What an earlier demo made is used again; remove out-demo/ to
+see it anew.
 """
 import json
 import subprocess
@@ -11,7 +13,8 @@ from pathlib import Path
 REPO = Path(__file__).parent.parent
 METRICS = REPO / "out-demo" / "metrics.jsonl"
 PULL_THE_PLUG_AT = 1250  # steps, of the 3000 in the config
-TRAIN = ["train.py", "config/train_shakespeare_char_cpu.py", "--out_dir=out-demo", "--init_from=auto"]
+TRAIN = ["train.py", "config/train_shakespeare_char_cpu.py", "--out_dir=out-demo",
+         "--init_from=auto"]
 
 
 def say(text: str) -> None:
@@ -45,7 +48,8 @@ def main() -> None:
     if run.poll() is None:
         run.kill()
         run.wait()
-        say(f"The plug is pulled: kill -9 at about step {step()}. Nobody had time to save. The same command again:")
+        say(f"The plug is pulled: kill -9 at about step {step()}. Nobody had time to save. "
+            "The same command again:")
         run = start(TRAIN)
     finish(run)
     finish(start(["sample.py", "--out_dir=out-demo", "--num_samples=2", "--max_new_tokens=400"]))
