@@ -34,7 +34,8 @@ def test_a_resumed_run_keeps_what_the_command_leaves_out(train, tmp_path):
     bundle = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
     assert bundle["step"] == 40 and bundle["config"]["n_embd"] == TINY["n_embd"]
     groups = bundle["optimizer"]["param_groups"]
-    assert [g["weight_decay"] for g in groups] == [0.3, 0.0] and [g["betas"] for g in groups] == [(0.9, 0.9)] * 2
+    assert ([g["weight_decay"] for g in groups] == [0.3, 0.0]
+            and [g["betas"] for g in groups] == [(0.9, 0.9)] * 2)
 
 
 def test_the_same_rows_in_other_micro_batches_are_the_same_run(train, tmp_path):
@@ -46,8 +47,8 @@ def test_the_same_rows_in_other_micro_batches_are_the_same_run(train, tmp_path):
 
 
 @pytest.mark.parametrize("flag, value, shown", [
-    ("n_layer", 3, "n_layer=2, not 3"), ("seed", 7, "seed=1337, not 7"), ("block_size", 16, "block_size=32, not 16"),
-    ("batch_size", 5, "= 8, not 10")])
+    ("n_layer", 3, "n_layer=2, not 3"), ("seed", 7, "seed=1337, not 7"),
+    ("block_size", 16, "block_size=32, not 16"), ("batch_size", 5, "= 8, not 10")])
 def test_what_would_make_it_another_run_is_refused(train, flag, value, shown, tmp_path):
     train(max_iters=1)
     before = bits(tmp_path / "out/ckpt.pt")
@@ -58,7 +59,8 @@ def test_what_would_make_it_another_run_is_refused(train, flag, value, shown, tm
 def test_other_data_is_refused(train, play, tmp_path):
     train(max_iters=1)
     run("prepare.py", play, name="other", tokenizer="char", data_dir=tmp_path, val_fraction=0.2)
-    assert "was trained on hamlet" in complaint(train(init_from="resume", dataset=tmp_path / "other", code=None))
+    assert "was trained on hamlet" in complaint(
+        train(init_from="resume", dataset=tmp_path / "other", code=None))
 
 
 def test_scratch_never_overwrites_a_run(train, tmp_path):
@@ -85,7 +87,8 @@ def test_a_damaged_bundle_is_passed_over_for_an_older_one(train, tmp_path, damag
     elif damage == "pickle":
         torch.save({"model": os.system}, path)
         raw = path.read_bytes()
-    path.write_bytes({"cut": raw[:-7], "empty": b"", "text": b"not a bundle\n" * 9}.get(damage, bytes(raw)))
+    path.write_bytes({"cut": raw[:-7], "empty": b"", "text": b"not a bundle\n" * 9}
+                     .get(damage, bytes(raw)))
     done = train(init_from="resume")
     assert "passing over" in done.stderr and "at step 20" in done.stdout
     assert bits(path) == bits(tmp_path / "whole/ckpt.pt")
@@ -116,17 +119,20 @@ def undisturbed(dataset, tmp_path_factory):
 @pytest.mark.parametrize("ranks, number", [
     (1, signal.SIGINT), (1, signal.SIGTERM), (1, signal.SIGUSR1), (1, signal.SIGKILL),
     (2, signal.SIGTERM), (2, signal.SIGKILL)])
-def test_a_run_that_gets_a_signal_goes_on_to_the_same_bits(dataset, tmp_path, undisturbed, ranks, number):
+def test_a_run_that_gets_a_signal_goes_on_to_the_same_bits(dataset, tmp_path, undisturbed, ranks,
+                                                           number):
     flags = {"dataset": dataset, "out_dir": tmp_path / "out", **SIGNALLED}
     log = open(tmp_path / "log", "w+")
-    process = subprocess.Popen(command("train.py", ranks=ranks, **flags), stdout=log, stderr=subprocess.STDOUT,
-                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = subprocess.Popen(command("train.py", ranks=ranks, **flags), stdout=log,
+                               stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
     metrics = tmp_path / "out/metrics.jsonl"
     while not (metrics.exists() and '"step": 70,' in metrics.read_text()):
         assert process.poll() is None, (tmp_path / "log").read_text()
         time.sleep(0.01)
-    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    os.kill(int(workers[-1]) if ranks > 1 else process.pid, number)  # behind torchrun: one rank, not the launcher
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True,
+                             text=True).stdout.split()
+    # behind torchrun: one rank, not the launcher
+    os.kill(int(workers[-1]) if ranks > 1 else process.pid, number)
     process.wait(timeout=60)
     stopped = rows(tmp_path / "out")[-1]["step"]
     assert process.returncode != 0 and stopped < 300
@@ -139,7 +145,8 @@ def test_a_run_that_gets_a_signal_goes_on_to_the_same_bits(dataset, tmp_path, un
 
 
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(dataset, tmp_path):
-    flags = {"dataset": dataset, **TINY, "max_iters": 100000, "out_dir": tmp_path / "out", "init_from": "auto"}
+    flags = {"dataset": dataset, **TINY, "max_iters": 100000, "out_dir": tmp_path / "out",
+             "init_from": "auto"}
     first = subprocess.Popen(command("train.py", **flags), stdout=subprocess.PIPE, text=True)
     while "step 5/" not in first.stdout.readline():
         pass
@@ -152,8 +159,11 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(datase
 def test_newest_best_and_older_bundles_stand_beside_each_other(train, tmp_path):
     train(eval_interval=10, keep_checkpoints=3)
     names = {path.name for path in (tmp_path / "out").glob("*.pt*")}
-    assert names == {"ckpt.pt", "best.pt", "ckpt-00000020.pt", "ckpt-00000030.pt", "ckpt-00000040.pt"}
-    losses = {row["step"]: row["val_loss"] for row in rows(tmp_path / "out", "val_loss") if row["step"]}
+    assert names == {"ckpt.pt", "best.pt",
+                     "ckpt-00000020.pt", "ckpt-00000030.pt", "ckpt-00000040.pt"}
+    losses = {row["step"]: row["val_loss"]
+              for row in rows(tmp_path / "out", "val_loss") if row["step"]}
     best = torch.load(tmp_path / "out/best.pt", weights_only=True)
-    assert best["step"] == min(losses, key=losses.get) and best["best_val_loss"] == min(losses.values())
+    assert (best["step"] == min(losses, key=losses.get)
+            and best["best_val_loss"] == min(losses.values()))
     assert torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["step"] == 40

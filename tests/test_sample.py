@@ -17,7 +17,8 @@ def trained(dataset, tmp_path_factory):
 
 def test_it_needs_only_the_checkpoint(trained, tmp_path):
     shutil.copy(trained / "best.pt", tmp_path / "best.pt")
-    done = run("sample.py", out_dir=tmp_path, start="Ham", num_samples=2, max_new_tokens=50, cwd=tmp_path)
+    done = run("sample.py", out_dir=tmp_path, start="Ham", num_samples=2, max_new_tokens=50,
+               cwd=tmp_path)
     first, second = samples(done.stdout)
     assert "step 100" in done.stderr and first != second
     assert first.startswith("Ham") and second.startswith("Ham") and len(first) == len(second) == 53
@@ -30,20 +31,24 @@ def samples(text: str) -> list[str]:
 
 def test_a_seed_repeats_and_another_does_not(trained):
     def sample(**flags):
-        return samples(run("sample.py", out_dir=trained, num_samples=1, max_new_tokens=60, **flags).stdout)
+        return samples(run("sample.py", out_dir=trained, num_samples=1, max_new_tokens=60,
+                           **flags).stdout)
     assert sample(seed=1) == sample(seed=1) != sample(seed=2)
     assert sample(seed=1, temperature=0) == sample(seed=2, top_k=1)
 
 
 def test_the_newest_or_the_best_or_any_file(trained, tmp_path):
     older = next(trained.glob("ckpt-*80.pt"))
-    done = run("sample.py", out_dir=trained, init_from=older, num_samples=1, max_new_tokens=40, temperature=0)
+    done = run("sample.py", out_dir=trained, init_from=older, num_samples=1, max_new_tokens=40,
+               temperature=0)
     step_80 = samples(done.stdout)
     shutil.copy(older, tmp_path / "best.pt")
     shutil.copy(trained / "ckpt.pt", tmp_path / "ckpt.pt")
     best = run("sample.py", out_dir=tmp_path, num_samples=1, max_new_tokens=40, temperature=0)
-    newest = run("sample.py", out_dir=tmp_path, init_from="resume", num_samples=1, max_new_tokens=40, temperature=0)
-    assert "step 80" in best.stderr and samples(best.stdout) == step_80 and "step 100" in newest.stderr
+    newest = run("sample.py", out_dir=tmp_path, init_from="resume", num_samples=1,
+                 max_new_tokens=40, temperature=0)
+    assert ("step 80" in best.stderr and samples(best.stdout) == step_80
+            and "step 100" in newest.stderr)
 
 
 def test_a_prompt_from_a_file_longer_than_the_block(trained, play, tmp_path):
@@ -76,7 +81,8 @@ def test_a_nanogpt_checkpoint_is_loaded_safely(trained, tmp_path):
     bundle = torch.load(trained / "best.pt", weights_only=True)
     state = {f"_orig_mod.{name}": tensor for name, tensor in bundle["model"].items()}
     state["_orig_mod.lm_head.weight"] = state["_orig_mod.transformer.wte.weight"]
-    torch.save({"model": state, "model_args": bundle["model_args"], "iter_num": 100}, tmp_path / "ckpt.pt")
+    torch.save({"model": state, "model_args": bundle["model_args"], "iter_num": 100},
+               tmp_path / "ckpt.pt")
     line = complaint(run("sample.py", code=None, init_from=tmp_path / "ckpt.pt"))
     assert "does not say which" in line
     torch.save({"model": print}, tmp_path / "ckpt.pt")

@@ -18,10 +18,11 @@ def test_the_bundle_is_what_the_contract_says(train, dataset, tmp_path):
     train()
     bundle = torch.load(tmp_path / "out/ckpt.pt", map_location="cpu", weights_only=True)
     assert bundle["step"] == 40 and bundle["config"]["max_iters"] == 40
-    assert {"model", "optimizer", "model_args", "best_val_loss", "rng", "scaler", "data", "wandb_run_id", "format"} \
-        <= bundle.keys()
+    assert {"model", "optimizer", "model_args", "best_val_loss", "rng", "scaler", "data",
+            "wandb_run_id", "format"} <= bundle.keys()
     assert bundle["model"]["transformer.h.1.attn.c_attn.weight"].shape == (96, 32)
-    assert bundle["data"] == json.loads((dataset / "meta.json").read_text()) and len(bundle["rng"]) == 1
+    assert (bundle["data"] == json.loads((dataset / "meta.json").read_text())
+            and len(bundle["rng"]) == 1)
     steps = [row["step"] for row in rows(tmp_path / "out", "loss")]
     assert steps == list(range(5, 41, 5))
     assert [row["step"] for row in rows(tmp_path / "out", "val_loss")] == [0, 20, 40]
@@ -30,7 +31,8 @@ def test_the_bundle_is_what_the_contract_says(train, dataset, tmp_path):
 def test_an_evaluation_changes_no_bit_of_training(train, tmp_path):
     train(out="often", eval_interval=5, eval_iters=2, sample_tokens=5)
     train(out="seldom", eval_interval=40)
-    often, seldom = (torch.load(tmp_path / out / "ckpt.pt", weights_only=True) for out in ("often", "seldom"))
+    often, seldom = (torch.load(tmp_path / out / "ckpt.pt", weights_only=True)
+                     for out in ("often", "seldom"))
     assert all(torch.equal(often["model"][name], seldom["model"][name]) for name in often["model"])
     assert rows(tmp_path / "often", "loss") == rows(tmp_path / "seldom", "loss")
 
@@ -41,7 +43,8 @@ def test_one_and_two_ranks_agree_to_rounding(train, tmp_path):
     one, two = (rows(tmp_path / out) for out in ("one", "two"))
     assert len(one) == len(two) == 43
     for a, b in zip(one, two):
-        assert a.keys() == b.keys() and all(math.isclose(a[key], b[key], rel_tol=2e-5) for key in a), (a, b)
+        assert (a.keys() == b.keys()
+                and all(math.isclose(a[key], b[key], rel_tol=2e-5) for key in a)), (a, b)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -58,7 +61,8 @@ def test_weights_that_are_not_finite_stop_the_run_before_the_first_update(train,
 def test_a_run_that_blows_up_keeps_finite_bundles(train, tmp_path):
     train(max_iters=20)
     done = train(init_from="resume", learning_rate=1e30, grad_clip=0, checkpoint_interval=1, code=3)
-    assert "is not finite; that update was not made" in done.stdout and "ckpt.pt is from before it" in done.stdout
+    assert ("is not finite; that update was not made" in done.stdout
+            and "ckpt.pt is from before it" in done.stdout)
     bundles = [torch.load(path, weights_only=True) for path in tmp_path.glob("out/*.pt")]
     assert all(tensor.isfinite().all() for bundle in bundles for tensor in bundle["model"].values())
     assert max(row["step"] for row in rows(tmp_path / "out")) < 40
@@ -122,7 +126,8 @@ def test_wandb_offline_goes_on_with_the_same_run(train, tmp_path):
     train(wandb_log=True, max_iters=20, env=env)
     first = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["wandb_run_id"]
     train(init_from="resume", env=env)
-    assert first and torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["wandb_run_id"] == first
+    assert (first
+            and torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["wandb_run_id"] == first)
     assert len(list(tmp_path.glob(f"wandb/*{first}*"))) >= 1
 
 
