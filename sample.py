@@ -1,6 +1,7 @@
 """Continue text with a trained model: `python sample.py --out_dir=out --start="To be"`; --help
 lists every key."""
 import math
+import os
 import sys
 from dataclasses import dataclass
 from typing import Literal
@@ -34,6 +35,8 @@ if __name__ == "__main__":
     CONFIG, _, WORDS = parse(SampleConfig, "python sample.py [--key=value ...]", sys.argv[1:])
     if WORDS:
         fail(f"{WORDS[0]}: a flag is written --key=value; --help lists the keys")
+    # threads that wait must sleep: spinning, they slow a busy machine down to a sixth
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import codecs
 from pathlib import Path

@@ -4,6 +4,7 @@ every key.
 Kill it at any time: with --init_from=auto the same command goes on from the newest bundle in
 out_dir.
 """
+import os
 import sys
 
 from configurator import TrainConfig, fail, parse
@@ -12,6 +13,8 @@ if __name__ == "__main__":
     # before torch is loaded, so that --help and mistakes are answered at once
     CONFIG, GIVEN, _ = parse(TrainConfig, "python train.py [config/x.py] [--key=value ...]",
                              sys.argv[1:])
+    # threads that wait must sleep: spinning, they slow a busy machine down to a sixth
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import math
 import time
@@ -27,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 import tokenizer
-from loader import Loader, Split, seed_of, read_meta
+from loader import Loader, Split, read_meta, seed_of
 from metrics import Metrics
 from model import GPT, ModelArgs, cropped, generate, read_weights, with_weights
 from runtime import (EXIT_STOPPED, Ranks, Signals, lock, peak_flops, pick_dtype, restore_rng,

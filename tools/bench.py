@@ -3,6 +3,7 @@
 checkpoint: what a save adds to training, beside a plain torch.save in the loop, and the write
 beside the disk alone.
 """
+import os
 import sys
 from dataclasses import dataclass
 
@@ -22,8 +23,9 @@ class BenchConfig:
 if __name__ == "__main__":
     CONFIG, _, WORDS = parse(BenchConfig, "python -m tools.bench checkpoint [--key=value ...]",
                              sys.argv[1:])
+    # threads that wait must sleep: spinning, they slow a busy machine down to a sixth
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import os
 import platform
 import tempfile
 import time
@@ -35,7 +37,6 @@ from statistics import median
 import torch
 
 import checkpoint
-from configurator import TrainConfig
 from model import GPT, ModelArgs
 from runtime import pick_device, pick_dtype
 
