@@ -8,10 +8,10 @@ generations that are too old.
 import errno
 import math
 import os
+import pickle
 import re
 import sys
 import threading
-import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -124,6 +124,7 @@ def commit(bundle: dict[str, Any], folder: Path, keep: int, best: bool, disk: Di
     generation = folder / f"ckpt-{bundle['step']:08d}.pt"
     temporary = generation.with_suffix(".pt.tmp")
     try:
+        remove_leftovers(folder, disk)  # of a process that died
         write_bundle(bundle, temporary, disk)
         disk.rename(temporary, generation)
         point(folder / "ckpt.pt", generation, disk)
@@ -172,7 +173,7 @@ def read_bundle(path: Path) -> dict[str, Any]:
         bundle = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as e:
         raise BadBundle(e.strerror) from None
-    except (RuntimeError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as e:
+    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as e:
         raise BadBundle(f"torch cannot load it: {str(e).splitlines()[0]}") from None
     if not isinstance(bundle, dict) or bundle.get("format") != FORMAT or KEYS - bundle.keys():
         raise BadBundle("it is no bundle of this format")

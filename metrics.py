@@ -3,28 +3,43 @@ import json
 import os
 import sys
 from pathlib import Path
+from threading import Lock
 from typing import Any
+
+from checkpoint import Disk
+from configurator import fail
 
 
 class Metrics:
     """The run's log, on rank 0. After a resume it is one clean curve: rows past the resumed step
     are dropped."""
 
-    def __init__(self, out_dir: Path | None, step: int) -> None:
-        """Go on after `step` in out_dir's metrics.jsonl; without a folder nothing is kept."""
+    def __init__(self, out_dir: Path | None, step: int, evaluated: bool) -> None:
+        """Go on after `step` in out_dir's metrics.jsonl; without a folder nothing is kept.
+
+        Unless that step was `evaluated` when it was saved, the run will do that again.
+        """
         self.live = False  # the cursor stands at the end of a line that the next one replaces
         self.wandb = None
-        self.file = open(os.devnull, "w")
+        self.lock, self.waiting = Lock(), b""  # rows, or the rest of one, not written yet
+        self.file = open(os.devnull, "wb", buffering=0)
         if out_dir is None:
             return
-        path = out_dir / "metrics.jsonl"
-        rows = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        with open(path.with_suffix(".tmp"), "w", encoding="utf-8") as file:
-            file.writelines(f"{row}\n" for row in rows if _step_of(row) <= step)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path.with_suffix(".tmp"), path)
-        self.file = open(path, "a", encoding="utf-8")
+        path, temporary = out_dir / "metrics.jsonl", out_dir / "metrics.tmp"
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        kept = [line for line in lines if _is_before(line, step, evaluated)]
+        try:
+            if kept != lines:
+                with open(temporary, "wb") as file:
+                    file.writelines(kept)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+            self.file = open(path, "ab", buffering=0)
+            Disk().fsync_folder(out_dir)  # before a bundle relies on it
+        except OSError as e:
+            temporary.unlink(missing_ok=True)
+            fail(f"{path} can't be written: {e.strerror.lower()}")
 
     def start_wandb(self, config: dict[str, Any], run_id: str | None) -> str | None:
         """Log to Weights & Biases as well, into the run `run_id` if there is one, and return the
@@ -42,9 +57,16 @@ class Metrics:
             return run_id
 
     def log(self, row: dict[str, Any]) -> None:
-        """Add a row; floats are written so that they read back as the same bits."""
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
+        """Add a row; floats are written so that they read back as the same bits.
+
+        A disk that takes no more stops nothing: the rows wait, and no bundle is saved before them.
+        """
+        with self.lock:
+            self.waiting += json.dumps(row).encode() + b"\n"
+            try:
+                self._write()
+            except OSError as e:
+                self.say(f"metrics.jsonl: {e.strerror.lower()}; its rows wait")
         if self.wandb:
             try:
                 self.wandb.log(row, step=row["step"])
@@ -53,8 +75,17 @@ class Metrics:
                 self.wandb = None
 
     def sync(self) -> None:
-        """Make the rows so far survive a power cut: before the bundle that counts on them."""
-        os.fsync(self.file.fileno())
+        """Make the rows so far survive a power cut, before the bundle that counts on them.
+
+        Raises OSError if the disk does not take them.
+        """
+        with self.lock:
+            self._write()
+            os.fsync(self.file.fileno())
+
+    def _write(self) -> None:
+        while self.waiting:
+            self.waiting = self.waiting[self.file.write(self.waiting):]
 
     def close(self) -> None:
         """The run has ended."""
@@ -77,9 +108,12 @@ class Metrics:
         self.live = live
 
 
-def _step_of(row: str) -> float:
-    """The step of a row of metrics.jsonl; a row that a crash cut short lies past every step."""
+def _is_before(line: bytes, step: int, evaluated: bool) -> bool:
+    """Whether a line of metrics.jsonl is of the run as it was saved at `step`. One that a crash
+    has cut short is not."""
     try:
-        return json.loads(row)["step"]
+        row = json.loads(line)
+        repeated = row["step"] == step and "val_loss" in row and not evaluated
+        return line.endswith(b"\n") and row["step"] <= step and not repeated
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return False

@@ -227,7 +227,7 @@ def main(config: TrainConfig, given: dict[str, Any]) -> int:
         if len(bundle["rng"]) == ranks.world_size:
             restore_rng(bundle["rng"][ranks.rank], device)
         del bundle
-    metrics = Metrics(out_dir if writes else None, step)
+    metrics = Metrics(out_dir if writes else None, step, evaluation.get("step") == step)
     if writes:
         saver = checkpoint.Saver(out_dir, config.keep_checkpoints, best_val_loss, metrics.sync,
                                  device)
