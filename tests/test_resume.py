@@ -20,6 +20,16 @@ def test_twenty_steps_and_twenty_more_are_forty(train, tmp_path, ranks):
     assert bits(tmp_path / "whole/ckpt.pt") != bits(tmp_path / "other/ckpt.pt")
 
 
+def test_sums_over_four_ranks_round_alike_after_a_resume(train, tmp_path):
+    """With more than two ranks and several buckets, DDP's order of addition matters."""
+    flags = {"ranks": 4, "n_embd": 256, "n_layer": 4, "block_size": 16, "batch_size": 1,
+             "gradient_accumulation_steps": 4, "eval_interval": 100, "eval_iters": 1}
+    train(out="whole", max_iters=4, **flags)
+    train(out="parts", max_iters=2, **flags)
+    train(out="parts", max_iters=4, init_from="resume", **flags)
+    assert bits(tmp_path / "whole/ckpt.pt") == bits(tmp_path / "parts/ckpt.pt")
+
+
 def test_auto_begins_a_run_and_goes_on_with_it(train, tmp_path):
     assert "resuming" not in train(init_from="auto", max_iters=20).stdout
     assert "resuming" in train(init_from="auto").stdout
