@@ -134,7 +134,9 @@ def commit(bundle: dict[str, Any], folder: Path, keep: int, best: bool, disk: Di
     except BaseException:
         remove_leftovers(folder, disk)
         raise
-    for old in generations(folder)[keep:]:
+    # a generation of a later step is damaged, or of a future that this run has left
+    later = [path for path in generations(folder) if path.name > generation.name]
+    for old in later + generations(folder)[len(later) + keep:]:
         disk.remove(old)
 
 
@@ -152,7 +154,8 @@ def remove_leftovers(folder: Path, disk: Disk) -> None:
 
 def has_run(folder: Path) -> bool:
     """Whether a folder holds a bundle, whole or not."""
-    return (folder / "ckpt.pt").exists() or bool(generations(folder))
+    return any((folder / name).exists() for name in ("ckpt.pt", "best.pt")) or bool(
+        generations(folder))
 
 
 def read_bundle(path: Path) -> dict[str, Any]:
@@ -173,7 +176,9 @@ def read_bundle(path: Path) -> dict[str, Any]:
         bundle = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as e:
         raise BadBundle(e.strerror) from None
-    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as e:
+    except pickle.UnpicklingError:
+        raise BadBundle("it holds more than plain values and tensors") from None
+    except (RuntimeError, ValueError, EOFError, KeyError) as e:
         raise BadBundle(f"torch cannot load it: {str(e).splitlines()[0]}") from None
     if not isinstance(bundle, dict) or bundle.get("format") != FORMAT or KEYS - bundle.keys():
         raise BadBundle("it is no bundle of this format")
@@ -200,21 +205,29 @@ def check_shapes(bundle: dict[str, Any]) -> None:
 
 
 def newest_bundle(folder: Path) -> dict[str, Any]:
-    """The newest bundle that is whole. Says which ones it passes over; raises BadBundle if none
-    is left."""
+    """The newest bundle that is whole. Says which ones it passes over; raises BadBundle if none is
+    left."""
+    return first_whole([folder / "ckpt.pt", *generations(folder), folder / "best.pt"])
+
+
+def best_bundle(folder: Path) -> dict[str, Any]:
+    """The bundle with the lowest validation loss, or the newest if that is not whole or not there."""
+    return first_whole([folder / "best.pt", folder / "ckpt.pt", *generations(folder)])
+
+
+def first_whole(paths: list[Path]) -> dict[str, Any]:
+    """The first of several bundles, one at least, that is whole."""
     tried = []
-    for path in [folder / "ckpt.pt", *generations(folder), folder / "best.pt"]:
+    for path in paths:
         if not path.exists():
             continue
         try:
-            bundle = read_bundle(path)
+            return read_bundle(path)
         except BadBundle as e:
             tried.append(f"{path.name}: {e}")
             print(f"passing over {path}: {e}", file=sys.stderr)
-        else:
-            return bundle
-    raise BadBundle(f"no whole bundle in {folder} ("
-                    + ("; ".join(tried) or "there is none at all") + ")")
+    raise BadBundle(f"no whole bundle in {paths[0].parent} "
+                    f"({'; '.join(tried) or 'there is none at all'})")
 
 
 def resumed_config(given: dict[str, Any], bundle: dict[str, Any],

@@ -198,15 +198,17 @@ def parse(settings: type, usage: str, argv: list[str]) -> tuple[Any, dict[str, A
     """
     if "--help" in argv or "-h" in argv:
         show_help(settings, usage)
-    given: dict[str, Any] = {}
+    flags: dict[str, Any] = {}
     words = [a for a in argv if not a.startswith("-")]
-    if settings is TrainConfig:
-        for path in words:
-            given |= read_config_file(settings, path)
-        words = []
     for flag in (a for a in argv if a.startswith("-")):
         key, equals, value = flag.removeprefix("--").partition("=")
         if not flag.startswith("--") or not equals:
             fail(f"{flag}: a flag is written --key=value; --help lists the keys")
-        given[key] = checked(settings, key, value, f"--{key}={value}")
+        flags[key] = checked(settings, key, value, f"--{key}={value}")
+    given: dict[str, Any] = {}
+    if settings is TrainConfig:
+        for path in words:
+            given |= read_config_file(settings, path)
+        words = []
+    given |= flags
     return settings(**given), given, words

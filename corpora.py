@@ -175,6 +175,8 @@ def read_text(path: str) -> Iterator[str]:
         while True:
             block = f.read(BLOCK)
             data = rest + block
+            if not at and data.startswith(codecs.BOM_UTF8):
+                data, at = data[3:], 3
             try:
                 text, used = codecs.utf_8_decode(data, "strict", not block)
             except UnicodeDecodeError as e:
@@ -191,10 +193,10 @@ def read_jsonl(path: str, text_key: str) -> Iterator[str]:
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             try:
-                record = json.loads(line.decode()) if line.strip() else {text_key: ""}
+                record = json.loads(line.decode("utf-8-sig")) if line.strip() else {text_key: ""}
             except UnicodeDecodeError as e:
                 fail(f"{path}:{number}: byte {at + e.start} is not UTF-8; convert the file")
-            except ValueError as e:
+            except (ValueError, RecursionError) as e:
                 fail(f"{path}:{number}: not JSON: {e}")
             if not isinstance(record, dict) or not isinstance(record.get(text_key), str):
                 fail(f"{path}:{number}: no text under {text_key!r}; --text_key=KEY names the field")

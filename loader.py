@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+META_KEYS = {"name", "tokenizer", "vocab_size", "dtype", "tokens", "fingerprint"}
 DATA = Path(__file__).parent / "data"
 
 
@@ -60,7 +61,10 @@ def read_meta(dataset: str) -> dict[str, Any]:
     there."""
     folder = DATA / dataset
     try:
-        return json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        if not isinstance(meta, dict) or not META_KEYS <= meta.keys():
+            raise ValueError("it lacks keys")
+        return meta
     except OSError:
         if (folder / "train.bin").exists() and not (folder / "meta.pkl").exists():
             return nanogpt_meta(folder)

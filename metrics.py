@@ -50,7 +50,8 @@ class Metrics:
         try:
             import wandb
             self.wandb = wandb.init(project=config["wandb_project"], name=config["wandb_run_name"],
-                                    config=config, id=run_id, resume="allow")
+                                    config=config, id=run_id, resume="allow",
+                                    settings=wandb.Settings(init_timeout=20))
             return self.wandb.id
         except Exception as e:
             self.say(f"wandb is off for this run: {e}")

@@ -337,8 +337,11 @@ def read_weights(source: str) -> tuple[ModelArgs, dict[str, Tensor], dict | None
         args = ModelArgs(**saved["model_args"])
         state = {name.removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()
                  if not name.endswith(".attn.bias")}
-    except (RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError, OSError,
-            pickle.UnpicklingError) as e:
+    except pickle.UnpicklingError:
+        raise ValueError(f"init_from={source} is no checkpoint of keepGPT or nanoGPT: it is not of "
+                         "plain values and tensors") from None
+    except (RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError,
+            OSError) as e:
         raise ValueError(f"init_from={source} is no checkpoint of keepGPT or nanoGPT: {e}"
                          .splitlines()[0]) from None
     state.pop("lm_head.weight", None)  # the twin of wte

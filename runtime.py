@@ -183,10 +183,10 @@ class Signals:
         One process among several can't leave a step by itself; but with `nothing_new` since the
         last save it can leave the run.
         """
+        if self.came and nothing_new and not alone:
+            os._exit(EXIT_STOPPED)
         try:
             self.breakable = alone or nothing_new
-            if self.breakable and self.came:
-                raise Stopped
             yield
         except Stopped:
             if not alone:

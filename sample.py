@@ -44,7 +44,7 @@ from pathlib import Path
 import torch
 
 import tokenizer
-from checkpoint import BadBundle, newest_bundle, read_bundle
+from checkpoint import BadBundle, best_bundle, newest_bundle
 from model import GPT, ModelArgs, cropped, generate, read_weights, with_weights
 from runtime import pick_device, pick_dtype
 
@@ -54,9 +54,7 @@ def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
     folder = Path(config.out_dir)
     try:
         if config.init_from in ("best", "resume"):
-            best = folder / "best.pt"
-            bundle = (read_bundle(best) if config.init_from == "best" and best.exists()
-                      else newest_bundle(folder))
+            bundle = best_bundle(folder) if config.init_from == "best" else newest_bundle(folder)
             args, state, data = ModelArgs(**bundle["model_args"]), bundle["model"], bundle["data"]
             loss = bundle["evaluation"].get("val_loss", math.nan)
             origin = f"{folder}: step {bundle['step']}, val loss {loss:.4f}"
@@ -80,7 +78,7 @@ def read_prompt(start: str, vocabulary: tokenizer.Tokenizer) -> list[int]:
     is."""
     try:
         if start.startswith("FILE:"):
-            start = Path(start.removeprefix("FILE:")).read_text(encoding="utf-8")
+            start = Path(start.removeprefix("FILE:")).read_bytes().decode()
         return vocabulary.encode(start) or [vocabulary.eot or 0]
     except OSError as e:
         fail(f"--start={start}: {e.strerror.lower()}")
@@ -115,4 +113,8 @@ def main(config: SampleConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(CONFIG)
+    try:
+        main(CONFIG)
+    except KeyboardInterrupt:
+        print()
+        sys.exit(130)

@@ -42,9 +42,9 @@ NOT_FINITE = (
     "step {step}: the loss or the gradient is not finite; that update was not made, "
     "and the run ends here.\n"
     "Likely causes: a learning rate that is too high (it was {lr:.2e}), too little warm-up, "
-    "float16, or damaged data.\n"
-    "{out_dir}/ckpt.pt is from before it: go on from there with --init_from=resume "
-    "and a lower --learning_rate.")
+    "float16, or damaged data.\n")
+GO_BACK = ("{out_dir}/ckpt.pt is from before it: go on from there with --init_from=resume and a "
+           "lower --learning_rate.")
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "block_size", "bias")
 
 
@@ -68,26 +68,30 @@ def find_run(config: TrainConfig, ranks: Ranks) -> dict[str, Any] | None:
     return bundle
 
 
-def build(config: TrainConfig, given: dict[str, Any], vocab_size: int) -> tuple[GPT, TrainConfig]:
+def build(config: TrainConfig, given: dict[str, Any], meta: dict[str, Any]
+          ) -> tuple[GPT, TrainConfig]:
     """The model at step 0, from scratch or from weights, and the settings with its true sizes."""
     torch.manual_seed(config.seed)
+    vocab_size = meta["vocab_size"]
     if config.init_from in ("scratch", "auto"):
         if config.n_embd % config.n_head:
             fail(f"n_embd={config.n_embd} is not a multiple of n_head={config.n_head}")
         return GPT(ModelArgs(*(getattr(config, key) for key in ARCHITECTURE[:4]), vocab_size,
                              config.bias, config.dropout)), config
     try:
-        args, state, _ = read_weights(config.init_from)
+        args, state, data = read_weights(config.init_from)
     except ValueError as e:
         fail(str(e))
     for key in ARCHITECTURE:
         value, have = given.get(key), getattr(args, key)
         if value is not None and value != have and not (key == "block_size" and value < have):
             fail(f"{config.init_from} has {key}={have}, not {value}; leave {key} out")
-    if not 0 <= args.vocab_size - vocab_size < 64:  # nanoGPT pads 50257 rows to 50304
-        fail(f"{config.init_from} knows {args.vocab_size} tokens, "
-             f"data/{config.dataset} has {vocab_size}; "
-             "prepare the text with the tokenizer of those weights")
+    padding = 63 if meta["tokenizer"]["kind"] == "gpt2" else 0  # nanoGPT has 50304 rows for 50257
+    if (data["tokenizer"] != meta["tokenizer"] if data
+            else not 0 <= args.vocab_size - vocab_size <= padding):
+        fail(f"{config.init_from} has a vocabulary of {args.vocab_size} tokens, and "
+             f"{meta['name']} another, of {vocab_size}; prepare the text with the tokenizer of "
+             "those weights")
     args, state = cropped(args, state, vocab_size, min(config.block_size, args.block_size))
     try:
         model = with_weights(replace(args, dropout=config.dropout), state)
@@ -143,7 +147,7 @@ def begin(config: TrainConfig, given: dict[str, Any], ranks: Ranks) -> tuple:
     except ValueError as e:
         fail(str(e))
     if not bundle:
-        model, config = build(config, given, meta["vocab_size"])
+        model, config = build(config, given, meta)
         return model, config, meta, None
     config, changes = checkpoint.resumed_config(given, bundle, meta)
     if ranks.rank == 0:
@@ -207,7 +211,7 @@ def main(config: TrainConfig, given: dict[str, Any]) -> int:
     ranks = start(config)
     device, lead, out_dir = ranks.device, ranks.rank == 0, Path(config.out_dir)
     writes = lead and not config.eval_only
-    held = lock(out_dir) if writes else None  # noqa: F841  held for as long as this process lives
+    held = lock(out_dir) if writes else None
 
     # the state: model and optimizer, and how far they are
     model, config, meta, bundle = begin(config, given, ranks)
@@ -254,7 +258,9 @@ def main(config: TrainConfig, given: dict[str, Any]) -> int:
             if writes:
                 saver.wait()
             if lead:
-                metrics.say(NOT_FINITE.format(step=int(applied) + 1, out_dir=out_dir, lr=lr))
+                metrics.say(NOT_FINITE.format(step=int(applied) + 1, lr=lr)
+                            + (GO_BACK.format(out_dir=out_dir) if checkpoint.has_run(out_dir)
+                               else "Nothing was saved before it."))
             sys.exit(EXIT_NOT_FINITE)
 
     alone, begun_at, logged_step, unsaved, clock = (
@@ -262,8 +268,8 @@ def main(config: TrainConfig, given: dict[str, Any]) -> int:
     while True:
         # once in a while: look
         best = False
-        if ((step % config.eval_interval == 0 or step >= config.max_iters)
-                and evaluation.get("step") != step):
+        due = step % config.eval_interval == 0 or step >= config.max_iters
+        if config.eval_only or due and evaluation.get("step") != step:
             halt_unless_healthy()
             losses = None
             with signals.may_break_off(alone, nothing_new=step == begun_at):
@@ -364,8 +370,10 @@ def main(config: TrainConfig, given: dict[str, Any]) -> int:
         saved = saver.wait()
         metrics.close()
         metrics.say(f"{'stopped' if stopped else 'done'} at step {step}, "
-                    f"{'saved' if saved else 'NOT SAVED'} in {out_dir}"
-                    + "; go on with --init_from=resume" * stopped)
+                    + ("with nothing to save yet" if not step else
+                       f"{'saved' if saved else 'NOT SAVED'} in {out_dir}")
+                    + "; go on with --init_from=auto" * stopped)
+        held.close()
         if not saved:
             return EXIT_FAILED
     if ranks.world_size > 1:

@@ -178,7 +178,12 @@ def test_a_dataset_that_is_not_there_is_named_with_the_mend(data, tmp_path):
     with pytest.raises(ValueError, match="meta.json is damaged"):
         read_meta("x")
     (tmp_path / "x" / "meta.json").write_text(json.dumps({"dtype": "uint16"}))
-    assert read_meta("x") == {"dtype": "uint16"}
+    with pytest.raises(ValueError, match="it lacks keys"):
+        read_meta("x")
+    whole = {"name": "x", "tokenizer": {"kind": "gpt2"}, "vocab_size": 50257, "dtype": "uint16",
+             "tokens": {"train": 2, "val": 2}, "fingerprint": "0"}
+    (tmp_path / "x" / "meta.json").write_text(json.dumps(whole))
+    assert read_meta("x") == whole
 
 
 def test_places_beyond_4_gb_are_exact(data, tmp_path, monkeypatch):

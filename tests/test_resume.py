@@ -154,6 +154,21 @@ def test_a_run_that_gets_a_signal_goes_on_to_the_same_bits(dataset, tmp_path, un
     assert rows(tmp_path / "out") == rows(undisturbed[ranks])
 
 
+def test_a_signal_that_comes_before_the_first_step_ends_the_run_in_order(dataset, tmp_path):
+    flags = {"dataset": dataset, **TINY, "out_dir": tmp_path / "out", "init_from": "auto"}
+    process = subprocess.Popen(command("train.py", **flags), stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "out/.lock").exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 75 and not err, err
+    assert "with nothing to save yet; go on with --init_from=auto" in out or "saved in" in out
+    run("train.py", **flags)
+    run("train.py", **flags | {"out_dir": tmp_path / "whole"})
+    assert bits(tmp_path / "out/ckpt.pt") == bits(tmp_path / "whole/ckpt.pt")
+
+
 def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(dataset, tmp_path):
     flags = {"dataset": dataset, **TINY, "max_iters": 100000, "out_dir": tmp_path / "out",
              "init_from": "auto"}

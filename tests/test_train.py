@@ -78,6 +78,21 @@ def test_eval_only_writes_nothing(train, tmp_path):
     assert f"val loss {loss:.4f}" in done.stdout and files == sorted(tmp_path.glob("out/*"))
 
 
+def test_eval_only_looks_at_a_finished_run_again(train, tmp_path):
+    train(max_iters=20)
+    loss = rows(tmp_path / "out", "val_loss")[-1]["val_loss"]
+    assert f"val loss {loss:.4f}" in train(init_from="resume", eval_only=True, max_iters=20).stdout
+
+
+def test_weights_of_another_vocabulary_are_refused(train, play, tmp_path):
+    train(max_iters=1)
+    (tmp_path / "other.txt").write_text(play.read_text().replace("z", "").replace("q", "k"))
+    run("prepare.py", tmp_path / "other.txt", name="other", tokenizer="char", data_dir=tmp_path)
+    done = train(init_from=tmp_path / "out/ckpt.pt", out="new", dataset=tmp_path / "other",
+                 code=None)
+    assert "prepare the text with the tokenizer of those weights" in complaint(done)
+
+
 def test_metrics_tell_the_schedule(train, tmp_path):
     train(log_interval=1, learning_rate=1e-2, min_lr=1e-3, warmup_iters=9, lr_decay_iters=30)
     lr = {row["step"]: row["lr"] for row in rows(tmp_path / "out", "loss")}
@@ -134,6 +149,7 @@ def test_wandb_offline_goes_on_with_the_same_run(train, tmp_path):
 def test_wandb_that_fails_stops_nothing(train, tmp_path):
     package = tmp_path / "wandb"
     package.mkdir()
-    (package / "__init__.py").write_text("def init(**_): raise RuntimeError('no key')\n")
+    (package / "__init__.py").write_text(
+        "def Settings(**_): pass\ndef init(**_): raise RuntimeError('no key')\n")
     done = train(wandb_log=True, max_iters=10, env={"PYTHONPATH": str(tmp_path)})
     assert "wandb is off for this run: no key" in done.stdout and "done at step 10" in done.stdout
