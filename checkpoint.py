@@ -211,7 +211,7 @@ def newest_bundle(folder: Path) -> dict[str, Any]:
 
 
 def best_bundle(folder: Path) -> dict[str, Any]:
-    """The bundle with the lowest validation loss, or the newest if that is not whole or not there."""
+    """The bundle with the lowest validation loss, or the newest if there is no such whole one."""
     return first_whole([folder / "best.pt", folder / "ckpt.pt", *generations(folder)])
 
 

@@ -287,10 +287,6 @@ def prepare(config: PrepareConfig, given: dict, words: list[str]) -> None:
     if name in DATASETS and name != known:
         fail(f"--name={name} is the name of a known set; take another for your own text")
     folder = os.path.join(data_dir, name)
-    if os.path.exists(os.path.join(folder, "train.bin")) and not os.path.exists(
-            os.path.join(folder, "meta.json")):
-        fail(f"{folder} holds a train.bin that prepare.py has not made; remove it or take another "
-             "--name")
     folder = min(folder, os.path.relpath(folder), key=len)
     request = {"format": 1, "name": name, "source": source, "val_fraction": config.val_fraction}
     with alone_in(folder):
