@@ -5,7 +5,7 @@ demo: .venv/ready
 	.venv/bin/python -m tools.demo
 
 test: .venv/ready-dev
-	.venv/bin/python -m pytest tests
+	.venv/bin/python -m pytest -n auto tests
 
 .venv/ready: requirements.txt requirements-data.txt
 	$(PYTHON) -m venv .venv

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from configurator import TrainConfig, fail
 from model import GPT, ModelArgs
+from runtime import map_tensors
 
 FORMAT = 1
 # ends each bundle, with the CRC32 of all before it: torch.load does not look at the zip's own
@@ -327,7 +328,7 @@ class Saver:
         before = self.best_val_loss
         try:
             with torch.cuda.stream(self.stream):
-                bundle = self._copy(live, "")
+                bundle = map_tensors(self._copy, live)
             self.copied.set()
             if self.stream:
                 self.stream.synchronize()
@@ -345,14 +346,8 @@ class Saver:
         finally:
             self.copied.set()
 
-    def _copy(self, live: Any, path: str) -> Any:
-        """The same nest of dicts, lists and tuples with its tensors copied to the host."""
-        if isinstance(live, dict):
-            return {key: self._copy(value, f"{path}/{key}") for key, value in live.items()}
-        if isinstance(live, (list, tuple)):
-            return type(live)(self._copy(value, f"{path}/{i}") for i, value in enumerate(live))
-        if not isinstance(live, Tensor):
-            return live
+    def _copy(self, path: str, live: Tensor) -> Tensor:
+        """A tensor's copy on the host."""
         if path not in self.copies:
             self.copies[path] = torch.empty_like(live, device="cpu", pin_memory=live.is_cuda)
         return self.copies[path].copy_(live.detach(), non_blocking=True)

@@ -6,9 +6,11 @@ mend.
 """
 import ast
 import builtins
+import ctypes
 import difflib
 import inspect
 import os
+import signal
 import sys
 from dataclasses import dataclass, field, fields
 from math import inf
@@ -17,6 +19,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 # the command, a file or the machine must be changed first: trying again would not help
 EXIT_MISTAKE = 2
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
 def fail(message: str) -> NoReturn:
@@ -143,6 +146,8 @@ def checked(settings: type, key: str, value: Any, where: str) -> Any:
         value = _convert(kind, value)
     except (ValueError, OverflowError):
         fail(f"{where}: {key} takes {_in_words(kind)}, not {value!r}")
+    if value == "" and known[key].default:
+        fail(f"{where}: {key} must not be empty")
     if type(value) in (int, float):
         least, below = known[key].metadata["least"], known[key].metadata["below"]
         if not least <= value < below:
@@ -183,9 +188,12 @@ def read_config_file(settings: type, path: str) -> dict[str, Any]:
 
 def show_help(settings: type, usage: str) -> NoReturn:
     """Print every setting with its default and its reason, and end the program."""
-    print(f"usage: {usage}\n")
-    for f in fields(settings):
-        print(f"  --{f.name + '=' + str(f.default):<36}  {f.metadata['why']}")
+    lines = [f"  --{f.name + '=' + str(f.default):<36}  {f.metadata['why']}"
+             for f in fields(settings)]
+    try:
+        print(f"usage: {usage}\n", *lines, sep="\n", flush=True)
+    except BrokenPipeError:  # `| head` has seen enough
+        os._exit(0)
     sys.exit(0)
 
 
@@ -203,7 +211,8 @@ def parse(settings: type, usage: str, argv: list[str]) -> tuple[Any, dict[str, A
     for flag in (a for a in argv if a.startswith("-")):
         key, equals, value = flag.removeprefix("--").partition("=")
         if not flag.startswith("--") or not equals:
-            fail(f"{flag}: a flag is written --key=value; --help lists the keys")
+            fail(f"{flag}: a flag is written --key=value, e.g. --eval_only=True; "
+                 "--help lists the keys")
         flags[key] = checked(settings, key, value, f"--{key}={value}")
     given: dict[str, Any] = {}
     if settings is TrainConfig:
@@ -212,3 +221,15 @@ def parse(settings: type, usage: str, argv: list[str]) -> tuple[Any, dict[str, A
         words = []
     given |= flags
     return settings(**given), given, words
+
+
+def command_line(settings: type, usage: str) -> tuple[Any, dict[str, Any], list[str]]:
+    """`parse` this process's command line. A script calls it before it loads torch, so that --help
+    and mistakes are answered at once."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of loading in silence
+    # threads that wait must sleep: spinning, they slow a busy machine down to a sixth
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if "RANK" in os.environ and sys.platform == "linux":
+        # a rank whose torchrun was killed dies too: it must hold neither GPU nor folder
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    return parse(settings, usage, sys.argv[1:])

@@ -1,6 +1,7 @@
 """What a run says: lines on the terminal, rows in metrics.jsonl, and Weights & Biases if asked."""
 import json
 import os
+import shutil
 import sys
 from pathlib import Path
 from threading import Lock
@@ -105,6 +106,8 @@ class Metrics:
     def say(self, text: str, live: bool = False) -> None:
         """Print a line; on a terminal, the next one takes the place of a `live` one."""
         tty = sys.stdout.isatty()
+        if live and tty:  # a line that wraps could not be replaced
+            text = text[:shutil.get_terminal_size().columns - 1]
         print("\r\033[K" * (tty and self.live) + text, end="" if live and tty else "\n", flush=True)
         self.live = live
 

@@ -166,12 +166,14 @@ def sync(path: str) -> None:
 
 
 def put_in_place(folder: str) -> None:
-    """Rename a set's temporary files. meta.json goes first and comes last: with it, it is whole."""
+    """Rename a set's temporary files. meta.json is emptied first and comes last: with it, the set
+    is whole."""
     for file in FILES:
         sync(os.path.join(folder, file + ".tmp"))
-    if os.path.exists(os.path.join(folder, "meta.json")):
-        os.remove(os.path.join(folder, "meta.json"))
-        sync(folder)
+    meta = os.path.join(folder, "meta.json")
+    if os.path.exists(meta):
+        open(meta, "w").close()  # an empty one says that the set is ours, and not whole
+        sync(meta)
     for file in FILES:
         os.replace(os.path.join(folder, file + ".tmp"), os.path.join(folder, file))
         sync(folder)
@@ -292,6 +294,10 @@ def prepare(config: PrepareConfig, given: dict, words: list[str]) -> None:
     with alone_in(folder):
         meta = read_meta(folder)
         there = request.items() <= meta.items() and meta["tokenizer"]["kind"] == kind
+        found = os.listdir(folder)
+        if "train.bin" in found and "meta.json" not in found:
+            fail(f"{folder}: its train.bin was not made by prepare.py; train on it as it is, "
+                 "take another --name, or move it away")
         if meta and not there:
             print(f"{folder}: of another text or made otherwise; making it anew", flush=True)
         if not there:

@@ -5,7 +5,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,15 @@ PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "R
                "RTX 3090": 71, "V100": 125, "T4": 65}
 
 
+def map_tensors(change: Callable[[str, Tensor], Tensor], nest: Any, path: str = "") -> Any:
+    """The same nest of dicts, lists and tuples, with `change(path, tensor)` for each tensor."""
+    if isinstance(nest, dict):
+        return {key: map_tensors(change, value, f"{path}/{key}") for key, value in nest.items()}
+    if isinstance(nest, (list, tuple)):
+        return type(nest)(map_tensors(change, value, f"{path}/{i}") for i, value in enumerate(nest))
+    return change(path, nest) if isinstance(nest, Tensor) else nest
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among those that train together, and its device."""
@@ -41,11 +50,19 @@ class Ranks:
         return values
 
     def from_first(self, value: Any) -> Any:
-        """Rank 0's `value`, on every rank."""
-        values = [value]
-        if self.world_size > 1:
-            dist.broadcast_object_list(values, src=0, group=self.control)
-        return values[0]
+        """Rank 0's `value`, on every rank; the tensors in it travel one by one, into host
+        memory."""
+        if self.world_size == 1:
+            return value
+        outline = [map_tensors(lambda path, tensor: tensor.to("meta"), value)]
+        dist.broadcast_object_list(outline, src=0, group=self.control)
+
+        def travel(_: str, tensor: Tensor) -> Tensor:
+            tensor = tensor.contiguous() if self.rank == 0 else torch.empty_like(tensor, device="cpu")
+            dist.broadcast(tensor, src=0, group=self.control)
+            return tensor
+
+        return map_tensors(travel, value if self.rank == 0 else outline[0])
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
@@ -72,6 +89,8 @@ def pick_device(name: str) -> torch.device:
     try:
         device = (torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda"
                   else torch.device(name))
+        if device.type not in ("cpu", "cuda", "mps") or device.type != "cuda" and device.index:
+            raise RuntimeError
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError):
         fail(f"there is no device {name!r} on this machine; device=auto takes what there is")
@@ -104,8 +123,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of the matrix products: what was asked for, or what is fast and safe on the
     device."""
     if name == "float16" and device.type != "cuda":
-        fail("dtype=float16 needs a GradScaler, which works on CUDA; "
-             f"on {device.type} take bfloat16 or float32")
+        fail(f"dtype=float16 works on CUDA; on {device.type} take bfloat16 or float32")
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -121,18 +139,27 @@ def peak_flops(device: torch.device) -> float | None:
     return next((1e12 * tflops for gpu, tflops in PEAK_TFLOPS.items() if gpu in name), None)
 
 
-def lock(out_dir: Path) -> Any:
+def lock(out_dir: Path, patience: float) -> Any:
     """Hold out_dir for this process; the lock dies with it. A folder that can't be used is the
-    user's to mend."""
+    user's to mend.
+
+    Waits up to `patience` seconds for another process, one that is ending, to let go of it.
+    """
+    deadline = time.monotonic() + patience
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         file = open(out_dir / ".lock", "w")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"another run is writing to {out_dir}; wait for its end, or take another --out_dir")
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return file
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    fail(f"another run is writing to {out_dir}; wait for its end, "
+                         "or take another --out_dir")
+                time.sleep(0.1)
     except OSError as e:
         fail(f"out_dir={out_dir} can't be used: {e.strerror.lower()}")
-    return file
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
@@ -154,15 +181,18 @@ def restore_rng(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-class Stopped(Exception):
+class Stopped(BaseException):
     """A signal has come while work was done that may be broken off."""
 
 
 class Signals:
-    """SIGINT, SIGTERM and SIGUSR1 ask the run to save and end; a second Ctrl-C ends it at once."""
+    """SIGINT, SIGTERM and SIGUSR1 ask the run to save and end; a second Ctrl-C ends it at once.
+
+    Until the first `may_break_off` has ended there is nothing to save: they raise Stopped.
+    """
 
     def __init__(self) -> None:
-        self.came, self.first_at, self.breakable = False, 0.0, False
+        self.came, self.first_at, self.breakable = False, 0.0, True
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
 

@@ -1,12 +1,9 @@
 """Continue text with a trained model: `python sample.py --out_dir=out --start="To be"`; --help
 lists every key."""
-import math
-import os
-import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from configurator import fail, knob, parse
+from configurator import command_line, fail, knob
 
 
 @dataclass(frozen=True)
@@ -30,15 +27,15 @@ class SampleConfig:
         "of the weights: auto = what is fast")
 
 
-if __name__ == "__main__":
-    # before torch is loaded, so that --help and mistakes are answered at once
-    CONFIG, _, WORDS = parse(SampleConfig, "python sample.py [--key=value ...]", sys.argv[1:])
+if __name__ == "__main__":  # before torch is loaded
+    CONFIG, _, WORDS = command_line(SampleConfig, "python sample.py [--key=value ...]")
     if WORDS:
         fail(f"{WORDS[0]}: a flag is written --key=value; --help lists the keys")
-    # threads that wait must sleep: spinning, they slow a busy machine down to a sixth
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import codecs
+import math
+import signal
+import sys
 from pathlib import Path
 
 import torch
@@ -113,6 +110,7 @@ def main(config: SampleConfig) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main(CONFIG)
     except KeyboardInterrupt:

@@ -4,19 +4,14 @@ every key.
 Kill it at any time: with --init_from=auto the same command goes on from the newest bundle in
 out_dir.
 """
-import os
-import sys
+from configurator import TrainConfig, command_line, fail
 
-from configurator import TrainConfig, fail, parse
-
-if __name__ == "__main__":
-    # before torch is loaded, so that --help and mistakes are answered at once
-    CONFIG, GIVEN, _ = parse(TrainConfig, "python train.py [config/x.py] [--key=value ...]",
-                             sys.argv[1:])
-    # threads that wait must sleep: spinning, they slow a busy machine down to a sixth
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if __name__ == "__main__":  # before torch is loaded
+    CONFIG, GIVEN, _ = command_line(TrainConfig, "python train.py [config/x.py] [--key=value ...]")
 
 import math
+import os
+import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -33,8 +28,8 @@ import tokenizer
 from loader import Loader, Split, read_meta, seed_of
 from metrics import Metrics
 from model import GPT, ModelArgs, cropped, generate, read_weights, with_weights
-from runtime import (EXIT_STOPPED, Ranks, Signals, lock, peak_flops, pick_dtype, restore_rng,
-                     rng_state, start)
+from runtime import (EXIT_STOPPED, Ranks, Signals, Stopped, lock, peak_flops, pick_dtype,
+                     restore_rng, rng_state, start)
 
 EXIT_FAILED = 1  # the last save failed: the end of the run is not on the disk
 EXIT_NOT_FINITE = 3  # trying again would meet the same numbers: look first
@@ -76,6 +71,7 @@ def build(config: TrainConfig, given: dict[str, Any], meta: dict[str, Any]
     if config.init_from in ("scratch", "auto"):
         if config.n_embd % config.n_head:
             fail(f"n_embd={config.n_embd} is not a multiple of n_head={config.n_head}")
+        check_memory(config, vocab_size)
         return GPT(ModelArgs(*(getattr(config, key) for key in ARCHITECTURE[:4]), vocab_size,
                              config.bias, config.dropout)), config
     try:
@@ -98,6 +94,17 @@ def build(config: TrainConfig, given: dict[str, Any], meta: dict[str, Any]
     except ValueError as e:
         fail(f"{config.init_from}: {e}")
     return model, replace(config, **{key: getattr(args, key) for key in ARCHITECTURE})
+
+
+def check_memory(config: TrainConfig, vocab_size: int) -> None:
+    """Refuse at once what this machine could only fail at after minutes of swapping."""
+    parameters = config.n_embd * (12 * config.n_layer * config.n_embd + vocab_size)
+    # float32 weights, gradients and two moments; int64 inputs and targets
+    needed = 16 * max(parameters, config.batch_size * config.block_size)
+    if needed > (room := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+        fail(f"{parameters:,} parameters and batches of {config.batch_size:,} x "
+             f"{config.block_size:,} tokens need more than {needed / 1e9:,.0f} GB, and this "
+             f"machine has {room / 1e9:,.0f}; lower n_layer, n_embd or batch_size")
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -206,12 +213,22 @@ def as_it_runs(model: GPT, config: TrainConfig, ranks: Ranks, autocast: Any,
 
 
 def main(config: TrainConfig, given: dict[str, Any]) -> int:
+    """Train; returns the exit code."""
+    try:
+        return run(config, given, Signals())
+    except Stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print("stopped before the first step; go on with --init_from=auto")
+        return EXIT_STOPPED
+
+
+def run(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
     """The run, from where it stands to max_iters; returns the exit code."""
-    signals = Signals()
     ranks = start(config)
     device, lead, out_dir = ranks.device, ranks.rank == 0, Path(config.out_dir)
     writes = lead and not config.eval_only
-    held = lock(out_dir) if writes else None
+    # a restart loop comes back while the ranks of a dead launcher may still be ending
+    held = lock(out_dir, patience=30 if config.init_from == "auto" else 0) if writes else None
 
     # the state: model and optimizer, and how far they are
     model, config, meta, bundle = begin(config, given, ranks)

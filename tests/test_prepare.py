@@ -184,7 +184,7 @@ def test_blocks_give_the_tokens_of_the_whole_text(long_text, tmp_path):
     for workers in (1, 3):
         _, train, val = prepare(tmp_path, "long.txt", workers=workers, val_fraction=0.2)
         assert (train, val) == expected
-        (tmp_path / "data" / "x" / "meta.json").unlink()
+        (tmp_path / "data" / "x" / "meta.json").write_text("")
 
 
 def test_a_text_without_a_place_to_cut(tmp_path):
@@ -266,8 +266,8 @@ def test_a_set_is_made_anew_when_it_must_be(tmp_path):
         return run("prepare.py", text, name="x", data_dir=tmp_path / "data", **flags).stdout
 
     assert "there already" in again()
-    for damage in (lambda: os.truncate(folder / "val.bin", 6), (folder / "meta.json").unlink,
-                   (folder / "train.bin").unlink, lambda: (folder / "meta.json").write_text("{")):
+    for damage in (lambda: os.truncate(folder / "val.bin", 6), (folder / "train.bin").unlink,
+                   lambda: (folder / "meta.json").write_text("")):
         damage()
         assert "there already" not in again() and read_set(folder) == first
     assert "made anew" not in again() and "making it anew" in again(val_fraction=0.5)
@@ -275,6 +275,18 @@ def test_a_set_is_made_anew_when_it_must_be(tmp_path):
     text.write_text("Something to learn\n" * 9)  # as long as it was
     assert "making it anew" in again(tokenizer="char", val_fraction=0.5)
     assert "there already" in again(tokenizer="char", val_fraction=0.5)
+
+
+def test_a_set_that_another_program_made_is_not_overwritten(tmp_path):
+    (tmp_path / "a.txt").write_text("something to learn\n" * 9)
+    prepare(tmp_path, tmp_path / "a.txt")
+    folder = tmp_path / "data" / "x"
+    (folder / "meta.json").unlink()
+    before = (folder / "train.bin").read_bytes()
+    done = run("prepare.py", tmp_path / "a.txt", name="x", data_dir=tmp_path / "data",
+               tokenizer="char", code=None)
+    assert "not made by prepare.py" in complaint(done)
+    assert (folder / "train.bin").read_bytes() == before and len(os.listdir(folder)) == 2
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")

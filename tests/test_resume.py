@@ -175,10 +175,14 @@ def test_a_second_run_in_the_same_folder_is_refused_while_the_first_lives(datase
     first = subprocess.Popen(command("train.py", **flags), stdout=subprocess.PIPE, text=True)
     while "step 5/" not in first.stdout.readline():
         pass
-    assert "another run" in complaint(run("train.py", code=None, **flags))
+    assert "another run" in complaint(run("train.py", code=None, **flags | {"init_from": "resume"}))
+    # a restart loop's command waits for a run that is ending
+    second = subprocess.Popen(command("train.py", **flags | {"max_iters": 40}))
+    time.sleep(5)
+    assert second.poll() is None
     first.kill()
     first.wait()
-    run("train.py", **flags | {"max_iters": 40})
+    assert second.wait(timeout=60) == 0
 
 
 def test_newest_best_and_older_bundles_stand_beside_each_other(train, tmp_path):

@@ -3,11 +3,9 @@
 checkpoint: what a save adds to training, beside a plain torch.save in the loop, and the write
 beside the disk alone.
 """
-import os
-import sys
 from dataclasses import dataclass
 
-from configurator import fail, knob, parse
+from configurator import command_line, fail, knob
 
 
 @dataclass(frozen=True)
@@ -20,12 +18,10 @@ class BenchConfig:
     only: str = knob("", "measure the model of this name alone: small | gpt2")
 
 
-if __name__ == "__main__":
-    CONFIG, _, WORDS = parse(BenchConfig, "python -m tools.bench checkpoint [--key=value ...]",
-                             sys.argv[1:])
-    # threads that wait must sleep: spinning, they slow a busy machine down to a sixth
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if __name__ == "__main__":  # before torch is loaded
+    CONFIG, _, WORDS = command_line(BenchConfig, "python -m tools.bench checkpoint [--key=value]")
 
+import os
 import platform
 import tempfile
 import time

@@ -57,6 +57,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:]:
+        sys.exit(__doc__)
     try:
         main()
     except KeyboardInterrupt:  # the script that runs has had it as well, and saves

@@ -1,0 +1,50 @@
+"""The proving machine: can anything take a run away? Run it as `python -m tools.crash [PART ...]`.
+
+    kill   kill -9 at random instants of real runs; each must end in the bits of an undisturbed one
+    nth    each file operation of a save fails, or the process dies in it
+    power  the states of the disk that a power cut during a save may leave
+    rot    flipped bits, zeroed pages and cuts in the newest bundle
+    full   no room for a bundle, whatever part of it would still have fitted
+
+Without a part, all five in small numbers. A line each; exit code 1 if anything failed. Linux only.
+"""
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from configurator import fail, parse
+from tools.crash.common import CrashConfig, Part
+from tools.crash.full import full
+from tools.crash.kill import kill
+from tools.crash.nth import nth
+from tools.crash.power import power
+from tools.crash.rot import rot
+
+PARTS = {"kill": kill, "nth": nth, "power": power, "rot": rot, "full": full}
+
+
+def main(settings: CrashConfig, words: list[str]) -> int:
+    """Try the parts that are named, or all; the exit code."""
+    if unknown := [word for word in words if word not in PARTS]:
+        fail(f"there is no part {unknown[0]!r}; the parts are {', '.join(PARTS)}")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)  # a process with one thread may be forked
+    failed = 0
+    for name in words or PARTS:
+        place = Path(tempfile.mkdtemp(prefix="keepgpt-crash-", dir=settings.folder or None))
+        if PARTS[name](Part(name, settings), place):
+            failed = 1
+            print(f"{name}: what it has left is in {place}")
+        else:
+            shutil.rmtree(place)
+    return failed
+
+
+if __name__ == "__main__":
+    USAGE = f"python -m tools.crash [{' | '.join(PARTS)} ...] [--key=value ...]"
+    CONFIG, _, WORDS = parse(CrashConfig, USAGE, sys.argv[1:])
+    sys.exit(main(CONFIG, WORDS))

@@ -1,0 +1,121 @@
+"""kill: kill -9 at random instants of real runs, from the start of a process to its end."""
+import json
+import os
+import random
+import signal
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import checkpoint
+from tools.crash.common import (HANGS, INTERVAL, KEEP, RUN, Part, difference, exit_code, prepare,
+                                start, undisturbed)
+
+LONG = {"max_iters": 400, "warmup_iters": 400}
+
+
+def processes(out: Path) -> list[int]:
+    """torchrun and its ranks: the processes whose command line names `out`."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it has just ended
+            if f"--out_dir={out}\0".encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return sorted(found)
+
+
+def outlived(out: Path) -> int:
+    """How many ranks outlive their torchrun; they are killed as well."""
+    deadline = time.monotonic() + 10
+    while (left := processes(out)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    while processes(out):
+        time.sleep(0.01)
+    return len(left)
+
+
+def traces(out: Path) -> set:
+    """What shows that a save is under way, from its first operation on the disk to its last."""
+    there, newest = checkpoint.generations(out), out / "ckpt.pt"
+    unlinked = [p for p in there[:1] if not (newest.exists() and p.samefile(newest))]
+    return {*there[KEEP:], *unlinked,
+            *((path, path.stat().st_mtime_ns) for path in out.glob("*.pt.tmp"))}
+
+
+def steps_again(out: Path) -> int:
+    """How many of the steps that were logged are in no bundle."""
+    path = out / "metrics.jsonl"
+    rows = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    saved = max((int(p.stem.removeprefix("ckpt-")) for p in checkpoint.generations(out)), default=0)
+    return json.loads(rows[-1])["step"] - saved if rows else 0
+
+
+def killed_run(settings: dict[str, Any], ranks: int, life: float, budget: int,
+               dice: random.Random, seen: Counter) -> int | None:
+    """A run that is killed and started again until it ends; its exit code, None if it hangs.
+
+    Each kill falls on an instant that is uniform over an undisturbed `life`; after `budget` kills
+    there are no more.
+    """
+    out, pid, kills = settings["out_dir"], 0, 0
+    while True:
+        if not pid:
+            before, pid = traces(out), start(settings, ranks)
+        code = exit_code(pid, dice.uniform(0, life) if kills < budget else HANGS)
+        if code is not None or kills == budget:
+            break
+        victim = dice.choice(processes(out) or [pid])
+        with suppress(ProcessLookupError):  # a rank that has just ended
+            os.kill(victim, signal.SIGKILL)
+        kills += 1
+        if victim == pid:  # else it is a rank, and torchrun starts all ranks again
+            exit_code(pid)
+            seen["outlived"] += outlived(out)
+            seen["inside"] += bool(traces(out) - before)
+            seen["again"] = max(seen["again"], steps_again(out))
+            pid = 0
+    if code is None:
+        os.kill(pid, signal.SIGKILL)
+        outlived(out)
+    seen["kills"] += kills
+    return code
+
+
+def kill_runs(part: Part, settings: dict[str, Any], place: Path, ranks: int, kills: int) -> Counter:
+    """Run after run until so many kills are spent; the end of each is compared."""
+    seen, only = Counter(), part.settings.only
+    whole, life = undisturbed(settings | {"out_dir": place / f"whole{ranks}"}, max(ranks, 1))
+    if ranks == 0:  # a fork lives shorter, and must do the same
+        forked, life = undisturbed(settings | {"out_dir": place / "forked"}, 0)
+        part.count(-1, "a fork does not end as a real command does" * (forked != whole), 0)
+    part.count(-1, "the last bundle is the best one" * (whole["best.pt"] == whole["ckpt.pt"]), 0)
+    while seen["kills"] < kills and not (seen["runs"] and only >= 0):
+        run, before = only if only >= 0 else seen["runs"], seen["kills"]
+        out = place / f"run{ranks}-{run}"
+        code = killed_run(settings | {"out_dir": out}, ranks, life, kills - before, part.dice(run),
+                          seen)
+        too_many = seen["again"] > 2 * INTERVAL  # one that was not yet saved, and one being saved
+        problem = difference(code, out, whole) or f"{seen['again']} steps made again" * too_many
+        part.count(run, problem, seen["kills"] - before)
+        seen["runs"] += 1
+    return seen
+
+
+def kill(part: Part, place: Path) -> int:
+    """kill -9, from the start of a process to its end."""
+    settings, data = part.settings, {"dataset": prepare(place)}
+    seen = kill_runs(part, RUN | data, place, int(settings.exec), settings.cases or 20)
+    failures = part.end(
+        f"kills of one process ({'started anew' if settings.exec else 'forked'}), "
+        f"{seen['inside']} inside a save, at most {seen['again']} steps made again; "
+        f"{seen['runs']} ends compared")
+    if settings.torchrun_cases:
+        part = Part("kill", settings)
+        seen = kill_runs(part, RUN | data | LONG, place, 2, settings.torchrun_cases)
+        failures += part.end(f"kills of a rank or of torchrun, {seen['outlived']} ranks outlived it; "
+                             f"{seen['runs']} ends compared")
+    return failures
