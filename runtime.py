@@ -115,8 +115,31 @@ def start(config: TrainConfig) -> Ranks:
         return Ranks(0, 1, device)
     backend = (("nccl" if device.type == "cuda" else "gloo") if config.backend == "auto"
                else config.backend)
-    dist.init_process_group(backend)
+    store, rank, world_size = fresh_store()
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     return Ranks(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
+
+
+def fresh_store() -> tuple[dist.Store, int, int]:
+    """Where the ranks of this start find each other; rank and world size.
+
+    torchrun keeps one store for all its restarts, in which a rank would meet the addresses of the
+    dead. Rank 0 gives this start a number and tells it to each rank that asks; a rank believes
+    only the answer to its own question.
+    """
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    if rank == 0:
+        number = store.add("starts", 1)
+        while store.add(f"told {number}", 0) < world_size - 1:
+            for other in range(1, world_size):
+                question = store.add(f"questions of {other}", 0)
+                store.set(f"answer to {other}, {question}", str(number))
+            time.sleep(0.01)
+    else:
+        question = store.add(f"questions of {rank}", 1)
+        number = int(store.get(f"answer to {rank}, {question}"))
+        store.add(f"told {number}", 1)
+    return dist.PrefixStore(f"start {number}", store), rank, world_size
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

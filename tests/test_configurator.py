@@ -56,7 +56,7 @@ def run(*argv):
     ("dropout", ".5", 0.5),
     ("max_iters", "1e4", 10000), ("max_iters", "500", 500), ("max_iters", "0", 0),
     ("n_layer", "3.0", 3),
-    ("out_dir", "a=b", "a=b"), ("out_dir", "", ""), ("out_dir", "7", "7"),
+    ("out_dir", "a=b", "a=b"), ("out_dir", "7", "7"),
     ("wandb_run_name", "--x", "--x"),
     ("bias", "True", True), ("bias", "true", True), ("bias", "1", True),
     ("decay_lr", "False", False), ("decay_lr", "false", False), ("decay_lr", "0", False),
@@ -100,6 +100,7 @@ def test_a_file_s_value_becomes_its_keys_type(file, key, spelling, value):
     ("--learning_rate=nan", "learning_rate must be"),
     ("--learning_rate=inf", "learning_rate must be"),
     ("--seed=1e30", "seed must be"), ("--seed=-1", "seed must be"),
+    ("--out_dir=", "out_dir must not be empty"),
 ])
 def test_a_value_of_the_wrong_kind_or_out_of_range_is_refused_with_what_would_be_right(flag, says):
     message = mistake(flag)

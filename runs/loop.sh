@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Start a run again until it is done:
+#
+#   runs/loop.sh python train.py config/x.py --init_from=auto
+#   runs/loop.sh torchrun --standalone --nproc_per_node=8 train.py config/x.py --init_from=auto
+#
+# It ends with the run (0), with what another try would only repeat (2: a mistake, 3: not finite),
+# with a Ctrl-C or SIGTERM of your own, and after three tries in a row that lived under a minute:
+# behind torchrun all failures look alike.
+set -u
+child="" stopped="" short=0
+trap 'stopped=1' INT  # the terminal has sent it to the run as well
+trap 'stopped=1; [ -n "$child" ] && kill -TERM "$child"' TERM
+
+while true; do
+    begun=$SECONDS
+    "$@" &
+    child=$!
+    wait "$child"
+    code=$?
+    while kill -0 "$child" 2>/dev/null; do  # a signal to this script has ended the wait, not the run
+        wait "$child"
+        code=$?
+    done
+    case $code in 0 | 2 | 3) exit $code ;; esac
+    [ -n "$stopped" ] && exit $code
+    short=$((SECONDS - begun < 60 ? short + 1 : 0))
+    [ $short -ge 3 ] && { echo "$0: three short tries in a row; see what they say" >&2; exit $code; }
+    echo "$0: exit code $code, again" >&2
+    sleep 1
+done

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=keepgpt
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --time=04:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+# A run of any length on a queue that ends jobs after hours: two minutes before the end the run saves,
+# and the job queues itself again. From the repository, with the environment active:
+#
+#   sbatch runs/slurm.sh config/train_gpt2.py --out_dir=/shared/run1
+#
+# A preempted job gets SIGTERM from Slurm itself and is queued again by it.
+set -u
+host=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-localhost}" | head -n 1)
+leave=""
+trap 'leave=1; kill -TERM "$run"' USR1  # torchrun passes SIGTERM on, and would die of SIGUSR1
+
+srun torchrun --nnodes="${SLURM_NNODES:-1}" --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" \
+    --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID" --rdzv_endpoint="$host:29500" --max-restarts=3 \
+    train.py "$@" --init_from=auto &
+run=$!
+wait "$run"
+code=$?
+while kill -0 "$run" 2>/dev/null; do  # the signal has ended the wait, not the run
+    wait "$run"
+    code=$?
+done
+[ -n "$leave" ] && [ $code -ne 0 ] && exec scontrol requeue "$SLURM_JOB_ID"
+exit $code

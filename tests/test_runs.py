@@ -1,0 +1,131 @@
+"""The restart loop, the Slurm script, and torchrun's own restarts: nobody watches, nothing is
+lost."""
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import REPO, TINY, bits, command, rows, run
+
+FLAGS = TINY | {"max_iters": 300, "lr_decay_iters": 300, "eval_interval": 30, "log_interval": 1,
+                "init_from": "auto"}
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def whole(dataset, tmp_path_factory):
+    """The folder of a run that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("whole")
+    run("train.py", out_dir=folder, dataset=dataset, **FLAGS)
+    return folder
+
+
+def logged(out: Path) -> int:
+    """The last step in metrics.jsonl; a line may be half-written."""
+    path = out / "metrics.jsonl"
+    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+    return int(lines[-1].split(b'"step": ')[1].split(b",")[0]) if lines else 0
+
+
+def trainers(out: Path, torchrun: bool) -> list[int]:
+    """The processes of a run: its ranks, or torchrun."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes()
+        except OSError:
+            continue
+        if f"--out_dir={out}\0".encode() in words and b"bash" not in words[:20]:
+            if (b"torch.distributed.run" in words) == torchrun:
+                found.append(int(path.parent.name))
+    return sorted(found)
+
+
+def until(reached, process: subprocess.Popen) -> None:
+    """Wait until `reached()` while the process lives."""
+    deadline = time.monotonic() + 120
+    while not reached():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_the_loop_brings_a_killed_run_to_its_end(dataset, tmp_path, whole):
+    out = tmp_path / "out"
+    loop = subprocess.Popen(
+        [REPO / "runs/loop.sh", *command("train.py", out_dir=out, dataset=dataset, **FLAGS)],
+        env=ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    for step in (40, 100):
+        until(lambda: logged(out) >= step and trainers(out, False), loop)
+        os.kill(trainers(out, False)[0], signal.SIGKILL)
+    assert loop.wait(timeout=120) == 0 and "exit code 137, again" in loop.stderr.read()
+    assert bits(out / "ckpt.pt") == bits(whole / "ckpt.pt") and rows(out) == rows(whole)
+
+
+def test_the_loop_ends_with_a_signal_of_the_user_and_with_a_mistake(dataset, tmp_path):
+    out = tmp_path / "out"
+    loop = [REPO / "runs/loop.sh", *command("train.py", out_dir=out, dataset=dataset, **FLAGS)]
+    process = subprocess.Popen(loop, env=ONE_THREAD)
+    until(lambda: logged(out) >= 10, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 75
+    process = subprocess.Popen(loop, env=ONE_THREAD, start_new_session=True)
+    until(lambda: logged(out) >= 100, process)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    assert process.wait(timeout=60) == 75 and (out / "ckpt.pt").exists()
+    assert subprocess.run([*loop, "--n_layer=3"], capture_output=True).returncode == 2
+
+
+def test_torchrun_starts_a_killed_rank_again(dataset, tmp_path, whole):
+    out, flags = tmp_path / "out", FLAGS | {"gradient_accumulation_steps": 2, "dataset": dataset}
+    run("train.py", ranks=2, out_dir=tmp_path / "whole", **flags)
+    words = command("train.py", ranks=2, out_dir=out, **flags)
+    words.insert(words.index("--standalone"), "--max-restarts=3")
+    process = subprocess.Popen(words, env=ONE_THREAD, stderr=subprocess.DEVNULL)
+    for step, rank in ((40, 0), (100, 1)):
+        until(lambda: logged(out) >= step and len(trainers(out, False)) == 2, process)
+        os.kill(trainers(out, False)[rank], signal.SIGKILL)
+    assert process.wait(timeout=120) == 0
+    assert bits(out / "ckpt.pt") == bits(tmp_path / "whole/ckpt.pt")
+    assert rows(out) == rows(tmp_path / "whole")
+
+
+def test_ranks_do_not_outlive_torchrun(dataset, tmp_path):
+    out = tmp_path / "out"
+    flags = FLAGS | {"dataset": dataset, "max_iters": 10**6}
+    process = subprocess.Popen(command("train.py", ranks=2, out_dir=out, **flags), env=ONE_THREAD)
+    until(lambda: logged(out) >= 10, process)
+    ranks = trainers(out, False)
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while trainers(out, False) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert len(ranks) == 2 and not trainers(out, False)
+    run("train.py", ranks=2, out_dir=out, **flags | {"max_iters": 100})
+
+
+def test_the_slurm_script_saves_and_queues_itself_again(dataset, tmp_path, whole):
+    """With stand-ins for srun and scontrol: Slurm itself is not here."""
+    stubs, out = tmp_path / "bin", tmp_path / "out"
+    stubs.mkdir()
+    torchrun = " ".join(command("", ranks=1)[:1]) + " -m torch.distributed.run"
+    for name, text in (("srun", 'exec "$@"'), ("torchrun", f'exec {torchrun} "$@"'),
+                       ("scontrol", f'echo "$@" >> {tmp_path}/scontrol; echo localhost')):
+        (stubs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (stubs / name).chmod(0o755)
+    flags = [f"--{key}={value}" for key, value in
+             (FLAGS | {"dataset": dataset, "out_dir": out}).items() if key != "init_from"]
+    env = ONE_THREAD | {"PATH": f"{stubs}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
+    job = [REPO / "runs/slurm.sh", *flags]
+    process = subprocess.Popen(job, cwd=REPO, env=env, start_new_session=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until(lambda: logged(out) >= 40, process)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(timeout=60) == 0
+    assert "requeue 17" in (tmp_path / "scontrol").read_text()
+    stopped = rows(out)[-1]["step"]
+    assert 40 <= stopped < 300 and "step" in rows(out)[-1]
+    assert subprocess.run(job, cwd=REPO, env=env, capture_output=True).returncode == 0
+    assert bits(out / "ckpt.pt") == bits(whole / "ckpt.pt") and rows(out) == rows(whole)
