@@ -332,6 +332,8 @@ class Saver:
             self.copied.set()
             if self.stream:
                 self.stream.synchronize()
+            if sys.platform == "linux":  # what follows is in no hurry: training goes first
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
             if best:
                 self.best_val_loss = bundle["best_val_loss"]
             check_finite(bundle)
