@@ -10,6 +10,7 @@ import ctypes
 import difflib
 import inspect
 import os
+import platform
 import signal
 import sys
 from dataclasses import dataclass, field, fields
@@ -20,6 +21,7 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 # the command, a file or the machine must be changed first: trying again would not help
 EXIT_MISTAKE = 2
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
 
 
 def fail(message: str) -> NoReturn:
@@ -229,6 +231,11 @@ def command_line(settings: type, usage: str) -> tuple[Any, dict[str, Any], list[
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of loading in silence
     # threads that wait must sleep: spinning, they slow a busy machine down to a sixth
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if platform.libc_ver()[0] == "glibc":
+        # keep freed memory for the next step: given back, it is zeroed page by page when it returns
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     if "RANK" in os.environ and sys.platform == "linux":
         # a rank whose torchrun was killed dies too: it must hold neither GPU nor folder
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -168,7 +168,7 @@ def lock(out_dir: Path, patience: float) -> Any:
 
     Waits up to `patience` seconds for another process, one that is ending, to let go of it.
     """
-    deadline = time.monotonic() + patience
+    deadline, waiting = time.monotonic() + patience, False
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
         file = open(out_dir / ".lock", "w")
@@ -180,6 +180,10 @@ def lock(out_dir: Path, patience: float) -> Any:
                 if time.monotonic() > deadline:
                     fail(f"another run is writing to {out_dir}; wait for its end, "
                          "or take another --out_dir")
+                if not waiting:
+                    print(f"another run is still writing to {out_dir}; waiting {patience} s for "
+                          "its end", flush=True)
+                waiting = True
                 time.sleep(0.1)
     except OSError as e:
         fail(f"out_dir={out_dir} can't be used: {e.strerror.lower()}")
