@@ -11,10 +11,13 @@ import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+LOGITS = 1 << 25  # so many logits are held at a time
 
 
 @dataclass(frozen=True)
@@ -68,19 +71,41 @@ class Attention(nn.Module):
             k, v = kv[:, :, :, :seen + T]  # each (B, H, seen + T, D)
         y = attend(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
-        return F.dropout(self.c_proj(y), self.dropout, self.training)
+        y = self.c_proj(y)
+        return dropout(y, self.dropout) if self.training else y
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
     """Causal attention of the last T positions, (B, H, T, D), over all S positions, (B, H, S, D);
-    T is S or 1."""
-    causal = q.size(2) > 1
-    if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=causal)
-    # the bfloat16 backward of attention is many times slower on a CPU
-    with torch.autocast("cpu", enabled=False):
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), dropout_p=dropout,
-                                              is_causal=causal).to(q.dtype)
+    T is S or 1. Weights are dropped with probability `p`."""
+    T, D = q.shape[2:]
+    if q.device.type != "cpu" or not p and q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=T > 1)
+    # On a CPU the library's kernel is slow in bfloat16, and slower with dropout. Rows in blocks:
+    # what lies behind a block's last row is never computed.
+    blocks, q = [], q * D ** -0.5
+    for start in range(0, T, 256):
+        rows = q[:, :, start:start + 256]  # (B, H, R, D)
+        end = k.size(2) - T + start + rows.size(2)
+        weights = rows @ k[:, :, :end].transpose(2, 3)  # (B, H, R, end)
+        if T > 1:
+            future = torch.full((rows.size(2), rows.size(2)), -math.inf, dtype=q.dtype).triu(1)
+            with torch.no_grad():  # the softmax gives these no gradient as it is
+                weights[..., start:] += future
+        blocks.append(dropout(weights.softmax(-1), p) @ v[:, :, :end])
+    return torch.cat(blocks, 2)
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Zero each element with probability `p`, scale the others by 1 / (1 - p) (Srivastava et al.
+    2014)."""
+    if not p or x.device.type != "cpu":
+        return F.dropout(x, p)
+    # 16 random bits an element: a quarter of the time that drawing as many floats takes
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None)
+    drawn = bits.view(torch.int16)[:x.numel()].view(x.shape)
+    kept = torch.ge(drawn, round(p * 2**16) - 2**15, out=torch.empty_like(x, requires_grad=False))
+    return x * kept * (1 / (1 - p))
 
 
 class MLP(nn.Module):
@@ -94,7 +119,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
-        return F.dropout(self.c_proj(x), self.dropout, self.training)
+        x = self.c_proj(x)
+        return dropout(x, self.dropout) if self.training else x
 
 
 class Block(nn.Module):
@@ -110,6 +136,47 @@ class Block(nn.Module):
     def forward(self, x: Tensor, kv: Tensor | None, seen: int) -> Tensor:
         x = x + self.attn(self.ln_1(x), kv, seen)
         return x + self.mlp(self.ln_2(x))
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """The last layer and the loss in one, a few hundred megabytes of logits at a time.
+
+    The gradient of the logits is made while they are there, so that neither it nor they are ever
+    held for all tokens.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, V: int) -> Tensor:
+        """The mean cross-entropy in nats of `targets` (N,) under the first V columns of x (N, C)
+        times weight (V or more, C) transposed."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        wide, rows = torch.promote_types(dtype, torch.float32), max(1, LOGITS // weight.size(0))
+        learning = any(ctx.needs_input_grad)
+        with torch.autocast(device, enabled=False):
+            half, weight_half = x.to(dtype), weight.to(dtype)
+            loss, dx = torch.zeros((), dtype=wide, device=x.device), torch.empty_like(half)
+            dweight = torch.zeros_like(weight) if learning else None
+            for part, target, d in zip(half.split(rows), targets.split(rows), dx.split(rows)):
+                logits = (part @ weight_half.T).to(wide)  # (R, V or more)
+                logits[:, V:] = -math.inf  # the padding takes no part
+                total, target = logits.logsumexp(1, keepdim=True), target.unsqueeze(1)  # (R, 1)
+                loss += (total - logits.gather(1, target)).sum()
+                if learning:
+                    logits.sub_(total).exp_()  # now the probabilities
+                    logits.scatter_add_(1, target, torch.full_like(total, -1))
+                    dlogits = logits.to(dtype)
+                    torch.mm(dlogits, weight_half, out=d)
+                    dweight += dlogits.T @ part
+        ctx.save_for_backward(dx, dweight)
+        return loss / len(x)
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple:
+        """Gradients of x and weight."""
+        dx, dweight = ctx.saved_tensors
+        scale = dloss / len(dx)
+        return dx * scale, dweight * scale, None, None
 
 
 class GPT(nn.Module):
@@ -145,20 +212,16 @@ class GPT(nn.Module):
         wte, wpe, blocks, ln_f = self.transformer.values()
         positions = torch.arange(seen, seen + idx.size(1), device=idx.device)
         x = wte(idx) + wpe(positions)  # (B, T, C)
-        x = F.dropout(x, self.args.dropout, self.training)
+        x = dropout(x, self.args.dropout) if self.training else x
         for i, block in enumerate(blocks):
             x = block(x, cache.layers[i] if cache else None, seen)
         if cache:
             cache.length += idx.size(1)
             x = x[:, -1:]
-        logits = F.linear(ln_f(x), self.output_weight())  # (B, T, V), or more columns on CUDA
+        x, weight, V = ln_f(x), self.output_weight(), self.args.vocab_size
         if targets is None:
-            return logits[..., :self.args.vocab_size]
-        columns = logits.size(-1)
-        if columns > self.args.vocab_size:  # the padding takes no part in the softmax
-            logits = logits.index_fill(
-                -1, torch.arange(self.args.vocab_size, columns, device=idx.device), -math.inf)
-        return F.cross_entropy(logits.view(-1, columns), targets.reshape(-1))
+            return F.linear(x, weight)[..., :V]
+        return LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.reshape(-1), V)
 
     def output_weight(self) -> Tensor:
         """The tied output layer, (V, C); on CUDA with zero rows up to a multiple of 64, which its

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from model import GPT, ModelArgs, cropped, generate, pick, read_weights
+import model as model_module
+from model import (GPT, LinearCrossEntropy, ModelArgs, attend, cropped, dropout, generate, pick,
+                   read_weights)
 
 torch.set_num_threads(1)  # models this small are slower on two
 ARGS = ModelArgs(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=61,
@@ -499,3 +501,59 @@ def test_each_row_is_cut_by_its_own_probabilities():
     for how in ({"top_k": 2, "top_p": 1.0}, {"top_k": 0, "top_p": 0.69}):
         picked = pick(rows, 1.0, rng=torch.Generator().manual_seed(0), **how).view(500, 2)
         assert [set(column.tolist()) for column in picked.T] == [{1, 3}, {2, 4}]
+
+
+@pytest.mark.parametrize("T, S", [(300, 300), (256, 256), (7, 7), (1, 300)])
+def test_attention_in_bfloat16_agrees_with_float64(T, S):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 16).bfloat16().requires_grad_() for n in (T, S, S))
+    exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    dy = torch.randn(2, 3, T, 16).bfloat16()
+    attend(q, k, v, 0.0).backward(dy)
+    right = F.scaled_dot_product_attention(*exact, is_causal=T > 1)
+    right.backward(dy.double())
+    assert (attend(q, k, v, 0.0) - right).abs().max() < 0.03
+    for ours, exactly in zip((q, k, v), exact):
+        error = (ours.grad - exactly.grad).norm() / exactly.grad.norm()
+        assert error < 0.01, error
+
+
+def test_attention_drops_weights_and_keeps_the_mean():
+    torch.manual_seed(0)
+    q, k = torch.zeros(8, 4, 64, 16), torch.zeros(8, 4, 64, 16)
+    v = torch.eye(64).expand(8, 4, 64, 64)  # the rows that come out are the weights
+    weights = attend(q, k, v, 0.25)
+    row = weights[..., -1, :] * 64  # each was 1 before some were dropped
+    assert row.unique().allclose(torch.tensor([0, 4 / 3])) and abs(row.mean() - 1) < 0.05
+    assert not weights.triu(1).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_at_its_rate_and_passes_the_gradient_where_it_does_not(dtype):
+    torch.manual_seed(0)
+    x = torch.ones(999, 333, dtype=dtype, requires_grad=True)
+    y = dropout(x, 0.2)
+    assert abs((y == 0).float().mean() - 0.2) < 0.003 and y.unique().numel() == 2
+    assert y.max().item() == pytest.approx(1.25)
+    y.sum().backward()
+    assert torch.equal(x.grad, y)
+    torch.manual_seed(0)
+    assert torch.equal(dropout(x, 0.2), y) and not torch.equal(dropout(x, 0.2), y)
+    assert torch.equal(dropout(x, 0.0), x)
+
+
+@pytest.mark.parametrize("columns", [50, 64])
+def test_the_loss_by_parts_is_the_cross_entropy(columns, monkeypatch):
+    monkeypatch.setattr(model_module, "LOGITS", 20 * columns)  # 20 rows at a time, of 70
+    torch.manual_seed(0)
+    x = torch.randn(70, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(columns, 8, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(50, (70,))
+    loss = LinearCrossEntropy.apply(x, weight, targets, 50)
+    right = F.cross_entropy((x @ weight.T)[:, :50], targets)
+    assert torch.allclose(loss, right, rtol=1e-12)
+    for ours, exactly in zip(torch.autograd.grad(3 * loss, (x, weight)),
+                             torch.autograd.grad(3 * right, (x, weight))):
+        assert torch.allclose(ours, exactly, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        assert torch.allclose(LinearCrossEntropy.apply(x, weight, targets, 50), right, rtol=1e-12)
