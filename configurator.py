@@ -225,10 +225,8 @@ def parse(settings: type, usage: str, argv: list[str]) -> tuple[Any, dict[str, A
     return settings(**given), given, words
 
 
-def command_line(settings: type, usage: str) -> tuple[Any, dict[str, Any], list[str]]:
-    """`parse` this process's command line. A script calls it before it loads torch, so that --help
-    and mistakes are answered at once."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of loading in silence
+def prepare_process() -> None:
+    """What helps this process and must come before torch is loaded."""
     # threads that wait must sleep: spinning, they slow a busy machine down to a sixth
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if platform.libc_ver()[0] == "glibc":
@@ -239,4 +237,11 @@ def command_line(settings: type, usage: str) -> tuple[Any, dict[str, Any], list[
     if "RANK" in os.environ and sys.platform == "linux":
         # a rank whose torchrun was killed dies too: it must hold neither GPU nor folder
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def command_line(settings: type, usage: str) -> tuple[Any, dict[str, Any], list[str]]:
+    """`parse` this process's command line. A script calls it before it loads torch, so that --help
+    and mistakes are answered at once."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of loading in silence
+    prepare_process()
     return parse(settings, usage, sys.argv[1:])

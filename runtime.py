@@ -58,7 +58,8 @@ class Ranks:
         dist.broadcast_object_list(outline, src=0, group=self.control)
 
         def travel(_: str, tensor: Tensor) -> Tensor:
-            tensor = tensor.contiguous() if self.rank == 0 else torch.empty_like(tensor, device="cpu")
+            tensor = (tensor.contiguous() if self.rank == 0
+                      else torch.empty_like(tensor, device="cpu"))
             dist.broadcast(tensor, src=0, group=self.control)
             return tensor
 

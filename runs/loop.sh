@@ -18,14 +18,17 @@ while true; do
     child=$!
     wait "$child"
     code=$?
-    while kill -0 "$child" 2>/dev/null; do  # a signal to this script has ended the wait, not the run
+    while kill -0 "$child" 2>/dev/null; do  # a signal ended the wait, not the run
         wait "$child"
         code=$?
     done
     case $code in 0 | 2 | 3) exit $code ;; esac
     [ -n "$stopped" ] && exit $code
     short=$((SECONDS - begun < 60 ? short + 1 : 0))
-    [ $short -ge 3 ] && { echo "$0: three short tries in a row; see what they say" >&2; exit $code; }
+    if [ $short -ge 3 ]; then
+        echo "$0: three short tries in a row; see what they say" >&2
+        exit $code
+    fi
     echo "$0: exit code $code, again" >&2
     sleep 1
 done

@@ -7,8 +7,8 @@
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
-# A run of any length on a queue that ends jobs after hours: two minutes before the end the run saves,
-# and the job queues itself again. From the repository, with the environment active:
+# A run of any length on a queue that ends jobs after hours: two minutes before the end the run
+# saves, and the job queues itself again. From the repository, with the environment active:
 #
 #   sbatch runs/slurm.sh config/train_gpt2.py --out_dir=/shared/run1
 #

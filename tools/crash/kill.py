@@ -116,6 +116,6 @@ def kill(part: Part, place: Path) -> int:
     if settings.torchrun_cases:
         part = Part("kill", settings)
         seen = kill_runs(part, RUN | data | LONG, place, 2, settings.torchrun_cases)
-        failures += part.end(f"kills of a rank or of torchrun, {seen['outlived']} ranks outlived it; "
-                             f"{seen['runs']} ends compared")
+        failures += part.end(f"kills of a rank or of torchrun, {seen['outlived']} ranks outlived "
+                             f"it; {seen['runs']} ends compared")
     return failures

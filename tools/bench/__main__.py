@@ -1,0 +1,51 @@
+"""Measurements, both sides in one run: `python -m tools.bench PART ...`; --help lists the keys.
+
+    train       a training step, beside plain PyTorch and Transformers
+    sample      tokens of one sequence, beside Transformers
+    checkpoint  what a save adds to training, beside a plain torch.save and the bare disk
+    loader      batches out of a file of 10 GB
+    prepare     text to tokens, beside tiktoken alone
+    startup     to the first step, and to the first answer
+
+Prints a table for each, medians of interleaved rounds.
+"""
+from configurator import prepare_process
+
+if __name__ == "__main__":  # before torch is loaded
+    prepare_process()
+
+import json
+import sys
+from importlib import import_module
+
+from configurator import fail, parse
+from runtime import pick_device
+from tools.bench.common import BenchConfig, machine
+
+PARTS = ("train", "sample", "checkpoint", "loader", "prepare", "startup")
+
+
+def main(config: BenchConfig, words: list[str]) -> None:
+    """Measure the parts that are named, and print each row as it comes."""
+    if not words or set(words) - set(PARTS):
+        fail(f"name what to measure: {' | '.join(PARTS)}")
+    on = machine(pick_device(config.device))
+    print(on)
+    for part in words:
+        row, header = None, None
+        for row in import_module(f"tools.bench.{part}").bench(config):
+            if header != list(row):
+                header = list(row)
+                print(f"\n| {' | '.join(header)} |\n|{'---|' * len(header)}")
+            print("|", " | ".join(row.values()), "|", flush=True)
+            if config.json:
+                with open(config.json, "a", encoding="utf-8") as file:
+                    file.write(json.dumps({"part": part, "machine": on} | row) + "\n")
+        if not row:
+            fail(f"--only={config.only}: {part} has no such row")
+
+
+if __name__ == "__main__":
+    CONFIG, _, WORDS = parse(BenchConfig, f"python -m tools.bench {' | '.join(PARTS)} "
+                                          "[--key=value ...]", sys.argv[1:])
+    main(CONFIG, WORDS)

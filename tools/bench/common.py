@@ -1,0 +1,147 @@
+"""What the benchmarks share: settings, models, the clock, and processes that take turns."""
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from configurator import knob
+from model import GPT, ModelArgs
+from runtime import pick_dtype
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """The settings of the benchmarks."""
+    rounds: int = knob(5, "medians are taken over so many rounds", least=1)
+    folder: str = knob("", "where files are written; empty = a temporary folder")
+    device: str = knob("auto", "auto | cpu | cuda")
+    only: str = knob("", "only the row of this name")
+    json: str = knob("", "append what was measured to this file, a line a row")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model and its micro-batch."""
+    args: ModelArgs
+    batch_size: int
+
+
+SHAPES = {
+    "4 layers, 128 wide": Shape(ModelArgs(4, 4, 128, 64, 65, False, 0.0), 12),
+    "6 layers, 384 wide": Shape(ModelArgs(6, 6, 384, 256, 65, False, 0.0), 16),
+    "6 layers, dropout 0.2": Shape(ModelArgs(6, 6, 384, 256, 65, False, 0.2), 16),
+    "GPT-2 124M": Shape(ModelArgs(12, 12, 768, 1024, 50257, False, 0.0), 1),
+}
+
+
+def machine(device: torch.device) -> str:
+    """What was measured on."""
+    cpu = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo")
+                   if line.startswith("model name"))
+    gpu = torch.cuda.get_device_name(device) + ", " if device.type == "cuda" else ""
+    bf16 = ", bfloat16" if pick_dtype("auto", device) == torch.bfloat16 else ""
+    return f"{gpu}{cpu}, {torch.get_num_threads()} threads{bf16}, torch {torch.__version__}"
+
+
+def seconds(work: Callable[[], Any], device: torch.device) -> float:
+    """How long it takes, the device's part included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def host_memory() -> int:
+    """Bytes of host memory that this process holds."""
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+class Training:
+    """A model in training, as train.py does it, on random tokens."""
+
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        torch.manual_seed(0)
+        if device.type == "cpu":  # as train.py does
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
+        self.model, self.device = GPT(shape.args).to(device), device
+        self.optimizer = self.model.optimizer(1e-3, (0.9, 0.95), 0.1)
+        self.batch = torch.randint(shape.args.vocab_size,
+                                   (2, shape.batch_size, shape.args.block_size), device=device)
+        dtype = pick_dtype("auto", device)
+        self.autocast = (torch.autocast(device.type, dtype) if dtype != torch.float32
+                         else nullcontext())
+        self.fast = torch.compile(self.model) if device.type == "cuda" else self.model
+
+    def loss(self) -> torch.Tensor:
+        """Of a micro-batch."""
+        with self.autocast:
+            return self.fast(*self.batch)
+
+    def step(self, before_update: Callable[[], None] = lambda: None) -> None:
+        """One update."""
+        self.loss().backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        before_update()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+class Side:
+    """One side of a comparison, in a process of its own: `calls` is a Python expression for a
+    function that does the work and returns the seconds it took."""
+
+    def __init__(self, calls: str, as_a_script: bool) -> None:
+        """`as_a_script` prepares the process as keepGPT's scripts prepare theirs."""
+        program = ("import sys\n"
+                   + ("import configurator\nconfigurator.prepare_process()\n" if as_a_script
+                      else "")
+                   + f"from tools.bench.sides import *\nwork = {calls}\n"
+                   "print(0.0, flush=True)\n"
+                   "for _ in sys.stdin:\n    print(work(), flush=True)\n")
+        self.process = subprocess.Popen([sys.executable, "-c", program], cwd=REPO, text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.answer()
+
+    def answer(self) -> float:
+        """The next line that it prints."""
+        return float(self.process.stdout.readline())
+
+    def turn(self) -> float:
+        """Let it work once; its seconds."""
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def end(self) -> None:
+        """Let the process end."""
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def take_turns(sides: dict[str, Side], rounds: int) -> dict[str, float]:
+    """The median seconds of each side; they work one after the other, round after round."""
+    try:
+        for side in sides.values():
+            side.turn()  # to warm up
+        times = [{name: side.turn() for name, side in sides.items()} for _ in range(rounds)]
+    finally:
+        for side in sides.values():
+            side.end()
+    return {name: median(row[name] for row in times) for name in sides}

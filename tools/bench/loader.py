@@ -1,0 +1,42 @@
+"""loader: batches of GPT-2 124M's shape out of a .bin of 10 GB, at steps far apart."""
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+from loader import Loader, Split
+from runtime import pick_device
+from tools.bench.common import SHAPES, BenchConfig, Training, host_memory, seconds
+
+SIZE = 10 * 10**9  # bytes; a file with holes, that takes no room
+
+
+def bench(config: BenchConfig) -> Iterator[dict[str, str]]:
+    """A row a step at which a run is resumed."""
+    device = pick_device(config.device)
+    shape = SHAPES["GPT-2 124M"]
+    training = Training(shape, device)
+    training.step()
+    step = median(seconds(training.step, device) for _ in range(config.rounds))
+    with tempfile.TemporaryDirectory(dir=config.folder or None) as folder:
+        path = Path(folder) / "train.bin"
+        path.touch()
+        os.truncate(path, SIZE)
+        for at in (0, 10**4, 10**6):
+            def first() -> Loader:
+                split = Split(folder, "train", "uint16", shape.args.block_size, 1337, shift=True)
+                loader = Loader(split, shape.batch_size, 40, range(40), device)
+                next(loader.step(at))
+                return loader
+            opened = seconds(first, device)
+            loader = first()
+            read = median(seconds(lambda: loader.read(at, m), device) for m in range(40))
+            before = host_memory()
+            for some in range(at + 1, at + 26):
+                for _ in loader.step(some):
+                    pass
+            yield {"resumed at step": f"{at:,}", "first batch": f"{opened * 1e3:.1f} ms",
+                          "a micro-batch": f"{read * 1e6:.0f} us",
+                          "of a training step": f"{read / step:.3%}",
+                          "memory grown after 1,000": f"{(host_memory() - before) / 1e6:.1f} MB"}

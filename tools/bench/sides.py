@@ -1,0 +1,115 @@
+"""The works that are compared, each to be run in a process of its own. See common.Side."""
+import os
+import time
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+import model as model_module
+from model import generate
+from runtime import pick_device, pick_dtype
+from tools.bench.common import SHAPES, Training, seconds
+
+
+def steps(training: Training) -> Callable[[], float]:
+    """Some steps, enough for a second or so; returns the seconds of one."""
+    def some(count: int) -> None:
+        for _ in range(count):
+            training.step()
+
+    some(2)
+    count = max(1, round(1 / seconds(lambda: some(1), training.device)))
+    return lambda: seconds(lambda: some(count), training.device) / count
+
+
+def train_ours(name: str, device: str) -> Callable[[], float]:
+    """A step as train.py makes it."""
+    return steps(Training(SHAPES[name], pick_device(device)))
+
+
+class Plain(Training):
+    """The same model, float32 on a CPU, by PyTorch's own functions; on CUDA compiled and bfloat16,
+    with all logits in float32: what nanoGPT does."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        model_module.dropout = F.dropout
+        model_module.attend = lambda q, k, v, p: F.scaled_dot_product_attention(
+            q, k, v, dropout_p=p, is_causal=True)
+        super().__init__(SHAPES[name], device)
+        torch.use_deterministic_algorithms(False)
+        if device.type == "cpu":
+            self.autocast = torch.autocast("cpu", enabled=False)
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+
+    def loss(self) -> torch.Tensor:
+        x, y = self.batch
+        with self.autocast:
+            logits = self.fast(x)
+            return F.cross_entropy(logits.view(-1, logits.size(-1)), y.reshape(-1))
+
+
+def train_plain(name: str, device: str) -> Callable[[], float]:
+    """A step of that."""
+    return steps(Plain(name, pick_device(device)))
+
+
+def gpt2_of_transformers(name: str) -> torch.nn.Module:
+    """Transformers' GPT-2 of a shape."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from transformers import GPT2Config, GPT2LMHeadModel
+    a = SHAPES[name].args
+    return GPT2LMHeadModel(GPT2Config(
+        vocab_size=a.vocab_size, n_positions=a.block_size, n_embd=a.n_embd, n_layer=a.n_layer,
+        n_head=a.n_head, resid_pdrop=a.dropout, embd_pdrop=a.dropout, attn_pdrop=a.dropout,
+        bos_token_id=0, eos_token_id=None))
+
+
+class OfTransformers(Training):
+    """Transformers' GPT-2 in training, as it comes."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        super().__init__(SHAPES[name], device)
+        torch.use_deterministic_algorithms(False)
+        self.model = gpt2_of_transformers(name).to(device).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+
+    def loss(self) -> torch.Tensor:
+        return self.model(self.batch[0], labels=self.batch[0]).loss
+
+
+def train_transformers(name: str, device: str) -> Callable[[], float]:
+    """A step of that."""
+    return steps(OfTransformers(name, pick_device(device)))
+
+
+NEW_TOKENS = 48
+
+
+def sample_ours(name: str, device: str) -> Callable[[], float]:
+    """NEW_TOKENS tokens of one sequence, as sample.py draws them; the seconds of one."""
+    where = pick_device(device)
+    network = model_module.GPT(SHAPES[name].args).to(where, pick_dtype("auto", where)).eval()
+
+    def work() -> float:
+        start = time.perf_counter()
+        list(generate(network, [[0]], NEW_TOKENS, temperature=0.8, top_k=50))
+        return (time.perf_counter() - start) / NEW_TOKENS
+
+    return work
+
+
+def sample_transformers(name: str, device: str) -> Callable[[], float]:
+    """The same by Transformers' `generate`, with its cache."""
+    where = pick_device(device)
+    network = gpt2_of_transformers(name).to(where).eval()
+    prompt = torch.zeros(1, 1, dtype=torch.long, device=where)
+
+    def work() -> float:
+        start = time.perf_counter()
+        network.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=True,
+                         temperature=0.8, top_k=50, max_new_tokens=NEW_TOKENS,
+                         min_new_tokens=NEW_TOKENS, pad_token_id=0)
+        return (time.perf_counter() - start) / NEW_TOKENS
+
+    return work
