@@ -24,14 +24,13 @@ def live(training: Training, step: int) -> dict:
             "rng": [], "scaler": {}, "data": {}, "wandb_run_id": None}
 
 
-def raw_write(path: Path, size: int, block: bytes) -> None:
-    """What the disk takes for so many bytes, with fsync."""
+def raw_write(path: Path, content: memoryview) -> None:
+    """What the disk takes for these bytes, with fsync."""
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    for start in range(0, size, len(block)):
-        os.write(file, block[:size - start])
+    for start in range(0, len(content), 1 << 24):
+        os.write(file, content[start:start + (1 << 24)])
     os.fsync(file)
     os.close(file)
-    path.unlink()
 
 
 def measure(name: str, training: Training, folder: Path, rounds: int) -> dict[str, str]:
@@ -58,18 +57,19 @@ def measure(name: str, training: Training, folder: Path, rounds: int) -> dict[st
 
     kinds = {"none": lambda: None, "keepGPT": lambda: saver.save(live(training, 4), False),
              "plain": lambda: torch.save(live(training, 4), folder / "plain.pt")}
-    noise = os.urandom(1 << 24)
     times: dict[str, list[float]] = {kind: [] for kind in (*kinds, "write", "disk")}
     for _ in range(rounds):
         for kind, save in kinds.items():
             times[kind].append(seconds(block(save), device))
-        size = (folder / "plain.pt").stat().st_size
+        content = memoryview((folder / "plain.pt").read_bytes())
         times["write"].append(
             seconds(lambda: (saver.save(live(training, 5), False), saver.wait()), device))
-        times["disk"].append(seconds(lambda: raw_write(folder / "raw", size, noise), device))
+        (folder / "raw").unlink(missing_ok=True)
+        times["disk"].append(seconds(lambda: raw_write(folder / "raw", content), device))
     t = {kind: median(values) for kind, values in times.items()}
     step, plain, ours = t["none"] / steps, t["plain"] - t["none"], t["keepGPT"] - t["none"]
     assert not saver.failed
+    size = len(content)
     return {"model": name, "bundle": f"{size / 1e6:,.0f} MB", "step": f"{step * 1e3:,.0f} ms",
             "plain torch.save adds": f"{plain:.2f} s",
             "keepGPT's save adds": f"{ours:.2f} s ({ours / plain:.2f} x)",
