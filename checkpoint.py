@@ -1,9 +1,9 @@
 """The bundle: snapshot, write, verify, choose, prune. After a crash at any instant the folder holds
 the old or the new one.
 
-A save is: copy the live tensors; write them to a temporary file; fsync it; rename it to
-ckpt-<step>.pt; let ckpt.pt (and best.pt) name the same file; fsync the folder; only then remove
-generations that are too old.
+A save is: copy the live tensors; write them to a temporary file; fsync it; read it again and
+check it; rename it to ckpt-<step>.pt; let best.pt, if it is the best, and then ckpt.pt name the
+same file, an fsync of the folder after each; only then remove generations that are too old.
 """
 import errno
 import math
@@ -14,6 +14,7 @@ import sys
 import threading
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -120,25 +121,32 @@ def point(name: Path, target: Path, disk: Disk) -> None:
 
 
 def commit(bundle: dict[str, Any], folder: Path, keep: int, best: bool, disk: Disk) -> None:
-    """Make `bundle` the newest of `folder`, durably. Raises OSError; the older bundles are then as
-    they were."""
+    """Make `bundle` the newest of `folder`, durably.
+
+    Raises OSError or BadBundle; the older bundles are then as they were.
+    """
     generation = folder / f"ckpt-{bundle['step']:08d}.pt"
     temporary = generation.with_suffix(".pt.tmp")
     try:
         remove_leftovers(folder, disk)  # of a process that died
         write_bundle(bundle, temporary, disk)
+        check_crc(temporary)  # so that what is pruned is never the last that was verified
         disk.rename(temporary, generation)
-        point(folder / "ckpt.pt", generation, disk)
-        if best:
+        if best:  # before ckpt.pt: a run that goes on from there does not look at this step again
             point(folder / "best.pt", generation, disk)
+            disk.fsync_folder(folder)
+        point(folder / "ckpt.pt", generation, disk)
         disk.fsync_folder(folder)
     except BaseException:
         remove_leftovers(folder, disk)
         raise
     # a generation of a later step is damaged, or of a future that this run has left
     later = [path for path in generations(folder) if path.name > generation.name]
-    for old in later + generations(folder)[len(later) + keep:]:
-        disk.remove(old)
+    try:
+        for old in later + generations(folder)[len(later) + keep:]:
+            disk.remove(old)
+    except OSError as e:  # the bundle is safe all the same
+        print(f"\nan old bundle can't be removed: {e}", file=sys.stderr, flush=True)
 
 
 def generations(folder: Path) -> list[Path]:
@@ -153,36 +161,56 @@ def remove_leftovers(folder: Path, disk: Disk) -> None:
         disk.remove(path)
 
 
+def is_best(folder: Path, step: int) -> bool:
+    """Whether best.pt is the bundle of that step."""
+    try:
+        return (folder / "best.pt").samefile(folder / f"ckpt-{step:08d}.pt")
+    except OSError:
+        return False
+
+
 def has_run(folder: Path) -> bool:
     """Whether a folder holds a bundle, whole or not."""
     return any((folder / name).exists() for name in ("ckpt.pt", "best.pt")) or bool(
         generations(folder))
 
 
+def check_crc(path: Path) -> None:
+    """Raises BadBundle for a file that is not, to the bit, what was written, and OSError if it
+    can't be read."""
+    with open(path, "rb") as f:
+        size, crc = os.fstat(f.fileno()).st_size - len(MAGIC) - 4, 0
+        if size <= 0:
+            raise BadBundle("it is empty" if size == -len(MAGIC) - 4 else "it is cut short")
+        while left := size - f.tell():
+            crc = zlib.crc32(f.read(min(left, 1 << 24)), crc)
+        end = f.read()
+    if end[:-4] != MAGIC:
+        raise BadBundle("it is cut short, or was not written by keepGPT")
+    if end[-4:] != crc.to_bytes(4, "little"):
+        raise BadBundle("its checksum is wrong: the file is damaged")
+
+
 def read_bundle(path: Path) -> dict[str, Any]:
     """Read and verify a bundle. Raises BadBundle for anything that is not, to the bit, what was
     saved."""
     try:
-        with open(path, "rb") as f:
-            size, crc = os.fstat(f.fileno()).st_size - len(MAGIC) - 4, 0
-            if size <= 0:
-                raise BadBundle("it is empty" if size == -len(MAGIC) - 4 else "it is cut short")
-            while left := size - f.tell():
-                crc = zlib.crc32(f.read(min(left, 1 << 24)), crc)
-            end = f.read()
-        if end[:-4] != MAGIC:
-            raise BadBundle("it is cut short, or was not written by keepGPT")
-        if end[-4:] != crc.to_bytes(4, "little"):
-            raise BadBundle("its checksum is wrong: the file is damaged")
+        check_crc(path)
         bundle = torch.load(path, map_location="cpu", weights_only=True)
+    except BadBundle:
+        raise
     except OSError as e:
         raise BadBundle(e.strerror) from None
     except pickle.UnpicklingError:
         raise BadBundle("it holds more than plain values and tensors") from None
-    except (RuntimeError, ValueError, EOFError, KeyError) as e:
-        raise BadBundle(f"torch cannot load it: {str(e).splitlines()[0]}") from None
+    except Exception as e:  # whatever torch.load makes of bytes that someone has put together
+        raise BadBundle(f"torch cannot load it: {(str(e) or repr(e)).splitlines()[0]}") from None
     if not isinstance(bundle, dict) or bundle.get("format") != FORMAT or KEYS - bundle.keys():
         raise BadBundle("it is no bundle of this format")
+    kinds = {"step": int, "config": dict, "best_val_loss": float, "evaluation": dict, "rng": list,
+             "scaler": dict, "data": dict}
+    if wrong := [key for key, kind in kinds.items() if not isinstance(bundle[key], kind)]:
+        raise BadBundle(f"its {wrong[0]} is of another kind")
     check_shapes(bundle)
     return bundle
 
@@ -199,7 +227,7 @@ def check_shapes(bundle: dict[str, Any]) -> None:
             bundle["optimizer"]["state"][i][key].shape == p.shape
             for key in ("exp_avg", "exp_avg_sq")
             for i, p in enumerate(p for group in moments for p in group["params"]))
-    except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as e:
+    except Exception as e:
         raise BadBundle(f"its parts do not fit together: {type(e).__name__} {e}") from None
     if not right:
         raise BadBundle("its weights have not the shapes of its model_args")
@@ -218,10 +246,11 @@ def best_bundle(folder: Path) -> dict[str, Any]:
 
 def first_whole(paths: list[Path]) -> dict[str, Any]:
     """The first of several bundles, one at least, that is whole."""
-    tried = []
+    tried, seen = [], set()
     for path in paths:
-        if not path.exists():
+        if not path.exists() or (file := path.stat().st_ino) in seen:
             continue
+        seen.add(file)  # ckpt.pt is another name of a generation
         try:
             return read_bundle(path)
         except BadBundle as e:
@@ -304,9 +333,11 @@ class Saver:
         returns."""
         self.wait()
         self.copied.clear()
+        before, self.best_val_loss = self.best_val_loss, (live["best_val_loss"] if best
+                                                          else self.best_val_loss)
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream())  # the last update comes first
-        self.thread = threading.Thread(target=self._run, args=(live, best))
+        self.thread = threading.Thread(target=self._run, args=(live, best, before))
         self.thread.start()
 
     def wait_for_copy(self) -> None:
@@ -323,9 +354,8 @@ class Saver:
             self.thread = None
         return not self.failed
 
-    def _run(self, live: dict[str, Any], best: bool) -> None:
+    def _run(self, live: dict[str, Any], best: bool, before: float) -> None:
         """The thread. Whatever goes wrong here is said, and does not end the training."""
-        before = self.best_val_loss
         try:
             with torch.cuda.stream(self.stream):
                 bundle = map_tensors(self._copy, live)
@@ -333,17 +363,17 @@ class Saver:
             if self.stream:
                 self.stream.synchronize()
             if sys.platform == "linux":  # what follows is in no hurry: training goes first
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-            if best:
-                self.best_val_loss = bundle["best_val_loss"]
+                with suppress(OSError):  # it is lower already
+                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
             check_finite(bundle)
             self.before_commit()
             commit(bundle, self.folder, self.keep, best, self.disk)
             self.failed = False
         except Exception as e:
-            self.failed, self.best_val_loss = True, before
-            print(f"\nSAVING STEP {live['step']} FAILED: {e}. "
-                  "The older bundles are kept, the next save tries again.",
+            self.failed = True
+            if not is_best(self.folder, live["step"]):
+                self.best_val_loss = before
+            print(f"\nSAVING STEP {live['step']} FAILED: {e}. The older bundles are kept.",
                   file=sys.stderr, flush=True)
         finally:
             self.copied.set()

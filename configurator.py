@@ -45,7 +45,7 @@ class TrainConfig:
     # the run
     out_dir: str = knob("out", "the run's folder: bundles and metrics.jsonl")
     init_from: str = knob("scratch",
-        "scratch | resume | auto (resume if there is a run, else scratch) | "
+        "scratch | resume | auto (resume if there is a run, else scratch) | auto:SOURCE | "
         "gpt2, gpt2-medium, gpt2-large, gpt2-xl | path of a checkpoint or a Hugging Face folder")
     seed: int = knob(1337,
         "weights, order of the data and dropout follow from it", least=0, below=2**63)

@@ -15,32 +15,50 @@ class Metrics:
     """The run's log, on rank 0. After a resume it is one clean curve: rows past the resumed step
     are dropped."""
 
-    def __init__(self, out_dir: Path | None, step: int, evaluated: bool) -> None:
+    def __init__(self, out_dir: Path | None, step: int, evaluated: bool,
+                 disk: Disk | None = None) -> None:
         """Go on after `step` in out_dir's metrics.jsonl; without a folder nothing is kept.
 
         Unless that step was `evaluated` when it was saved, the run will do that again.
         """
         self.live = False  # the cursor stands at the end of a line that the next one replaces
         self.wandb = None
-        self.lock, self.waiting = Lock(), b""  # rows, or the rest of one, not written yet
-        self.file = open(os.devnull, "wb", buffering=0)
+        # rows since the last fsync that succeeded, how many bytes of them are in the file, and how
+        # many bytes before them are on the disk for sure
+        self.lock, self.rows, self.written, self.safe = Lock(), b"", 0, 0
+        self.path, self.disk, self.suspect = None, disk or Disk(), False
+        self.file = os.open(os.devnull, os.O_WRONLY)
         if out_dir is None:
             return
-        path, temporary = out_dir / "metrics.jsonl", out_dir / "metrics.tmp"
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        self.path = out_dir / "metrics.jsonl"
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         kept = [line for line in lines if _is_before(line, step, evaluated)]
         try:
-            if kept != lines:
-                with open(temporary, "wb") as file:
-                    file.writelines(kept)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, path)
-            self.file = open(path, "ab", buffering=0)
-            Disk().fsync_folder(out_dir)  # before a bundle relies on it
+            self._renew(b"".join(kept))
         except OSError as e:
+            fail(f"{self.path} can't be written: {e.strerror.lower()}")
+
+    def _renew(self, content: bytes) -> None:
+        """Put a new file with that content, durably, in the place of the old one, and go on with
+        it. Raises OSError; the old one is then as it was."""
+        temporary = self.path.with_suffix(".tmp")
+        try:
+            file = self.disk.create(temporary)
+            try:
+                while content:
+                    content = content[self.disk.write(file, memoryview(content)):]
+                self.disk.fsync(file)
+                self.disk.rename(temporary, self.path)
+                self.disk.fsync_folder(self.path.parent)
+            except BaseException:
+                self.disk.close(file)
+                raise
+        except OSError:
             temporary.unlink(missing_ok=True)
-            fail(f"{path} can't be written: {e.strerror.lower()}")
+            raise
+        os.close(self.file)
+        self.file, self.rows, self.written, self.suspect = file, b"", 0, False
+        self.safe = os.fstat(file).st_size
 
     def start_wandb(self, config: dict[str, Any], run_id: str | None) -> str | None:
         """Log to Weights & Biases as well, into the run `run_id` if there is one, and return the
@@ -63,12 +81,13 @@ class Metrics:
 
         A disk that takes no more stops nothing: the rows wait, and no bundle is saved before them.
         """
-        with self.lock:
-            self.waiting += json.dumps(row).encode() + b"\n"
-            try:
-                self._write()
-            except OSError as e:
-                self.say(f"metrics.jsonl: {e.strerror.lower()}; its rows wait")
+        if self.path:
+            with self.lock:
+                self.rows += json.dumps(row).encode() + b"\n"
+                try:
+                    self._write()
+                except OSError as e:
+                    self.say(f"metrics.jsonl: {e.strerror.lower()}; its rows wait")
         if self.wandb:
             try:
                 self.wandb.log(row, step=row["step"])
@@ -79,19 +98,28 @@ class Metrics:
     def sync(self) -> None:
         """Make the rows so far survive a power cut, before the bundle that counts on them.
 
-        Raises OSError if the disk does not take them.
+        Raises OSError if the disk does not take them. After a failed fsync the kernel calls pages
+        clean that are not on the disk: the next sync writes another file, and the lost part again.
         """
         with self.lock:
+            if self.suspect:
+                with open(self.path, "rb") as old:
+                    return self._renew(old.read(self.safe) + self.rows)
             self._write()
-            os.fsync(self.file.fileno())
+            try:
+                self.disk.fsync(self.file)
+            except OSError:
+                self.suspect = True
+                raise
+            self.safe, self.rows, self.written = self.safe + len(self.rows), b"", 0
 
     def _write(self) -> None:
-        while self.waiting:
-            self.waiting = self.waiting[self.file.write(self.waiting):]
+        while self.written < len(self.rows):
+            self.written += self.disk.write(self.file, memoryview(self.rows)[self.written:])
 
     def close(self) -> None:
         """The run has ended."""
-        self.file.close()
+        os.close(self.file)
         if self.wandb:
             self.wandb.finish()
 

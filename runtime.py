@@ -5,8 +5,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,9 +162,8 @@ def peak_flops(device: torch.device) -> float | None:
     return next((1e12 * tflops for gpu, tflops in PEAK_TFLOPS.items() if gpu in name), None)
 
 
-def lock(out_dir: Path, patience: float) -> Any:
-    """Hold out_dir for this process; the lock dies with it. A folder that can't be used is the
-    user's to mend.
+def lock(out_dir: Path, patience: float) -> tuple[Any, str]:
+    """Hold out_dir for this process; the lock dies with it. Returns it, and what is wrong, or "".
 
     Waits up to `patience` seconds for another process, one that is ending, to let go of it.
     """
@@ -176,18 +174,18 @@ def lock(out_dir: Path, patience: float) -> Any:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return file
+                return file, ""
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    fail(f"another run is writing to {out_dir}; wait for its end, "
-                         "or take another --out_dir")
+                    return None, (f"another run is writing to {out_dir}; wait for its end, "
+                                  "or take another --out_dir")
                 if not waiting:
                     print(f"another run is still writing to {out_dir}; waiting {patience} s for "
                           "its end", flush=True)
                 waiting = True
                 time.sleep(0.1)
     except OSError as e:
-        fail(f"out_dir={out_dir} can't be used: {e.strerror.lower()}")
+        return None, f"out_dir={out_dir} can't be used: {e.strerror.lower()}"
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
@@ -216,7 +214,7 @@ class Stopped(BaseException):
 class Signals:
     """SIGINT, SIGTERM and SIGUSR1 ask the run to save and end; a second Ctrl-C ends it at once.
 
-    Until the first `may_break_off` has ended there is nothing to save: they raise Stopped.
+    Until the first `unless_one_comes` has ended there is nothing to save: they raise Stopped.
     """
 
     def __init__(self) -> None:
@@ -226,7 +224,8 @@ class Signals:
 
     def _note(self, number: int, _frame: Any) -> None:
         # torchrun passes on the Ctrl-C that the terminal has sent already: that is not a second one
-        if self.came and number == signal.SIGINT and time.monotonic() - self.first_at > 1:
+        passed_on = "RANK" in os.environ and time.monotonic() - self.first_at < 1
+        if self.came and number == signal.SIGINT and not passed_on:
             os._exit(130)
         if not self.came:
             self.came, self.first_at = True, time.monotonic()
@@ -234,9 +233,9 @@ class Signals:
             self.breakable = False
             raise Stopped
 
-    @contextmanager
-    def may_break_off(self, alone: bool, nothing_new: bool) -> Iterator[None]:
-        """A block that a signal ends at once, even where it waits, reads or compiles.
+    def unless_one_comes(self, work: Callable[[], Any], alone: bool, nothing_new: bool) -> Any:
+        """What `work` returns; None if a signal came, which ends it at once, even where it waits,
+        reads or compiles.
 
         One process among several can't leave a step by itself; but with `nothing_new` since the
         last save it can leave the run.
@@ -244,10 +243,11 @@ class Signals:
         if self.came and nothing_new and not alone:
             os._exit(EXIT_STOPPED)
         try:
-            self.breakable = alone or nothing_new
-            yield
+            try:  # whenever the signal comes, it is caught below: it raises once, and only here
+                self.breakable = (alone or nothing_new) and not self.came
+                return work()
+            finally:
+                self.breakable = False
         except Stopped:
             if not alone:
                 os._exit(EXIT_STOPPED)
-        finally:
-            self.breakable = False

@@ -43,13 +43,18 @@ GO_BACK = ("{out_dir}/ckpt.pt is from before it: go on from there with --init_fr
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "block_size", "bias")
 
 
+def is_auto(config: TrainConfig) -> bool:
+    """Whether a run that is there is resumed, and else begun."""
+    return config.init_from.partition(":")[0] == "auto"
+
+
 def find_run(config: TrainConfig, ranks: Ranks) -> dict[str, Any] | None:
     """The bundle to resume from, chosen by rank 0 for all; None to begin a run."""
     bundle, problem, out_dir = None, None, Path(config.out_dir)
     if ranks.rank == 0:
         has_run = checkpoint.has_run(out_dir)
         try:
-            if config.init_from == "resume" or config.init_from == "auto" and has_run:
+            if config.init_from == "resume" or is_auto(config) and has_run:
                 bundle = checkpoint.newest_bundle(out_dir)
             elif has_run and not config.eval_only:
                 problem = (f"{out_dir} already holds a run; go on with it by --init_from=resume, "
@@ -68,31 +73,32 @@ def build(config: TrainConfig, given: dict[str, Any], meta: dict[str, Any]
     """The model at step 0, from scratch or from weights, and the settings with its true sizes."""
     torch.manual_seed(config.seed)
     vocab_size = meta["vocab_size"]
-    if config.init_from in ("scratch", "auto"):
+    source = config.init_from.removeprefix("auto:")
+    if source in ("scratch", "auto"):
         if config.n_embd % config.n_head:
             fail(f"n_embd={config.n_embd} is not a multiple of n_head={config.n_head}")
         check_memory(config, vocab_size)
         return GPT(ModelArgs(*(getattr(config, key) for key in ARCHITECTURE[:4]), vocab_size,
                              config.bias, config.dropout)), config
     try:
-        args, state, data = read_weights(config.init_from)
+        args, state, data = read_weights(source)
     except ValueError as e:
         fail(str(e))
     for key in ARCHITECTURE:
         value, have = given.get(key), getattr(args, key)
         if value is not None and value != have and not (key == "block_size" and value < have):
-            fail(f"{config.init_from} has {key}={have}, not {value}; leave {key} out")
+            fail(f"{source} has {key}={have}, not {value}; leave {key} out")
     padding = 63 if meta["tokenizer"]["kind"] == "gpt2" else 0  # nanoGPT has 50304 rows for 50257
     if (data["tokenizer"] != meta["tokenizer"] if data
             else not 0 <= args.vocab_size - vocab_size <= padding):
-        fail(f"{config.init_from} has a vocabulary of {args.vocab_size} tokens, and "
+        fail(f"{source} has a vocabulary of {args.vocab_size} tokens, and "
              f"{meta['name']} another, of {vocab_size}; prepare the text with the tokenizer of "
              "those weights")
     args, state = cropped(args, state, vocab_size, min(config.block_size, args.block_size))
     try:
         model = with_weights(replace(args, dropout=config.dropout), state)
     except ValueError as e:
-        fail(f"{config.init_from}: {e}")
+        fail(f"{source}: {e}")
     return model, replace(config, **{key: getattr(args, key) for key in ARCHITECTURE})
 
 
@@ -228,7 +234,12 @@ def run(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
     device, lead, out_dir = ranks.device, ranks.rank == 0, Path(config.out_dir)
     writes = lead and not config.eval_only
     # a restart loop comes back while the ranks of a dead launcher may still be ending
-    held = lock(out_dir, patience=30 if config.init_from == "auto" else 0) if writes else None
+    held, problem = (lock(out_dir, patience=30 if is_auto(config) else 0)
+                     if writes else (None, ""))
+    if problem := ranks.from_first(problem):
+        fail(problem)
+    if writes:
+        checkpoint.remove_leftovers(out_dir, checkpoint.Disk())  # of a process that died
 
     # the state: model and optimizer, and how far they are
     model, config, meta, bundle = begin(config, given, ranks)
@@ -247,6 +258,9 @@ def run(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
         checkpoint.restore(bundle, optimizer, scaler)
         if len(bundle["rng"]) == ranks.world_size:
             restore_rng(bundle["rng"][ranks.rank], device)
+        elif lead:
+            print(f"ranks {len(bundle['rng'])} -> {ranks.world_size}: the same batches, and the "
+                  "same losses but for rounding")
         del bundle
     metrics = Metrics(out_dir if writes else None, step, evaluation.get("step") == step)
     if writes:
@@ -288,10 +302,10 @@ def run(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
         due = step % config.eval_interval == 0 or step >= config.max_iters
         if config.eval_only or due and evaluation.get("step") != step:
             halt_unless_healthy()
-            losses = None
-            with signals.may_break_off(alone, nothing_new=step == begun_at):
-                losses = evaluate(fast, splits, config, ranks, autocast,
-                                  lambda: ranks.any(signals.came))
+            losses = signals.unless_one_comes(
+                lambda: evaluate(fast, splits, config, ranks, autocast,
+                                 lambda: ranks.any(signals.came)),
+                alone, nothing_new=step == begun_at)
             if losses:  # else a signal came: the run that goes on from here evaluates again
                 evaluation = {"step": step, **losses}
                 best_val_loss = ranks.from_first(saver.best_val_loss if writes else best_val_loss)
@@ -317,13 +331,15 @@ def run(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
         if unsaved and (due or best or ending):
             halt_unless_healthy()
             rng = ranks.gather(rng_state(device))
-            if writes:
-                saver.save({
-                    "format": checkpoint.FORMAT, "model": model.state_dict(),
+            live = {"format": checkpoint.FORMAT, "model": model.state_dict(),
                     "optimizer": optimizer.state_dict(), "step": step, "config": asdict(config),
                     "model_args": asdict(model.args), "best_val_loss": best_val_loss,
                     "evaluation": evaluation, "rng": rng, "scaler": scaler.state_dict(),
-                    "data": meta, "wandb_run_id": wandb_run_id}, best)
+                    "data": meta, "wandb_run_id": wandb_run_id}
+            if writes:
+                saver.save(live, best)
+            if writes and ending and not saver.wait():
+                saver.save(live, best)  # it was the last one: once more, to a new file
             unsaved = False
         if ending:
             break
@@ -331,9 +347,10 @@ def run(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
         # a step: the gradient of M micro-batches over all ranks, then one update
         model.train()
         lr = learning_rate(step, config)
-        losses, complete = torch.zeros(M, device=device), False
-        # a signal may break this off: nothing is changed before the update
-        with signals.may_break_off(alone, nothing_new=step == begun_at):
+
+        def gradient() -> Tensor:
+            """The gradient of this rank's micro-batches; their losses, (M,), 0 for the others'."""
+            losses = torch.zeros(M, device=device)
             for m, x, y in loader.step(step):
                 torch.manual_seed(seed_of(config.seed, step, m))  # dropout depends on nothing else
                 net.require_backward_grad_sync = m == loader.mine[-1]  # DDP reduces once a step
@@ -341,8 +358,11 @@ def run(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
                     loss = net(x, y)
                 losses[m] = loss.detach()
                 scaler.scale(loss / len(loader.mine)).backward()
-            complete = True
-        if not complete:
+            return losses
+
+        # a signal may break this off: nothing is changed before the update
+        losses = signals.unless_one_comes(gradient, alone, nothing_new=step == begun_at)
+        if losses is None:
             optimizer.zero_grad(set_to_none=True)
             continue
         loss = ranks.sum(losses).mean()
@@ -383,18 +403,19 @@ def run(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
             metrics.log(row)
             metrics.say_progress(row, config.max_iters, seconds * (config.max_iters - step))
 
+    # all ranks wait for the last save: torchrun kills the others when one has ended
+    saved = ranks.from_first(saver.wait() if writes else True)
     if writes:
-        saved = saver.wait()
         metrics.close()
         metrics.say(f"{'stopped' if stopped else 'done'} at step {step}, "
                     + ("with nothing to save yet" if not step else
                        f"{'saved' if saved else 'NOT SAVED'} in {out_dir}")
                     + "; go on with --init_from=auto" * stopped)
         held.close()
-        if not saved:
-            return EXIT_FAILED
     if ranks.world_size > 1:
         torch.distributed.destroy_process_group()
+    if not saved:
+        return EXIT_FAILED
     return EXIT_STOPPED if not config.eval_only and stopped else 0
 
 

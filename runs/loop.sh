@@ -22,13 +22,14 @@ while true; do
         wait "$child"
         code=$?
     done
+    child=""
     case $code in 0 | 2 | 3) exit $code ;; esac
-    [ -n "$stopped" ] && exit $code
     short=$((SECONDS - begun < 60 ? short + 1 : 0))
     if [ $short -ge 3 ]; then
         echo "$0: three short tries in a row; see what they say" >&2
         exit $code
     fi
-    echo "$0: exit code $code, again" >&2
     sleep 1
+    [ -n "$stopped" ] && exit $code
+    echo "$0: exit code $code, again" >&2
 done

@@ -11,16 +11,20 @@
 # saves, and the job queues itself again. From the repository, with the environment active:
 #
 #   sbatch runs/slurm.sh config/train_gpt2.py --out_dir=/shared/run1
+#   sbatch runs/slurm.sh config/finetune_shakespeare.py --init_from=auto:gpt2-xl
 #
 # A preempted job gets SIGTERM from Slurm itself and is queued again by it.
 set -u
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100  # seconds that torchrun gives its ranks to save
 host=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-localhost}" | head -n 1)
 leave=""
-trap 'leave=1; kill -TERM "$run"' USR1  # torchrun passes SIGTERM on, and would die of SIGUSR1
+# to the job's steps, not to srun, which would kill them at once
+trap 'leave=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 
 srun torchrun --nnodes="${SLURM_NNODES:-1}" --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" \
-    --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID" --rdzv_endpoint="$host:29500" --max-restarts=3 \
-    train.py "$@" --init_from=auto &
+    --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID" \
+    --rdzv_endpoint="$host:$((20000 + SLURM_JOB_ID % 10000))" --max-restarts=3 \
+    train.py --init_from=auto "$@" &
 run=$!
 wait "$run"
 code=$?

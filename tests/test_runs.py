@@ -109,12 +109,17 @@ def test_ranks_do_not_outlive_torchrun(dataset, tmp_path):
 
 
 def test_the_slurm_script_saves_and_queues_itself_again(dataset, tmp_path, whole):
-    """With stand-ins for srun and scontrol: Slurm itself is not here."""
+    """With stand-ins for Slurm's programs: Slurm itself is not here."""
     stubs, out = tmp_path / "bin", tmp_path / "out"
     stubs.mkdir()
     torchrun = " ".join(command("", ranks=1)[:1]) + " -m torch.distributed.run"
-    for name, text in (("srun", 'exec "$@"'), ("torchrun", f'exec {torchrun} "$@"'),
-                       ("scontrol", f'echo "$@" >> {tmp_path}/scontrol; echo localhost')):
+    programs = {
+        # as Slurm's, it kills the step when it gets SIGTERM itself
+        "srun": f"""trap 'kill -9 $!' TERM; "$@" & echo $! > {tmp_path}/step; wait $!""",
+        "scancel": f'[ "$1" = --signal=TERM ] && kill -TERM $(cat {tmp_path}/step)',
+        "torchrun": f'exec {torchrun} "$@"',
+        "scontrol": f'echo "$@" >> {tmp_path}/scontrol; echo localhost'}
+    for name, text in programs.items():
         (stubs / name).write_text(f"#!/bin/sh\n{text}\n")
         (stubs / name).chmod(0o755)
     flags = [f"--{key}={value}" for key, value in

@@ -219,11 +219,12 @@ def difference(code: int | None, out: Path, whole: dict[str, Any]) -> str:
     return f"{', '.join(names)}: not as in the undisturbed run" * bool(names)
 
 
-def wrong(folder: Path, allowed: dict[str, set[str]], least: int, known: dict[str, str]) -> str:
+def wrong(folder: Path, allowed: dict[str, set[str]], new: tuple[str, str], least: int,
+          known: dict[str, str]) -> str:
     """What is wrong in a folder, or "".
 
-    `allowed` says in which states a name may be ("": it may be missing), `least` how many
-    generations there must be.
+    `allowed` says in which states a name may be ("": it may be missing), `new` which state of
+    ckpt.pt must not be without which one of best.pt, `least` how many generations there must be.
     """
     for path in sorted(folder.glob("*.pt")):
         if state_at(path, known) == "damaged":
@@ -231,6 +232,9 @@ def wrong(folder: Path, allowed: dict[str, set[str]], least: int, known: dict[st
     for name, states in allowed.items():
         if state_at(folder / name, known) not in states:
             return f"{name} is neither the old nor the new one, or missing"
+    if (state_at(folder / "ckpt.pt", known) == new[0]
+            and state_at(folder / "best.pt", known) != new[1]):
+        return "ckpt.pt is the new one, but best.pt is not"
     if newest(folder) not in allowed["ckpt.pt"]:
         return "newest_bundle gives neither the old nor the new one"
     few = len(checkpoint.generations(folder)) < least

@@ -98,7 +98,9 @@ def kill_runs(part: Part, settings: dict[str, Any], place: Path, ranks: int, kil
         out = place / f"run{ranks}-{run}"
         code = killed_run(settings | {"out_dir": out}, ranks, life, kills - before, part.dice(run),
                           seen)
-        too_many = seen["again"] > 2 * INTERVAL  # one that was not yet saved, and one being saved
+        # what was not yet saved, and what was made while that was written: a step takes less time
+        # than a save here, so that up to an interval
+        too_many = seen["again"] > 2 * INTERVAL
         problem = difference(code, out, whole) or f"{seen['again']} steps made again" * too_many
         part.count(run, problem, seen["kills"] - before)
         seen["runs"] += 1

@@ -102,7 +102,8 @@ def faulty_save(folder: Path, older: list, new: dict, later: dict, best: bool, d
         allowed = {"ckpt.pt": {now}, "best.pt": {now_best}}
         if disk.struck not in ("", "close", "remove"):
             return "it is called a success"
-    if problem := disk.problem or wrong(folder, allowed, min(len(older), KEEP), known):
+    if problem := disk.problem or wrong(folder, allowed, (now, now_best), min(len(older), KEEP),
+                                        known):
         return problem
     if half_written(folder) and not dies and disk.fault != "gone":
         return f"{half_written(folder)} left behind"

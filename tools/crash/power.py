@@ -118,7 +118,8 @@ def power(part: Part, place: Path) -> int:
                 for path, content in left.items():
                     (place / "left" / path).write_bytes(content)
                 with redirect_stderr(io.StringIO()):
-                    problem = wrong(place / "left", allowed, min(durable, KEEP), known)
+                    problem = wrong(place / "left", allowed, (states[begun], bests[begun]),
+                                    min(durable, KEEP), known)
             part.count(number, problem and f"a cut after operation {i}, {name}, that leaves "
                                            f"{', '.join(sorted(left))}: {problem}")
     return part.end(f"of {len(cases):,} states after a power cut, {len(distinct):,} distinct ones")
