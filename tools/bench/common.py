@@ -35,13 +35,16 @@ class Shape:
     """A model and its micro-batch."""
     args: ModelArgs
     batch_size: int
+    cuda: bool = False  # too large for a CPU
 
 
+GPT2 = ModelArgs(12, 12, 768, 1024, 50257, False, 0.0)
 SHAPES = {
     "4 layers, 128 wide": Shape(ModelArgs(4, 4, 128, 64, 65, False, 0.0), 12),
     "6 layers, 384 wide": Shape(ModelArgs(6, 6, 384, 256, 65, False, 0.0), 16),
     "6 layers, dropout 0.2": Shape(ModelArgs(6, 6, 384, 256, 65, False, 0.2), 16),
-    "GPT-2 124M": Shape(ModelArgs(12, 12, 768, 1024, 50257, False, 0.0), 1),
+    "GPT-2 124M": Shape(GPT2, 1),
+    **{f"GPT-2 124M, batch {batch}": Shape(GPT2, batch, cuda=True) for batch in (16, 32, 64)},
 }
 
 

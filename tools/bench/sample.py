@@ -9,7 +9,7 @@ def bench(config: BenchConfig) -> Iterator[dict[str, str]]:
     """A row a model."""
     device = pick_device(config.device).type
     for name, shape in SHAPES.items():
-        if config.only not in ("", name) or shape.args.dropout:
+        if config.only not in ("", name) or shape.args.dropout or shape.cuda:
             continue
         t = take_turns({
             "ours": Side(f"sample_ours({name!r}, {device!r})", as_a_script=True),

@@ -1,0 +1,65 @@
+"""All that needs a GPU in one go, in less than ten minutes: `python -m tools.gpu`.
+
+First whether an interrupted run ends in the bits of an undisturbed one under CUDA, then the
+benchmarks. Prints as it goes; needs no network, and Transformers only for the peers' columns.
+"""
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from tools.crash.common import REPO, ends, prepare
+
+TINY = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "batch_size": 8,
+        "gradient_accumulation_steps": 2, "dropout": 0.1, "learning_rate": 3e-3, "warmup_iters": 4,
+        "lr_decay_iters": 40, "max_iters": 40, "eval_interval": 20, "eval_iters": 3,
+        "log_interval": 5, "init_from": "auto", "device": "cuda"}
+CASES = ({"dtype": "bfloat16", "compile": True}, {"dtype": "bfloat16", "compile": False},
+         {"dtype": "float16", "compile": False}, {"dtype": "float32", "compile": False})
+BENCHMARKS = (["train", "--only=GPT-2 124M, batch 32"], ["train", "--only=GPT-2 124M, batch 64"],
+              ["train", "--only=6 layers, dropout 0.2"], ["checkpoint", "--only=GPT-2 124M"],
+              ["sample"], ["loader"])
+
+
+def train(out: Path, **flags: object) -> None:
+    """Run train.py to its end."""
+    words = [f"--{key}={value}" for key, value in (TINY | flags | {"out_dir": out}).items()]
+    done = subprocess.run([sys.executable, "train.py", *words], cwd=REPO, capture_output=True,
+                          text=True)
+    if done.returncode:
+        print(done.stdout[-500:], done.stderr[-1500:])
+
+
+def exactness() -> None:
+    """40 steps, and 20 and 20 more, with and without deterministic=True."""
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        dataset = prepare(place)
+        for i, case in enumerate(CASES):
+            for deterministic in (True, False):
+                flags = {"dataset": dataset, "deterministic": deterministic, **case}
+                out = [place / f"{side}{i}{deterministic}" for side in ("whole", "parts")]
+                train(out[0], **flags)
+                train(out[1], **flags | {"max_iters": 20})
+                train(out[1], **flags)
+                try:
+                    whole, parts = (ends(folder) for folder in out)
+                    verdict = "same bits" if whole == parts else "OTHER BITS"
+                except OSError as e:
+                    verdict = f"FAILED: {e}"
+                print(json.dumps(case | {"deterministic": deterministic}), verdict, flush=True)
+
+
+if __name__ == "__main__":
+    if not torch.cuda.is_available():
+        sys.exit("error: there is no CUDA device here; the CPU's benchmarks are python -m "
+                 "tools.bench")
+    begun = time.perf_counter()
+    exactness()
+    for words in BENCHMARKS:
+        subprocess.run([sys.executable, "-m", "tools.bench", *words, "--rounds=3"], cwd=REPO)
+        print(f"({time.perf_counter() - begun:.0f} s)", flush=True)
