@@ -89,9 +89,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
         end = k.size(2) - T + start + rows.size(2)
         weights = rows @ k[:, :, :end].transpose(2, 3)  # (B, H, R, end)
         if T > 1:
-            future = torch.full((rows.size(2), rows.size(2)), -math.inf, dtype=q.dtype).triu(1)
-            with torch.no_grad():  # the softmax gives these no gradient as it is
-                weights[..., start:] += future
+            future = torch.full(weights.shape[2:], -math.inf, dtype=q.dtype).triu(start + 1)
+            weights = weights + future
         blocks.append(dropout(weights.softmax(-1), p) @ v[:, :, :end])
     return torch.cat(blocks, 2)
 
@@ -99,7 +98,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
 def dropout(x: Tensor, p: float) -> Tensor:
     """Zero each element with probability `p`, scale the others by 1 / (1 - p) (Srivastava et al.
     2014)."""
-    if not p or x.device.type != "cpu":
+    if not p or x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
     # 16 random bits an element: a quarter of the time that drawing as many floats takes
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None)

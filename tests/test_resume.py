@@ -39,6 +39,18 @@ def test_auto_begins_a_run_and_goes_on_with_it(train, tmp_path):
     assert bits(tmp_path / "out/ckpt.pt") == bits(tmp_path / "whole/ckpt.pt")
 
 
+def test_auto_with_a_source_begins_from_its_weights_and_goes_on(train, tmp_path):
+    train(out="source", max_iters=5)
+    source = f"auto:{tmp_path / 'source/ckpt.pt'}"
+    flags = {"init_from": source, "learning_rate": 1e-4}
+    train(out="whole", **flags)
+    first = rows(tmp_path / "whole", "val_loss")[0]["val_loss"]
+    assert first == rows(tmp_path / "source", "val_loss")[-1]["val_loss"]
+    train(max_iters=20, **flags)
+    assert "resuming" in train(**flags).stdout
+    assert bits(tmp_path / "out/ckpt.pt") == bits(tmp_path / "whole/ckpt.pt")
+
+
 def test_a_resumed_run_keeps_what_the_command_leaves_out(train, tmp_path):
     train(max_iters=20, weight_decay=0.3)
     done = run("train.py", out_dir=tmp_path / "out", init_from="resume", max_iters=40, beta2=0.9)
@@ -256,6 +268,11 @@ def test_only_rank_0_needs_the_folder(dataset, tmp_path):
     assert "resuming parts at step 20" in run(wrapper, out_dir="parts", **flags).stdout
     assert not list((tmp_path / "host1").iterdir())
     assert bits(tmp_path / "host0/whole/ckpt.pt") == bits(tmp_path / "host0/parts/ckpt.pt")
+
+
+def test_another_number_of_ranks_is_said(train, tmp_path):
+    train(max_iters=2)
+    assert "ranks 1 -> 2" in train(init_from="resume", max_iters=4, ranks=2).stdout
 
 
 @pytest.mark.parametrize("ranks, flags", [

@@ -108,6 +108,25 @@ def test_ranks_do_not_outlive_torchrun(dataset, tmp_path):
     run("train.py", ranks=2, out_dir=out, **flags | {"max_iters": 100})
 
 
+def test_a_rank_that_is_told_to_stop_waits_for_the_last_save(dataset, tmp_path):
+    """torchrun kills the others some time after the first has ended."""
+    slow, out = tmp_path / "slow.py", tmp_path / "out"
+    slow.write_text("import sys, time\n"
+                    f"sys.path.insert(0, {str(REPO)!r})\n"
+                    "import checkpoint, train\nfrom configurator import TrainConfig, parse\n"
+                    "fsync = checkpoint.Disk.fsync\n"
+                    "checkpoint.Disk.fsync = lambda *args: (time.sleep(4), fsync(*args))\n"
+                    "sys.exit(train.main(*parse(TrainConfig, '', sys.argv[1:])[:2]))\n")
+    flags = FLAGS | {"dataset": dataset, "out_dir": out, "max_iters": 10**6,
+                     "eval_interval": 10**5}
+    process = subprocess.Popen(command(slow, ranks=2, **flags), stderr=subprocess.DEVNULL,
+                               env=ONE_THREAD | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "2"})
+    until(lambda: logged(out) >= 10 and len(trainers(out, False)) == 2, process)
+    os.kill(trainers(out, False)[1], signal.SIGUSR1)
+    assert process.wait(timeout=60) == 1
+    assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == logged(out)
+
+
 def test_the_slurm_script_saves_and_queues_itself_again(dataset, tmp_path, whole):
     """With stand-ins for Slurm's programs: Slurm itself is not here."""
     stubs, out = tmp_path / "bin", tmp_path / "out"
