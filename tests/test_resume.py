@@ -289,3 +289,18 @@ def test_a_signal_ends_an_evaluation_and_a_compilation(dataset, tmp_path, ranks,
     process.communicate(timeout=60)
     assert process.returncode == (75 if ranks == 1 else 1)
     assert not rows(tmp_path / "out")  # not even the evaluation at step 0 has come to its end
+
+
+def test_ranks_agree_to_leave_an_evaluation_in_the_middle_of_a_run(dataset, tmp_path):
+    flags = TINY | {"dataset": dataset, "out_dir": tmp_path / "out", "n_layer": 6, "n_embd": 64,
+                    "eval_iters": 400, "eval_interval": 5, "max_iters": 10}
+    process = subprocess.Popen(command("train.py", ranks=2, **flags), stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    while "step 5/" not in process.stdout.readline():  # an evaluation of some seconds follows
+        pass
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert [row["step"] for row in rows(tmp_path / "out", "val_loss")] == [0]
+    assert torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["step"] == 5
