@@ -71,8 +71,7 @@ class Attention(nn.Module):
             k, v = kv[:, :, :, :seen + T]  # each (B, H, seen + T, D)
         y = attend(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C)
-        y = self.c_proj(y)
-        return dropout(y, self.dropout) if self.training else y
+        return dropout(self.c_proj(y), self.dropout, self.training)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
@@ -95,10 +94,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
     return torch.cat(blocks, 2)
 
 
-def dropout(x: Tensor, p: float) -> Tensor:
+def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
     """Zero each element with probability `p`, scale the others by 1 / (1 - p) (Srivastava et al.
-    2014)."""
-    if not p or x.device.type != "cpu" or torch.compiler.is_compiling():
+    2014); nothing unless `training`."""
+    if not training or not p:
+        return x
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, p)
     # 16 random bits an element: a quarter of the time that drawing as many floats takes
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None)
@@ -118,8 +119,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
-        x = self.c_proj(x)
-        return dropout(x, self.dropout) if self.training else x
+        return dropout(self.c_proj(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -213,7 +213,7 @@ class GPT(nn.Module):
         wte, wpe, blocks, ln_f = self.transformer.values()
         positions = torch.arange(seen, seen + idx.size(1), device=idx.device)
         x = wte(idx) + wpe(positions)  # (B, T, C)
-        x = dropout(x, self.args.dropout) if self.training else x
+        x = dropout(x, self.args.dropout, self.training)
         for i, block in enumerate(blocks):
             x = block(x, cache.layers[i] if cache else None, seen)
         if cache:

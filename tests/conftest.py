@@ -1,6 +1,5 @@
 """What the tests share: the real scripts as subprocesses, a small real text, and states compared to
 the bit."""
-import hashlib
 import importlib.util
 import json
 import os
@@ -18,6 +17,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
+from tools.crash.common import digest
+
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 4,
         "gradient_accumulation_steps": 2, "dropout": 0.1, "learning_rate": 3e-3, "warmup_iters": 4,
         "lr_decay_iters": 40, "max_iters": 40, "eval_interval": 20, "eval_iters": 3,
@@ -75,27 +76,8 @@ def bits(path: Path) -> str:
     """sha256 of all that training depends on in a bundle: two runs with one hash are in the same
     state."""
     bundle = torch.load(path, map_location="cpu", weights_only=True)
-    state, digest = (
-        {key: bundle[key]
-         for key in ("model", "optimizer", "step", "rng", "best_val_loss", "scaler")},
-        hashlib.sha256())
-
-    def add(value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            digest.update(f"{value.dtype}{tuple(value.shape)}".encode()
-                          + value.contiguous().numpy().tobytes())
-        elif isinstance(value, dict):
-            for key in sorted(value, key=str):
-                add(key)
-                add(value[key])
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                add(item)
-        else:
-            digest.update(repr(value).encode())
-
-    add(state)
-    return digest.hexdigest()
+    return digest({key: bundle[key] for key in
+                   ("model", "optimizer", "step", "rng", "best_val_loss", "scaler")})
 
 
 def rows(out_dir: Path, *keys: str) -> list[dict]:
