@@ -15,23 +15,19 @@ import threading
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from configurator import TrainConfig, fail
 from model import GPT, ModelArgs
-from runtime import map_tensors
+from runtime import fsync_folder, map_tensors
 
 FORMAT = 1
 # ends each bundle, with the CRC32 of all before it: torch.load does not look at the zip's own
 MAGIC = b"keepGPT\n"
-# another value would be another run
-FIXED = ("seed", "n_layer", "n_head", "n_embd", "block_size", "bias")
-KEYS = {"format", "model", "optimizer", "step", "config", "model_args", "best_val_loss",
+KEYS = {"format", "run", "model", "optimizer", "step", "config", "model_args", "best_val_loss",
         "evaluation", "rng", "scaler", "data", "wandb_run_id"}
 
 
@@ -65,11 +61,7 @@ class Disk:
         os.unlink(path)
 
     def fsync_folder(self, folder: Path) -> None:
-        file = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(file)
-        finally:
-            os.close(file)
+        fsync_folder(folder)
 
 
 class ChecksummedFile:
@@ -125,7 +117,7 @@ def commit(bundle: dict[str, Any], folder: Path, keep: int, best: bool, disk: Di
 
     Raises OSError or BadBundle; the older bundles are then as they were.
     """
-    generation = folder / f"ckpt-{bundle['step']:08d}.pt"
+    generation = generation_of(folder, bundle["step"])
     temporary = generation.with_suffix(".pt.tmp")
     try:
         remove_leftovers(folder, disk)  # of a process that died
@@ -149,6 +141,11 @@ def commit(bundle: dict[str, Any], folder: Path, keep: int, best: bool, disk: Di
         print(f"\nan old bundle can't be removed: {e}", file=sys.stderr, flush=True)
 
 
+def generation_of(folder: Path, step: int) -> Path:
+    """The numbered bundle of a step."""
+    return folder / f"ckpt-{step:08d}.pt"
+
+
 def generations(folder: Path) -> list[Path]:
     """The numbered bundles of a folder, newest first."""
     return sorted((p for p in folder.glob("ckpt-*.pt") if re.fullmatch(r"ckpt-\d+\.pt", p.name)),
@@ -164,7 +161,7 @@ def remove_leftovers(folder: Path, disk: Disk) -> None:
 def is_best(folder: Path, step: int) -> bool:
     """Whether best.pt is the bundle of that step."""
     try:
-        return (folder / "best.pt").samefile(folder / f"ckpt-{step:08d}.pt")
+        return (folder / "best.pt").samefile(generation_of(folder, step))
     except OSError:
         return False
 
@@ -207,7 +204,7 @@ def read_bundle(path: Path) -> dict[str, Any]:
         raise BadBundle(f"torch cannot load it: {(str(e) or repr(e)).splitlines()[0]}") from None
     if not isinstance(bundle, dict) or bundle.get("format") != FORMAT or KEYS - bundle.keys():
         raise BadBundle("it is no bundle of this format")
-    kinds = {"step": int, "config": dict, "best_val_loss": float, "evaluation": dict, "rng": list,
+    kinds = {"step": int, "run": str, "config": dict, "best_val_loss": float, "evaluation": dict, "rng": list,
              "scaler": dict, "data": dict}
     if wrong := [key for key, kind in kinds.items() if not isinstance(bundle[key], kind)]:
         raise BadBundle(f"its {wrong[0]} is of another kind")
@@ -233,10 +230,10 @@ def check_shapes(bundle: dict[str, Any]) -> None:
         raise BadBundle("its weights have not the shapes of its model_args")
 
 
-def newest_bundle(folder: Path) -> dict[str, Any]:
-    """The newest bundle that is whole. Says which ones it passes over; raises BadBundle if none is
-    left."""
-    return first_whole([folder / "ckpt.pt", *generations(folder), folder / "best.pt"])
+def newest_bundle(folder: Path, run: str = "") -> dict[str, Any]:
+    """The newest bundle that is whole, and of that run if one is named. Says which ones it passes
+    over; raises BadBundle if none is left."""
+    return first_whole([folder / "ckpt.pt", *generations(folder), folder / "best.pt"], run)
 
 
 def best_bundle(folder: Path) -> dict[str, Any]:
@@ -244,58 +241,24 @@ def best_bundle(folder: Path) -> dict[str, Any]:
     return first_whole([folder / "best.pt", folder / "ckpt.pt", *generations(folder)])
 
 
-def first_whole(paths: list[Path]) -> dict[str, Any]:
-    """The first of several bundles, one at least, that is whole."""
+def first_whole(paths: list[Path], run: str = "") -> dict[str, Any]:
+    """The first of several bundles, one at least, that is whole and not of another run."""
     tried, seen = [], set()
     for path in paths:
         if not path.exists() or (file := path.stat().st_ino) in seen:
             continue
         seen.add(file)  # ckpt.pt is another name of a generation
         try:
-            return read_bundle(path)
+            bundle = read_bundle(path)
+            if run and bundle["run"] != run:
+                raise BadBundle("it is of another run; to go on with that one, give it a folder of "
+                                "its own")
+            return bundle
         except BadBundle as e:
             tried.append(f"{path.name}: {e}")
             print(f"passing over {path}: {e}", file=sys.stderr)
     raise BadBundle(f"no whole bundle in {paths[0].parent} "
                     f"({'; '.join(tried) or 'there is none at all'})")
-
-
-def resumed_config(given: dict[str, Any], bundle: dict[str, Any],
-                   data: dict[str, Any]) -> tuple[TrainConfig, list[str]]:
-    """The run's own settings with the `given` ones over them, and a word on each that changed.
-
-    What would make it another run is refused.
-    """
-    known = {f.name for f in fields(TrainConfig)}
-    saved = {key: value for key, value in bundle["config"].items() if key in known}
-    config = TrainConfig(**saved | given)
-    changes = {key: (saved[key], value) for key, value in given.items()
-               if saved.get(key, value) != value}
-    for key in FIXED:
-        if key in changes:
-            fail(f"this run has {key}={changes[key][0]}, not {changes[key][1]}: "
-                 f"that would be another run; leave --{key} out, "
-                 "or begin anew with another --out_dir")
-    rows, old_rows = (c["batch_size"] * c["gradient_accumulation_steps"]
-                      for c in (asdict(config), saved))
-    if rows != old_rows:
-        fail(f"this run has batch_size x gradient_accumulation_steps = {old_rows}, not {rows}; "
-             "keep the product")
-    if data["fingerprint"] != bundle["data"]["fingerprint"]:
-        fail(f"this run was trained on {bundle['data']['name']} "
-             f"{bundle['data']['fingerprint'][:12]}, but data/{config.dataset} is "
-             f"{data['fingerprint'][:12]}; prepare that text again")
-    return config, [f"{key} {old} -> {new}" for key, (old, new) in changes.items()
-                    if key != "init_from"]
-
-
-def restore(bundle: dict[str, Any], optimizer: torch.optim.Optimizer,
-            scaler: torch.amp.GradScaler) -> None:
-    """Give the optimizer its moments back; its settings stay those of this command."""
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": bundle["optimizer"]["state"], "param_groups": groups})
-    if scaler.is_enabled() and bundle["scaler"]:
-        scaler.load_state_dict(bundle["scaler"])
 
 
 def check_finite(bundle: dict[str, Any]) -> None:
@@ -317,10 +280,11 @@ class Saver:
     a CPU the thread does.
     """
 
-    def __init__(self, folder: Path, keep: int, best_val_loss: float,
+    def __init__(self, folder: Path | None, keep: int, best_val_loss: float,
                  before_commit: Callable[[], None], device: torch.device,
                  disk: Disk | None = None) -> None:
-        """`best_val_loss` is best.pt's; `before_commit` is called once the copy is made, before
+        """Without a folder, on all ranks but the first, nothing is saved. `best_val_loss` is
+        best.pt's; `before_commit` is called once the copy is made, before
         anything is written."""
         self.folder, self.keep, self.best_val_loss, self.before_commit = (
             folder, keep, best_val_loss, before_commit)
@@ -331,6 +295,8 @@ class Saver:
     def save(self, live: dict[str, Any], best: bool) -> None:
         """Begin to save the live tensors of a bundle. They must not change before `wait_for_copy`
         returns."""
+        if not self.folder:
+            return
         self.wait()
         self.copied.clear()
         before, self.best_val_loss = self.best_val_loss, (live["best_val_loss"] if best

@@ -16,13 +16,14 @@ class Metrics:
     are dropped."""
 
     def __init__(self, out_dir: Path | None, step: int, evaluated: bool,
-                 disk: Disk | None = None) -> None:
+                 disk: Disk | None = None, quiet: bool = False) -> None:
         """Go on after `step` in out_dir's metrics.jsonl; without a folder nothing is kept.
 
-        Unless that step was `evaluated` when it was saved, the run will do that again.
+        Unless that step was `evaluated` when it was saved, the run will do that again. A `quiet`
+        one, of another rank than the first, prints nothing.
         """
         self.live = False  # the cursor stands at the end of a line that the next one replaces
-        self.wandb = None
+        self.wandb, self.quiet = None, quiet
         # rows since the last fsync that succeeded, how many bytes of them are in the file, and how
         # many bytes before them are on the disk for sure
         self.lock, self.rows, self.written, self.safe = Lock(), b"", 0, 0
@@ -133,6 +134,8 @@ class Metrics:
 
     def say(self, text: str, live: bool = False) -> None:
         """Print a line; on a terminal, the next one takes the place of a `live` one."""
+        if self.quiet:
+            return
         tty = sys.stdout.isatty()
         if live and tty:  # a line that wraps could not be replaced
             text = text[:shutil.get_terminal_size().columns - 1]

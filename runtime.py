@@ -4,11 +4,12 @@ import fcntl
 import os
 import random
 import signal
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from configurator import TrainConfig, fail
 
 # stopped by a signal with everything saved: the same command, with init_from=auto, goes on
 EXIT_STOPPED = 75
+EXIT_INTERRUPTED = 130  # by a second Ctrl-C
 # dense bfloat16 (float16 before Ampere), from the data sheets
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165,
                "RTX 3090": 71, "V100": 125, "T4": 65}
@@ -79,6 +81,11 @@ class Ranks:
             dist.all_reduce(x)
         return x
 
+    def leave(self) -> None:
+        """The last thing that ranks do together."""
+        if self.world_size > 1:
+            dist.destroy_process_group()
+
 
 def pick_device(name: str) -> torch.device:
     """The device called `name`, or for auto the best there is; on CUDA each rank of a host takes
@@ -97,7 +104,7 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def start(config: TrainConfig) -> Ranks:
+def join_ranks(config: TrainConfig) -> Ranks:
     """Pick the device, and join the other processes if torchrun started any."""
     device = pick_device(config.device)
     if device.type == "cuda":
@@ -162,15 +169,29 @@ def peak_flops(device: torch.device) -> float | None:
     return next((1e12 * tflops for gpu, tflops in PEAK_TFLOPS.items() if gpu in name), None)
 
 
-def lock(out_dir: Path, patience: float) -> tuple[Any, str]:
-    """Hold out_dir for this process; the lock dies with it. Returns it, and what is wrong, or "".
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def lock(out_dir: Path, patience: float) -> tuple[TextIO | None, str]:
+    """Hold out_dir for this process; the lock dies with it. Returns its file, at the beginning, and
+    what is wrong, or "".
 
     Waits up to `patience` seconds for another process, one that is ending, to let go of it.
     """
     deadline, waiting = time.monotonic() + patience, False
     try:
+        new = [folder for folder in (out_dir, *out_dir.parents) if not folder.exists()]
         out_dir.mkdir(parents=True, exist_ok=True)
-        file = open(out_dir / ".lock", "w")
+        for folder in new:  # what is saved in it must not be lost with it
+            fsync_folder(folder.parent)
+        file = open(out_dir / ".lock", "a+")
+        file.seek(0)
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -218,28 +239,41 @@ class Signals:
     """
 
     def __init__(self) -> None:
-        self.came, self.first_at, self.breakable = False, 0.0, True
+        self.came, self.breakable = False, True
+        numbers, wake = os.pipe()
+        os.set_blocking(wake, False)
+        threading.Thread(target=self._leave_at_second, args=(numbers,), daemon=True).start()
+        signal.set_wakeup_fd(wake)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
 
-    def _note(self, number: int, _frame: Any) -> None:
-        # torchrun passes on the Ctrl-C that the terminal has sent already: that is not a second one
-        passed_on = "RANK" in os.environ and time.monotonic() - self.first_at < 1
-        if self.came and number == signal.SIGINT and not passed_on:
-            os._exit(130)
-        if not self.came:
-            self.came, self.first_at = True, time.monotonic()
+    def _leave_at_second(self, numbers: int) -> None:
+        """A thread, since `_note` is called only when Python is back from a collective or a
+        kernel."""
+        first_at = None
+        while True:
+            number = os.read(numbers, 1)[0]
+            if first_at is None:
+                first_at = time.monotonic()
+            # torchrun passes on the Ctrl-C that the terminal has sent already: no second one
+            elif number == signal.SIGINT and ("RANK" not in os.environ
+                                              or time.monotonic() - first_at > 1):
+                os._exit(EXIT_INTERRUPTED)
+
+    def _note(self, _number: int, _frame: Any) -> None:
+        self.came = True
         if self.breakable:
             self.breakable = False
             raise Stopped
 
-    def unless_one_comes(self, work: Callable[[], Any], alone: bool, nothing_new: bool) -> Any:
+    def unless_one_comes(self, work: Callable[[], Any], ranks: Ranks, nothing_new: bool) -> Any:
         """What `work` returns; None if a signal came, which ends it at once, even where it waits,
         reads or compiles.
 
         One process among several can't leave a step by itself; but with `nothing_new` since the
         last save it can leave the run.
         """
+        alone = ranks.world_size == 1
         if self.came and nothing_new and not alone:
             os._exit(EXIT_STOPPED)
         try:

@@ -1,8 +1,11 @@
 """A run that is interrupted and resumed ends in the same bits as one that was not."""
 import os
+import re
+import shutil
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -119,6 +122,21 @@ def test_a_damaged_bundle_is_passed_over_for_an_older_one(train, tmp_path, damag
     assert rows(tmp_path / "out") == rows(tmp_path / "whole")
 
 
+def test_a_bundle_of_another_run_is_passed_over(train, tmp_path):
+    train(out="other", seed=2)
+    train(max_iters=20)
+    train(init_from="resume", max_iters=30)
+    shutil.copy(tmp_path / "other/ckpt.pt", tmp_path / "out/ckpt.pt")  # and so into ckpt-...30.pt
+    done = train(init_from="resume")
+    assert "it is of another run" in done.stderr and "at step 20" in done.stdout
+    # in a folder of its own it is as good as in the one that it comes from
+    (tmp_path / "third").mkdir()
+    shutil.copy(tmp_path / "other/ckpt.pt", tmp_path / "third")
+    train(out="third", init_from="resume", max_iters=50)
+    train(out="other", init_from="resume", max_iters=50)
+    assert bits(tmp_path / "third/ckpt.pt") == bits(tmp_path / "other/ckpt.pt")
+
+
 def test_nothing_whole_left_is_an_error_that_lists_what_was_tried(train, tmp_path):
     train()
     for path in tmp_path.glob("out/*.pt"):
@@ -213,9 +231,11 @@ def test_newest_best_and_older_bundles_stand_beside_each_other(train, tmp_path):
     assert torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["step"] == 40
 
 
-def test_compiled_code_goes_on_to_the_same_bits(train, tmp_path):
+@pytest.mark.parametrize("ranks, dtype", [(1, "float32"), (2, "bfloat16")])
+def test_compiled_code_goes_on_to_the_same_bits(train, tmp_path, ranks, dtype):
     """With two threads, compiled code repeats only because it is told to."""
-    flags = {"compile": True, "env": {"OMP_NUM_THREADS": "2"}, "n_layer": 1}
+    flags = {"compile": True, "env": {"OMP_NUM_THREADS": "2"}, "n_layer": 1, "ranks": ranks,
+             "dtype": dtype}
     train(out="whole", **flags)
     train(out="parts", max_iters=20, **flags)
     assert ", compiled" in train(out="parts", init_from="resume", **flags).stdout
@@ -273,6 +293,27 @@ def test_only_rank_0_needs_the_folder(dataset, tmp_path):
 def test_another_number_of_ranks_is_said(train, tmp_path):
     train(max_iters=2)
     assert "ranks 1 -> 2" in train(init_from="resume", max_iters=4, ranks=2).stdout
+
+
+def test_a_second_ctrl_c_ends_a_rank_that_waits_for_another(dataset, tmp_path):
+    flags = TINY | {"dataset": dataset, "out_dir": tmp_path / "out", "max_iters": 100000,
+                    "eval_interval": 100000}
+    launcher = subprocess.Popen(command("train.py", ranks=2, **flags), stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True)
+    while "step 5/" not in launcher.stdout.readline():
+        pass
+    ranks = {int(rank): int(pid) for pid in subprocess.run(
+        ["pgrep", "-P", str(launcher.pid)], capture_output=True, text=True).stdout.split()
+        for rank in re.findall(r"\0RANK=(\d)", Path(f"/proc/{pid}/environ").read_text())}
+    os.kill(ranks[1], signal.SIGSTOP)
+    time.sleep(0.5)  # rank 0 has come to a collective, and waits there
+    os.kill(ranks[0], signal.SIGINT)
+    time.sleep(1.5)
+    os.kill(ranks[0], signal.SIGINT)
+    time.sleep(0.5)
+    os.kill(ranks[1], signal.SIGCONT)  # or torchrun would wait half a minute for its end
+    _, errors = launcher.communicate(timeout=60)
+    assert re.search(r"exitcode *: 130 ", errors), errors
 
 
 @pytest.mark.parametrize("ranks, flags", [

@@ -169,8 +169,8 @@ def digest(value: Any) -> str:
 
 
 def state(bundle: dict[str, Any]) -> str:
-    """The digest of a bundle without its settings, which name the run's folder."""
-    return digest({key: value for key, value in bundle.items() if key != "config"})
+    """The digest of a bundle without what names the run and its folder."""
+    return digest({key: value for key, value in bundle.items() if key not in ("run", "config")})
 
 
 def state_at(path: Path, known: dict[str, str]) -> str:
