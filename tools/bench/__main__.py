@@ -6,6 +6,7 @@
     loader      batches out of a file of 10 GB
     prepare     text to tokens, beside tiktoken alone
     startup     to the first step, and to the first answer
+    memory      the most that GPT-2 124M takes
 
 Prints a table for each, medians of interleaved rounds.
 """
@@ -22,7 +23,7 @@ from configurator import fail, parse
 from runtime import pick_device
 from tools.bench.common import BenchConfig, machine
 
-PARTS = ("train", "sample", "checkpoint", "loader", "prepare", "startup")
+PARTS = ("train", "sample", "checkpoint", "loader", "prepare", "startup", "memory")
 
 
 def main(config: BenchConfig, words: list[str]) -> None:

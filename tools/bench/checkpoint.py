@@ -18,7 +18,7 @@ ROWS = {"6 layers, 384 wide": 4, "GPT-2 124M": 1}
 
 def live(training: Training, step: int) -> dict:
     """What a bundle is made of."""
-    return {"format": checkpoint.FORMAT, "model": training.model.state_dict(),
+    return {"format": checkpoint.FORMAT, "run": "", "model": training.model.state_dict(),
             "optimizer": training.optimizer.state_dict(), "step": step, "config": {},
             "model_args": vars(training.model.args), "best_val_loss": 0.0, "evaluation": {},
             "rng": [], "scaler": {}, "data": {}, "wandb_run_id": None}

@@ -1,0 +1,51 @@
+"""memory: the most that GPT-2 124M takes while it is trained, saved, resumed and sampled from."""
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from runtime import pick_device
+from tools.bench.common import REPO, SHAPES, BenchConfig
+
+TRAIN = "import train; train.main(*configurator.parse(configurator.TrainConfig, '', sys.argv[1:])[:2])"
+WORKS = {
+    "training": f"import checkpoint; checkpoint.Saver.save = lambda *_: None; {TRAIN}",
+    "training and saving": TRAIN,
+    "resuming": TRAIN,
+    "sampling": """
+import sample, types
+sample.tokenizer.from_meta = lambda meta: types.SimpleNamespace(vocab_size=meta["vocab_size"])
+config = configurator.parse(sample.SampleConfig, "", sys.argv[1:2])[0]
+list(sample.generate(sample.load(config)[0], [[0]], 48))"""}
+PROGRAM = """
+import configurator
+configurator.prepare_process()
+import resource, sys, torch
+{work}
+print("peaks", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+      torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)"""
+
+
+def bench(config: BenchConfig) -> Iterator[dict[str, str]]:
+    """A row a kind of work, each in a process of its own."""
+    device, shape = pick_device(config.device), SHAPES["GPT-2 124M"]
+    with tempfile.TemporaryDirectory(dir=config.folder or None) as folder:
+        for split in ("train", "val"):
+            np.random.default_rng(0).integers(shape.args.vocab_size, size=100_000,
+                                              dtype=np.uint16).tofile(f"{folder}/{split}.bin")
+        for name, work in WORKS.items():
+            out = Path(folder) / ("none" if name == "training" else "out")
+            flags = {"out_dir": out, "dataset": folder, "device": device.type, "init_from": "auto",
+                     "batch_size": shape.batch_size, "gradient_accumulation_steps": 1,
+                     "checkpoint_interval": 1, "eval_iters": 1,
+                     "max_iters": 6 if name == "resuming" else 3}
+            done = subprocess.run([sys.executable, "-c", PROGRAM.format(work=work),
+                                   *(f"--{key}={value}" for key, value in flags.items())],
+                                  cwd=REPO, capture_output=True, text=True)
+            assert "\npeaks" in "\n" + done.stdout, done.stdout + done.stderr
+            host, gpu = map(int, done.stdout.splitlines()[-1].split()[1:])
+            row = {"GPT-2 124M, batch 1 x 1,024": name, "host memory": f"{host / 1e9:.2f} GB"}
+            yield row | ({"device memory": f"{gpu / 1e9:.2f} GB"} if device.type == "cuda" else {})
