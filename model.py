@@ -64,13 +64,14 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, kv: Tensor | None, seen: int) -> Tensor:
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv  # each (B, H, T, D)
         if kv is not None:
-            kv[0, :, :, seen:seen + T], kv[1, :, :, seen:seen + T] = k, v
-            k, v = kv[:, :, :, :seen + T]  # each (B, H, seen + T, D)
+            kv[:, :, :, seen:seen + T] = qkv[1:]
+            if T == 1:
+                q, (k, v) = q.to(kv.dtype), kv[:, :, :, :seen + 1]  # k, v: (B, H, seen + 1, D)
         y = attend(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, C)
+        y = y.transpose(1, 2).reshape(B, T, C).to(x.dtype)
         return dropout(self.c_proj(y), self.dropout, self.training)
 
 
@@ -78,7 +79,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
     """Causal attention of the last T positions, (B, H, T, D), over all S positions, (B, H, S, D);
     T is S or 1. Weights are dropped with probability `p`."""
     T, D = q.shape[2:]
-    if q.device.type != "cpu" or not p and q.dtype != torch.bfloat16:
+    if T == 1 or q.device.type != "cpu" or not p and q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=T > 1)
     # On a CPU the library's kernel is slow in bfloat16, and slower with dropout. Rows in blocks:
     # what lies behind a block's last row is never computed.
@@ -250,11 +251,15 @@ class GPT(nn.Module):
         return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
     def new_cache(self, batch: int) -> Cache:
-        """An empty cache for `batch` sequences of up to block_size tokens."""
+        """An empty cache for `batch` sequences of up to block_size tokens.
+
+        On a CPU it is float32: attention of one query is five times as slow in bfloat16.
+        """
+        wte = self.transformer.wte.weight
+        dtype = torch.float32 if wte.device.type == "cpu" else wte.dtype
         shape = (2, batch, self.args.n_head, self.args.block_size,
                  self.args.n_embd // self.args.n_head)
-        return Cache([self.transformer.wte.weight.new_empty(shape)
-                      for _ in range(self.args.n_layer)])
+        return Cache([wte.new_empty(shape, dtype=dtype) for _ in range(self.args.n_layer)])
 
 
 @torch.inference_mode()
@@ -301,18 +306,20 @@ def pick(logits: Tensor, temperature: float, top_k: int, top_p: float,
     `top_p` of the probability (Holtzman et al. 2020); temperature 0 takes the likeliest."""
     if temperature == 0:
         return logits.argmax(-1)
+    ids = None
+    if 0 < top_k < logits.size(-1) or top_p < 1:
+        logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # likeliest first
     logits = logits.float()
     # at most 0: it can't overflow
-    logits = (logits - logits.max(-1, keepdim=True).values) / temperature
-    if 0 < top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -math.inf)
+    chances = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if top_p < 1:
-        ranked, order = logits.softmax(-1).sort(dim=-1, descending=True)
-        # what the likelier ones hold suffices without this one
-        outside = ranked.cumsum(-1) - ranked >= top_p
-        outside[:, 0] = False
-        logits = logits.masked_fill(outside.gather(-1, order.argsort(-1)), -math.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=rng).squeeze(-1)
+        # what the likelier ones hold suffices without these
+        chances[:, 1:] *= (chances.cumsum(-1)[:, :-1] < top_p)
+    # inverse transform sampling: torch.multinomial draws a number for each of the tokens
+    reached = chances.cumsum(-1)
+    drawn = torch.rand(len(logits), 1, generator=rng, device=logits.device) * reached[:, -1:]
+    place = torch.searchsorted(reached, drawn, right=True)
+    return (place if ids is None else ids.gather(-1, place)).squeeze(-1)
 
 
 def read_hugging_face(folder: Path) -> tuple[ModelArgs, dict[str, Tensor]]:
