@@ -70,6 +70,13 @@ def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
     return model.eval(), vocabulary, origin
 
 
+def weights_dtype(name: str, model: GPT, device: torch.device) -> torch.dtype:
+    """The dtype to sample in: what was asked for, or what is fast."""
+    if name == "auto" and device.type == "cpu" and sum(p.numel() for p in model.parameters()) < 4e6:
+        return torch.float32  # such weights stay in the cache, where products of one row like it
+    return pick_dtype(name, device)
+
+
 def read_prompt(start: str, vocabulary: tokenizer.Tokenizer) -> list[int]:
     """The tokens to continue; for an empty text the end-of-text token, or the first character there
     is."""
@@ -88,7 +95,7 @@ def main(config: SampleConfig) -> None:
     """Show the first sample as it is made, then the others, which were made beside it."""
     device = pick_device(config.device)
     model, vocabulary, origin = load(config)
-    model.to(device, pick_dtype(config.dtype, device))
+    model.to(device, weights_dtype(config.dtype, model, device))
     prompt = read_prompt(config.start, vocabulary)
     print(origin, file=sys.stderr)  # stdout is for the text alone
     samples = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(config.num_samples)]

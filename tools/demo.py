@@ -12,7 +12,7 @@ from pathlib import Path
 
 REPO = Path(__file__).parent.parent
 METRICS = REPO / "out-demo" / "metrics.jsonl"
-PULL_THE_PLUG_AT = 1250  # steps, of the 3000 in the config
+PULL_THE_PLUG_AT = 1250  # steps, of the 2800 in the config
 TRAIN = ["train.py", "config/train_shakespeare_char_cpu.py", "--out_dir=out-demo",
          "--init_from=auto"]
 

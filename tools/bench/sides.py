@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 import model as model_module
 from model import generate
-from runtime import pick_device, pick_dtype
+from runtime import pick_device
+from sample import weights_dtype
 from tools.bench.common import SHAPES, Training, seconds
 
 
@@ -89,7 +90,8 @@ NEW_TOKENS = 48
 def sample_ours(name: str, device: str) -> Callable[[], float]:
     """NEW_TOKENS tokens of one sequence, as sample.py draws them; the seconds of one."""
     where = pick_device(device)
-    network = model_module.GPT(SHAPES[name].args).to(where, pick_dtype("auto", where)).eval()
+    network = model_module.GPT(SHAPES[name].args).eval()
+    network.to(where, weights_dtype("auto", network, where))
 
     def work() -> float:
         start = time.perf_counter()
