@@ -42,8 +42,10 @@ import torch
 
 import tokenizer
 from checkpoint import BadBundle, best_bundle, newest_bundle
-from model import GPT, ModelArgs, cropped, generate, read_weights, with_weights
+from model import GPT, ModelArgs, cropped, generate, pack, read_weights, with_weights
 from runtime import pick_device, pick_dtype
+
+SMALL = 4e6  # fewer parameters stay in the cache, where products of one row are fast in float32
 
 
 def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
@@ -70,11 +72,15 @@ def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
     return model.eval(), vocabulary, origin
 
 
-def weights_dtype(name: str, model: GPT, device: torch.device) -> torch.dtype:
-    """The dtype to sample in: what was asked for, or what is fast."""
-    if name == "auto" and device.type == "cpu" and sum(p.numel() for p in model.parameters()) < 4e6:
-        return torch.float32  # such weights stay in the cache, where products of one row like it
-    return pick_dtype(name, device)
+def make_fast(model: GPT, dtype_name: str, device: torch.device) -> None:
+    """Move the model to the device, in the dtype that was asked for or the one that is fast."""
+    fast, dtype = pick_dtype("auto", device), pick_dtype(dtype_name, device)
+    size = sum(p.numel() for p in model.parameters())
+    if dtype_name == "auto" and device.type == "cpu" and size < SMALL:
+        dtype = torch.float32
+    model.to(device, dtype)
+    if device.type == "cpu" and dtype == fast == torch.bfloat16:
+        pack(model)
 
 
 def read_prompt(start: str, vocabulary: tokenizer.Tokenizer) -> list[int]:
@@ -95,7 +101,7 @@ def main(config: SampleConfig) -> None:
     """Show the first sample as it is made, then the others, which were made beside it."""
     device = pick_device(config.device)
     model, vocabulary, origin = load(config)
-    model.to(device, weights_dtype(config.dtype, model, device))
+    make_fast(model, config.dtype, device)
     prompt = read_prompt(config.start, vocabulary)
     print(origin, file=sys.stderr)  # stdout is for the text alone
     samples = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(config.num_samples)]

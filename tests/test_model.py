@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import model as model_module
-from model import (GPT, LinearCrossEntropy, ModelArgs, attend, cropped, dropout, generate, pick,
-                   read_weights)
+from model import (GPT, LinearCrossEntropy, ModelArgs, attend, cropped, dropout, generate, pack,
+                   pick, read_weights)
+from runtime import pick_dtype
 
 torch.set_num_threads(1)  # models this small are slower on two
 ARGS = ModelArgs(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=61,
@@ -400,6 +401,20 @@ def test_cached_generation_equals_uncached_also_past_the_block(length, how):
     expected = made_without_cache(model, prompt, 50, **how)
     assert made(model, [prompt], 50, **how) == [expected]
     assert len(set(expected)) > 4  # it is no loop over a few tokens
+
+
+@pytest.mark.skipif(pick_dtype("auto", torch.device("cpu")) != torch.bfloat16,
+                    reason="this CPU has no bfloat16 instructions")
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_weights_generate_the_same(bias):
+    plain = wild(replace(ARGS, bias=bias)).bfloat16()
+    packed = copy.deepcopy(plain)
+    pack(packed)
+    x = tokens(3, ARGS.block_size)
+    with torch.inference_mode():
+        agree(packed(x), plain(x), 2**-6)
+    assert made(packed, [[1], [2, 3]], 40, temperature=0) == made(plain, [[1], [2, 3]], 40,
+                                                                  temperature=0)
 
 
 def test_prompts_of_different_lengths_in_a_batch_are_continued_as_each_alone():

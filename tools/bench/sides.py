@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import model as model_module
 from model import generate
 from runtime import pick_device
-from sample import weights_dtype
+from sample import make_fast
 from tools.bench.common import SHAPES, Training, seconds
 
 
@@ -91,7 +91,7 @@ def sample_ours(name: str, device: str) -> Callable[[], float]:
     """NEW_TOKENS tokens of one sequence, as sample.py draws them; the seconds of one."""
     where = pick_device(device)
     network = model_module.GPT(SHAPES[name].args).eval()
-    network.to(where, weights_dtype("auto", network, where))
+    make_fast(network, "auto", where)
 
     def work() -> float:
         start = time.perf_counter()
