@@ -75,6 +75,27 @@ def host_memory() -> int:
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+PEAKS = """
+import atexit, sys
+def peaks():
+    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    gpu = sys.modules["torch"].cuda.max_memory_allocated() if "torch" in sys.modules else 0
+    print("peaks", int(status["VmHWM"].split()[0]) * 1024, gpu)
+atexit.register(peaks)
+"""
+
+
+def peak_memory(program: str, *words: object) -> tuple[int, int]:
+    """The most bytes of host and of device memory that a Python program holds, in a process of its
+    own. (Linux's ru_maxrss begins with what the parent holds.)"""
+    done = subprocess.run([sys.executable, "-c", PEAKS + program, *map(str, words)], cwd=REPO,
+                          capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stdout + done.stderr)
+    host, gpu = done.stdout.splitlines()[-1].split()[1:]
+    return int(host), int(gpu)
+
+
 class Training:
     """A model in training, as train.py does it, on random tokens."""
 

@@ -1,6 +1,4 @@
 """memory: the most that GPT-2 124M takes while it is trained, saved, resumed and sampled from."""
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,25 +6,23 @@ from pathlib import Path
 import numpy as np
 
 from runtime import pick_device
-from tools.bench.common import REPO, SHAPES, BenchConfig
+from tools.bench.common import SHAPES, BenchConfig, peak_memory
 
-TRAIN = "import train; train.main(*configurator.parse(configurator.TrainConfig, '', sys.argv[1:])[:2])"
+TRAIN = """
+import train
+train.main(*configurator.parse(configurator.TrainConfig, "", sys.argv[1:])[:2])"""
 WORKS = {
-    "training": f"import checkpoint; checkpoint.Saver.save = lambda *_: None; {TRAIN}",
+    "training": f"import checkpoint; checkpoint.Saver.save = lambda *_: None\n{TRAIN}",
     "training and saving": TRAIN,
     "resuming": TRAIN,
     "sampling": """
 import sample, types
 sample.tokenizer.from_meta = lambda meta: types.SimpleNamespace(vocab_size=meta["vocab_size"])
-config = configurator.parse(sample.SampleConfig, "", sys.argv[1:2])[0]
-list(sample.generate(sample.load(config)[0], [[0]], 48))"""}
-PROGRAM = """
-import configurator
-configurator.prepare_process()
-import resource, sys, torch
-{work}
-print("peaks", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-      torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)"""
+words = [word for word in sys.argv if word.startswith(("--out_dir", "--device"))]
+config = configurator.parse(sample.SampleConfig, "", words)[0]
+network = sample.load(config)[0]
+sample.make_fast(network, "auto", sample.pick_device(config.device))
+list(sample.generate(network, [[0]], 48))"""}
 
 
 def bench(config: BenchConfig) -> Iterator[dict[str, str]]:
@@ -42,10 +38,8 @@ def bench(config: BenchConfig) -> Iterator[dict[str, str]]:
                      "batch_size": shape.batch_size, "gradient_accumulation_steps": 1,
                      "checkpoint_interval": 1, "eval_iters": 1,
                      "max_iters": 6 if name == "resuming" else 3}
-            done = subprocess.run([sys.executable, "-c", PROGRAM.format(work=work),
-                                   *(f"--{key}={value}" for key, value in flags.items())],
-                                  cwd=REPO, capture_output=True, text=True)
-            assert "\npeaks" in "\n" + done.stdout, done.stdout + done.stderr
-            host, gpu = map(int, done.stdout.splitlines()[-1].split()[1:])
+            host, gpu = peak_memory(
+                "import configurator\nconfigurator.prepare_process()\n" + work,
+                *(f"--{key}={value}" for key, value in flags.items()))
             row = {"GPT-2 124M, batch 1 x 1,024": name, "host memory": f"{host / 1e9:.2f} GB"}
             yield row | ({"device memory": f"{gpu / 1e9:.2f} GB"} if device.type == "cuda" else {})

@@ -1,16 +1,13 @@
 """prepare: GPT-2's tokens of 100 MB of text, beside tiktoken's own rate on all cores."""
 import importlib.util
 import os
-import resource
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from statistics import median
 
 from tokenizer import gpt2_encoding
-from tools.bench.common import REPO, BenchConfig
+from tools.bench.common import BenchConfig, peak_memory
 
 SIZE = 10**8  # bytes
 
@@ -27,16 +24,16 @@ def bench(config: BenchConfig) -> list[dict[str, str]]:
         (Path(folder) / "text.txt").write_text(text, encoding="utf-8")
         for i in range(config.rounds):
             start = time.perf_counter()
-            subprocess.run([sys.executable, REPO / "prepare.py", Path(folder) / "text.txt",
-                            f"--name=set{i}", f"--data_dir={folder}"], check=True,
-                           stdout=subprocess.DEVNULL)
+            peak, _ = peak_memory(
+                "import runpy; runpy.run_path('prepare.py', run_name='__main__')",
+                Path(folder) / "text.txt", f"--name=set{i}", f"--data_dir={folder}")
             ours.append(time.perf_counter() - start)
             start = time.perf_counter()
             for j in range(0, len(chunks), 2 * cores):
                 encoding.encode_ordinary_batch(chunks[j:j + 2 * cores], num_threads=cores)
             peer.append(time.perf_counter() - start)
-    size, peak = len(text.encode()), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    size = len(text.encode())
     return [{"text": f"{size / 1e6:.0f} MB", "prepare.py": f"{size / 1e6 / median(ours):.1f} MB/s",
              "tiktoken alone": f"{size / 1e6 / median(peer):.1f} MB/s",
              "ratio": f"{median(peer) / median(ours):.2f} x",
-             "peak memory": f"{peak / 1e3:.0f} MB"}]
+             "peak memory": f"{peak / 1e6:.0f} MB"}]
