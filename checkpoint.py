@@ -204,8 +204,8 @@ def read_bundle(path: Path) -> dict[str, Any]:
         raise BadBundle(f"torch cannot load it: {(str(e) or repr(e)).splitlines()[0]}") from None
     if not isinstance(bundle, dict) or bundle.get("format") != FORMAT or KEYS - bundle.keys():
         raise BadBundle("it is no bundle of this format")
-    kinds = {"step": int, "run": str, "config": dict, "best_val_loss": float, "evaluation": dict, "rng": list,
-             "scaler": dict, "data": dict}
+    kinds = {"step": int, "run": str, "config": dict, "best_val_loss": float, "evaluation": dict,
+             "rng": list, "scaler": dict, "data": dict}
     if wrong := [key for key, kind in kinds.items() if not isinstance(bundle[key], kind)]:
         raise BadBundle(f"its {wrong[0]} is of another kind")
     check_shapes(bundle)

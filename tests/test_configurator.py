@@ -1,6 +1,7 @@
 """What configurator.py promises: types, precedence, files that leak nothing, one-line mistakes."""
 import builtins
 import io
+import os
 import subprocess
 import sys
 from contextlib import redirect_stderr
@@ -229,6 +230,17 @@ def test_what_a_file_does_to_its_names_does_not_reach_the_program(file, text):
 
 def test_a_file_that_rebinds_a_builtin_to_a_value_is_told_that_it_is_no_key(file):
     assert "unknown key 'print'" in mistake(file("print = 3"))
+
+
+@pytest.mark.parametrize("theirs, spins", [
+    ({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")])
+def test_how_long_threads_spin_is_set_unless_the_user_has(theirs, spins):
+    env = {key: value for key, value in os.environ.items()
+           if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | theirs
+    program = "import os, configurator as c; c.prepare_process(); print(os.getenv('GOMP_SPINCOUNT'))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True,
+                          text=True)
+    assert done.stdout.strip() == spins, done.stderr
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.name)
