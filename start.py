@@ -92,6 +92,7 @@ def begin(config: TrainConfig, given: dict[str, Any]) -> tuple[Run, Metrics, che
         fail(str(e))
     if bundle:
         config, changes = resumed_config(given, bundle, data)
+        config = replace(config, out_dir=str(out_dir))  # the folder may have moved
         if ranks.rank == 0:
             print(f"resuming {out_dir} at step {bundle['step']}", *changes, sep=", ")
         model = GPT(ModelArgs(**bundle["model_args"] | {"dropout": config.dropout}))

@@ -102,6 +102,15 @@ def test_resume_without_a_run_says_so(train):
     assert "nothing to resume" in complaint(train(init_from="resume", code=None))
 
 
+def test_a_folder_that_has_moved_is_gone_on_with_where_it_is(train, tmp_path):
+    train(out="old", max_iters=20)
+    (tmp_path / "old").rename(tmp_path / "out")
+    done = run("train.py", cwd=tmp_path, init_from="resume", max_iters=30)  # out_dir=out
+    assert "done at step 30, saved in out" in done.stdout and not (tmp_path / "old").exists()
+    saved = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+    assert saved["step"] == 30 and saved["config"]["out_dir"] == "out"
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "text", "pickle"])
 def test_a_damaged_bundle_is_passed_over_for_an_older_one(train, tmp_path, damage):
     train(out="whole")
