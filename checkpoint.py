@@ -21,8 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from configurator import sync
 from model import GPT, ModelArgs
-from runtime import fsync_folder, map_tensors
+from runtime import map_tensors
 
 FORMAT = 1
 # ends each bundle, with the CRC32 of all before it: torch.load does not look at the zip's own
@@ -61,7 +62,7 @@ class Disk:
         os.unlink(path)
 
     def fsync_folder(self, folder: Path) -> None:
-        fsync_folder(folder)
+        sync(folder)
 
 
 class ChecksummedFile:
@@ -284,8 +285,7 @@ class Saver:
                  before_commit: Callable[[], None], device: torch.device,
                  disk: Disk | None = None) -> None:
         """Without a folder, on all ranks but the first, nothing is saved. `best_val_loss` is
-        best.pt's; `before_commit` is called once the copy is made, before
-        anything is written."""
+        best.pt's; `before_commit` is called once the copy is made, before anything is written."""
         self.folder, self.keep, self.best_val_loss, self.before_commit = (
             folder, keep, best_val_loss, before_commit)
         self.disk, self.copies, self.copied = disk or Disk(), {}, threading.Event()

@@ -32,6 +32,15 @@ def fail(message: str) -> NoReturn:
     sys.exit(EXIT_MISTAKE)
 
 
+def sync(path: str | os.PathLike) -> None:
+    """See a file's bytes, or a folder's names, to the disk. Raises OSError."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def knob(default: Any, why: str, least: float = -inf, below: float = inf) -> Any:
     """A setting: its default, what it is for, and the half-open range [least, below) its value must
     lie in."""

@@ -22,7 +22,7 @@ from operator import itemgetter
 from typing import Literal
 
 import corpora
-from configurator import fail, knob, parse
+from configurator import fail, knob, parse, sync
 from corpora import BLOCK, DATASETS
 from tokenizer import Tokenizer, from_meta
 
@@ -154,15 +154,6 @@ def write_tokens(paths: list[str], jobs: Iterable[list[Piece]], tokenizer: Token
             val.write(tokens[1])
             bar.update(done)
     return [os.path.getsize(path) // dtype.itemsize for path in paths]
-
-
-def sync(path: str) -> None:
-    """See a file's bytes, or a folder's names, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def put_in_place(folder: str) -> None:

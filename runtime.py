@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from configurator import TrainConfig, fail
+from configurator import TrainConfig, fail, sync
 
 # stopped by a signal with everything saved: the same command, with init_from=auto, goes on
 EXIT_STOPPED = 75
@@ -169,15 +169,6 @@ def peak_flops(device: torch.device) -> float | None:
     return next((1e12 * tflops for gpu, tflops in PEAK_TFLOPS.items() if gpu in name), None)
 
 
-def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)
-
-
 def lock(out_dir: Path, patience: float) -> tuple[TextIO | None, str]:
     """Hold out_dir for this process; the lock dies with it. Returns its file, at the beginning, and
     what is wrong, or "".
@@ -189,7 +180,7 @@ def lock(out_dir: Path, patience: float) -> tuple[TextIO | None, str]:
         new = [folder for folder in (out_dir, *out_dir.parents) if not folder.exists()]
         out_dir.mkdir(parents=True, exist_ok=True)
         for folder in new:  # what is saved in it must not be lost with it
-            fsync_folder(folder.parent)
+            sync(folder.parent)
         file = open(out_dir / ".lock", "a+")
         file.seek(0)
         while True:

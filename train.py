@@ -4,7 +4,7 @@ every key.
 Kill it at any time: with --init_from=auto the same command goes on from the newest bundle in
 out_dir.
 """
-from configurator import TrainConfig, command_line, fail
+from configurator import TrainConfig, command_line
 
 if __name__ == "__main__":  # before torch is loaded
     CONFIG, GIVEN, _ = command_line(TrainConfig, "python train.py [config/x.py] [--key=value ...]")

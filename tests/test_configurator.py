@@ -237,7 +237,8 @@ def test_a_file_that_rebinds_a_builtin_to_a_value_is_told_that_it_is_no_key(file
 def test_how_long_threads_spin_is_set_unless_the_user_has(theirs, spins):
     env = {key: value for key, value in os.environ.items()
            if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | theirs
-    program = "import os, configurator as c; c.prepare_process(); print(os.getenv('GOMP_SPINCOUNT'))"
+    program = ("import os, configurator; configurator.prepare_process(); "
+               "print(os.getenv('GOMP_SPINCOUNT'))")
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True,
                           text=True)
     assert done.stdout.strip() == spins, done.stderr

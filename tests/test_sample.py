@@ -35,6 +35,7 @@ def test_a_seed_repeats_and_another_does_not(trained):
                            **flags).stdout)
     assert sample(seed=1) == sample(seed=1) != sample(seed=2)
     assert sample(seed=1, temperature=0) == sample(seed=2, top_k=1)
+    assert len(sample(dtype="bfloat16")[0]) == len(sample()[0])
 
 
 def test_the_newest_or_the_best_or_any_file(trained, tmp_path):

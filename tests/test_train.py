@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import TINY, bits, complaint, rows, run
+from conftest import TINY, complaint, rows, run
 
 
 def test_it_learns(train, tmp_path):

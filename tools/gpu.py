@@ -22,7 +22,7 @@ CASES = ({"dtype": "bfloat16", "compile": True}, {"dtype": "bfloat16", "compile"
          {"dtype": "float16", "compile": False}, {"dtype": "float32", "compile": False})
 BENCHMARKS = (["train", "--only=GPT-2 124M, batch 32"], ["train", "--only=GPT-2 124M, batch 64"],
               ["train", "--only=6 layers, dropout 0.2"], ["checkpoint", "--only=GPT-2 124M"],
-              ["sample"], ["loader"])
+              ["sample"], ["loader"], ["memory"])
 
 
 def train(out: Path, **flags: object) -> None:
