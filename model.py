@@ -36,9 +36,9 @@ class ModelArgs:
 @dataclass
 class Cache:
     """Keys and values of the tokens seen so far: one (2, B, H, block_size, D) tensor a layer,
-    `length` of it filled."""
+    `length` of it filled; a recorded step has that number on the device, (1,)."""
     layers: list[Tensor]
-    length: int = 0
+    length: int | Tensor = 0
 
 
 class LayerNorm(nn.Module):
@@ -63,15 +63,20 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(args.n_embd, args.n_embd, bias=args.bias)
         self.n_head, self.dropout = args.n_head, args.dropout
 
-    def forward(self, x: Tensor, kv: Tensor | None, seen: int) -> Tensor:
+    def forward(self, x: Tensor, kv: Tensor | None, seen: int | Tensor) -> Tensor:
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
         q, k, v = qkv  # each (B, H, T, D)
-        if kv is not None:
-            kv[:, :, :, seen:seen + T] = qkv[1:]
-            if T == 1:
-                q, (k, v) = q.to(kv.dtype), kv[:, :, :, :seen + 1]  # k, v: (B, H, seen + 1, D)
-        y = attend(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        if torch.is_tensor(seen):  # no shape may depend on it
+            kv.index_copy_(3, seen, qkv[1:].to(kv.dtype))
+            mask = torch.arange(kv.size(3), device=x.device) <= seen.unsqueeze(1)  # (1, block_size)
+            y = F.scaled_dot_product_attention(q.to(kv.dtype), *kv, attn_mask=mask)
+        else:
+            if kv is not None:
+                kv[:, :, :, seen:seen + T] = qkv[1:]
+                if T == 1:
+                    q, (k, v) = q.to(kv.dtype), kv[:, :, :, :seen + 1]  # k, v: (B, H, seen + 1, D)
+            y = attend(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).reshape(B, T, C).to(x.dtype)
         return dropout(self.c_proj(y), self.dropout, self.training)
 
@@ -139,7 +144,7 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(args.n_embd, args.bias)
         self.mlp = MLP(args)
 
-    def forward(self, x: Tensor, kv: Tensor | None, seen: int) -> Tensor:
+    def forward(self, x: Tensor, kv: Tensor | None, seen: int | Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x), kv, seen)
         return x + self.mlp(self.ln_2(x))
 
@@ -219,18 +224,19 @@ class GPT(nn.Module):
         """
         seen = cache.length if cache else 0
         wte, wpe, blocks, ln_f = self.transformer.values()
-        positions = torch.arange(seen, seen + idx.size(1), device=idx.device)
+        positions = torch.arange(idx.size(1), device=idx.device) + seen
         x = wte(idx) + wpe(positions)  # (B, T, C)
         x = dropout(x, self.args.dropout, self.training)
         for i, block in enumerate(blocks):
             x = block(x, cache.layers[i] if cache else None, seen)
         if cache:
-            cache.length += idx.size(1)
+            cache.length = seen + idx.size(1)
             x = x[:, -1:]
-        x, weight, V = ln_f(x), self.output_weight(), self.args.vocab_size
+        x = ln_f(x)
         if targets is None:
-            return (self.head(x) if self.head else F.linear(x, weight))[..., :V]
-        return LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.reshape(-1), V)
+            return self.head(x) if self.head else F.linear(x, wte.weight)
+        return LinearCrossEntropy.apply(x.flatten(0, 1), self.output_weight(), targets.reshape(-1),
+                                        self.args.vocab_size)
 
     def output_weight(self) -> Tensor:
         """The tied output layer, (V, C); on CUDA with zero rows up to a multiple of 64, which its
@@ -292,17 +298,45 @@ def pack(model: GPT) -> None:
     model.head = PackedLinear(model.transformer.wte.weight, None)
 
 
+class RecordedStep:
+    """One more token for each sequence on CUDA, as a CUDA graph: one launch in place of hundreds,
+    which take the host longer than the GPU needs for a small model."""
+
+    def __init__(self, model: GPT, cache: Cache) -> None:
+        self.cache, device = cache, cache.layers[0].device
+        self.tokens = torch.zeros(cache.layers[0].size(1), 1, dtype=torch.long, device=device)
+        self.at = torch.full((1,), cache.length, device=device)
+        side = torch.cuda.Stream(device)  # libraries allocate at their first calls
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                model(self.tokens, cache=Cache(cache.layers, self.at))
+        torch.cuda.current_stream(device).wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            self.logits = model(self.tokens, cache=Cache(cache.layers, self.at))
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Logits (B, 1, V) after `tokens` (B, 1), which continue the cache; good until the next
+        call."""
+        self.tokens.copy_(tokens)
+        self.at.fill_(self.cache.length)
+        self.graph.replay()
+        self.cache.length += 1
+        return self.logits
+
+
 @torch.inference_mode()
 def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0,
-             top_k: int = 0, top_p: float = 1.0, stop: int | None = None,
-             seed: int = 1337) -> Iterator[list[int | None]]:
+             top_k: int = 0, top_p: float = 1.0, stop: int | None = None, seed: int = 1337,
+             record: bool = False) -> Iterator[list[int | None]]:
     """Continue each prompt (token ids, at least one); yields each sequence's next token as it is
     made.
 
     None stands for a sequence that has nothing new: its prompt is longer than another's and still
     being read, or it has ended, by the `stop` token (not yielded) or after `max_new_tokens`. Past
     block_size the window slides by a quarter of it at a time, so that the cache is filled anew only
-    once in so many tokens.
+    once in so many tokens. With `record`, on CUDA, a step is recorded once and played again.
     """
     device, block_size = model.transformer.wte.weight.device, model.args.block_size
     rng = torch.Generator(device).manual_seed(seed)
@@ -314,12 +348,17 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, temperat
     ended = torch.zeros_like(lengths, dtype=torch.bool)
     # every sequence has so many tokens; prompts that are longer wait in `tokens`
     known = int(lengths.min())
-    cache = model.new_cache(len(prompts))
+    cache, recorded = model.new_cache(len(prompts)), None
     new = tokens[:, max(0, known - block_size):known]
     while known < tokens.size(1) and not ended.all():
         if cache.length + new.size(1) > block_size:
             cache.length, new = 0, tokens[:, known - (block_size - block_size // 4):known]
-        picked = pick(model(new, cache=cache)[:, -1], temperature, top_k, top_p, rng)  # (B,)
+        if record and cache.length > 0:
+            recorded = recorded or RecordedStep(model, cache)
+            logits = recorded(new)
+        else:
+            logits = model(new, cache=cache)
+        picked = pick(logits[:, -1], temperature, top_k, top_p, rng)  # (B,)
         in_prompt = known < lengths
         tokens[:, known] = torch.where(in_prompt, tokens[:, known], picked)
         ended |= (~in_prompt & (picked == (-1 if stop is None else stop))

@@ -109,7 +109,8 @@ def main(config: SampleConfig) -> None:
     print(texts[0], end="", flush=True)
     for new in generate(model, [prompt] * config.num_samples, config.max_new_tokens,
                         config.temperature, config.top_k, config.top_p,
-                        vocabulary.eot if config.stop_at_eot else None, config.seed):
+                        vocabulary.eot if config.stop_at_eot else None, config.seed,
+                        record=device.type == "cuda"):
         for i, token in enumerate(new):
             if token is not None:
                 # a character may be several tokens

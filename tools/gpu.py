@@ -1,7 +1,7 @@
 """All that needs a GPU in one go, in less than ten minutes: `python -m tools.gpu`.
 
-First whether an interrupted run ends in the bits of an undisturbed one under CUDA, then the
-benchmarks. Prints as it goes; needs no network, and Transformers only for the peers' columns.
+First whether an interrupted run ends in the bits of an undisturbed one under CUDA and whether
+recorded steps generate the tokens of plain ones, then the benchmarks. Prints as it goes; needs no network, and Transformers only for the peers' columns.
 """
 import json
 import subprocess
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from model import GPT, ModelArgs, generate
 from tools.crash.common import REPO, ends, prepare
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "batch_size": 8,
@@ -54,11 +55,23 @@ def exactness() -> None:
                 print(json.dumps(case | {"deterministic": deterministic}), verdict, flush=True)
 
 
+def recorded_steps() -> None:
+    """The likeliest tokens of a random model, by recorded steps and by plain ones."""
+    torch.manual_seed(0)
+    args = ModelArgs(4, 4, 256, 64, 512, bias=True, dropout=0.0)
+    model = GPT(args).cuda().eval()
+    made = [list(generate(model, [[1, 2, 3], [4]], 200, temperature=0, record=record))
+            for record in (True, False)]
+    print("generation by recorded steps:", "same tokens" if made[0] == made[1] else "OTHER TOKENS",
+          flush=True)
+
+
 if __name__ == "__main__":
     if not torch.cuda.is_available():
         sys.exit("error: there is no CUDA device here; the CPU's benchmarks are python -m "
                  "tools.bench")
     begun = time.perf_counter()
+    recorded_steps()
     exactness()
     for words in BENCHMARKS:
         subprocess.run([sys.executable, "-m", "tools.bench", *words, "--rounds=3"], cwd=REPO)
