@@ -237,8 +237,9 @@ def train(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
             halt_unless_healthy(run, metrics, saver)
         if run.step % config.log_interval == 0:
             seconds, speed = pace.since_last(run)
-            row = {"step": run.step, "loss": loss.item(), "lr": learning_rate(run.step - 1, config),
-                   "grad_norm": grad_norm.item(), **speed}
+            row = {"step": run.step, "tokens": run.step * pace.tokens_per_step, "loss": loss.item(),
+                   "lr": learning_rate(run.step - 1, config), "grad_norm": grad_norm.item(),
+                   **speed}
             metrics.log(row)
             metrics.say_progress(row, config.max_iters, seconds * (config.max_iters - run.step))
 
