@@ -26,11 +26,12 @@ TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size":
 
 
 def command(script: str, *words: str, ranks: int = 1, last: str = "", **flags: Any) -> list[str]:
-    """The command line of a script, behind torchrun for several ranks, with one more word at its
-    end."""
+    """The command line of a script or a module, behind torchrun for several ranks, with one more
+    word at its end."""
     torchrun = (["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
                 if ranks > 1 else [])
-    return [sys.executable, *torchrun, str(REPO / script), *map(str, words),
+    program = [str(REPO / script)] if script.endswith(".py") else ["-m", script]
+    return [sys.executable, *torchrun, *program, *map(str, words),
             *(f"--{key}={value}" for key, value in flags.items()), *([last] if last else [])]
 
 
