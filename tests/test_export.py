@@ -55,7 +55,7 @@ def by_transformers(folder: Path, work: dict, tmp_path: Path) -> dict:
 
 @pytest.fixture(scope="module")
 def text(play: Path) -> str:
-    return play.read_text(encoding="utf-8")
+    return play.read_text(encoding="utf-8") + "".join(f" {i * i * i}" for i in range(2000))
 
 
 def cl100k(monkeypatch, text: str) -> dict:

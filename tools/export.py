@@ -83,8 +83,8 @@ def config_json(args: ModelArgs, eot: int | None) -> dict[str, Any]:
 def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
     """Every pair of tokens that makes a third, in the order in which tiktoken joins them: by the
     rank of what they make."""
-    pairs = [(token[:i], token[i:]) for token in sorted(ranks, key=ranks.get)
-             for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+    pairs = [(token[:i], token[i:]) for token in ranks for i in range(1, len(token))
+             if token[:i] in ranks and token[i:] in ranks]
     return sorted(pairs, key=lambda pair: (ranks[pair[0] + pair[1]], ranks[pair[0]]))
 
 
@@ -107,8 +107,8 @@ def to_tokenizers(vocabulary: Tokenizer) -> Any:
     # special tokens are in the vocabulary too: else they would get the next free ids
     made = Tokenizer(models.BPE({spell(token): rank for token, rank in ranks.items()} | special,
                                 [(spell(a), spell(b)) for a, b in merges(ranks)]))
-    # its regular expressions are Oniguruma's: no possessive {1,3}+, and $ is the end of a line
-    pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", encoding._pat_str).replace("$", r"\z")
+    # its regular expressions are Oniguruma's, where {1,3}+ is not possessive but a repetition
+    pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", encoding._pat_str)
     made.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(pattern), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
