@@ -32,6 +32,13 @@ def fail(message: str) -> NoReturn:
     sys.exit(EXIT_MISTAKE)
 
 
+def warn(message: str) -> None:
+    """Say on stderr what is not as it was asked for; of several ranks on a host, the first one
+    speaks."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"note: {message}", file=sys.stderr, flush=True)
+
+
 def sync(path: str | os.PathLike) -> None:
     """See a file's bytes, or a folder's names, to the disk. Raises OSError."""
     handle = os.open(path, os.O_RDONLY)

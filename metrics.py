@@ -77,8 +77,9 @@ class Metrics:
             self.say(f"wandb is off for this run: {e}")
             return run_id
 
-    def log(self, row: dict[str, Any]) -> None:
-        """Add a row; floats are written so that they read back as the same bits.
+    def log(self, row: dict[str, Any], **summary: Any) -> None:
+        """Add a row; floats are written so that they read back as the same bits. The `summary` is
+        of the whole run, for wandb.
 
         A disk that takes no more stops nothing: the rows wait, and no bundle is saved before them.
         """
@@ -92,6 +93,7 @@ class Metrics:
         if self.wandb:
             try:
                 self.wandb.log(row, step=row["step"])
+                self.wandb.summary.update(summary)
             except Exception as e:
                 self.say(f"wandb is off from here on: {e}")
                 self.wandb = None

@@ -1,9 +1,12 @@
 """The process that a run lives in: its device, the other ranks, signals, the lock on out_dir,
 random generators."""
 import fcntl
+import importlib.util
 import os
 import random
+import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from configurator import TrainConfig, fail, sync
+from configurator import TrainConfig, fail, sync, warn
 
 # stopped by a signal with everything saved: the same command, with init_from=auto, goes on
 EXIT_STOPPED = 75
@@ -153,7 +156,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of the matrix products: what was asked for, or what is fast and safe on the
     device."""
     if name == "float16" and device.type != "cuda":
-        fail(f"dtype=float16 works on CUDA; on {device.type} take bfloat16 or float32")
+        name = "auto"
+        warn(f"float16 works on CUDA alone; {device.type} takes "
+             + str(pick_dtype(name, device)).removeprefix("torch."))
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -161,6 +166,21 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     bf16_cpu = device.type == "cpu" and (torch.cpu._is_amx_tile_supported()
                                          or torch.cpu._is_avx512_bf16_supported())
     return torch.bfloat16 if bf16_cpu else torch.float32
+
+
+def compiler_lacks(device: torch.device) -> str:
+    """What this machine lacks for torch.compile, or ""."""
+    found = [os.environ.get(name, "") for name in ("CC", "CXX")] + ["cc", "gcc", "clang"]
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "the package triton"
+    if device.type == "cpu":  # as torch._inductor.config.cpp.cxx has it
+        found = [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
+    return "" if any(map(shutil.which, filter(None, found))) else f"a compiler ({found[-1]})"
+
+
+def device_name(device: torch.device) -> str:
+    """The device's kind, and on CUDA its model."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def peak_flops(device: torch.device) -> float | None:

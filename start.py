@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-from configurator import TrainConfig, fail
-from loader import Loader, Split, read_meta
+from card import write_card
+from configurator import TrainConfig, fail, warn
+from loader import Loader, Split, read_meta, split_files
 from metrics import Metrics
 from model import GPT, ModelArgs, cropped, read_weights, with_weights
-from runtime import Ranks, join_ranks, lock, pick_dtype, restore_rng, rng_state
+from runtime import (Ranks, compiler_lacks, device_name, join_ranks, lock, pick_dtype, restore_rng,
+                     rng_state)
 
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "block_size", "bias")
 FIXED = ("seed", *ARCHITECTURE)  # another value would be another run
@@ -92,7 +94,8 @@ def begin(config: TrainConfig, given: dict[str, Any]) -> tuple[Run, Metrics, che
         fail(str(e))
     if bundle:
         config, changes = resumed_config(given, bundle, data)
-        config = replace(config, out_dir=str(out_dir))  # the folder may have moved
+        # the folder may have moved; what the run began from stays told
+        config = replace(config, out_dir=str(out_dir), init_from=bundle["config"]["init_from"])
         if ranks.rank == 0:
             print(f"resuming {out_dir} at step {bundle['step']}", *changes, sep=", ")
         model = GPT(ModelArgs(**bundle["model_args"] | {"dropout": config.dropout}))
@@ -116,15 +119,20 @@ def begin(config: TrainConfig, given: dict[str, Any]) -> tuple[Run, Metrics, che
                       run.evaluation.get("step") == run.step, quiet=ranks.rank > 0)
     saver = checkpoint.Saver(out_dir if writes else None, config.keep_checkpoints,
                              run.best_val_loss, metrics.sync, device)
+    parameters = sum(p.numel() for p in model.parameters())
+    tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
+    machine = (f"{ranks.world_size} x {device_name(device)}, {str(dtype).removeprefix('torch.')}"
+               + ", compiled" * (fast is not model))
     if writes:
         mark(held, run.id)
+        try:
+            write_card(config, data, parameters, run.step, machine)
+        except OSError as e:
+            warn(f"{out_dir}/README.md is left as it is: {e.strerror.lower()}")
     if writes and config.wandb_log:
         run.wandb_run_id = metrics.start_wandb(asdict(config), run.wandb_run_id)
-    tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
-    metrics.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, "
-                f"{tokens:,} tokens a step, {data['tokens']['train']:,} of {data['name']}; "
-                f"{ranks.world_size} x {device.type}, {str(dtype).removeprefix('torch.')}"
-                + ", compiled" * (fast is not model))
+    metrics.say(f"{parameters / 1e6:.2f}M parameters, {tokens:,} tokens a step, "
+                f"{data['tokens']['train']:,} of {data['name']}; {machine}")
     return run, metrics, saver
 
 
@@ -261,7 +269,8 @@ def open_data(config: TrainConfig, meta: dict[str, Any],
     mine = range(ranks.rank * share, (ranks.rank + 1) * share)
     try:
         def split(name: str, shift: bool) -> Split:
-            return Split(config.dataset, name, meta["dtype"], config.block_size, config.seed, shift)
+            return Split(config.dataset, name, meta["dtype"], config.block_size, config.seed, shift,
+                         split_files(meta, name))
         loader = Loader(split("train", shift=True), config.batch_size,
                         config.gradient_accumulation_steps, mine, ranks.device)
         return loader, {"train": split("train", shift=False), "val": split("val", shift=False)}
@@ -274,6 +283,9 @@ def as_it_runs(model: GPT, config: TrainConfig, ranks: Ranks, autocast: Any,
     """The model compiled if that pays, and that one again with its gradients averaged over
     the ranks."""
     compiled = config.compile is True or config.compile == "auto" and ranks.device.type == "cuda"
+    if compiled and (lacks := compiler_lacks(ranks.device)):
+        warn(f"torch.compile needs {lacks}; going on without it")
+        compiled = False
     fast = torch.compile(model) if compiled else model
     if ranks.world_size == 1:
         return fast, fast

@@ -200,7 +200,7 @@ def train(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
                                               nothing_new=run.step == begun_at)
             if losses:  # else a signal came: the run that goes on from here evaluates again
                 best, unsaved = take_note(run, saver, losses), run.step > 0
-                metrics.log(run.evaluation)
+                metrics.log(run.evaluation, best_val_loss=run.best_val_loss)
                 metrics.say(f"step {run.step}: train loss {losses['train_loss']:.4f}, "
                             f"val loss {losses['val_loss']:.4f}" + ", the best so far" * best)
                 if config.sample_tokens and ranks.rank == 0:

@@ -1,10 +1,14 @@
 """The training script: what it computes, what it logs, what it refuses."""
 import json
 import math
+import struct
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, complaint, rows, run
+from conftest import TINY, bits, complaint, rows, run
+from wandb.proto import wandb_internal_pb2 as pb
 
 
 def test_it_learns(train, tmp_path):
@@ -123,7 +127,6 @@ def test_nothing_but_the_dataset_is_read_from_the_working_folder(dataset, tmp_pa
     ("--device=cpu:7", "device=auto"),
     ("--n_layer=1e9", "lower n_layer, n_embd or batch_size"),
     ("--batch_size=1e12", "lower n_layer, n_embd or batch_size"),
-    ("--dtype=float16", "take bfloat16 or float32"),
     ("--init_from=nosuch", "it is neither"),
     ("--out_dir=/proc/nosuch", "can't be used"),
     ("config/nosuch.py", "no such file"),
@@ -139,14 +142,42 @@ def test_micro_batches_that_ranks_cannot_share(train):
     assert done.returncode != 0 and "make it a multiple of their number, 2" in done.stderr
 
 
+def wandb_records(path: Path) -> Iterator[pb.Record]:
+    """What wandb has written offline: records in the format of LevelDB's log, whole ones or in
+    parts that stay within blocks of 32 KiB, each behind a CRC32, its length and its kind."""
+    data, at, record = path.read_bytes(), 7, b""  # after wandb's own header
+    while at < len(data):
+        if 32768 - at % 32768 < 7:  # too short for a header: padding
+            at += 32768 - at % 32768
+        size, kind = struct.unpack_from("<HB", data, at + 4)
+        record += data[at + 7:at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # a whole one, or the last part
+            yield pb.Record.FromString(record)
+            record = b""
+
+
 def test_wandb_offline_goes_on_with_the_same_run(train, tmp_path):
     env = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
-    train(wandb_log=True, max_iters=20, env=env)
-    first = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["wandb_run_id"]
-    train(init_from="resume", env=env)
-    assert (first
-            and torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["wandb_run_id"] == first)
-    assert len(list(tmp_path.glob(f"wandb/*{first}*"))) >= 1
+    config, summary, ids, losses = {}, {}, set(), {}
+    for i, flags in enumerate([{"max_iters": 20}, {"init_from": "resume"}]):
+        train(wandb_log=True, wandb_run_name="hamlet", env=env, **flags)
+        files = set(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+        assert len(files) == i + 1
+        for record in wandb_records(max(files, key=lambda path: path.stat().st_mtime_ns)):
+            ids |= {record.run.run_id} - {""}
+            config |= {c.key: json.loads(c.value_json) for c in record.run.config.update}
+            summary |= {s.key or s.nested_key[0]: json.loads(s.value_json)
+                        for s in record.summary.update}
+            row = {h.key or h.nested_key[0]: json.loads(h.value_json) for h in record.history.item}
+            if "loss" in row:
+                losses[row["step"]] = row["loss"]
+    bundle = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+    assert ids == {bundle["wandb_run_id"]}
+    assert {key: config[key] for key in TINY if key != "max_iters"} == {
+        key: TINY[key] for key in TINY if key != "max_iters"}
+    assert summary["best_val_loss"] == bundle["best_val_loss"]
+    assert losses == {row["step"]: row["loss"] for row in rows(tmp_path / "out", "loss")}
 
 
 def test_wandb_that_fails_stops_nothing(train, tmp_path):
@@ -156,3 +187,13 @@ def test_wandb_that_fails_stops_nothing(train, tmp_path):
         "def Settings(**_): pass\ndef init(**_): raise RuntimeError('no key')\n")
     done = train(wandb_log=True, max_iters=10, env={"PYTHONPATH": str(tmp_path)})
     assert "wandb is off for this run: no key" in done.stdout and "done at step 10" in done.stdout
+
+
+def test_what_a_machine_lacks_is_said_and_done_without(train, tmp_path):
+    done = train(out="half", dtype="float16", compile=True, env={"CXX": "nosuch"})
+    notes = done.stderr.splitlines()
+    assert len(notes) == 2
+    assert notes[0].startswith("note: float16 works on CUDA alone; cpu takes ")
+    assert notes[1] == "note: torch.compile needs a compiler (nosuch); going on without it"
+    train(out="plain")
+    assert bits(tmp_path / "half/ckpt.pt") == bits(tmp_path / "plain/ckpt.pt")

@@ -1,0 +1,95 @@
+"""The card of a run: out_dir/README.md says how the weights beside it were made, for someone who
+finds them a year later."""
+import errno
+import platform
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from configurator import TrainConfig
+
+REPO = Path(__file__).parent
+STARTS = """| when (UTC) | from step | command | commit | on | with |
+|---|---|---|---|---|---|
+"""
+CARD = """# {name}: a run of keepGPT
+
+A GPT of {parameters:,} parameters ({n_layer} layers, {n_embd} wide, {n_head} heads, blocks of
+{block_size} tokens), trained on {tokens:,} tokens of `{data}`. `metrics.jsonl` holds the curves, `ckpt.pt` the
+newest bundle, `best.pt` the one with the lowest validation loss; from the repository's folder
+
+    python sample.py --out_dir={name}
+    python train.py --init_from=resume --out_dir={name}
+
+continue a text and the run.
+
+## Settings
+
+As of the last start. As a config file, with an `--out_dir` of its own, they make the same run again.
+
+```python
+{settings}
+```
+
+## Data
+
+`{data}`: {tokens:,} train and {val_tokens:,} val tokens of {tokenizer}, {vocab_size:,} in the vocabulary.
+Fingerprint of its files: `{fingerprint}`.
+{source}
+
+## Starts
+
+"""
+
+
+def commit() -> str:
+    """The commit of this code, and whether it was changed since."""
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--dirty=, changed", "--exclude=*", "--abbrev=40"],
+            cwd=REPO, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "not in git"
+
+
+def packages() -> str:
+    """The versions of what computes."""
+    found = [f"Python {platform.python_version()}"]
+    for package in ("torch", "numpy", "tiktoken"):
+        try:
+            found.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            pass
+    return ", ".join(found)
+
+
+def write_card(config: TrainConfig, data: dict[str, Any], parameters: int, step: int,
+               machine: str) -> None:
+    """Write out_dir/README.md anew, with one more line about this start. Raises OSError, also for
+    a README.md that is not a run's."""
+    path, before = Path(config.out_dir) / "README.md", ""
+    if path.exists():
+        _, ours, before = path.read_text(encoding="utf-8", errors="replace").partition(STARTS)
+        if not ours:
+            raise FileExistsError(errno.EEXIST, "it is not about a run")
+    start = [f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}", str(step),
+             f"`{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`", commit(), machine,
+             packages()]
+    settings = asdict(config)
+    source = data.get("source", {})
+    text = CARD.format_map(settings | {
+        "name": config.out_dir, "parameters": parameters, "data": data["name"],
+        "settings": "\n".join(f"{key} = {value!r}" for key, value in settings.items()),
+        "tokens": data["tokens"]["train"], "val_tokens": data["tokens"]["val"],
+        "tokenizer": data["tokenizer"].get("name", data["tokenizer"]["kind"]),
+        "vocab_size": data["vocab_size"], "fingerprint": data["fingerprint"],
+        "source": "".join(f"\n- {key}: {value}" for key, value in source.items())})
+    row = " | ".join(cell.replace("|", "\\|") for cell in start)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(f"{text}{STARTS}{before}| {row} |\n", encoding="utf-8")
+    temporary.replace(path)
