@@ -1,13 +1,18 @@
 """The training script: what it computes, what it logs, what it refuses."""
+import fcntl
 import json
 import math
+import os
+import pty
 import struct
+import subprocess
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, bits, complaint, rows, run
+from conftest import TINY, bits, command, complaint, rows, run
 from wandb.proto import wandb_internal_pb2 as pb
 
 
@@ -140,6 +145,32 @@ def test_a_mistake_is_answered_with_one_line(train, word, shown, tmp_path):
 def test_micro_batches_that_ranks_cannot_share(train):
     done = train(ranks=2, gradient_accumulation_steps=3, code=None)
     assert done.returncode != 0 and "make it a multiple of their number, 2" in done.stderr
+
+
+def test_progress_is_one_line_on_a_terminal_and_many_in_a_pipe(train, dataset, tmp_path):
+    piped = train(out="piped").stdout
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 50, 0, 0))
+    process = subprocess.Popen(
+        command("train.py", out_dir=tmp_path / "tty", dataset=dataset, **TINY), stdout=theirs,
+        stderr=theirs, env=os.environ | {"COLUMNS": "", "OMP_NUM_THREADS": "1"})
+    os.close(theirs)
+    written = b""
+    try:
+        while block := os.read(ours, 1 << 16):
+            written += block
+    except OSError:  # how Linux says that the other side is closed
+        pass
+    assert process.wait() == 0
+    lines = [line.split("\r\033[K") for line in written.decode().split("\r\n")]
+    shown = [line[-1] for line in lines]
+    replaced = [live for line in lines for live in line[:-1]]
+    steps = [f"step {step}/40:" for step in range(5, 41, 5)]
+    assert [live[:len(step)] for live, step in zip(replaced, steps, strict=True)] == steps
+    assert max(map(len, replaced)) == 49  # it is cut to the terminal's width
+    lasting = [line for line in piped.splitlines() if not line.startswith(tuple(steps))]
+    assert shown == [line.replace("piped", "tty") for line in lasting] + [""]
+    assert [line.split(" loss")[0] for line in piped.splitlines() if "left" in line] == steps
 
 
 def wandb_records(path: Path) -> Iterator[pb.Record]:
