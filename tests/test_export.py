@@ -89,6 +89,9 @@ def test_transformers_reads_the_same_model_and_tokenizer(kind, bias, text, tmp_p
     assert theirs["ids"] == [vocabulary.encode(t) for t in work["texts"]]
     assert theirs["back"] == work["texts"]
     assert theirs["eot"] == vocabulary.eot
+    # else Transformers 4 hands token_type_ids to the model, which adds them to its embeddings
+    assert (json.loads((folder / "tokenizer_config.json").read_text())["model_input_names"]
+            == ["input_ids", "attention_mask"])
     ours = model.double()(torch.tensor([work["ids"]]))[0]
     assert (theirs["logits"] - ours).abs().max() < 1e-12 * ours.abs().max()
     assert ours.std() > 0.1

@@ -131,6 +131,8 @@ def write(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str, dtype: t
             "config.json": config, "generation_config.json": special,
             "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast",
                                       "model_max_length": model.args.block_size,
+                                      # no token_type_ids: GPT2LMHeadModel would add them up
+                                      "model_input_names": ["input_ids", "attention_mask"],
                                       "clean_up_tokenization_spaces": False} | tokens}.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     to_tokenizers(vocabulary).save(str(folder / "tokenizer.json"))
