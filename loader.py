@@ -7,6 +7,7 @@ Every epoch visits every window once, in an order that arithmetic gives, and cut
 import hashlib
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -75,6 +76,11 @@ def read_meta(dataset: str) -> dict[str, Any]:
                          "make the dataset again with prepare.py") from None
 
 
+def split_files(meta: dict[str, Any], split: str) -> dict[str, int]:
+    """The .bin files of a split, in order, and how many tokens each has."""
+    return meta["files"][split] if "files" in meta else {f"{split}.bin": meta["tokens"][split]}
+
+
 def nanogpt_meta(folder: Path) -> dict[str, Any]:
     """The description of a set that nanoGPT prepared: GPT-2's tokens, unless a meta.pkl says
     otherwise."""
@@ -89,30 +95,50 @@ def nanogpt_meta(folder: Path) -> dict[str, Any]:
 
 
 class Split:
-    """One .bin file of tokens, cut into windows and read by position: no mapping that grows as it
-    is read."""
+    """One or several .bin files of tokens, as one run of them, cut into windows and read by
+    position: no mapping that grows as it is read."""
 
     def __init__(self, dataset: str, split: str, dtype: str, block_size: int, seed: int,
-                 shift: bool) -> None:
-        """With `shift` each epoch cuts at another offset, else the windows are the same in every
-        epoch.
+                 shift: bool, files: dict[str, int] | None = None) -> None:
+        """`files` says how many tokens each file has, in order; without it <split>.bin is taken as
+        it is. With `shift` each epoch cuts at another offset, else the windows are the same in
+        every epoch.
 
-        Raises ValueError if the file can't be read or holds no window of block_size tokens and
-        their targets.
+        Raises ValueError if a file can't be read or has not the tokens that it should have, or if
+        all of them hold no window of block_size tokens and their targets.
         """
-        path, self.dtype, self.block_size = (
-            DATA / dataset / f"{split}.bin", np.dtype(dtype), block_size)
-        try:
-            self.file = os.open(path, os.O_RDONLY)
-        except OSError as e:
-            raise ValueError(f"{path}: {e.strerror.lower()}; make it with prepare.py") from None
-        tokens = os.fstat(self.file).st_size // self.dtype.itemsize
+        self.dtype, self.block_size = np.dtype(dtype), block_size
+        self.files, self.ends = [], []  # a file's end is the start of the next
+        tokens = 0
+        for name, expected in (files or {f"{split}.bin": None}).items():
+            path = DATA / dataset / name
+            try:
+                self.files.append(os.open(path, os.O_RDONLY))
+            except OSError as e:
+                raise ValueError(f"{path}: {e.strerror.lower()}; make it with prepare.py") from None
+            found = os.fstat(self.files[-1]).st_size // self.dtype.itemsize
+            if expected not in (found, None):
+                raise ValueError(f"{path} has {found:,} tokens, and not {expected:,}, as meta.json "
+                                 "says; make the dataset again with prepare.py")
+            tokens += found
+            self.ends.append(tokens)
         if tokens <= block_size:
             raise ValueError(f"{path} has {tokens:,} tokens, but block_size={block_size} "
                              f"needs {block_size + 1:,}; lower block_size or prepare more text")
         self.windows = max(1, tokens // block_size - 1) if shift else (tokens - 1) // block_size
         self.offsets = tokens - self.windows * block_size if shift else 1
         self.key = np.uint64(seed_of(seed))
+
+    def read(self, start: int, count: int) -> bytes:
+        """Tokens number start ... start + count - 1 of all the files'."""
+        size, parts = self.dtype.itemsize, []
+        file = bisect_right(self.ends, start)
+        while count:
+            first = self.ends[file - 1] if file else 0
+            here = min(count, self.ends[file] - start)
+            parts.append(os.pread(self.files[file], here * size, (start - first) * size))
+            start, count, file = start + here, count - here, file + 1
+        return b"".join(parts)
 
     def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Windows number first ... first + count - 1 of the endless row of epochs: inputs, targets,
@@ -122,10 +148,8 @@ class Split:
         key = mix(epoch ^ self.key)
         start = (shuffled(index, self.windows, key) * np.uint64(self.block_size)
                  + key % np.uint64(self.offsets))
-        size, length = self.dtype.itemsize, self.block_size + 1
-        rows = np.stack([
-            np.frombuffer(os.pread(self.file, length * size, int(s) * size), self.dtype)
-            for s in start])
+        rows = np.stack([np.frombuffer(self.read(int(s), self.block_size + 1), self.dtype)
+                         for s in start])
         window = torch.from_numpy(rows.astype(np.int64))  # (count, T + 1)
         return window[:, :-1], window[:, 1:]
 

@@ -1,212 +1,245 @@
 """Text -> data/<name>/{train,val}.bin, raw little-endian token ids, and meta.json about them.
 
     python prepare.py shakespeare_char
-    python prepare.py novels/ notes.md 'logs/*.jsonl' --name=mine --tokenizer=gpt2
+    python prepare.py novels/ notes.md 'logs/*.jsonl' --name=mine --tokenizer=bpe:4096
+    python prepare.py fineweb-edu
 
-The text is read twice, in blocks: to check and count it, and to encode it on all cores.
+The text is read twice, in blocks: to check and count it, and to encode it on all cores. A set of
+several parquet files is read once, a file at a time: each gives a part of train and one of val,
+and a preparation that was stopped goes on with the next.
 """
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
 import time
-from array import array
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
-from operator import itemgetter
-from typing import Literal
+from functools import partial
+from itertools import chain
+from typing import Any
 
 import corpora
 from configurator import fail, knob, parse, sync
-from corpora import BLOCK, DATASETS
-from tokenizer import Tokenizer, from_meta
+from corpora import DATASETS, HUB, KNOWN
+from encode import Deal, Unit, batches, count, token_type, train_text, write_tokens
+from tokenizer import Tokenizer, from_meta, named, train_bpe
 
-USAGE = f"python prepare.py {' | '.join(DATASETS)} | PATH... --name=NAME [--key=value ...]"
+USAGE = f"python prepare.py {' | '.join(KNOWN)} | PATH... --name=NAME [--key=value ...]"
 FILES = ("train.bin", "val.bin", "meta.json")
-MANY = 100  # documents: from so many on, whole ones go to val
-LONG = 1 << 20  # characters: a document that is longer is split in any case
+PARTS = "parts.json"  # in a folder whose parts are being made: what is there, and of what
+OURS = re.compile(r"(train|val)(-\d{5,})?\.bin(\.tmp)?|(meta\.json|parts\.json)\.tmp|parts\.json")
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
     """The settings of prepare.py."""
     name: str = knob("", "the set goes to data/<name>; a known set has its own name")
-    tokenizer: Literal["gpt2", "char"] = knob("gpt2", "gpt2 | char: every character is a token")
+    tokenizer: str = knob("gpt2",
+        "gpt2 | char: every character is a token | bpe:N: N tokens, trained on the text itself | "
+        "the name of one of tiktoken's encodings")
     val_fraction: float = knob(0.1, "the share of the text for validation", least=0, below=1)
-    text_key: str = knob("text", "the field of a .jsonl line that holds the text")
+    text_key: str = knob("text", "the field of a .jsonl line, or a .parquet row, with the text")
     data_dir: str = knob("data", "the folder of all sets, as seen from prepare.py's folder")
     workers: int = knob(0, "threads that encode; 0 = one a core; all give the same set", least=0)
 
 
-def train_share(i: int, length: int, documents: int, val_fraction: float) -> int:
-    """How many of the first of document i's `length` characters go to train; the rest go to val.
+def checked_name(tokenizer: str) -> str:
+    """The name of a tokenizer as its description spells it. Ends the program at a bad bpe:N."""
+    if not tokenizer.startswith("bpe:"):
+        return tokenizer
+    size = re.fullmatch("bpe:0*([0-9]{3,7})", tokenizer)
+    if not size or int(size[1]) < 257:
+        fail(f"--tokenizer={tokenizer}: of bpe:N, N is a whole number from 257 to 9999999: the 256 "
+             "bytes, the end-of-text token and what is learned from the text, e.g. bpe:4096")
+    return f"bpe:{size[1]}"
 
-    Few or long documents are split, each at the same point; of many short ones some go whole.
+
+def name_of(description: dict) -> str:
+    """What --tokenizer calls the tokenizer of a description."""
+    return description.get("name", description["kind"])
+
+
+def ready_tokenizer(name: str) -> dict | None:
+    """The description of a tokenizer that does not depend on the text; else None."""
+    if name == "char" or name.startswith("bpe:"):
+        return None
+    return {"kind": "gpt2"} if name == "gpt2" else named(name)
+
+
+def learned_tokenizer(name: str, alphabet: set[str], units: list[Unit], deal: Deal) -> dict:
+    """The description of char, of the characters that occur, or of bpe:N, of the train text."""
+    if name == "char":
+        # a newline stands between documents where there is no end-of-text token
+        return {"kind": "char",
+                "chars": "".join(sorted(alphabet | set("\n" if deal.documents > 1 else "")))}
+    return train_bpe(train_text(units, deal), int(name.removeprefix("bpe:")))
+
+
+def describe_set(request: dict, tokenizer: Tokenizer, tokens: list[int], paths: list[str]) -> dict:
+    """A set's meta; `tokens` of train and val, `paths` of all of train's files, then val's.
+
+    Its fingerprint is the same however the tokens are spread over files.
     """
-    if documents < MANY or length > LONG:
-        return int(length * (1 - val_fraction))
-    return 0 if int((i + 1) * val_fraction) > int(i * val_fraction) else length
+    digest = hashlib.sha256(json.dumps([tokenizer.description, tokens], sort_keys=True).encode())
+    for path in paths:
+        with open(path, "rb") as f:
+            hashlib.file_digest(f, lambda: digest)
+    return request | {
+        "tokenizer": tokenizer.description, "vocab_size": tokenizer.vocab_size,
+        "dtype": token_type(tokenizer).name, "tokens": dict(zip(("train", "val"), tokens)),
+        "fingerprint": digest.hexdigest()}
 
 
-def split_blocks(blocks: Iterable[str], share: int) -> Iterator[tuple[int, str]]:
-    """(0, text) for the first `share` characters, (1, text) for the rest; no text is empty."""
-    at = 0
-    for block in blocks:
-        head = min(max(share - at, 0), len(block))
-        at += len(block)
-        if head > 0:
-            yield 0, block[:head]
-        if head < len(block):
-            yield 1, block[head:]
-
-
-Piece = tuple[int, bool, str]  # (0 for train or 1 for val, a separator comes first, text)
-
-
-def pieces(documents: Iterable[Iterable[str]], lengths: array, val_fraction: float,
-           cut: Callable[[str], int]) -> Iterator[Piece]:
-    """The text of both splits in order, in pieces of a block or less, cut only where `cut` says."""
-    begun = [False, False]
-    for i, blocks in enumerate(documents):
-        share = train_share(i, lengths[i], len(lengths), val_fraction)
-        for split, group in groupby(split_blocks(blocks, share), key=itemgetter(0)):
-            separate, rest = begun[split], ""
-            begun[split] = True
-            for _, text in group:
-                rest += text
-                at = cut(rest) if len(rest) >= BLOCK else 0
-                if at:
-                    yield split, separate, rest[:at]
-                    separate, rest = False, rest[at:]
-            yield split, separate, rest
-
-
-def batches(items: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Pieces by the block: many short documents are one thread's job, too."""
-    batch, size = [], 0
-    for piece in items:
-        batch.append(piece)
-        size += len(piece[2])
-        if size >= BLOCK:
-            yield batch
-            batch, size = [], 0
-    yield batch
-
-
-def map_in_order(function: Callable, items: Iterable, workers: int) -> Iterator:
-    """map(function, items) on threads, with two items a thread in hand, so that memory is flat.
-
-    Threads are enough: tiktoken lets go of the GIL while it works.
-    """
-    with ThreadPoolExecutor(workers) as pool:
-        pending: deque = deque()
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > 2 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
-def count(documents: Iterable[Iterable[str]], alphabet: set[str] | None) -> array:
-    """Every document's length in characters; their characters are added to `alphabet`, if any.
-
-    Eight bytes a document are all that grows with the text.
-    """
-    from tqdm import tqdm
-    lengths = array("q")
-    with tqdm(desc="reading", unit="char", unit_scale=True, disable=None) as bar:
-        for blocks in documents:
-            lengths.append(0)
-            for block in blocks:
-                lengths[-1] += len(block)
-                bar.update(len(block))
-                if alphabet is not None:
-                    alphabet.update(block)
-    return lengths
-
-
-def write_tokens(paths: list[str], jobs: Iterable[list[Piece]], tokenizer: Tokenizer, dtype,
-                 characters: int, workers: int) -> list[int]:
-    """Encode `jobs`, so many characters in all, to two files. Returns how many tokens each has."""
-    import numpy as np
-    from tqdm import tqdm
-
-    def encode(batch: list[Piece]) -> tuple[int, list[bytes]]:
-        tokens: list[list[bytes]] = [[], []]
-        for split, separate, text in batch:
-            if separate:
-                eot = tokenizer.encode("\n") if tokenizer.eot is None else [tokenizer.eot]
-                tokens[split].append(np.array(eot, dtype).tobytes())
-            tokens[split].append(tokenizer.encode_to_numpy(text).astype(dtype).tobytes())
-        return sum(len(text) for _, _, text in batch), [b"".join(split) for split in tokens]
-
-    with (open(paths[0], "wb") as train, open(paths[1], "wb") as val,
-          tqdm(desc="encoding", total=characters, unit="char", unit_scale=True,
-               disable=None) as bar):
-        for done, tokens in map_in_order(encode, jobs, workers):
-            train.write(tokens[0])
-            val.write(tokens[1])
-            bar.update(done)
-    return [os.path.getsize(path) // dtype.itemsize for path in paths]
-
-
-def put_in_place(folder: str) -> None:
-    """Rename a set's temporary files. meta.json is emptied first and comes last: with it, the set
-    is whole."""
-    for file in FILES:
-        sync(os.path.join(folder, file + ".tmp"))
+def empty_meta(folder: str) -> None:
+    """Say that the set in `folder`, if any, is ours and no longer whole."""
     meta = os.path.join(folder, "meta.json")
     if os.path.exists(meta):
-        open(meta, "w").close()  # an empty one says that the set is ours, and not whole
+        open(meta, "w").close()
         sync(meta)
-    for file in FILES:
+
+
+def put_in_place(folder: str, files: Iterable[str]) -> None:
+    """Give temporary files, once they are safe, their names, one by one."""
+    for file in files:
+        sync(os.path.join(folder, file + ".tmp"))
+    for file in files:
         os.replace(os.path.join(folder, file + ".tmp"), os.path.join(folder, file))
         sync(folder)
 
 
-def write_set(folder: str, request: dict, kind: str,
-              open_documents: Callable[[], Iterable[Iterable[str]]], workers: int) -> dict:
-    """Make the files of a set, all of them or none. Returns its meta, which `request` begins."""
-    import numpy as np
-    name = request["name"]
-    alphabet: set[str] | None = set() if kind == "char" else None
-    lengths = count(open_documents(), alphabet)
-    if not sum(lengths):
-        fail(f"{name}: no text to learn from: all of it is empty")
-    description = {"kind": kind}
-    if alphabet is not None:
-        # a newline stands between documents where there is no end-of-text token
-        description["chars"] = "".join(sorted(alphabet | set("\n" if len(lengths) > 1 else "")))
-    tokenizer = from_meta({"tokenizer": description})
-    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+def write_json(folder: str, file: str, value: dict) -> None:
+    """Write a file, all of it or nothing."""
+    with open(os.path.join(folder, file + ".tmp"), "w", encoding="utf-8") as f:
+        json.dump(value, f, indent=1)
+    put_in_place(folder, [file])
 
+
+def remove_ours(folder: str, keep: Iterable[str] = (), ending: str = "") -> None:
+    """Remove what a preparation may have left, with that ending, but for the files to keep."""
+    for file in os.listdir(folder):
+        if OURS.fullmatch(file) and file.endswith(ending) and file not in keep:
+            os.remove(os.path.join(folder, file))
+
+
+TOO_SHORT = ("{}: too short, with {} train and {} val tokens: give more text, or another "
+             "--val_fraction")
+
+
+def write_set(folder: str, request: dict, name: str, unit: Unit, workers: int) -> dict:
+    """Make the three files of a set, all of them or none. Returns its meta, which `request`
+    begins."""
+    description, alphabet = ready_tokenizer(name), set()
+    lengths = count(unit.read(), alphabet if name == "char" else None)
+    if not sum(lengths):
+        fail(f"{request['name']}: no text to learn from: all of it is empty")
+    deal = partial(Deal, len(lengths), lengths)
+    tokenizer = from_meta(
+        {"tokenizer": description or learned_tokenizer(name, alphabet, [unit], deal())})
     temporary = [os.path.join(folder, file + ".tmp") for file in FILES]
     try:
-        jobs = batches(pieces(open_documents(), lengths, request["val_fraction"], tokenizer.cut))
-        tokens = write_tokens(temporary[:2], jobs, tokenizer, dtype, sum(lengths), workers)
+        jobs = batches(deal().pieces(unit.read(), unit.val_fraction, tokenizer.cut))
+        tokens = write_tokens(temporary[:2], jobs, tokenizer, token_type(tokenizer), sum(lengths),
+                              workers)
         if min(tokens) < 2:
-            fail(f"{name}: too short, with {tokens[0]} train and {tokens[1]} val tokens: give more "
-                 "text, or another --val_fraction")
-        digest = hashlib.sha256(json.dumps([description, tokens], sort_keys=True).encode())
-        for path in temporary[:2]:
-            with open(path, "rb") as f:
-                hashlib.file_digest(f, lambda: digest)
-        meta = request | {
-            "tokenizer": description, "vocab_size": tokenizer.vocab_size, "dtype": dtype.name,
-            "tokens": dict(zip(("train", "val"), tokens)), "fingerprint": digest.hexdigest()}
+            fail(TOO_SHORT.format(request["name"], *tokens))
+        meta = describe_set(request, tokenizer, tokens, temporary[:2])
         with open(temporary[2], "w", encoding="utf-8") as f:
             json.dump(meta, f, indent=1)
-        put_in_place(folder)
+        empty_meta(folder)
+        put_in_place(folder, FILES)  # meta.json comes last: with it, the set is whole
+        remove_ours(folder, keep=FILES)
         return meta
     finally:
         for path in filter(os.path.exists, temporary):
             os.remove(path)
+
+
+def part(k: int) -> list[str]:
+    """The files of a set's part number k."""
+    return [f"train-{k:05}.bin", f"val-{k:05}.bin"]
+
+
+def read_parts(folder: str, request: dict, name: str) -> dict:
+    """What an interrupted preparation of this request has left: {"tokenizer", "parts"}; else {}.
+
+    A part says how many tokens its two files have and how far the documents were dealt out.
+    """
+    try:
+        with open(os.path.join(folder, PARTS), encoding="utf-8") as f:
+            left = json.load(f)
+    except (OSError, ValueError):
+        return {}
+    if not request.items() <= left.items() or name_of(left["tokenizer"]) != name:
+        return {}
+    size = token_type(from_meta(left)).itemsize
+    for k, done in enumerate(left["parts"]):
+        paths = [os.path.join(folder, file) for file in part(k)]
+        if ([os.path.getsize(path) for path in paths if os.path.exists(path)]
+                != [tokens * size for tokens in done["tokens"]]):
+            del left["parts"][k:]
+            break
+    return left
+
+
+def begin_parts(folder: str, request: dict, name: str, units: list[Unit], deal: Deal) -> dict:
+    """What a preparation of several parts begins with: a tokenizer, and no part."""
+    description, alphabet = ready_tokenizer(name), set()
+    if name == "char":
+        count(chain.from_iterable(unit.read() for unit in units), alphabet)
+    left = request | {"tokenizer": description or learned_tokenizer(name, alphabet, units, deal),
+                      "parts": []}
+    empty_meta(folder)
+    write_json(folder, PARTS, left)
+    return left
+
+
+def write_parts(folder: str, request: dict, name: str, units: list[Unit], workers: int) -> dict:
+    """Make a set of a train and a val file for each unit, or go on with it. Returns its meta.
+
+    The documents are read once: they are lists in memory, so that their lengths are known.
+    """
+    documents = sum(unit.documents for unit in units)
+    left = (read_parts(folder, request, name)
+            or begin_parts(folder, request, name, units, Deal(documents)))
+    done = left["parts"]
+    remove_ours(folder, keep=[PARTS, *chain.from_iterable(map(part, range(len(done))))])
+    if done:
+        print(f"{folder}: {len(done)} of {len(units)} parts are there; going on", flush=True)
+    tokenizer = from_meta(left)
+    deal = Deal(documents, None, **done[-1]["deal"] if done else {})
+    try:
+        for k, unit in list(enumerate(units))[len(done):]:
+            jobs = batches(deal.pieces(unit.read(), unit.val_fraction, tokenizer.cut))
+            tokens = write_tokens([os.path.join(folder, file + ".tmp") for file in part(k)], jobs,
+                                  tokenizer, token_type(tokenizer), None, workers)
+            put_in_place(folder, part(k))
+            done.append({"tokens": tokens, "deal": {"dealt": deal.dealt, "begun": deal.begun[:]}})
+            write_json(folder, PARTS, left)
+    except (OSError, KeyboardInterrupt) as e:
+        e.add_note(f"{len(done)} of {len(units)} parts are whole: the same command goes on there")
+        raise
+    finally:
+        remove_ours(folder, ending=".tmp")
+    return finish_parts(folder, request, tokenizer, [part["tokens"] for part in done])
+
+
+def finish_parts(folder: str, request: dict, tokenizer: Tokenizer, tokens: list[list[int]]) -> dict:
+    """Make a set out of its parts, with so many [train, val] tokens each. Returns its meta."""
+    total = [sum(split) for split in zip(*tokens)]
+    if min(total) < 2:
+        remove_ours(folder)
+        fail(TOO_SHORT.format(request["name"], *total))
+    files = [{part(k)[split]: tokens[k][split] for k in range(len(tokens))} for split in (0, 1)]
+    meta = describe_set(request, tokenizer, total,
+                        [os.path.join(folder, file) for split in files for file in split])
+    meta["files"] = {"train": files[0], "val": files[1]}
+    write_json(folder, "meta.json", meta)
+    os.remove(os.path.join(folder, PARTS))
+    return meta
 
 
 def read_meta(folder: str) -> dict:
@@ -215,9 +248,11 @@ def read_meta(folder: str) -> dict:
         with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
             meta = json.load(f)
         for split, tokens in meta["tokens"].items():
-            size = os.path.getsize(os.path.join(folder, f"{split}.bin"))
-            if size != tokens * {"uint16": 2, "uint32": 4}[meta["dtype"]]:
-                return {}
+            files = meta["files"][split] if "files" in meta else {f"{split}.bin": tokens}
+            for file, tokens in files.items():
+                size = os.path.getsize(os.path.join(folder, file))
+                if size != tokens * {"uint16": 2, "uint32": 4}[meta["dtype"]]:
+                    return {}
         return meta
     except (OSError, ValueError, KeyError):
         return {}
@@ -244,20 +279,77 @@ def alone_in(folder: str) -> Iterator[None]:
         os.close(lock)
 
 
-def find_source(config: PrepareConfig, known: str, words: list[str], data_dir: str
-                ) -> tuple[dict, Callable[[], Iterable[Iterable[str]]]]:
-    """What identifies the text that the command line asks for, and how to open its documents."""
-    if known:
-        text = DATASETS[known][0]
-        source = {"text": text, "sha256": corpora.SHA256[text]}
-        return source, lambda: [corpora.known_text(text, data_dir)]
+@dataclass(frozen=True)
+class Source:
+    """Text that a command line asks for: what identifies it, and how to find its units."""
+    identity: dict[str, Any]
+    val_fraction: float
+    units: Callable[[], list[Unit]]
+
+
+def hub_source(name: str, folder: str, val_fraction: float) -> Source:
+    """A set of the hub, or its files in `folder`, which are taken at their names."""
+    hub = HUB[name]
+
+    def units() -> list[Unit]:
+        train, val = corpora.find_hub_files(name, folder)
+        for path in filter(os.path.isfile, train + val):
+            corpora.check_parquet(path, "text")
+        return [Unit(partial(corpora.read_documents, [path], "text"), share)
+                for files, share in ((train, val_fraction), (val, 1.0)) for path in files]
+    identity = {"hub": hub.repo, "revision": hub.revision, "files": [hub.train, hub.val]}
+    return Source(identity, val_fraction, units)
+
+
+def own_source(config: PrepareConfig, words: list[str]) -> Source:
+    """One's own files. Several in parquet, and no others, are a unit each."""
     files = corpora.find_files(words)
+
+    def units() -> list[Unit]:
+        if len(files) > 1 and all(path.lower().endswith(".parquet") for path in files):
+            return [Unit(partial(corpora.read_documents, [path], config.text_key),
+                         config.val_fraction, corpora.check_parquet(path, config.text_key))
+                    for path in files]
+        return [Unit(partial(corpora.read_documents, files, config.text_key), config.val_fraction)]
     stats = [(path, os.stat(path)) for path in files]
     state = "".join(f"{path} {stat.st_size} {stat.st_mtime_ns}\n" for path, stat in stats)
-    source = {"paths": words, "text_key": config.text_key, "files": len(files),
-              "bytes": sum(stat.st_size for _, stat in stats),
-              "state": hashlib.sha256(state.encode()).hexdigest()}
-    return source, lambda: corpora.read_documents(files, config.text_key)
+    identity = {"paths": words, "text_key": config.text_key, "files": len(files),
+                "bytes": sum(stat.st_size for _, stat in stats),
+                "state": hashlib.sha256(state.encode()).hexdigest()}
+    return Source(identity, config.val_fraction, units)
+
+
+def find_source(config: PrepareConfig, given: dict, words: list[str], data_dir: str) -> Source:
+    """Where the text that the command line asks for comes from."""
+    by_hand = config.name in HUB and words != [config.name]
+    if by_hand or words[0] in HUB and len(words) == 1:
+        hub = config.name if by_hand else words[0]
+        return hub_source(hub, words[0] if by_hand else "",
+                          given.get("val_fraction", HUB[hub].val_fraction))
+    if words[0] in DATASETS and len(words) == 1:
+        text = DATASETS[words[0]][0]
+        return Source({"text": text, "sha256": corpora.SHA256[text]}, config.val_fraction,
+                      lambda: [Unit(lambda: [corpora.known_text(text, data_dir)],
+                                    config.val_fraction)])
+    return own_source(config, words)
+
+
+def check_names(config: PrepareConfig, given: dict, words: list[str]) -> tuple[str, str]:
+    """The names of the set and of its tokenizer. Ends the program where they don't fit."""
+    known = words[0] if len(words) == 1 and words[0] in KNOWN else ""
+    name = config.name or known
+    if not name:
+        fail("--name=NAME is missing: the set goes to data/NAME")
+    if os.path.basename(name) != name or name.startswith("."):
+        fail(f"--name={name}: not a folder's name: it has a slash in it or a dot in front")
+    by_hand = name in HUB and len(words) == 1 and os.path.isdir(words[0])
+    if name in KNOWN and name != known and not by_hand:
+        fail(f"--name={name} is the name of a known set; take another for your own text"
+             + (f", or give the folder that holds {HUB[name].train}" if name in HUB else ""))
+    if name in KNOWN and given.keys() & {"tokenizer", "val_fraction"}:
+        fail(f"{name} has its own tokenizer and split; --name=NAME makes another set of its text")
+    own = DATASETS[known][1] if known in DATASETS else "gpt2"
+    return name, checked_name(given.get("tokenizer", own))
 
 
 def prepare(config: PrepareConfig, given: dict, words: list[str]) -> None:
@@ -265,38 +357,32 @@ def prepare(config: PrepareConfig, given: dict, words: list[str]) -> None:
     started = time.perf_counter()
     data_dir = os.path.join(os.path.dirname(os.path.abspath(__file__)), config.data_dir)
     if not words:
-        fail(f"name a dataset ({', '.join(DATASETS)}) or give files and folders; --help says more")
-    known = words[0] if len(words) == 1 and words[0] in DATASETS else ""
-    kind = given.get("tokenizer", DATASETS[known][1]) if known else config.tokenizer
-    source, open_documents = find_source(config, known, words, data_dir)
-    name = config.name or known
-    if not name:
-        fail("--name=NAME is missing: the set goes to data/NAME")
-    if os.path.basename(name) != name or name.startswith("."):
-        fail(f"--name={name}: not a folder's name: it has a slash in it or a dot in front")
-    if name == known and given.keys() & {"tokenizer", "val_fraction"}:
-        fail(f"{known} has its own tokenizer and split; --name=NAME makes another set of its text")
-
-    if name in DATASETS and name != known:
-        fail(f"--name={name} is the name of a known set; take another for your own text")
+        fail(f"name a dataset ({', '.join(KNOWN)}) or give files and folders; --help says more")
+    name, tokenizer = check_names(config, given, words)
+    source = find_source(config, given, words, data_dir)
     folder = os.path.join(data_dir, name)
     folder = min(folder, os.path.relpath(folder), key=len)
-    request = {"format": 1, "name": name, "source": source, "val_fraction": config.val_fraction}
+    request = {"format": 1, "name": name, "source": source.identity,
+               "val_fraction": source.val_fraction}
     with alone_in(folder):
         meta = read_meta(folder)
-        there = request.items() <= meta.items() and meta["tokenizer"]["kind"] == kind
+        there = request.items() <= meta.items() and name_of(meta["tokenizer"]) == tokenizer
         found = os.listdir(folder)
-        if "train.bin" in found and "meta.json" not in found:
-            fail(f"{folder}: its train.bin was not made by prepare.py; train on it as it is, "
+        foreign = [file for file in found if OURS.fullmatch(file) and file.endswith(".bin")]
+        if foreign and not {"meta.json", PARTS} & set(found):
+            fail(f"{folder}: its {min(foreign)} was not made by prepare.py; train on it as it is, "
                  "take another --name, or move it away")
         if meta and not there:
             print(f"{folder}: of another text or made otherwise; making it anew", flush=True)
         if not there:
             workers = config.workers or os.cpu_count() or 1
-            meta = write_set(folder, request, kind, open_documents, workers)
-    tokens = meta["tokens"]
-    print(f"{folder}: {tokens['train']:,} train and {tokens['val']:,} val tokens of {kind}, "
-          f"{meta['vocab_size']:,} in the vocabulary: "
+            units = source.units()
+            meta = (write_set(folder, request, tokenizer, units[0], workers) if len(units) == 1
+                    else write_parts(folder, request, tokenizer, units, workers))
+    tokens, size = meta["tokens"], meta["vocab_size"]
+    fewer = tokenizer.startswith("bpe:") and size < int(tokenizer.removeprefix("bpe:"))
+    print(f"{folder}: {tokens['train']:,} train and {tokens['val']:,} val tokens of {tokenizer}, "
+          f"{size:,} in the vocabulary{', all that so little text gives' * fewer}: "
           + ("there already" if there else f"made in {time.perf_counter() - started:.1f} s"))
 
 
@@ -306,8 +392,10 @@ if __name__ == "__main__":
     try:
         prepare(settings, given, words)
     except OSError as e:
+        kept = "".join(f"; {note}" for note in getattr(e, "__notes__", []))
         fail(f"{e.filename or settings.data_dir}: {(e.strerror or str(e)).lower()}; nothing "
-             "half-written is left; --data_dir=FOLDER puts the set elsewhere")
-    except KeyboardInterrupt:
-        print("\nstopped; nothing half-written is left", file=sys.stderr)
+             f"half-written is left{kept}; --data_dir=FOLDER puts the set elsewhere")
+    except KeyboardInterrupt as e:
+        kept = "".join(f"; {note}" for note in getattr(e, "__notes__", []))
+        print(f"\nstopped; nothing half-written is left{kept}", file=sys.stderr)
         sys.exit(130)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import loader
-from loader import Loader, Split, mix, read_meta, seed_of, shuffled
+from loader import Loader, Split, mix, read_meta, seed_of, shuffled, split_files
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
@@ -196,14 +196,71 @@ def test_places_beyond_4_gb_are_exact(data, tmp_path, monkeypatch):
     assert len(set(places)) == 2000 and len({place % 2000 for place in places}) == 1
 
 
+# a split of several files
+
+
+def in_parts(folder, *sizes, dtype="uint16"):
+    """Lay train.bin out in files of so many tokens, too. Returns the `files` of a Split."""
+    tokens = np.fromfile(folder / "train.bin", dtype)
+    assert sum(sizes) == len(tokens)
+    files = {f"train-{k:05}.bin": size for k, size in enumerate(sizes)}
+    for file, end in zip(files, np.cumsum(sizes)):
+        tokens[end - files[file]:end].tofile(folder / file)
+    return files
+
+
+@pytest.mark.parametrize("sizes", [(400, 300, 300), (0, 999, 0, 0, 1), (3,) * 333 + (1,), (1000,)])
+@pytest.mark.parametrize("shift", [True, False])
+def test_several_files_are_read_as_one(data, tmp_path, sizes, shift):
+    data(1000)
+    files = in_parts(tmp_path / "x", *sizes)
+    for block_size in (1, 8, 37):
+        whole = Split("x", "train", "uint16", block_size, 1, shift)
+        parts = Split("x", "train", "uint16", block_size, 1, shift, files)
+        assert (parts.windows, parts.offsets) == (whole.windows, whole.offsets)
+        for a, b in zip(whole.rows(0, 3 * whole.windows), parts.rows(0, 3 * whole.windows)):
+            assert torch.equal(a, b)
+
+
+def test_batches_of_several_files_are_those_of_one(data, tmp_path):
+    data(5000, "uint32", first=2**31)
+    files = in_parts(tmp_path / "x", 1234, 2345, 1421, dtype="uint32")
+    loaders = [Loader(Split("x", "train", "uint32", 16, 7, True, files), 3, 4, range(4),
+                      torch.device("cpu")) for files in (None, files)]
+    for step in (0, 1, 2, 3, 40, 41, 1000, 10**7):
+        assert batches(loaders[0], step) == batches(loaders[1], step)
+
+
+def test_a_file_that_is_missing_or_short_is_named(data, tmp_path):
+    data(1000)
+    meta = {"tokens": {"train": 1000, "val": 5}, "files": {"train": in_parts(
+        tmp_path / "x", 400, 0, 600), "val": {"val-00000.bin": 5}}}
+    files = split_files(meta, "train")
+    assert files == meta["files"]["train"]
+    for size in (1198, 1202, 0):
+        os.truncate(tmp_path / "x" / "train-00002.bin", size)
+        with pytest.raises(ValueError, match=f"train-00002.bin has {size // 2} tokens, and not 600"
+                                             ", as meta.json says; make the dataset again"):
+            Split("x", "train", "uint16", 8, 1, True, files)
+    (tmp_path / "x" / "train-00002.bin").unlink()
+    with pytest.raises(ValueError, match="train-00002.bin: no such file or directory; make it"):
+        Split("x", "train", "uint16", 8, 1, True, files)
+    os.truncate(tmp_path / "x" / "train.bin", 1000)
+    with pytest.raises(ValueError, match="train.bin has 500 tokens, and not 1,000"):
+        Split("x", "train", "uint16", 8, 1, True, split_files({"tokens": {"train": 1000}}, "train"))
+
+
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory from /proc")
-def test_memory_stays_flat_while_a_large_file_is_read(data, tmp_path):
+def test_memory_stays_flat_while_large_files_are_read(data, tmp_path):
     def resident():
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    with open(tmp_path / "x" / "train.bin", "wb") as f:
-        f.truncate(2 * 2**30)
-    a_split = split(1024)
+    size = 2**28  # bytes of each of eight files
+    for k in range(8):
+        with open(tmp_path / "x" / f"train-{k:05}.bin", "wb") as f:
+            f.truncate(size)
+    a_split = Split("x", "train", "uint16", 1024, 1, True,
+                    {f"train-{k:05}.bin": size // 2 for k in range(8)})
     for i in range(50):
         a_split.rows(i * 32, 32)
     before = resident()

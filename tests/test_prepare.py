@@ -5,15 +5,19 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 import corpora
@@ -289,23 +293,447 @@ def test_a_set_that_another_program_made_is_not_overwritten(tmp_path):
     assert (folder / "train.bin").read_bytes() == before and len(os.listdir(folder)) == 2
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
-def test_memory_does_not_grow_with_the_text(shakespeare, tmp_path):
+def peak_memory(tmp_path: Path, *words: object, name: str) -> int:
+    """The bytes that prepare.py takes for a set of characters."""
     code = ("import runpy, sys; sys.argv = sys.argv[1:]\n"
             "runpy.run_path(sys.argv[0], run_name='__main__')\n"
             "print(open('/proc/self/status').read())")
-    peaks = []  # in bytes
+    script = command("prepare.py", *words, name=name, tokenizer="char", data_dir=tmp_path / "data")
+    done = subprocess.run([sys.executable, "-c", code, *script[1:]], cwd=REPO,
+                          capture_output=True, text=True, check=True)
+    return int(re.search(r"VmHWM:\s+(\d+) kB", done.stdout)[1]) * 1024
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+def test_memory_does_not_grow_with_the_text(shakespeare, tmp_path):
+    peaks = []
     for times in (1, 7):
         (tmp_path / f"{times}.txt").write_text(shakespeare * times)
-        words = command("prepare.py", tmp_path / f"{times}.txt", name=f"x{times}", tokenizer="char",
-                        data_dir=tmp_path / "data")
-        done = subprocess.run([sys.executable, "-c", code, *words[1:]], cwd=REPO,
-                              capture_output=True, text=True, check=True)
-        peaks.append(int(re.search(r"VmHWM:\s+(\d+) kB", done.stdout)[1]) * 1024)
+        peaks.append(peak_memory(tmp_path, tmp_path / f"{times}.txt", name=f"x{times}"))
     assert peaks[1] - peaks[0] < 15e6  # the text is 29 MB longer, and its tokens 57 MB
 
 
+# --- tokenizers ----------------------------------------------------------------------------------
+
+SCRIPTS = ("Fluß, naïve 東京は夜。 Привет мир! مرحبا नमस्ते 🎭🏴‍☠️👩‍👩‍👧 e\u0301 \r\n\t<|endoftext|>"
+           "\xa0 1603\n")
+
+
+def test_a_bpe_of_mixed_scripts(shakespeare, tmp_path):
+    text = SCRIPTS * 300 + shakespeare[:300_000] + "quixotry " * 40_000
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    sets = []
+    for workers in (1, 3):
+        done = run("prepare.py", tmp_path / "a.txt", name="x", tokenizer="bpe:1000",
+                   workers=workers, val_fraction=0.6, data_dir=tmp_path / str(workers),
+                   env={"RAYON_NUM_THREADS": str(workers)})
+        assert "val tokens of bpe:1000, 1,000 in the vocabulary: made in" in done.stdout
+        sets.append(read_set(tmp_path / str(workers) / "x"))
+    assert sets[0] == sets[1]
+    meta, train, val = sets[0]
+    tokenizer = from_meta(meta)
+    at = int(len(text) * 0.4)
+    assert "quixotry" not in text[:at]
+    assert tokenizer.decode(train) == text[:at] and tokenizer.decode(val) == text[at:]
+    assert train == tokenizer.encode(text[:at]) and val == tokenizer.encode(text[at:])
+    assert len(train) < 0.5 * len(text[:at].encode())  # it has learned something
+    tokens = [tokenizer.token_bytes(i) for i in range(1000)]
+    assert b" the" in tokens and any("東京は夜".encode() in token for token in tokens)
+    assert not any(b"uixot" in token for token in tokens)  # nothing of val
+
+
+def test_a_bpe_is_trained_on_a_prefix_of_words_that_are_whole(tmp_path):
+    import encode
+    text = "".join(f"word{i % 7} of{i % 11}\n" for i in range(200_000))
+    documents = [text[i:i + 300_000] for i in range(0, len(text), 300_000)]
+    unit = encode.Unit(lambda: [[text[:9], text[9:]] for text in documents], 0.1)
+    deal = encode.Deal(len(documents), encode.count(unit.read(), None))
+    given = list(encode.train_text([unit], deal))
+    assert "".join(given) == "".join(text[:int(len(text) * 0.9)] for text in documents)
+    blocks = [text[i:i + encode.BLOCK] for i in range(0, len(text), encode.BLOCK)]
+    long = encode.Unit(lambda: [blocks], 0.1)
+    pieces = list(encode.train_text([long], encode.Deal(1, encode.count(long.read(), None))))
+    assert len(pieces) > 3 and "".join(pieces) == text[:int(len(text) * 0.9)]
+    for piece in pieces[1:]:
+        assert piece.startswith((" of", "\nword"))
+
+
+def test_little_text_gives_a_small_vocabulary(tmp_path):
+    (tmp_path / "a.txt").write_text("to be or not to be\n" * 9)
+
+    def prepare(tokenizer: str) -> str:
+        return run("prepare.py", tmp_path / "a.txt", name="x", tokenizer=tokenizer,
+                   data_dir=tmp_path / "data").stdout
+
+    said = prepare("bpe:0512")
+    meta, train, val = read_set(tmp_path / "data" / "x")
+    assert meta["vocab_size"] == from_meta(meta).eot + 1 < 512
+    assert (f"{len(train)} train and {len(val)} val tokens of bpe:512, {meta['vocab_size']} in the "
+            "vocabulary, all that so little text gives: made in") in said
+    assert "there already" in prepare("bpe:512")
+    for other in ("bpe:257", "gpt2", "char", "bpe:258"):
+        assert "making it anew" in prepare(other) and "there already" in prepare(other)
+
+
+PLUGIN = """
+def wide():
+    order = sorted(range(256), key=lambda byte: (chr(byte) in "abcdefghijklmnopqrstuvwxyz", byte))
+    ranks = {bytes([b]): b for b in range(256)}
+    for i, a in enumerate(order):
+        ranks |= {bytes([a, b]): 10_000 + 256 * i + b for b in range(256)}
+    return {"name": "wide", "pat_str": r"[a-z]+|\\s+|[^a-z\\s]+", "special_tokens": {},
+            "mergeable_ranks": ranks}
+
+ENCODING_CONSTRUCTORS = {"wide": wide}
+"""
+
+
+def test_an_encoding_of_tiktoken_goes_with_the_bundle(play, tmp_path):
+    plugin = tmp_path / "plugin" / "tiktoken_ext"
+    plugin.mkdir(parents=True)
+    (plugin / "wide.py").write_text(PLUGIN)
+    env = {"PYTHONPATH": str(plugin.parent)}
+    run("prepare.py", play, name="x", tokenizer="wide", data_dir=tmp_path, env=env)
+    meta, train, val = read_set(tmp_path / "x")
+    assert (meta["vocab_size"], meta["dtype"]) == (10_000 + 65_536, "uint32")
+    assert sum(token > 65_536 for token in train) > len(train) / 4  # pairs of letters
+    assert from_meta(meta).decode(train + val) == play.read_text()
+    (plugin / "wide.py").unlink()
+    assert "tokenizer=wide: neither" in complaint(run(
+        "prepare.py", play, name="y", tokenizer="wide", data_dir=tmp_path, env=env, code=2))
+    run("train.py", dataset=tmp_path / "x", out_dir=tmp_path / "out", n_layer=1, n_head=1, n_embd=8,
+        block_size=16, batch_size=2, gradient_accumulation_steps=1, max_iters=4, eval_iters=1)
+    for file in ("train.bin", "val.bin", "meta.json"):
+        (tmp_path / "x" / file).unlink()
+    done = run("sample.py", out_dir=tmp_path / "out", start="To be", num_samples=1,
+               max_new_tokens=5)
+    assert done.stdout.startswith("To be") and len(done.stdout) > 9
+
+
+# --- parquet, and sets of several parts ----------------------------------------------------------
+
+def write_parquet(path: Path, texts: list, key: str = "text") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pyarrow.table({"id": pyarrow.array(range(len(texts))),
+                           key: pyarrow.array(texts, pyarrow.string())})
+    pyarrow.parquet.write_table(table, path, row_group_size=40)
+
+
+def write_jsonl(path: Path, texts: list[str]) -> None:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def texts_of(shakespeare: str, count: int, size: int) -> list[str]:
+    """So many texts of `size` characters, and among them an empty one."""
+    return [shakespeare[i * size:(i + 1) * size] if i != 5 else "" for i in range(count)]
+
+
+def joined(folder: Path) -> tuple[dict, bytes, bytes]:
+    """(meta, the bytes of all train files, those of all val files)"""
+    meta = json.loads((folder / "meta.json").read_text())
+    files = meta.get("files", {"train": ["train.bin"], "val": ["val.bin"]})
+    assert sorted(os.listdir(folder)) == sorted(["meta.json", *files["train"], *files["val"]])
+    train, val = (b"".join((folder / file).read_bytes() for file in files[split])
+                  for split in ("train", "val"))
+    return meta, train, val
+
+
+@pytest.mark.parametrize("tokenizer, count", [("gpt2", 250), ("gpt2", 60), ("char", 150),
+                                              ("bpe:400", 130)])
+def test_several_files_give_what_one_gives(shakespeare, tmp_path, tokenizer, count):
+    texts = texts_of(shakespeare, count, 700)
+    texts[9] = shakespeare[:1_100_000] if count == 250 else ""  # one that is split in any case
+    write_jsonl(tmp_path / "all.jsonl", texts)
+    for i, (at, to) in enumerate(((0, 47), (47, 47), (47, 120), (120, count))):
+        write_parquet(tmp_path / "parts" / f"{i}.parquet", texts[at:to])
+    write_parquet(tmp_path / "all.parquet", texts)
+    sets = []
+    for i, words in enumerate((["all.jsonl"], ["all.parquet"], ["parts"])):
+        run("prepare.py", *words, name=f"x{i}", tokenizer=tokenizer, data_dir=tmp_path / "data",
+            cwd=tmp_path)
+        sets.append(joined(tmp_path / "data" / f"x{i}"))
+    for meta, train, val in sets[1:]:
+        assert (train, val) == sets[0][1:]
+        for key in ("tokenizer", "tokens", "fingerprint", "dtype", "vocab_size"):
+            assert meta[key] == sets[0][0][key]
+    assert sum(sets[2][0]["files"]["train"].values()) == sets[2][0]["tokens"]["train"]
+    assert [list(files) for files in sets[2][0]["files"].values()] == [
+        [f"{split}-{k:05}.bin" for k in range(4)] for split in ("train", "val")]
+    assert "files" not in sets[0][0] and "files" not in sets[1][0]
+    assert "there already" in run("prepare.py", "parts", name="x2", tokenizer=tokenizer,
+                                  data_dir=tmp_path / "data", cwd=tmp_path).stdout
+
+
+def test_text_and_jsonl_and_parquet_together(tmp_path):
+    texts = ["one two three\n" * 4, "café au lait\n" * 5, "vier fünf 🎭\n" * 6, "seven 8\n" * 7]
+    folder = tmp_path / "[d] a*b" / "__c"  # signs that mean something to a glob
+    write_parquet(folder / "a#?.parquet", texts[:1], "body")
+    (folder / "b.jsonl").write_text(json.dumps({"body": texts[1]}))
+    write_parquet(folder / "c.PARQUET", texts[2:3], "body")
+    (folder / "d.txt").write_text(texts[3])
+    meta, train, val = prepare(tmp_path, folder, text_key="body", val_fraction=0.5,
+                               tokenizer="bpe:300")
+    tokenizer = from_meta(meta)
+    halves = [(text[:len(text) // 2], text[len(text) // 2:]) for text in texts]
+    for tokens, split in ((train, 0), (val, 1)):
+        expected = [token for half in halves
+                    for token in (tokenizer.eot, *tokenizer.encode(half[split]))]
+        assert tokens == expected[1:]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+def test_memory_does_not_grow_with_the_number_of_files(shakespeare, tmp_path):
+    texts = [shakespeare[i:i + 1000] for i in range(0, 2_500_000, 1000)]
+    for k in range(8):
+        write_parquet(tmp_path / f"{k}.parquet", texts)
+    peaks = [peak_memory(tmp_path, *(tmp_path / f"{k}.parquet" for k in range(files)), name=files)
+             for files in (2, 8)]
+    assert peaks[1] - peaks[0] < 15e6  # the text is 15 MB longer, and its tokens 30 MB
+
+
+def sabotage(package: str, tmp_path: Path) -> dict:
+    """An environment without a package."""
+    (tmp_path / "less").mkdir()
+    (tmp_path / "less" / f"{package}.py").write_text("raise ImportError")
+    return {"PYTHONPATH": str(tmp_path / "less")}
+
+
+def test_packages_that_are_missing_are_named(tmp_path):
+    write_parquet(tmp_path / "a.parquet", ["text " * 99])
+    env = sabotage("datasets", tmp_path)
+    done = run("prepare.py", tmp_path / "a.parquet", name="x", data_dir=tmp_path / "data", env=env,
+               code=2)
+    assert complaint(done).endswith("needs one more package: pip install datasets")
+    done = run("prepare.py", "openwebtext", data_dir=tmp_path / "data", env=env, code=2)
+    assert complaint(done).endswith("needs one more package: pip install datasets")
+    assert os.listdir(tmp_path / "data") == []
+
+
+def test_a_parquet_file_asks_no_server_and_leaves_nothing_behind(tmp_path):
+    write_parquet(tmp_path / "a.parquet", ["text " * 99])
+    (tmp_path / "home").mkdir()
+    code = ("import runpy, socket, sys; sys.argv = sys.argv[1:]\n"
+            "def connect(*args): raise SystemExit(f'connects to {args}')\n"
+            "socket.socket.connect = socket.getaddrinfo = connect\n"
+            "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+            "assert 'datasets' in sys.modules and 'torch' not in sys.modules")
+    words = command("prepare.py", tmp_path / "a.parquet", name="x", data_dir=tmp_path / "data")
+    done = subprocess.run([sys.executable, "-c", code, *words[1:]], capture_output=True, text=True,
+                          cwd=REPO, env=os.environ | {"HOME": str(tmp_path / "home")})
+    assert done.returncode == 0 and not done.stderr and done.stdout.count("\n") == 1, done.stderr
+    assert os.listdir(tmp_path / "home") == []
+
+
+@pytest.fixture(scope="module")
+def hub_folder(shakespeare, tmp_path_factory) -> Path:
+    """Small stand-ins for the files of tinystories and fineweb-edu, as the hub has them."""
+    folder = tmp_path_factory.mktemp("hub")
+    texts = texts_of(shakespeare, 2800, 1700)
+    for i in range(4):
+        write_parquet(folder / "data" / f"train-{i:05}-of-00004-abc.parquet",
+                      texts[i * 50:i * 50 + 50])
+    write_parquet(folder / "data" / "validation-00000-of-00001-abc.parquet", texts[200:230])
+    for i in range(14):
+        write_parquet(folder / "sample" / "10BT" / f"{i:03}_00000.parquet",
+                      texts[i * 200:i * 200 + 200])
+    (folder / "README.md").write_text("not a text of this set")
+    return folder
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The few answers of the hub that streaming takes, about the files in `server.folder`."""
+    def reply(self, code: int, body: bytes, **headers: object) -> None:
+        self.send_response(code)
+        for key, value in {"Content-Length": len(body), **headers}.items():
+            self.send_header(key.replace("_", "-"), str(value))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        path, folder = urllib.parse.unquote(self.path.partition("?")[0]), self.server.folder
+        self.server.asked.append(path)
+        api = re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/(revision|tree)/(\w{40})/?(.*)", path)
+        file = re.fullmatch(r"/datasets/[^/]+/[^/]+/resolve/(\w{40})/(.*)", path)
+        if api and api[2] == "revision":
+            self.reply(200, json.dumps({"id": api[1], "sha": api[3]}).encode())
+        elif api:
+            self.reply(200, json.dumps([
+                {"path": str(entry.relative_to(folder)), "oid": "0" * 40,
+                 "type": "directory" if entry.is_dir() else "file", "size": entry.stat().st_size}
+                for entry in (folder / api[4]).iterdir()]).encode())
+        elif file:
+            data = (folder / file[2]).read_bytes()
+            first, last = map(int, re.findall(r"\d+", self.headers["Range"]))
+            self.reply(206, data[first:last + 1], ETag='"0"', X_Repo_Commit=file[1],
+                       Content_Range=f"bytes {first}-{last}/{len(data)}")
+        else:
+            self.reply(404, b"{}")
+
+    def log_message(self, *args) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(hub_folder):
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        server.folder, server.asked = hub_folder, []
+        server.env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_a_set_of_the_hub_is_streamed_or_made_of_a_folder(hub, hub_folder, tmp_path):
+    texts = [pyarrow.parquet.read_table(path)["text"].to_pylist()
+             for path in sorted((hub_folder / "data").iterdir())]
+    run("prepare.py", "tinystories", data_dir=tmp_path / "hub", env=hub.env)
+    run("prepare.py", hub_folder, name="tinystories", data_dir=tmp_path / "hand")
+    streamed, by_hand = joined(tmp_path / "hub/tinystories"), joined(tmp_path / "hand/tinystories")
+    assert streamed == by_hand
+    assert any("/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/data/train-00003" in path
+               for path in hub.asked)
+    for tokens, split in ((streamed[1], sum(texts[:4], [])), (streamed[2], texts[4])):
+        expected = [token for text in split for token in (EOT, *GPT2.encode(text)) if text]
+        assert np.frombuffer(tokens, "<u2").tolist() == expected[1:]
+    assert streamed[0]["files"]["val"]["val-00000.bin"] == 0  # all of val is in its own part
+    said = run("prepare.py", "tinystories", data_dir=tmp_path / "hand").stdout
+    assert "there already" in said  # the same set, and no network is needed to see it
+
+
+def test_a_share_of_a_set_of_the_hub_is_for_validation(hub, hub_folder, tmp_path):
+    run("prepare.py", "fineweb-edu", data_dir=tmp_path, env=hub.env)
+    _, train, val = joined(tmp_path / "fineweb-edu")
+    texts = [text for path in sorted((hub_folder / "sample/10BT").iterdir())
+             for text in pyarrow.parquet.read_table(path)["text"].to_pylist()]
+    assert GPT2.decode(np.frombuffer(val, "<u2").tolist()) == texts[1999]
+    run("prepare.py", "fineweb-edu", name="other", tokenizer="char", val_fraction=0.5,
+        data_dir=tmp_path, env=hub.env)
+    meta, _, val = joined(tmp_path / "other")
+    assert from_meta(meta).decode(np.frombuffer(val, "<u2").tolist()) == "\n".join(
+        filter(None, texts[1::2]))
+
+
+def test_no_network_is_said_at_once_with_the_mend(tmp_path):
+    started = time.monotonic()
+    line = complaint(run("prepare.py", "tinystories", data_dir=tmp_path / "data", code=2,
+                         env={"HF_ENDPOINT": "http://127.0.0.1:9"}))
+    assert time.monotonic() - started < 15  # 2 s, on a machine with nothing else to do
+    assert line.startswith("error: tinystories: the Hugging Face hub can't be asked (")
+    assert line.endswith(
+        "Where there is a network: hf download roneneldan/TinyStories --repo-type=dataset "
+        "--revision=f54c09fd23315a6f9c86f9dc80f725de7d8f9c64 --include='data/train-*.parquet' "
+        "--include='data/validation-*.parquet' --local-dir=FOLDER; "
+        "then here: python prepare.py FOLDER --name=tinystories")
+    assert os.listdir(tmp_path / "data") == []
+
+
+def test_a_hub_that_goes_away_leaves_the_whole_parts(hub, hub_folder, tmp_path):
+    hub.folder = tmp_path / "less"
+    shutil.copytree(hub_folder, hub.folder)
+    third = hub.folder / "data" / "train-00002-of-00004-abc.parquet"
+    third.write_bytes(b"PAR1" + bytes(third.stat().st_size - 4))
+    line = complaint(run("prepare.py", "tinystories", data_dir=tmp_path, env=hub.env, code=2))
+    assert "/data/train-00002-of-00004-abc.parquet: can't be read" in line
+    assert line.endswith("; parts that are whole stay")
+    said = run("prepare.py", hub_folder, name="tinystories", data_dir=tmp_path).stdout
+    assert "2 of 5 parts are there; going on" in said
+    run("prepare.py", hub_folder, name="tinystories", data_dir=tmp_path / "hand")
+    assert joined(tmp_path / "tinystories") == joined(tmp_path / "hand/tinystories")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(hub_folder, tmp_path_factory) -> dict[str, bytes]:
+    """The files of that fineweb-edu, made in one go."""
+    folder = tmp_path_factory.mktemp("whole")
+    run("prepare.py", hub_folder, name="fineweb-edu", data_dir=folder)
+    return {path.name: path.read_bytes() for path in (folder / "fineweb-edu").iterdir()}
+
+
+def stop_at(part: str, how: signal.Signals, folder: Path, hub_folder: Path) -> tuple[int, str, str]:
+    """Prepare that fineweb-edu, and stop as soon as a file is there: (exit code, stdout, stderr)"""
+    child = subprocess.Popen(
+        command("prepare.py", hub_folder, name="fineweb-edu", data_dir=folder.parent),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while child.poll() is None and not (folder / part).exists():
+        time.sleep(0.001)
+    child.send_signal(how)
+    out, err = child.communicate()
+    return child.returncode, out, err
+
+
+def test_a_preparation_that_was_killed_goes_on(hub_folder, undisturbed, tmp_path):
+    folder = tmp_path / "fineweb-edu"
+    for part in ("train-00002.bin", "train-00006.bin.tmp", "train-00009.bin"):
+        code, _, _ = stop_at(part, signal.SIGKILL, folder, hub_folder)
+        assert code == -signal.SIGKILL and "meta.json" not in os.listdir(folder)
+    early = {path: path.stat().st_mtime_ns for path in folder.glob("*-0000[0-8].bin")}
+    code, out, err = stop_at("train-00011.bin", signal.SIGINT, folder, hub_folder)
+    assert code == 130 and "of 14 parts are there; going on" in out
+    assert re.fullmatch(r"\nstopped; nothing half-written is left; \d+ of 14 parts are whole: the "
+                        r"same command goes on there\n", err)
+    assert not list(folder.glob("*.tmp"))
+    (folder / "val-00010.bin").unlink()  # that part, and those after it, are made again
+    out = run("prepare.py", hub_folder, name="fineweb-edu", data_dir=tmp_path).stdout
+    assert "10 of 14 parts are there; going on" in out
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == undisturbed
+    assert early and all(path.stat().st_mtime_ns == time for path, time in early.items())
+
+
+def test_parts_of_another_request_are_removed(hub_folder, play, tmp_path):
+    folder = tmp_path / "x"
+    source = hub_folder / "data"
+
+    def prepare(*words: object, **flags: object) -> str:
+        return run("prepare.py", *words, name="x", data_dir=tmp_path, **flags).stdout
+
+    for interrupted in ({"val_fraction": 0.1}, {"tokenizer": "char", "val_fraction": 0.1}):
+        prepare(source, val_fraction=0.1)
+        meta = json.loads((folder / "meta.json").read_text())
+        left = {**meta, "parts": [{"tokens": [meta["files"][split][file] for split, file in (
+            ("train", "train-00000.bin"), ("val", "val-00000.bin"))],
+            "deal": {"dealt": 50, "begun": [True, True]}}]}
+        (folder / "meta.json").unlink()
+        (folder / "parts.json").write_text(json.dumps(left))
+        assert ("going on" in prepare(source, **interrupted)) == (len(interrupted) == 1)
+    assert "making it anew" in prepare(source, val_fraction=0.2)
+    run("prepare.py", source, name="x", data_dir=tmp_path / "other", val_fraction=0.2)
+    assert joined(folder) == joined(tmp_path / "other" / "x")
+    assert "making it anew" in prepare(play)
+    assert sorted(os.listdir(folder)) == ["meta.json", "train.bin", "val.bin"]
+    assert "making it anew" in prepare(source, val_fraction=0.1)
+    joined(folder)  # which sees that no other file is there
+
+
+def test_a_part_that_is_missing_or_short_is_made_again(hub_folder, tmp_path):
+    def prepare() -> str:
+        return run("prepare.py", hub_folder, name="tinystories", data_dir=tmp_path).stdout
+
+    prepare()
+    whole = joined(tmp_path / "tinystories")
+    for damage in (lambda path: path.unlink(), lambda path: os.truncate(path, 100)):
+        damage(tmp_path / "tinystories" / "train-00001.bin")
+        assert "there already" not in prepare() and joined(tmp_path / "tinystories") == whole
+
+
 # --- what goes wrong -----------------------------------------------------------------------------
+
+def parquet_bytes() -> bytes:
+    """A file of numbers and texts, one of which is missing."""
+    file = pyarrow.BufferOutputStream()
+    table = pyarrow.table({"id": [1, 2, 3], "body": ["text " * 99, None, "text " * 77]})
+    pyarrow.parquet.write_table(table, file)
+    return file.getvalue().to_pybytes()
+
+
+def damaged_parquet() -> bytes:
+    """The same, with its footer whole and its texts damaged."""
+    footer = pyarrow.parquet.read_metadata(pyarrow.BufferReader(PARQUET))
+    at = footer.row_group(0).column(1).dictionary_page_offset
+    return PARQUET[:at] + b"\xff" * 30 + PARQUET[at + 30:]
+
+
+PARQUET = parquet_bytes()
+
 
 @pytest.mark.parametrize("words, files, needle", [
     (["nosuch"], {}, "nosuch: no such file, folder or dataset; the datasets are shakespeare_"),
@@ -324,14 +752,37 @@ def test_memory_does_not_grow_with_the_text(shakespeare, tmp_path):
     (["a.txt", "--name="], {"a.txt": b"text " * 99}, "--name=NAME is missing"),
     (["a.txt", "--name=y/z"], {"a.txt": b"text " * 99}, "--name=y/z: not a folder's name"),
     (["a.txt", "--name=.."], {"a.txt": b"text " * 99}, "--name=..: not a folder's name"),
-    (["a.txt", "--tokenizer=morse"], {"a.txt": b"text"}, "tokenizer takes gpt2 or char, not 'm"),
+    (["a.txt", "--tokenizer=morse"], {"a.txt": b"text"}, "tokenizer=morse: neither char, gpt2"),
     (["a.txt", "--val_fraction=1"], {"a.txt": b"text"}, "val_fraction must be"),
     (["a.txt", "--val_fraction=0"], {"a.txt": b"text " * 99}, "and 0 val tokens"),
     (["shakespeare", "--name=", "--tokenizer=char"], {}, "shakespeare has its own tokenizer"),
+    (["tinystories", "--name=", "--val_fraction=0.1"], {}, "tinystories has its own tokenizer"),
+    *[(["a.txt", f"--tokenizer={name}"], {"a.txt": b"\xff"}, f"--tokenizer={name}: of bpe:N, N is "
+       "a whole number from 257 to 9999999") for name in ("bpe:", "bpe:256", "bpe:-300", "bpe:1e4",
+                                                          "bpe:10000000", "bpe:４００")],
+    (["a.txt", "--tokenizer=BPE:300"], {"a.txt": b"\xff"}, "tokenizer=BPE:300: neither char, "),
+    (["a.txt", "--name=openwebtext"], {"a.txt": b"text " * 99}, "--name=openwebtext is the name "
+     "of a known set; take another for your own text, or give the folder that holds plain_text/"),
+    (["d", "--name=openwebtext"], {"d/README.md": b"text"}, "d: openwebtext is 80 files "
+     "plain_text/train-*.parquet, and here are 0"),
+    (["d", "--name=tinystories"],
+     {"d/data/train-0.parquet": b"", "d/data/validation-0.parquet": b""},
+     "d: tinystories is 4 files data/train-*.parquet and data/validation-*.parquet, and here are 1 "
+     "and 1"),
+    (["a.parquet"], {"a.parquet": b"text"}, "a.parquet: not a whole parquet file: "),
+    (["a.parquet"], {"a.parquet": b""}, "a.parquet: not a whole parquet file: "),
+    (["b.parquet", "a.parquet"], {"a.parquet": PARQUET, "b.parquet": PARQUET[:-9]},
+     "b.parquet: not a whole parquet file: "),
+    (["a.parquet"], {"a.parquet": PARQUET}, "a.parquet: no column of text 'text'; --text_key=KEY "
+     "names one of id (int64), body (string)"),
+    (["a.parquet", "--text_key=id"], {"a.parquet": PARQUET}, "a.parquet: no column of text 'id'; "),
+    (["a.parquet", "--text_key=body"], {"a.parquet": PARQUET}, "a.parquet: row 2 has no text"),
+    (["a.parquet", "--text_key=body"], {"a.parquet": damaged_parquet()},
+     "a.parquet: can't be read: "),
 ])
 def test_mistakes(tmp_path, words, files, needle):
     for path, data in files.items():
-        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(data)
     flags = ["--name=x", f"--data_dir={tmp_path}/data", *words]
     done = subprocess.run([*command("prepare.py"), *flags], cwd=tmp_path,
@@ -375,6 +826,19 @@ def test_a_full_disk(disk):
     line = complaint(run("prepare.py", "shakespeare_char", data_dir=disk, code=2))
     assert f"{disk}: no space left on device; nothing half-written is left" in line
     assert os.listdir(disk) == []
+
+
+def test_a_full_disk_keeps_the_parts_that_are_whole(disk, hub_folder, tmp_path):
+    flags = {"name": "x", "tokenizer": "char", "val_fraction": 0.1}
+    line = complaint(run("prepare.py", hub_folder / "sample", data_dir=disk, **flags, code=2))
+    found = re.search("no space left on device; nothing half-written is left; ([1-5]) of 14 parts "
+                      "are whole: the same command goes on there; --data_dir=FOLDER puts", line)
+    assert found and not list((disk / "x").glob("*.tmp"))
+    subprocess.run(["mount", "-o", "remount,size=30m", disk], check=True)
+    said = run("prepare.py", hub_folder / "sample", data_dir=disk, **flags).stdout
+    assert f"{found[1]} of 14 parts are there; going on" in said
+    run("prepare.py", hub_folder / "sample", data_dir=tmp_path, **flags)
+    assert joined(disk / "x") == joined(tmp_path / "x")
 
 
 def test_a_read_only_disk(disk):
