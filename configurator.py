@@ -113,6 +113,8 @@ class TrainConfig:
     compile: bool | Literal["auto"] = knob("auto", "torch.compile: auto = on CUDA")
     deterministic: bool = knob(False,
         "bits repeat on CUDA too, for some speed; on a CPU they always do")
+    elastic: bool = knob(False,
+        "the same bits on 1, 2, 4, ... ranks: gradients are added in one order, without DDP")
     backend: str = knob("auto", "of torch.distributed: auto = nccl on CUDA, else gloo")
 
 

@@ -57,6 +57,7 @@ class Run:
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "rng": self.ranks.gather(rng_state(self.ranks.device)),
+                "threads": torch.get_num_threads(),
                 "config": asdict(self.config), "model_args": asdict(self.model.args),
                 "data": self.data, "evaluation": self.evaluation,
                 "best_val_loss": self.best_val_loss, "wandb_run_id": self.wandb_run_id}
@@ -72,8 +73,11 @@ class Run:
         if len(bundle["rng"]) == self.ranks.world_size:
             restore_rng(bundle["rng"][self.ranks.rank], self.ranks.device)
         elif self.ranks.rank == 0:
-            print(f"ranks {len(bundle['rng'])} -> {self.ranks.world_size}: the same batches, and "
-                  "the same losses but for rounding")
+            print(f"ranks {len(bundle['rng'])} -> {self.ranks.world_size}: "
+                  + ("the same bits" if self.config.elastic else
+                     "the same batches, and the same losses but for rounding"))
+        if self.config.elastic:  # how many threads share a sum is part of its order
+            torch.set_num_threads(bundle.get("threads", torch.get_num_threads()))
         self.id = bundle["run"]
         for key in ("step", "evaluation", "best_val_loss", "wandb_run_id"):
             setattr(self, key, bundle[key])
@@ -246,6 +250,9 @@ def resumed_config(given: dict[str, Any], bundle: dict[str, Any],
             fail(f"this run has {key}={changes[key][0]}, not {changes[key][1]}: "
                  f"that would be another run; leave --{key} out, "
                  "or begin anew with another --out_dir")
+    if config.elastic and "batch_size" in changes:
+        fail(f"with elastic=True batch_size stays {changes['batch_size'][0]}: micro-batches of "
+             "another size round otherwise; leave --batch_size out")
     rows, old_rows = (c["batch_size"] * c["gradient_accumulation_steps"]
                       for c in (asdict(config), saved))
     if rows != old_rows:
@@ -266,6 +273,9 @@ def open_data(config: TrainConfig, meta: dict[str, Any],
     if rest:
         fail(f"gradient_accumulation_steps={config.gradient_accumulation_steps} "
              f"is counted over all ranks; make it a multiple of their number, {ranks.world_size}")
+    if config.elastic and ranks.world_size & (ranks.world_size - 1):
+        fail("elastic=True adds up in pairs: start 1, 2, 4, 8, ... ranks, "
+             f"not {ranks.world_size}")
     mine = range(ranks.rank * share, (ranks.rank + 1) * share)
     try:
         def split(name: str, shift: bool) -> Split:
@@ -287,7 +297,7 @@ def as_it_runs(model: GPT, config: TrainConfig, ranks: Ranks, autocast: Any,
         warn(f"torch.compile needs {lacks}; going on without it")
         compiled = False
     fast = torch.compile(model) if compiled else model
-    if ranks.world_size == 1:
+    if ranks.world_size == 1 or config.elastic:
         return fast, fast
     # DDP orders its buckets by the first backward that it sees. That one is made here, not in the
     # first step: sums over the ranks then round alike in a run that begins at a step and in one

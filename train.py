@@ -13,6 +13,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import tokenizer
 from checkpoint import Saver, has_run
 from loader import seed_of
 from metrics import Metrics
-from model import generate
+from model import GPT, generate
 from runtime import EXIT_STOPPED, Signals, Stopped, peak_flops
 from start import Run, begin
 
@@ -124,15 +125,44 @@ def gradient(run: Run) -> Tensor:
     """Let .grad hold the mean gradient of a step's micro-batches. Returns the losses of this
     rank's, (M,), 0 for the others'."""
     run.model.train()
+    mine, elastic = run.loader.mine, run.config.elastic
     losses = torch.zeros(run.config.gradient_accumulation_steps, device=run.ranks.device)
-    for m, x, y in run.loader.step(run.step):
+    parts = len(losses) if elastic else len(mine)  # DDP takes the mean over the ranks
+    batches = run.loader.step(run.step)
+
+    def add_gradient(m: int) -> None:
+        _, x, y = next(batches)
         torch.manual_seed(seed_of(run.config.seed, run.step, m))  # dropout depends on nothing else
-        run.net.require_backward_grad_sync = m == run.loader.mine[-1]  # DDP reduces once a step
         with run.autocast:
             loss = run.net(x, y)
         losses[m] = loss.detach()
-        run.scaler.scale(loss / len(run.loader.mine)).backward()
+        run.scaler.scale(loss / parts).backward()
+
+    if elastic:
+        total = sum_as_tree(run.model, add_gradient, mine.start, mine.stop)
+        run.ranks.add_in_pairs(total)
+        for p, grad in zip(run.model.parameters(), total):
+            p.grad = grad
+    else:
+        for m in mine:
+            run.net.require_backward_grad_sync = m == mine[-1]  # DDP reduces once a step
+            add_gradient(m)
     return losses
+
+
+def sum_as_tree(model: GPT, add_gradient: Callable[[int], None], first: int, end: int
+                ) -> list[Tensor]:
+    """The gradients of micro-batches first ... end - 1, each half summed apart: what a rank of
+    many computes is a branch of what one alone does, and the rounding is the same."""
+    if end - first > 1:
+        middle = (first + end) // 2
+        total = sum_as_tree(model, add_gradient, first, middle)
+        torch._foreach_add_(total, sum_as_tree(model, add_gradient, middle, end))
+        return total
+    add_gradient(first)
+    total = [p.grad for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    return total
 
 
 def update(run: Run, saver: Saver, losses: Tensor) -> tuple[Tensor, Tensor]:

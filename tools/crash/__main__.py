@@ -1,12 +1,13 @@
 """The proving machine: can anything take a run away? Run it as `python -m tools.crash [PART ...]`.
 
-    kill   kill -9 at random instants of real runs; each must end in the bits of an undisturbed one
-    nth    each file operation of a save fails, or the process dies in it
-    power  the states of the disk that a power cut during a save may leave
-    rot    flipped bits, zeroed pages and cuts in the newest bundle
-    full   no room for a bundle, whatever part of it would still have fitted
+    kill     kill -9 at random instants of real runs; each must end in the bits of an undisturbed one
+    nth      each file operation of a save fails, or the process dies in it
+    power    the states of the disk that a power cut during a save may leave
+    rot      flipped bits, zeroed pages and cuts in the newest bundle
+    full     no room for a bundle, whatever part of it would still have fitted
+    elastic  kill -9 of a run that comes back on another number of ranks
 
-Without a part, all five in small numbers. A line each; exit code 1 if anything failed. Linux only.
+Without a part, all six in small numbers. A line each; exit code 1 if anything failed. Linux only.
 """
 import os
 import shutil
@@ -19,12 +20,13 @@ import torch
 from configurator import fail, parse
 from tools.crash.common import CrashConfig, Part
 from tools.crash.full import full
-from tools.crash.kill import kill
+from tools.crash.kill import elastic, kill
 from tools.crash.nth import nth
 from tools.crash.power import power
 from tools.crash.rot import rot
 
-PARTS = {"kill": kill, "nth": nth, "power": power, "rot": rot, "full": full}
+PARTS = {"kill": kill, "nth": nth, "power": power, "rot": rot, "full": full,
+         "elastic": elastic}
 
 
 def main(settings: CrashConfig, words: list[str]) -> int:

@@ -169,8 +169,10 @@ def digest(value: Any) -> str:
 
 
 def state(bundle: dict[str, Any]) -> str:
-    """The digest of a bundle without what names the run and its folder."""
-    return digest({key: value for key, value in bundle.items() if key not in ("run", "config")})
+    """The digest of a bundle without what names the run and its folder; of an elastic run without
+    the generators, of which each rank has some."""
+    without = ("run", "config", *["rng"] * bundle["config"]["elastic"])
+    return digest({key: value for key, value in bundle.items() if key not in without})
 
 
 def state_at(path: Path, known: dict[str, str]) -> str:

@@ -1,4 +1,5 @@
-"""kill: kill -9 at random instants of real runs, from the start of a process to its end."""
+"""kill: kill -9 at random instants of real runs, from the start of a process to its end; elastic:
+the same, each time on another number of ranks."""
 import json
 import os
 import random
@@ -54,21 +55,23 @@ def steps_again(out: Path) -> int:
     return json.loads(rows[-1])["step"] - saved if rows else 0
 
 
-def killed_run(settings: dict[str, Any], ranks: int, life: float, budget: int,
+def killed_run(settings: dict[str, Any], lives: dict[int, float], budget: int,
                dice: random.Random, seen: Counter) -> int | None:
     """A run that is killed and started again until it ends; its exit code, None if it hangs.
 
-    Each kill falls on an instant that is uniform over an undisturbed `life`; after `budget` kills
-    there are no more.
+    It is started on any number of ranks that `lives` names. Each kill falls on an instant that is
+    uniform over such an undisturbed life in seconds; after `budget` kills there are no more.
     """
     out, pid, kills = settings["out_dir"], 0, 0
     while True:
         if not pid:
+            ranks = dice.choice(list(lives))
             before, pid = traces(out), start(settings, ranks)
-        code = exit_code(pid, dice.uniform(0, life) if kills < budget else HANGS)
+            seen[f"on {ranks}"] += 1
+        code = exit_code(pid, dice.uniform(0, lives[ranks]) if kills < budget else HANGS)
         if code is not None or kills == budget:
             break
-        victim = dice.choice(processes(out) or [pid])
+        victim = pid if len(lives) > 1 else dice.choice(processes(out) or [pid])
         with suppress(ProcessLookupError):  # a rank that has just ended
             os.kill(victim, signal.SIGKILL)
         kills += 1
@@ -96,8 +99,8 @@ def kill_runs(part: Part, settings: dict[str, Any], place: Path, ranks: int, kil
     while seen["kills"] < kills and not (seen["runs"] and only >= 0):
         run, before = only if only >= 0 else seen["runs"], seen["kills"]
         out = place / f"run{ranks}-{run}"
-        code = killed_run(settings | {"out_dir": out}, ranks, life, kills - before, part.dice(run),
-                          seen)
+        code = killed_run(settings | {"out_dir": out}, {ranks: life}, kills - before,
+                          part.dice(run), seen)
         # what was not yet saved, and what was made while that was written: a step takes less time
         # than a save here, so that up to an interval
         too_many = seen["again"] > 2 * INTERVAL
@@ -105,6 +108,27 @@ def kill_runs(part: Part, settings: dict[str, Any], place: Path, ranks: int, kil
         part.count(run, problem, seen["kills"] - before)
         seen["runs"] += 1
     return seen
+
+
+def elastic(part: Part, place: Path) -> int:
+    """kill -9 of a whole job, again and again, and each time it comes back on 1, 2 or 4 ranks."""
+    settings = RUN | LONG | {"dataset": prepare(place), "elastic": True,
+                             "gradient_accumulation_steps": 4}
+    lives, ends_alike, seen, only = {}, [], Counter(), part.settings.only
+    for ranks in (0, 2, 4):  # 0 is one rank, forked
+        end, lives[ranks] = undisturbed(settings | {"out_dir": place / f"whole{ranks}"}, ranks)
+        ends_alike.append(end)
+    whole = ends_alike[0]
+    part.count(-1, "the undisturbed runs do not end alike" * (ends_alike != [whole] * 3), 0)
+    kills = part.settings.cases or 6
+    while seen["kills"] < kills and not (seen["runs"] and only >= 0):
+        run, before = only if only >= 0 else seen["runs"], seen["kills"]
+        out = place / f"run{run}"
+        code = killed_run(settings | {"out_dir": out}, lives, kills - before, part.dice(run), seen)
+        part.count(run, difference(code, out, whole), seen["kills"] - before)
+        seen["runs"] += 1
+    return part.end(f"kills; {seen['on 0']}, {seen['on 2']} and {seen['on 4']} starts on 1, 2 and "
+                    f"4 ranks; {seen['runs']} ends compared")
 
 
 def kill(part: Part, place: Path) -> int:

@@ -1,0 +1,68 @@
+"""With elastic=True a run has the same bits on any power of two of ranks, also if it moves between
+them."""
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import complaint, rows
+
+from tools.crash.common import digest
+
+FLAGS = {"dtype": "bfloat16", "dropout": 0.2, "gradient_accumulation_steps": 12, "batch_size": 2,
+         "block_size": 16, "max_iters": 20, "eval_interval": 10, "log_interval": 1,
+         "init_from": "auto"}
+
+
+def outcome(out: Path) -> tuple[str, list[dict]]:
+    """sha256 of a run's weights, moments and last evaluation, and its metrics, but for the
+    evaluations that it makes where it ends too early."""
+    bundle = torch.load(out / "ckpt.pt", weights_only=True)
+    return digest({key: bundle[key] for key in ("model", "optimizer", "step", "evaluation",
+                                                "best_val_loss", "scaler")}), [
+        row for row in rows(out) if "loss" in row or row["step"] % FLAGS["eval_interval"] == 0]
+
+
+@pytest.fixture
+def alone(train, tmp_path) -> tuple[str, list[dict]]:
+    """The outcome of a run on one rank."""
+    train(out="alone", elastic=True, **FLAGS)
+    assert len(rows(tmp_path / "alone", "loss")) == 20
+    return outcome(tmp_path / "alone")
+
+
+def test_any_power_of_two_of_ranks_gives_the_same_bits(train, tmp_path, alone):
+    for ranks in (2, 4):
+        train(out=str(ranks), ranks=ranks, elastic=True, **FLAGS)
+        assert outcome(tmp_path / str(ranks)) == alone
+
+
+def test_a_run_that_moves_between_them_gives_the_same_bits(train, tmp_path, alone):
+    for ranks, steps in ((4, 5), (1, 10), (2, 15), (4, 20)):
+        done = train(ranks=ranks, elastic=True, **FLAGS | {"max_iters": steps})
+        if steps > 5:
+            assert f"-> {ranks}: the same bits" in done.stdout
+    assert outcome(tmp_path / "out") == alone
+
+
+def test_a_run_keeps_the_number_of_its_threads(train, tmp_path, alone):
+    train(elastic=True, **FLAGS | {"max_iters": 5})
+    train(elastic=True, env={"OMP_NUM_THREADS": "2"}, **FLAGS)
+    assert outcome(tmp_path / "out") == alone
+
+
+def test_plain_ddp_rounds_otherwise_on_another_number_of_ranks(train, tmp_path):
+    """Else the tests above would show nothing."""
+    for ranks in (1, 2):
+        train(out=str(ranks), ranks=ranks, **FLAGS)
+    one, two = (rows(tmp_path / str(ranks), "loss") for ranks in (1, 2))
+    assert one != two
+    assert one[0]["loss"] == two[0]["loss"]  # the same batch, the same dropout
+    assert all(abs(a["loss"] - b["loss"]) < 0.02 for a, b in zip(one, two))
+
+
+def test_what_would_round_otherwise_is_refused(train, tmp_path):
+    done = train(ranks=3, code=None, elastic=True, **FLAGS)
+    assert done.returncode and "start 1, 2, 4, 8, ... ranks, not 3" in done.stderr
+    train(elastic=True, **FLAGS | {"max_iters": 2})
+    done = train(code=2, elastic=True, **FLAGS | {"batch_size": 4, "gradient_accumulation_steps": 6})
+    assert "batch_size stays 2" in complaint(done)
