@@ -115,6 +115,9 @@ class TrainConfig:
         "bits repeat on CUDA too, for some speed; on a CPU they always do")
     elastic: bool = knob(False,
         "the same bits on 1, 2, 4, ... ranks: gradients are added in one order, without DDP")
+    rank_timeout: int = knob(600,
+        "seconds a rank waits for another, one on a host that was cut off, before it gives up",
+        least=1)
     backend: str = knob("auto", "of torch.distributed: auto = nccl on CUDA, else gloo")
 
 

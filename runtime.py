@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -144,8 +145,10 @@ def join_ranks(config: TrainConfig) -> Ranks:
     backend = (("nccl" if device.type == "cuda" else "gloo") if config.backend == "auto"
                else config.backend)
     store, rank, world_size = fresh_store()
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
-    return Ranks(dist.get_rank(), dist.get_world_size(), device, dist.new_group(backend="gloo"))
+    timeout = timedelta(seconds=config.rank_timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
+                            timeout=timeout)
+    return Ranks(rank, world_size, device, dist.new_group(backend="gloo", timeout=timeout))
 
 
 def fresh_store() -> tuple[dist.Store, int, int]:

@@ -6,8 +6,9 @@
     rot      flipped bits, zeroed pages and cuts in the newest bundle
     full     no room for a bundle, whatever part of it would still have fitted
     elastic  kill -9 of a run that comes back on another number of ranks
+    hosts    two hosts without a common disk: one is killed, comes back, is cut off; needs root
 
-Without a part, all six in small numbers. A line each; exit code 1 if anything failed. Linux only.
+Without a part, all but hosts in small numbers. A line each; exit code 1 if anything failed. Linux only.
 """
 import os
 import shutil
@@ -20,13 +21,14 @@ import torch
 from configurator import fail, parse
 from tools.crash.common import CrashConfig, Part
 from tools.crash.full import full
+from tools.crash.hosts import hosts
 from tools.crash.kill import elastic, kill
 from tools.crash.nth import nth
 from tools.crash.power import power
 from tools.crash.rot import rot
 
 PARTS = {"kill": kill, "nth": nth, "power": power, "rot": rot, "full": full,
-         "elastic": elastic}
+         "elastic": elastic, "hosts": hosts}
 
 
 def main(settings: CrashConfig, words: list[str]) -> int:
@@ -36,7 +38,7 @@ def main(settings: CrashConfig, words: list[str]) -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)  # a process with one thread may be forked
     failed = 0
-    for name in words or PARTS:
+    for name in words or [name for name in PARTS if name != "hosts"]:
         place = Path(tempfile.mkdtemp(prefix="keepgpt-crash-", dir=settings.folder or None))
         if PARTS[name](Part(name, settings), place):
             failed = 1
