@@ -1,6 +1,7 @@
 """The card of a run: out_dir/README.md says how the weights beside it were made, for someone who
 finds them a year later."""
 import errno
+import os
 import platform
 import shlex
 import subprocess
@@ -23,14 +24,15 @@ A GPT of {parameters:,} parameters ({n_layer} layers, {n_embd} wide, {n_head} he
 {block_size} tokens), trained on {tokens:,} tokens of `{data}`. `metrics.jsonl` holds the curves, `ckpt.pt` the
 newest bundle, `best.pt` the one with the lowest validation loss; from the repository's folder
 
-    python sample.py --out_dir={name}
-    python train.py --init_from=resume --out_dir={name}
+    python sample.py --out_dir={quoted}
+    python train.py --init_from=resume --out_dir={quoted}
 
 continue a text and the run.
 
 ## Settings
 
-As of the last start. As a config file, with an `--out_dir` of its own, they make the same run again.
+As of the last start; what a resume has changed stands in its command below. As a config file, with an
+`--out_dir` of its own, they begin the run anew.
 
 ```python
 {settings}
@@ -68,6 +70,15 @@ def packages() -> str:
     return ", ".join(found)
 
 
+def command() -> str:
+    """The command of this process, as one line; behind torchrun with what that was told."""
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        words = ["torchrun", f"--nnodes={os.environ['GROUP_WORLD_SIZE']}",
+                 f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}", *words]
+    return " ".join(shlex.join(words).split("\n"))
+
+
 def write_card(config: TrainConfig, data: dict[str, Any], parameters: int, step: int,
                machine: str) -> None:
     """Write out_dir/README.md anew, with one more line about this start. Raises OSError, also for
@@ -78,12 +89,12 @@ def write_card(config: TrainConfig, data: dict[str, Any], parameters: int, step:
         if not ours:
             raise FileExistsError(errno.EEXIST, "it is not about a run")
     start = [f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}", str(step),
-             f"`{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}`", commit(), machine,
-             packages()]
+             f"`{command()}`", commit(), machine, packages()]
     settings = asdict(config)
     source = data.get("source", {})
     text = CARD.format_map(settings | {
-        "name": config.out_dir, "parameters": parameters, "data": data["name"],
+        "name": " ".join(config.out_dir.split("\n")), "quoted": shlex.quote(config.out_dir),
+        "parameters": parameters, "data": data["name"],
         "settings": "\n".join(f"{key} = {value!r}" for key, value in settings.items()),
         "tokens": data["tokens"]["train"], "val_tokens": data["tokens"]["val"],
         "tokenizer": data["tokenizer"].get("name", data["tokenizer"]["kind"]),

@@ -141,7 +141,12 @@ class Metrics:
         tty = sys.stdout.isatty()
         if live and tty:  # a line that wraps could not be replaced
             text = text[:shutil.get_terminal_size().columns - 1]
-        print("\r\033[K" * (tty and self.live) + text, end="" if live and tty else "\n", flush=True)
+        try:
+            print("\r\033[K" * (tty and self.live) + text, end="" if live and tty else "\n",
+                  flush=True)
+        except BrokenPipeError:  # `| head` has seen enough: the run goes on in silence
+            self.quiet = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         self.live = live
 
 

@@ -8,6 +8,7 @@ Letters for shapes: B sequences, T tokens, C width, H heads, D = C / H, V vocabu
 import json
 import math
 import pickle
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -435,6 +436,15 @@ def read_hugging_face(folder: Path) -> tuple[ModelArgs, dict[str, Tensor]]:
     return args, state
 
 
+def read_data(folder: Path) -> dict | None:
+    """What tools.export has written about the data of a folder in Hugging Face's format."""
+    path = folder / "keepgpt.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path} can't be read: {e}") from None
+
+
 def cropped(args: ModelArgs, state: dict[str, Tensor], vocab_size: int,
             block_size: int) -> tuple[ModelArgs, dict]:
     """The same network for fewer tokens (what only pads the vocabulary goes) and a shorter
@@ -466,13 +476,16 @@ def read_weights(source: str) -> tuple[ModelArgs, dict[str, Tensor], dict | None
     if source in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
         return *read_hugging_face(download(f"openai-community/{source}")), None
     path = Path(source)
+    if (path / "ckpt.pt").exists():
+        raise ValueError(f"init_from={source} is the folder of a run; give {path}/best.pt")
     if path.is_dir():
-        return *read_hugging_face(path), None
+        return *read_hugging_face(path), read_data(path)
     if not path.exists():
-        raise ValueError(f"init_from={source}: it is neither scratch, resume, auto, gpt2, "
-                         "gpt2-medium, gpt2-large, gpt2-xl, nor the path of a checkpoint "
-                         "or a folder")
+        raise ValueError(f"init_from={source}: neither a file or folder that is there nor a name "
+                         "that is known; --help lists them")
     try:
+        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"it is damaged, in {damaged}")  # torch.load does not look
         saved = torch.load(path, map_location="cpu", weights_only=True)
         args = ModelArgs(**saved["model_args"])
         state = {name.removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()
@@ -480,8 +493,8 @@ def read_weights(source: str) -> tuple[ModelArgs, dict[str, Tensor], dict | None
     except pickle.UnpicklingError:
         raise ValueError(f"init_from={source} is no checkpoint of keepGPT or nanoGPT: it is not of "
                          "plain values and tensors") from None
-    except (RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError,
-            OSError) as e:
+    except (RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError, OSError,
+            zipfile.BadZipFile) as e:
         raise ValueError(f"init_from={source} is no checkpoint of keepGPT or nanoGPT: {e}"
                          .splitlines()[0]) from None
     state.pop("lm_head.weight", None)  # the twin of wte

@@ -39,7 +39,7 @@ class PrepareConfig:
     """The settings of prepare.py."""
     name: str = knob("", "the set goes to data/<name>; a known set has its own name")
     tokenizer: str = knob("gpt2",
-        "gpt2 | char: every character is a token | bpe:N: N tokens, trained on the text itself | "
+        "gpt2 | char: every character is a token | bpe:N: at most N tokens, trained on the text itself | "
         "the name of one of tiktoken's encodings")
     val_fraction: float = knob(0.1, "the share of the text for validation", least=0, below=1)
     text_key: str = knob("text", "the field of a .jsonl line, or a .parquet row, with the text")
@@ -224,7 +224,7 @@ def write_parts(folder: str, request: dict, name: str, units: list[Unit], worker
         raise
     finally:
         remove_ours(folder, ending=".tmp")
-    return finish_parts(folder, request, tokenizer, [part["tokens"] for part in done])
+    return finish_parts(folder, request, tokenizer, [made["tokens"] for made in done])
 
 
 def finish_parts(folder: str, request: dict, tokenizer: Tokenizer, tokens: list[list[int]]) -> dict:

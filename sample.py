@@ -61,7 +61,7 @@ def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
             args, state, data = read_weights(config.init_from)
             origin = config.init_from
     except (BadBundle, ValueError) as e:
-        fail(f"{folder}: {e}" if config.init_from in ("best", "resume") else str(e))
+        fail(str(e))
     vocabulary = tokenizer.from_meta(data or {"tokenizer": {"kind": "gpt2"}})
     if not 0 <= args.vocab_size - vocabulary.vocab_size < 64:
         fail(f"{config.init_from} knows {args.vocab_size} tokens and does not say which")

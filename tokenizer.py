@@ -84,8 +84,8 @@ class BPETokenizer:
         return self.encoding.decode(ids)
 
     def token_bytes(self, i: int) -> bytes:
-        """The bytes of one token, maybe a part of a character: decode them incrementally. None for
-        an id that the encoding leaves out."""
+        """The bytes of one token, maybe a part of a character: decode them incrementally. Empty
+        for an id that the encoding leaves out."""
         try:
             return self.encoding.decode_single_token_bytes(i)
         except KeyError:

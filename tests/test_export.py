@@ -10,7 +10,7 @@ import tiktoken
 import tiktoken_ext.openai_public
 import torch
 
-from conftest import complaint, run
+from conftest import REPO, command, complaint, run
 from model import GPT, ModelArgs, read_weights
 from tokenizer import describe, from_meta, train_bpe
 
@@ -96,7 +96,8 @@ def test_transformers_reads_the_same_model_and_tokenizer(kind, bias, text, tmp_p
     assert (theirs["logits"] - ours).abs().max() < 1e-12 * ours.abs().max()
     assert ours.std() > 0.1
     # and back, into this repository
-    args, state, _ = read_weights(str(folder))
+    args, state, data = read_weights(str(folder))
+    assert data["tokenizer"] == description
     again = GPT(args).eval()
     again.load_state_dict(state)
     assert torch.equal(again.double()(torch.tensor([work["ids"]]))[0], ours)
@@ -113,8 +114,9 @@ def test_transformers_continues_a_trained_model_as_sample_py_does(train, tmp_pat
     theirs = by_transformers(folder, {"texts": [], "prompt": "HAMLET ", "ids": [0]}, tmp_path)
     ours = [run("sample.py", **source, start="HAMLET ", temperature=0, num_samples=1,
                 max_new_tokens=20).stdout
-            for source in ({"out_dir": out}, {"init_from": folder / "weights.pt"})]
-    assert ours == [theirs["continued"] + "\n"] * 2
+            for source in ({"out_dir": out}, {"init_from": folder / "weights.pt"},
+                           {"init_from": folder})]
+    assert ours == [theirs["continued"] + "\n"] * 3
 
 
 def test_dtype_is_that_of_the_weights(train, tmp_path):
@@ -125,7 +127,25 @@ def test_dtype_is_that_of_the_weights(train, tmp_path):
     assert json.loads((tmp_path / "half/config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_mistakes_are_answered_with_one_line(train, tmp_path):
+def weights(place: Path) -> Path:
+    """A file of random weights, of more than 15 KiB."""
+    args, path = ModelArgs(1, 1, 32, 32, 60, True, 0.0), place / "weights.pt"
+    torch.save({"model": GPT(args).state_dict(), "model_args": vars(args), "data": {
+        "tokenizer": {"kind": "char", "chars": "".join(map(chr, range(40, 100)))}}}, path)
+    return path
+
+
+def test_damaged_weights_are_refused(tmp_path):
+    path = weights(tmp_path)
+    assert read_weights(str(path))[0].n_embd == 32
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    done = run("tools.export", init_from=path, to=tmp_path / "to", code=2)
+    assert "it is damaged" in complaint(done)
+
+
+def test_mistakes_are_answered_with_one_line(tmp_path):
     def told(**flags):
         return complaint(run("tools.export", code=2, **flags))
 
@@ -135,6 +155,10 @@ def test_mistakes_are_answered_with_one_line(train, tmp_path):
     (tmp_path / "full/file").touch()
     assert "give a new folder" in told(out_dir=tmp_path, to=tmp_path / "full")
     assert (tmp_path / "full/file").exists()
+    full = subprocess.run(["bash", "-c", 'ulimit -f 30; exec "$@"', "bash",
+                           *command("tools.export", init_from=weights(tmp_path), to=tmp_path / "to")],
+                          capture_output=True, text=True, cwd=REPO)
+    assert f"--to={tmp_path / 'to'} can't be written" in complaint(full)
     torch.save({"model": {}}, tmp_path / "no.pt")
     assert "no checkpoint" in told(init_from=tmp_path / "no.pt", to=tmp_path / "to")
     assert not (tmp_path / "to").exists()

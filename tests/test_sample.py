@@ -64,7 +64,7 @@ def test_a_prompt_from_a_file_longer_than_the_block(trained, play, tmp_path):
     ({"start": "naïve 你好"}, "你"),
     ({"start": "FILE:nosuch.txt"}, "nosuch.txt: no such file"),
     ({"out_dir": "nosuch"}, "no whole bundle in nosuch"),
-    ({"init_from": "nosuch"}, "it is neither"),
+    ({"init_from": "nosuch"}, "nor a name that is known"),
     ({"num_samples": 0}, "num_samples must be at least 1"),
     ({"temprature": 1}, "did you mean temperature?"),
     ({"device": "cuda:9"}, "device=auto"),

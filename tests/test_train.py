@@ -132,7 +132,7 @@ def test_nothing_but_the_dataset_is_read_from_the_working_folder(dataset, tmp_pa
     ("--device=cpu:7", "device=auto"),
     ("--n_layer=1e9", "lower n_layer, n_embd or batch_size"),
     ("--batch_size=1e12", "lower n_layer, n_embd or batch_size"),
-    ("--init_from=nosuch", "it is neither"),
+    ("--init_from=nosuch", "nor a name that is known"),
     ("--out_dir=/proc/nosuch", "can't be used"),
     ("config/nosuch.py", "no such file"),
 ])
@@ -171,6 +171,16 @@ def test_progress_is_one_line_on_a_terminal_and_many_in_a_pipe(train, dataset, t
     lasting = [line for line in piped.splitlines() if not line.startswith(tuple(steps))]
     assert shown == [line.replace("piped", "tty") for line in lasting] + [""]
     assert [line.split(" loss")[0] for line in piped.splitlines() if "left" in line] == steps
+
+
+def test_a_reader_that_leaves_stops_nothing(dataset, tmp_path):
+    process = subprocess.Popen(command("train.py", out_dir=tmp_path / "out", dataset=dataset, **TINY),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait() == 0 and process.stderr.read() == ""
+    process.stderr.close()
+    assert rows(tmp_path / "out", "loss")[-1]["step"] == 40
 
 
 def wandb_records(path: Path) -> Iterator[pb.Record]:

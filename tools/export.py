@@ -8,7 +8,9 @@ import os
 import re
 import shutil
 import signal
+import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,13 +48,13 @@ CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
 ---
-A GPT of {parameters:.1f} million parameters, exported from {origin}.
+A GPT of {parameters:,} parameters and {block_size} positions, exported from {origin}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model, tokenizer = (kind.from_pretrained(".") for kind in (AutoModelForCausalLM, AutoTokenizer))
 print(tokenizer.decode(model.generate(**tokenizer({start!r}, return_tensors="pt"),
-                                      max_new_tokens=100)[0]))
+                                      max_new_tokens={length})[0]))
 ```
 """
 
@@ -69,15 +71,14 @@ def to_hugging_face(state: dict[str, Tensor], args: ModelArgs) -> dict[str, Tens
     return theirs
 
 
-def config_json(args: ModelArgs, eot: int | None) -> dict[str, Any]:
-    """Transformers' GPT2Config."""
+def gpt2_config(args: ModelArgs) -> dict[str, Any]:
+    """Transformers' GPT2Config of a model."""
     return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2",
             "n_layer": args.n_layer, "n_head": args.n_head, "n_embd": args.n_embd, "n_inner": None,
             "n_positions": args.block_size, "n_ctx": args.block_size,
             "vocab_size": args.vocab_size, "activation_function": "gelu_new",
             "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "resid_pdrop": args.dropout,
-            "embd_pdrop": args.dropout, "attn_pdrop": args.dropout,
-            "bos_token_id": eot, "eos_token_id": eot}
+            "embd_pdrop": args.dropout, "attn_pdrop": args.dropout}
 
 
 def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
@@ -91,9 +92,10 @@ def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 def to_tokenizers(vocabulary: Tokenizer) -> Any:
     """The same tokenizer as one of Hugging Face's tokenizers.Tokenizer, which gives the same ids
     for any text without special tokens in it."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    import tokenizers
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
     if not isinstance(vocabulary, BPETokenizer):
-        made = Tokenizer(models.WordLevel(vocabulary.ids, unk_token=""))
+        made = tokenizers.Tokenizer(models.WordLevel(vocabulary.ids, unk_token=""))
         made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         made.decoder = decoders.Fuse()
         return made
@@ -105,8 +107,9 @@ def to_tokenizers(vocabulary: Tokenizer) -> Any:
 
     ranks, special = encoding._mergeable_ranks, encoding._special_tokens
     # special tokens are in the vocabulary too: else they would get the next free ids
-    made = Tokenizer(models.BPE({spell(token): rank for token, rank in ranks.items()} | special,
-                                [(spell(a), spell(b)) for a, b in merges(ranks)]))
+    made = tokenizers.Tokenizer(models.BPE(
+        {spell(token): rank for token, rank in ranks.items()} | special,
+        [(spell(a), spell(b)) for a, b in merges(ranks)]))
     # its regular expressions are Oniguruma's, where {1,3}+ is not possessive but a repetition
     pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", encoding._pat_str)
     made.pre_tokenizer = pre_tokenizers.Sequence([
@@ -117,38 +120,40 @@ def to_tokenizers(vocabulary: Tokenizer) -> Any:
     return made
 
 
+def settings(args: ModelArgs, eot: int | None, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    """The JSON files that stand beside the weights."""
+    ends = {"bos_token_id": eot, "eos_token_id": eot}
+    tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": args.block_size,
+                 # no token_type_ids: GPT2LMHeadModel would add them up
+                 "model_input_names": ["input_ids", "attention_mask"],
+                 "clean_up_tokenization_spaces": False}
+    if eot is not None:
+        tokenizer |= {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    config = gpt2_config(args) | ends | {"dtype": str(dtype).removeprefix("torch.")}
+    return {"config.json": config, "generation_config.json": ends,
+            "tokenizer_config.json": tokenizer}
+
+
 def write(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str, dtype: torch.dtype) -> None:
-    """All files of an exported model. Raises OSError."""
+    """All files of an exported model. Raises what the libraries raise if the disk takes no more."""
     from safetensors.torch import save_file
+    args, data = model.args, {"tokenizer": vocabulary.description}
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
-    save_file(to_hugging_face(state, model.args), folder / "model.safetensors", {"format": "pt"})
-    special = {"bos_token_id": vocabulary.eot, "eos_token_id": vocabulary.eot}
-    config = config_json(model.args, vocabulary.eot) | {
-        "dtype": str(dtype).removeprefix("torch.")}
-    tokens = {} if vocabulary.eot is None else {"bos_token": "<|endoftext|>",
-                                                "eos_token": "<|endoftext|>"}
-    for name, content in {
-            "config.json": config, "generation_config.json": special,
-            "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast",
-                                      "model_max_length": model.args.block_size,
-                                      # no token_type_ids: GPT2LMHeadModel would add them up
-                                      "model_input_names": ["input_ids", "attention_mask"],
-                                      "clean_up_tokenization_spaces": False} | tokens}.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    torch.save({"model": state, "model_args": vars(args), "data": data}, folder / "weights.pt")
+    save_file(to_hugging_face(state, args), folder / "model.safetensors", {"format": "pt"})
     to_tokenizers(vocabulary).save(str(folder / "tokenizer.json"))
-    torch.save({"model": state, "model_args": vars(model.args),
-                "data": {"tokenizer": vocabulary.description}}, folder / "weights.pt")
-    parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    start = vocabulary.decode([0]) if vocabulary.eot is None else "The"
-    (folder / "README.md").write_text(
-        CARD.format(parameters=parameters, origin=origin, start=start), encoding="utf-8")
+    files = settings(args, vocabulary.eot, dtype) | {"keepgpt.json": data}
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(CARD.format(
+        parameters=sum(p.numel() for p in model.parameters()), origin=origin,
+        block_size=args.block_size, length=min(100, args.block_size // 2),
+        start=vocabulary.decode([0]) if vocabulary.eot is None else "The"), encoding="utf-8")
 
 
 def main(config: ExportConfig) -> None:
     """Write beside the folder and rename: it is whole or not there."""
-    try:
-        import safetensors.torch, tokenizers  # noqa: E401
-    except ImportError:
+    if not (find_spec("safetensors") and find_spec("tokenizers")):
         fail("exporting needs two more packages: pip install safetensors tokenizers")
     folder = Path(config.to)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -160,8 +165,8 @@ def main(config: ExportConfig) -> None:
         temporary.mkdir(parents=True)
         write(temporary, model, vocabulary, origin, getattr(torch, config.dtype))
         temporary.replace(folder)
-    except OSError as e:
-        fail(f"{e.filename or folder} can't be written: {(e.strerror or str(e)).lower()}")
+    except Exception as e:  # each library has its own for a full disk
+        fail(f"--to={folder} can't be written: {getattr(e, 'strerror', None) or e}")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"{origin} -> {folder}: "
@@ -171,4 +176,7 @@ def main(config: ExportConfig) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    main(CONFIG)
+    try:
+        main(CONFIG)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -106,8 +106,9 @@ def draw(histories: list[History], axis: str):
     grid = figure.add_gridspec(2, 3, height_ratios=(2, 1))
     loss = figure.add_subplot(grid[0, :])
     lr, norm, speed = (figure.add_subplot(grid[1, i], sharex=loss) for i in range(3))
+    many = plt.get_cmap("viridis")(np.linspace(0, 0.95, len(histories)))
     for i, history in enumerate(histories):
-        colour = COLOURS[i % len(COLOURS)]
+        colour = COLOURS[i] if len(histories) <= len(COLOURS) else many[i]
         draw_loss(loss, history, axis, colour)
         x, width = history.x(axis)[0], width_for(history)
         marker = "o" if len(x) == 1 else ""  # a line of one point would not be seen
@@ -133,7 +134,7 @@ def draw(histories: list[History], axis: str):
     speed.yaxis.set_major_formatter(EngFormatter(sep=""))
     if axis == "tokens":
         loss.xaxis.set_major_formatter(EngFormatter(sep=""))
-    add_legend(loss)
+    add_legend(figure, loss)
     return figure
 
 
@@ -142,23 +143,25 @@ def draw_loss(panel, history: History, axis: str, colour: str) -> None:
     x, val_x = history.x(axis)
     marker = "o" if len(x) == 1 else ""
     panel.plot(x, history.loss, color=colour, alpha=0.25, linewidth=0.8, marker=marker)
+    name = history.name.replace("$", r"\$")  # no formula
     panel.plot(x, smooth(history.loss, width_for(history)), color=colour, linewidth=1.3,
-               label=history.name if not len(val_x) else None)
+               label=name if not len(val_x) else None)
     if not len(val_x):
         return
     best = int(history.val_loss.argmin())
     panel.plot(val_x, history.val_loss, color=colour, marker="o", markersize=6, linewidth=2.2,
-               label=f"{history.name}: best val loss {history.val_loss[best]:.4f} "
+               label=f"{name}: best val loss {history.val_loss[best]:.4f} "
                      f"at step {history.val_step[best]:,.0f}")
     panel.plot(val_x[best], history.val_loss[best], "*", color=colour, markersize=20,
                markeredgecolor="white", zorder=3, clip_on=False)
 
 
-def add_legend(panel) -> None:
-    """The runs by colour, and in grey what each kind of line is."""
+def add_legend(figure, panel) -> None:
+    """The runs by colour, and in grey what each kind of line is; below, where it hides nothing."""
     for words, style in (("train loss, mean over a fiftieth of the run", {"linewidth": 1.3}),
                          ("train loss, each logged step", {"linewidth": 0.8, "alpha": 0.5}),
                          ("val loss", {"linewidth": 2.2, "marker": "o"}),
                          ("best val loss", {"linestyle": "", "marker": "*", "markersize": 14})):
         panel.plot([], [], color="grey", label=words, **style)
-    panel.legend(fontsize=12, framealpha=0.9)
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower left", fontsize=12,
+                  frameon=False, ncols=2)
