@@ -145,7 +145,6 @@ class Metrics:
             print("\r\033[K" * (tty and self.live) + text, end="" if live and tty else "\n",
                   flush=True)
         except BrokenPipeError:  # `| head` has seen enough: the run goes on in silence
-            self.quiet = True
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         self.live = live
 

@@ -87,7 +87,7 @@ def test_what_is_drawn(tmp_path):
     every, mean, val, star = [line.get_xydata().tolist() for line in loss.lines[:4]]
     assert every == mean == [[200, 4], [400, 3], [800, 2]]
     assert val == [[0, 5.5], [400, 2.6], [800, 2.7]] and star == [[400, 2.6]]
-    assert "best val loss 2.6000 at step 4" in loss.get_legend().get_texts()[0].get_text()
+    assert "best val loss 2.6000 at step 4" in figure.legends[0].get_texts()[0].get_text()
     for panel, key in ((lr, "lr"), (norm, "grad_norm"), (speed, "tokens_per_s")):
         assert panel.lines[0].get_ydata().tolist() == [row[key] for row in STEPS]
         assert panel.get_ylim()[0] == 0
