@@ -1,8 +1,12 @@
 # make demo: watch a GPT learn Shakespeare, lose its plug, and go on.   make test: all tests.
+# make elastic: stop on four ranks, go on with one, the same bits.
 PYTHON ?= python3
 
 demo: .venv/ready
 	.venv/bin/python -m tools.demo
+
+elastic: .venv/ready
+	PATH=$(CURDIR)/.venv/bin:$$PATH runs/elastic.sh
 
 test: .venv/ready-dev
 	.venv/bin/python -m pytest -n auto tests
@@ -17,4 +21,4 @@ test: .venv/ready-dev
 	.venv/bin/python -m pip install -q -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo test
+.PHONY: demo elastic test

@@ -21,8 +21,9 @@ STARTS = """| when (UTC) | from step | command | commit | on | with |
 CARD = """# {name}: a run of keepGPT
 
 A GPT of {parameters:,} parameters ({n_layer} layers, {n_embd} wide, {n_head} heads, blocks of
-{block_size} tokens), trained on {tokens:,} tokens of `{data}`. `metrics.jsonl` holds the curves, `ckpt.pt` the
-newest bundle, `best.pt` the one with the lowest validation loss; from the repository's folder
+{block_size} tokens), trained on {tokens:,} tokens of `{data}`. `metrics.jsonl` holds the curves,
+`ckpt.pt` the newest bundle, `best.pt` the one with the lowest validation loss; from the
+repository's folder
 
     python sample.py --out_dir={quoted}
     python train.py --init_from=resume --out_dir={quoted}
@@ -31,8 +32,8 @@ continue a text and the run.
 
 ## Settings
 
-As of the last start; what a resume has changed stands in its command below. As a config file, with an
-`--out_dir` of its own, they begin the run anew.
+As of the last start; what a resume has changed stands in its command below. As a config file,
+with an `--out_dir` of its own, they begin the run anew.
 
 ```python
 {settings}
@@ -40,8 +41,8 @@ As of the last start; what a resume has changed stands in its command below. As 
 
 ## Data
 
-`{data}`: {tokens:,} train and {val_tokens:,} val tokens of {tokenizer}, {vocab_size:,} in the vocabulary.
-Fingerprint of its files: `{fingerprint}`.
+`{data}`: {tokens:,} train and {val_tokens:,} val tokens of {tokenizer}, {vocab_size:,} in the
+vocabulary. Fingerprint of its files: `{fingerprint}`.
 {source}
 
 ## Starts

@@ -39,8 +39,8 @@ class PrepareConfig:
     """The settings of prepare.py."""
     name: str = knob("", "the set goes to data/<name>; a known set has its own name")
     tokenizer: str = knob("gpt2",
-        "gpt2 | char: every character is a token | bpe:N: at most N tokens, trained on the text itself | "
-        "the name of one of tiktoken's encodings")
+        "gpt2 | char: every character is a token | bpe:N: at most N tokens, trained on the text "
+        "itself | the name of one of tiktoken's encodings")
     val_fraction: float = knob(0.1, "the share of the text for validation", least=0, below=1)
     text_key: str = knob("text", "the field of a .jsonl line, or a .parquet row, with the text")
     data_dir: str = knob("data", "the folder of all sets, as seen from prepare.py's folder")

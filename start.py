@@ -123,21 +123,29 @@ def begin(config: TrainConfig, given: dict[str, Any]) -> tuple[Run, Metrics, che
                       run.evaluation.get("step") == run.step, quiet=ranks.rank > 0)
     saver = checkpoint.Saver(out_dir if writes else None, config.keep_checkpoints,
                              run.best_val_loss, metrics.sync, device)
-    parameters = sum(p.numel() for p in model.parameters())
-    tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
-    machine = (f"{ranks.world_size} x {device_name(device)}, {str(dtype).removeprefix('torch.')}"
-               + ", compiled" * (fast is not model))
     if writes:
         mark(held, run.id)
-        try:
-            write_card(config, data, parameters, run.step, machine)
-        except OSError as e:
-            warn(f"{out_dir}/README.md is left as it is: {e.strerror.lower()}")
-    if writes and config.wandb_log:
-        run.wandb_run_id = metrics.start_wandb(asdict(config), run.wandb_run_id)
+    introduce(run, metrics, str(dtype).removeprefix("torch."))
+    return run, metrics, saver
+
+
+def introduce(run: Run, metrics: Metrics, dtype: str) -> None:
+    """Say what begins here: on the terminal, in out_dir's README.md, and to wandb."""
+    config, data = run.config, run.data
+    parameters = sum(p.numel() for p in run.model.parameters())
+    tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
+    machine = (f"{run.ranks.world_size} x {device_name(run.ranks.device)}, {dtype}"
+               + ", compiled" * (run.fast is not run.model))
     metrics.say(f"{parameters / 1e6:.2f}M parameters, {tokens:,} tokens a step, "
                 f"{data['tokens']['train']:,} of {data['name']}; {machine}")
-    return run, metrics, saver
+    if not run.lock:  # another rank's, or no run's
+        return
+    try:
+        write_card(config, data, parameters, run.step, machine)
+    except OSError as e:
+        warn(f"{config.out_dir}/README.md is left as it is: {e.strerror.lower()}")
+    if config.wandb_log:
+        run.wandb_run_id = metrics.start_wandb(asdict(config), run.wandb_run_id)
 
 
 def hold(out_dir: Path, config: TrainConfig, ranks: Ranks, writes: bool) -> TextIO | None:

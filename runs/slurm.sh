@@ -16,6 +16,7 @@
 # A preempted job gets SIGTERM from Slurm itself and is queued again by it.
 set -u
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100  # seconds that torchrun gives its ranks to save
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else torch 2.13 hangs when a node comes back
 host=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-localhost}" | head -n 1)
 leave=""
 # to the job's steps, not to srun, which would kill them at once

@@ -30,7 +30,7 @@ def command(script: str, *words: str, ranks: int = 1, last: str = "", **flags: A
     word at its end."""
     torchrun = (["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
                 if ranks > 1 else [])
-    program = [str(REPO / script)] if script.endswith(".py") else ["-m", script]
+    program = [str(REPO / script)] if str(script).endswith(".py") else ["-m", script]
     return [sys.executable, *torchrun, *program, *map(str, words),
             *(f"--{key}={value}" for key, value in flags.items()), *([last] if last else [])]
 

@@ -6,7 +6,8 @@ import pytest
 from conftest import REPO
 
 FEW = {"kill": ("--cases=8", "--torchrun_cases=2"), "nth": ("--cases=120",),
-       "power": ("--cases=400",), "rot": ("--cases=150",), "full": ("--cases=4",)}
+       "power": ("--cases=400",), "rot": ("--cases=150",), "full": ("--cases=4",),
+       "elastic": ("--cases=2",)}
 BROKEN = {
     "kill": "import torch\ntorch.optim.Optimizer.load_state_dict = lambda *args: None",
     "nth": "checkpoint.remove_leftovers = lambda *args: None",
@@ -21,7 +22,16 @@ checkpoint.write_bundle = lambda bundle, path, disk: write(bundle, path, Without
     "rot": "checkpoint.zlib = SimpleNamespace(crc32=lambda *args: 0)",
     "full": """
 wait = checkpoint.Saver.wait
-checkpoint.Saver.wait = lambda self: wait(self) or True"""}
+checkpoint.Saver.wait = lambda self: wait(self) or True""",
+    "elastic": """
+import train
+def sum_in_a_row(model, add_gradient, first, end):
+    for m in range(first, end):
+        add_gradient(m)
+    total = [p.grad for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    return total
+train.sum_as_tree = sum_in_a_row"""}
 
 
 def crash(*words: str, broken: str = "") -> subprocess.CompletedProcess:

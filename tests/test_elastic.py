@@ -1,10 +1,11 @@
 """With elastic=True a run has the same bits on any power of two of ranks, also if it moves between
 them."""
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import complaint, rows
+from conftest import TINY, complaint, rows, run
 
 from tools.crash.common import digest
 
@@ -22,18 +23,36 @@ def outcome(out: Path) -> tuple[str, list[dict]]:
         row for row in rows(out) if "loss" in row or row["step"] % FLAGS["eval_interval"] == 0]
 
 
+@pytest.fixture(scope="module")
+def alone_out(dataset, tmp_path_factory) -> Path:
+    """The folder of a run on one rank."""
+    out = tmp_path_factory.mktemp("runs") / "alone"
+    run("train.py", out_dir=out, dataset=dataset, elastic=True, **TINY | FLAGS)
+    assert len(rows(out, "loss")) == 20
+    return out
+
+
 @pytest.fixture
-def alone(train, tmp_path) -> tuple[str, list[dict]]:
-    """The outcome of a run on one rank."""
-    train(out="alone", elastic=True, **FLAGS)
-    assert len(rows(tmp_path / "alone", "loss")) == 20
-    return outcome(tmp_path / "alone")
+def alone(alone_out) -> tuple[str, list[dict]]:
+    """Its outcome."""
+    return outcome(alone_out)
 
 
 def test_any_power_of_two_of_ranks_gives_the_same_bits(train, tmp_path, alone):
     for ranks in (2, 4):
         train(out=str(ranks), ranks=ranks, elastic=True, **FLAGS)
         assert outcome(tmp_path / str(ranks)) == alone
+
+
+def test_the_states_of_two_runs_are_compared(train, tmp_path, alone_out):
+    train(out="other", elastic=True, **FLAGS | {"seed": 2})
+    shutil.copytree(alone_out, tmp_path / "copy")
+    same = run("tools.same", alone_out, tmp_path / "copy").stdout.splitlines()
+    other = run("tools.same", alone_out, tmp_path / "other", code=1).stdout.splitlines()
+    assert same[-1] == "the same bits" and other[-1] == "OTHER BITS"
+    assert same[0] == other[0] and "step 20, sha256 " in same[0]
+    assert "no whole bundle" in complaint(run("tools.same", tmp_path, alone_out, code=2))
+    assert "usage: " in complaint(run("tools.same", alone_out, code=2))
 
 
 def test_a_run_that_moves_between_them_gives_the_same_bits(train, tmp_path, alone):
@@ -64,5 +83,6 @@ def test_what_would_round_otherwise_is_refused(train, tmp_path):
     done = train(ranks=3, code=None, elastic=True, **FLAGS)
     assert done.returncode and "start 1, 2, 4, 8, ... ranks, not 3" in done.stderr
     train(elastic=True, **FLAGS | {"max_iters": 2})
-    done = train(code=2, elastic=True, **FLAGS | {"batch_size": 4, "gradient_accumulation_steps": 6})
+    done = train(code=2, elastic=True,
+                 **FLAGS | {"batch_size": 4, "gradient_accumulation_steps": 6})
     assert "batch_size stays 2" in complaint(done)

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiktoken
 import tiktoken_ext.openai_public
 import torch
 
@@ -155,8 +154,8 @@ def test_mistakes_are_answered_with_one_line(tmp_path):
     (tmp_path / "full/file").touch()
     assert "give a new folder" in told(out_dir=tmp_path, to=tmp_path / "full")
     assert (tmp_path / "full/file").exists()
-    full = subprocess.run(["bash", "-c", 'ulimit -f 30; exec "$@"', "bash",
-                           *command("tools.export", init_from=weights(tmp_path), to=tmp_path / "to")],
+    words = command("tools.export", init_from=weights(tmp_path), to=tmp_path / "to")
+    full = subprocess.run(["bash", "-c", 'ulimit -f 30; exec "$@"', "bash", *words],
                           capture_output=True, text=True, cwd=REPO)
     assert f"--to={tmp_path / 'to'} can't be written" in complaint(full)
     torch.save({"model": {}}, tmp_path / "no.pt")

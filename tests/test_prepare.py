@@ -577,7 +577,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def hub(hub_folder):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         server.folder, server.asked = hub_folder, []
-        server.env = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+        server.env = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
@@ -616,7 +616,7 @@ def test_a_share_of_a_set_of_the_hub_is_for_validation(hub, hub_folder, tmp_path
 def test_no_network_is_said_at_once_with_the_mend(tmp_path):
     started = time.monotonic()
     line = complaint(run("prepare.py", "tinystories", data_dir=tmp_path / "data", code=2,
-                         env={"HF_ENDPOINT": "http://127.0.0.1:9"}))
+                         env={"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}))
     assert time.monotonic() - started < 15  # 2 s, on a machine with nothing else to do
     assert line.startswith("error: tinystories: the Hugging Face hub can't be asked (")
     assert line.endswith(

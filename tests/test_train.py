@@ -174,8 +174,8 @@ def test_progress_is_one_line_on_a_terminal_and_many_in_a_pipe(train, dataset, t
 
 
 def test_a_reader_that_leaves_stops_nothing(dataset, tmp_path):
-    process = subprocess.Popen(command("train.py", out_dir=tmp_path / "out", dataset=dataset, **TINY),
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words = command("train.py", out_dir=tmp_path / "out", dataset=dataset, **TINY)
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.readline()
     process.stdout.close()
     assert process.wait() == 0 and process.stderr.read() == ""

@@ -169,9 +169,10 @@ def main(config: ExportConfig) -> None:
         fail(f"--to={folder} can't be written: {getattr(e, 'strerror', None) or e}")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     print(f"{origin} -> {folder}: "
-          + ", ".join(f"{path.name} {path.stat().st_size / 1e6:,.1f} MB" if
-                      path.stat().st_size > 1e5 else path.name for path in sorted(folder.iterdir())))
+          + ", ".join(f"{name} {size / 1e6:,.1f} MB" if size > 1e5 else name
+                      for name, size in sizes.items()))
 
 
 if __name__ == "__main__":

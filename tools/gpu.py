@@ -1,19 +1,23 @@
 """All that needs a GPU in one go, in less than ten minutes: `python -m tools.gpu`.
 
-First whether an interrupted run ends in the bits of an undisturbed one under CUDA and whether
-recorded steps generate the tokens of plain ones, then the benchmarks. Prints as it goes; needs no network, and Transformers only for the peers' columns.
+First whether an interrupted run ends in the bits of an undisturbed one under CUDA, whether sums
+over ranks round alike, and whether recorded steps generate the tokens of plain ones; then the
+benchmarks. Prints as it goes; needs no network, and Transformers only for the peers' columns.
 """
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import torch
 
 from model import GPT, ModelArgs, generate
 from tools.crash.common import REPO, ends, prepare
+from train import sum_as_tree
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "batch_size": 8,
         "gradient_accumulation_steps": 2, "dropout": 0.1, "learning_rate": 3e-3, "warmup_iters": 4,
@@ -55,6 +59,35 @@ def exactness() -> None:
                 print(json.dumps(case | {"deterministic": deterministic}), verdict, flush=True)
 
 
+def branches(device: str = "cuda") -> None:
+    """The gradient of 8 micro-batches as elastic=True sums it up, on one rank and as 2 and 4
+    would, one after the other."""
+    torch.use_deterministic_algorithms(True)
+    torch.manual_seed(0)
+    model = GPT(ModelArgs(4, 4, 256, 64, 512, bias=False, dropout=0.1)).to(device)
+    x, y = torch.randint(512, (2, 8, 4, 64), device=device)
+
+    def add_gradient(m: int) -> None:
+        torch.manual_seed(m)
+        with torch.autocast(device, torch.bfloat16):
+            loss = model(x[m], y[m])
+        loss.backward()
+
+    def over(ranks: int) -> list[torch.Tensor]:
+        share = 8 // ranks
+        parts = [sum_as_tree(model, add_gradient, first, first + share)
+                 for first in range(0, 8, share)]
+        while len(parts) > 1:  # what the exchanges do
+            parts = [[a + b for a, b in zip(*pair)] for pair in zip(parts[::2], parts[1::2])]
+        return parts[0]
+
+    sums = [over(ranks) for ranks in (1, 2, 4)]
+    same = all(torch.equal(a, b) for other in sums[1:] for a, b in zip(sums[0], other))
+    print("micro-batches as a tree, in 1, 2, 4 branches:", "same bits" if same else "OTHER BITS",
+          flush=True)
+    torch.use_deterministic_algorithms(False)
+
+
 def recorded_steps() -> None:
     """The likeliest tokens of a random model, by recorded steps and by plain ones."""
     torch.manual_seed(0)
@@ -72,6 +105,7 @@ if __name__ == "__main__":
                  "tools.bench")
     begun = time.perf_counter()
     recorded_steps()
+    branches()
     exactness()
     for words in BENCHMARKS:
         subprocess.run([sys.executable, "-m", "tools.bench", *words, "--rounds=3"], cwd=REPO)

@@ -7,6 +7,7 @@
     prepare     text to tokens, beside tiktoken alone
     startup     to the first step, and to the first answer
     memory      the most that GPT-2 124M takes
+    elastic     elastic=True beside DDP, on several ranks
 
 Prints a table for each, medians of interleaved rounds.
 """
@@ -23,7 +24,8 @@ from configurator import fail, parse
 from runtime import pick_device
 from tools.bench.common import BenchConfig, machine
 
-PARTS = ("train", "sample", "checkpoint", "loader", "prepare", "startup", "memory")
+PARTS = ("train", "sample", "checkpoint", "loader", "prepare", "startup", "memory",
+         "elastic")
 
 
 def main(config: BenchConfig, words: list[str]) -> None:

@@ -1,14 +1,15 @@
 """The proving machine: can anything take a run away? Run it as `python -m tools.crash [PART ...]`.
 
-    kill     kill -9 at random instants of real runs; each must end in the bits of an undisturbed one
+    kill     kill -9 at random instants of real runs; each must end in an undisturbed one's bits
     nth      each file operation of a save fails, or the process dies in it
     power    the states of the disk that a power cut during a save may leave
     rot      flipped bits, zeroed pages and cuts in the newest bundle
     full     no room for a bundle, whatever part of it would still have fitted
     elastic  kill -9 of a run that comes back on another number of ranks
-    hosts    two hosts without a common disk: one is killed, comes back, is cut off; needs root
+    hosts    two hosts without a common disk: one is killed, comes back, is cut off (needs root)
 
-Without a part, all but hosts in small numbers. A line each; exit code 1 if anything failed. Linux only.
+Without a part, all but hosts in small numbers. A line each; exit code 1 if anything failed.
+Linux only.
 """
 import os
 import shutil

@@ -28,8 +28,8 @@ def ip(*words: str) -> None:
     try:
         subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as e:
-        fail(f"ip {' '.join(words)}: {getattr(e, 'stderr', None) or e}; the part hosts needs Linux, "
-             "root and iproute2")
+        fail(f"ip {' '.join(words)}: {getattr(e, 'stderr', None) or e}; the part hosts needs "
+             "Linux, root and iproute2")
 
 
 @contextmanager
@@ -46,7 +46,8 @@ def network() -> Iterator[None]:
             hosts.parent.mkdir(parents=True, exist_ok=True)
             hosts.write_text("".join(f"{a} {name}\n" for name, a in
                                      [("localhost", "127.0.0.1"), *ADDRESS.items()]))
-        ip("link", "add", "cable", "netns", FIRST, "type", "veth", "peer", "cable", "netns", SECOND)
+        ip("link", "add", "cable", "netns", FIRST, "type", "veth",
+           "peer", "cable", "netns", SECOND)
         for host, address in ADDRESS.items():
             ip("-n", host, "addr", "add", f"{address}/24", "dev", "cable")
             ip("-n", host, "link", "set", "cable", "up")
@@ -63,13 +64,15 @@ def start(host: str, place: Path, settings: dict[str, Any]) -> subprocess.Popen:
     inside = ["ip", "netns", "exec", host, "unshare", "--uts", "sh", "-c",
               f'hostname {host}; exec "$@"', "sh"]
     torchrun = ["-m", "torch.distributed.run", "--nnodes=1:2", "--nproc_per_node=1",
-                "--max-restarts=20", "--rdzv_backend=c10d", f"--rdzv_endpoint={ADDRESS[FIRST]}:29500",
-                "--rdzv_conf=last_call_timeout=5", f"--local_addr={ADDRESS[host]}"]
+                "--max-restarts=20", "--rdzv_backend=c10d",
+                f"--rdzv_endpoint={ADDRESS[FIRST]}:29500", "--rdzv_conf=last_call_timeout=5",
+                f"--local_addr={ADDRESS[host]}"]
     # torch 2.13 shares torchrun's store with the ranks, and a host that comes back finds none
     env = os.environ | {"GLOO_SOCKET_IFNAME": "cable", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with open(place / f"{host}.log", "ab") as log:
-        return subprocess.Popen([*inside, sys.executable, *torchrun, str(REPO / "train.py"), *flags],
-                                stdout=log, stderr=log, env=env, start_new_session=True)
+        return subprocess.Popen(
+            [*inside, sys.executable, *torchrun, str(REPO / "train.py"), *flags],
+            stdout=log, stderr=log, env=env, start_new_session=True)
 
 
 def kill(job: subprocess.Popen) -> None:

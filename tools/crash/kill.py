@@ -112,8 +112,8 @@ def kill_runs(part: Part, settings: dict[str, Any], place: Path, ranks: int, kil
 
 def elastic(part: Part, place: Path) -> int:
     """kill -9 of a whole job, again and again, and each time it comes back on 1, 2 or 4 ranks."""
-    settings = RUN | LONG | {"dataset": prepare(place), "elastic": True,
-                             "gradient_accumulation_steps": 4}
+    settings = RUN | {"dataset": prepare(place), "elastic": True, "gradient_accumulation_steps": 4,
+                      "max_iters": 160, "warmup_iters": 160}
     lives, ends_alike, seen, only = {}, [], Counter(), part.settings.only
     for ranks in (0, 2, 4):  # 0 is one rank, forked
         end, lives[ranks] = undisturbed(settings | {"out_dir": place / f"whole{ranks}"}, ranks)
