@@ -140,8 +140,7 @@ def gradient(run: Run) -> Tensor:
 
     if elastic:
         total = sum_as_tree(run.model, add_gradient, mine.start, mine.stop)
-        run.ranks.add_in_pairs(total)
-        for p, grad in zip(run.model.parameters(), total):
+        for p, grad in zip(run.model.parameters(), run.ranks.add_in_pairs(total)):
             p.grad = grad
     else:
         for m in mine:
@@ -154,12 +153,13 @@ def sum_as_tree(model: GPT, add_gradient: Callable[[int], None], first: int, end
                 ) -> list[Tensor]:
     """The gradients of micro-batches first ... end - 1, each half summed apart: what a rank of
     many computes is a branch of what one alone does, and the rounding is the same."""
-    if end - first > 1:
+    if end - first > 2:
         middle = (first + end) // 2
         total = sum_as_tree(model, add_gradient, first, middle)
         torch._foreach_add_(total, sum_as_tree(model, add_gradient, middle, end))
         return total
-    add_gradient(first)
+    for m in range(first, end):  # two are a + b in any case: backward adds them in passing
+        add_gradient(m)
     total = [p.grad for p in model.parameters()]
     model.zero_grad(set_to_none=True)
     return total
