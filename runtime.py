@@ -85,12 +85,12 @@ class Ranks:
             dist.all_reduce(x)
         return x
 
-    def add_in_pairs(self, tensors: list[Tensor]) -> list[Tensor]:
-        """The sum of each tensor over all ranks, a power of two of them, the same bits on each:
-        neighbours add theirs up, then neighbouring pairs, and so on. (a + b = b + a: it does not
-        matter that both do.)"""
+    def add_in_pairs(self, tensors: list[Tensor]) -> None:
+        """Put in the place of each tensor its sum over all ranks, a power of two of them, the same
+        bits on each: neighbours add theirs up, then neighbouring pairs, and so on. (a + b = b + a:
+        it does not matter that both do.)"""
         if self.world_size == 1:
-            return tensors
+            return
         mine = torch.cat([tensor.flatten() for tensor in tensors])
         theirs, distance = torch.empty_like(mine), 1
         while distance < self.world_size:
@@ -101,7 +101,8 @@ class Ranks:
             mine += theirs
             distance *= 2
         sums = mine.split([tensor.numel() for tensor in tensors])
-        return [part.view_as(tensor) for part, tensor in zip(sums, tensors)]
+        # copied back: kernels may choose their order of additions by where in memory a tensor lies
+        torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(sums, tensors)])
 
     def leave(self) -> None:
         """The last thing that ranks do together."""

@@ -74,10 +74,9 @@ class Run:
             restore_rng(bundle["rng"][self.ranks.rank], self.ranks.device)
         elif self.ranks.rank == 0:
             print(f"ranks {len(bundle['rng'])} -> {self.ranks.world_size}: "
-                  + ("the same bits" if self.config.elastic else
+                  + ("the same bits"
+                     if self.config.elastic and bundle["config"].get("elastic") else
                      "the same batches, and the same losses but for rounding"))
-        if self.config.elastic:  # how many threads share a sum is part of its order
-            torch.set_num_threads(bundle.get("threads", torch.get_num_threads()))
         self.id = bundle["run"]
         for key in ("step", "evaluation", "best_val_loss", "wandb_run_id"):
             setattr(self, key, bundle[key])
@@ -106,6 +105,9 @@ def begin(config: TrainConfig, given: dict[str, Any]) -> tuple[Run, Metrics, che
         model.load_state_dict(bundle["model"])
     else:
         model, config = build(config, given, data)
+    if config.elastic:  # how many threads share a sum is part of its order
+        threads = ranks.from_first(torch.get_num_threads())
+        torch.set_num_threads(bundle.get("threads", threads) if bundle else threads)
     loader, splits = open_data(config, data, ranks)
     model.to(device)
     dtype = pick_dtype(config.dtype, device)
@@ -277,13 +279,15 @@ def resumed_config(given: dict[str, Any], bundle: dict[str, Any],
 def open_data(config: TrainConfig, meta: dict[str, Any],
               ranks: Ranks) -> tuple[Loader, dict[str, Split]]:
     """This rank's share of the training batches, and the two splits as an evaluation reads them."""
+    if config.elastic and ranks.world_size & (ranks.world_size - 1):
+        fail("elastic=True adds up in pairs: start 1, 2, 4, 8, ... ranks, "
+             f"not {ranks.world_size}")
+    if config.elastic and config.backend == "gloo" and ranks.device.type == "cuda":
+        fail("elastic=True exchanges what lies on the GPU, and gloo can't; take --backend=nccl")
     share, rest = divmod(config.gradient_accumulation_steps, ranks.world_size)
     if rest:
         fail(f"gradient_accumulation_steps={config.gradient_accumulation_steps} "
              f"is counted over all ranks; make it a multiple of their number, {ranks.world_size}")
-    if config.elastic and ranks.world_size & (ranks.world_size - 1):
-        fail("elastic=True adds up in pairs: start 1, 2, 4, 8, ... ranks, "
-             f"not {ranks.world_size}")
     mine = range(ranks.rank * share, (ranks.rank + 1) * share)
     try:
         def split(name: str, shift: bool) -> Split:

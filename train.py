@@ -140,7 +140,8 @@ def gradient(run: Run) -> Tensor:
 
     if elastic:
         total = sum_as_tree(run.model, add_gradient, mine.start, mine.stop)
-        for p, grad in zip(run.model.parameters(), run.ranks.add_in_pairs(total)):
+        run.ranks.add_in_pairs(total)
+        for p, grad in zip(run.model.parameters(), total):
             p.grad = grad
     else:
         for m in mine:

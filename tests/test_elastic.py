@@ -1,11 +1,14 @@
 """With elastic=True a run has the same bits on any power of two of ranks, also if it moves between
 them."""
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, complaint, rows, run
+from conftest import TINY, command, complaint, rows, run
 
 from tools.crash.common import digest
 
@@ -69,6 +72,24 @@ def test_a_run_keeps_the_number_of_its_threads(train, tmp_path, alone):
     assert outcome(tmp_path / "out") == alone
 
 
+def test_ranks_take_the_number_of_threads_of_the_first(dataset, tmp_path, alone):
+    words = command("train.py", ranks=2, out_dir=tmp_path / "out", dataset=dataset, elastic=True,
+                    **TINY | FLAGS)
+    # in the place of python: one that gives each rank another number of threads
+    (tmp_path / "python").write_text(
+        f'#!/bin/sh\nOMP_NUM_THREADS=$((RANK + 1)) exec {sys.executable} "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    subprocess.run(words, check=True, env=os.environ | {"PYTHON_EXEC": str(tmp_path / "python")},
+                   capture_output=True)
+    assert outcome(tmp_path / "out") == alone
+
+
+def test_a_run_of_ddp_is_not_called_the_same_bits(train):
+    train(**FLAGS | {"max_iters": 5})
+    done = train(ranks=2, elastic=True, **FLAGS | {"max_iters": 6})
+    assert "1 -> 2: the same batches, and the same losses but for rounding" in done.stdout
+
+
 def test_plain_ddp_rounds_otherwise_on_another_number_of_ranks(train, tmp_path):
     """Else the tests above would show nothing."""
     for ranks in (1, 2):
@@ -80,7 +101,7 @@ def test_plain_ddp_rounds_otherwise_on_another_number_of_ranks(train, tmp_path):
 
 
 def test_what_would_round_otherwise_is_refused(train, tmp_path):
-    done = train(ranks=3, code=None, elastic=True, **FLAGS)
+    done = train(ranks=3, code=None, elastic=True, **FLAGS | {"gradient_accumulation_steps": 4})
     assert done.returncode and "start 1, 2, 4, 8, ... ranks, not 3" in done.stderr
     train(elastic=True, **FLAGS | {"max_iters": 2})
     done = train(code=2, elastic=True,

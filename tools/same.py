@@ -1,4 +1,4 @@
-"""Whether runs are in the same state, to the bit: `python -m tools.same out-1 out-4`.
+"""Whether runs have the same weights and moments, to the bit: `python -m tools.same out-1 out-4`.
 
 Prints the sha256 of the weights and AdamW's moments in each folder's newest bundle. Exit code 0 if
 all are the same, else 1.

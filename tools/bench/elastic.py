@@ -46,7 +46,7 @@ def train(place: Path, ranks: int, elastic: bool) -> tuple[float, float]:
         peak = max(int(path.read_text()) for path in Path(out).glob("peak*"))
     tokens = (SETTINGS["batch_size"] * SETTINGS["gradient_accumulation_steps"]
               * SETTINGS["block_size"])
-    return tokens / statistics.median(speeds), peak / 1e6
+    return tokens / statistics.median(speeds), peak * 1024 / 1e9
 
 
 def bench(config: BenchConfig) -> Iterator[dict[str, str]]:

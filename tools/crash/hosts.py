@@ -35,9 +35,12 @@ def ip(*words: str) -> None:
 @contextmanager
 def network() -> Iterator[None]:
     """The two hosts, which know each other by name, and the cable between them."""
-    with suppress(SystemExit):
+    def remove() -> None:
         for host in ADDRESS:
-            ip("netns", "del", host)
+            subprocess.run(["ip", "netns", "del", host], capture_output=True)
+            (Path("/etc/netns") / host / "hosts").unlink(missing_ok=True)
+
+    remove()  # what a machine that was killed has left
     try:
         for host in ADDRESS:
             ip("netns", "add", host)
@@ -53,9 +56,7 @@ def network() -> Iterator[None]:
             ip("-n", host, "link", "set", "cable", "up")
         yield
     finally:
-        for host in ADDRESS:
-            subprocess.run(["ip", "netns", "del", host], capture_output=True)
-            (Path("/etc/netns") / host / "hosts").unlink(missing_ok=True)
+        remove()
 
 
 def start(host: str, place: Path, settings: dict[str, Any]) -> subprocess.Popen:

@@ -65,7 +65,7 @@ def killed_run(settings: dict[str, Any], lives: dict[int, float], budget: int,
     out, pid, kills = settings["out_dir"], 0, 0
     while True:
         if not pid:
-            ranks = dice.choice(list(lives))
+            ranks = dice.choice(list(lives)) if len(lives) > 1 else [*lives][0]
             before, pid = traces(out), start(settings, ranks)
             seen[f"on {ranks}"] += 1
         code = exit_code(pid, dice.uniform(0, lives[ranks]) if kills < budget else HANGS)
