@@ -70,12 +70,13 @@ class Run:
                                         "param_groups": groups})
         if self.scaler.is_enabled() and bundle["scaler"]:
             self.scaler.load_state_dict(bundle["scaler"])
+        repeats = self.ranks.device.type == "cpu" or self.config.deterministic
+        exact = self.config.elastic and bundle["config"].get("elastic") and repeats
         if len(bundle["rng"]) == self.ranks.world_size:
             restore_rng(bundle["rng"][self.ranks.rank], self.ranks.device)
         elif self.ranks.rank == 0:
             print(f"ranks {len(bundle['rng'])} -> {self.ranks.world_size}: "
-                  + ("the same bits"
-                     if self.config.elastic and bundle["config"].get("elastic") else
+                  + ("the same bits" if exact else
                      "the same batches, and the same losses but for rounding"))
         self.id = bundle["run"]
         for key in ("step", "evaluation", "best_val_loss", "wandb_run_id"):

@@ -577,7 +577,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def hub(hub_folder):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         server.folder, server.asked = hub_folder, []
-        server.env = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
+        server.env = {"HF_HUB_OFFLINE": "0",
+                      "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
