@@ -8,6 +8,7 @@
     startup     to the first step, and to the first answer
     memory      the most that GPT-2 124M takes
     elastic     elastic=True beside DDP, on several ranks
+    ways        a training step on CUDA with one thing changed
 
 Prints a table for each, medians of interleaved rounds.
 """
@@ -25,7 +26,7 @@ from runtime import pick_device
 from tools.bench.common import BenchConfig, machine
 
 PARTS = ("train", "sample", "checkpoint", "loader", "prepare", "startup", "memory",
-         "elastic")
+         "elastic", "ways")
 
 
 def main(config: BenchConfig, words: list[str]) -> None:

@@ -99,8 +99,10 @@ def peak_memory(program: str, *words: object) -> tuple[int, int]:
 class Training:
     """A model in training, as train.py does it, on random tokens."""
 
-    def __init__(self, shape: Shape, device: torch.device) -> None:
+    def __init__(self, shape: Shape, device: torch.device, compile_mode: str = "default") -> None:
         torch.manual_seed(0)
+        if device.type == "cuda":  # as train.py does, and nanoGPT
+            torch.set_float32_matmul_precision("high")
         if device.type == "cpu":  # as train.py does
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False
@@ -111,7 +113,8 @@ class Training:
         dtype = pick_dtype("auto", device)
         self.autocast = (torch.autocast(device.type, dtype) if dtype != torch.float32
                          else nullcontext())
-        self.fast = torch.compile(self.model) if device.type == "cuda" else self.model
+        self.fast = (torch.compile(self.model, mode=compile_mode) if device.type == "cuda"
+                     else self.model)
 
     def loss(self) -> torch.Tensor:
         """Of a micro-batch."""

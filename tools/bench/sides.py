@@ -3,6 +3,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch.nn import functional as F
@@ -28,6 +29,39 @@ def steps(training: Training) -> Callable[[], float]:
 def train_ours(name: str, device: str) -> Callable[[], float]:
     """A step as train.py makes it."""
     return steps(Training(SHAPES[name], pick_device(device)))
+
+
+def deterministic() -> None:
+    """What train.py does where deterministic=True."""
+    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def attention_by(backend: str) -> None:
+    """Let no other kernel do it, so that it fails where this one can't."""
+    cuda = torch.backends.cuda
+    for name, enable in {"flash": cuda.enable_flash_sdp, "cudnn": cuda.enable_cudnn_sdp,
+                         "efficient": cuda.enable_mem_efficient_sdp,
+                         "math": cuda.enable_math_sdp}.items():
+        enable(name == backend)
+
+
+WAYS = {  # what is called before, and the compiler's mode
+    "as train.py does it": (lambda: None, "default"),
+    "deterministic=True": (deterministic, "default"),
+    "attention by cuDNN": (partial(attention_by, "cudnn"), "default"),
+    "attention by flash": (partial(attention_by, "flash"), "default"),
+    "compile: max-autotune": (lambda: None, "max-autotune-no-cudagraphs"),
+    "compile: reduce-overhead": (lambda: None, "reduce-overhead"),
+}
+
+
+def train_in_a_way(way: str, name: str, device: str) -> Callable[[], float]:
+    """A step of train.py, but for one thing."""
+    prepare, mode = WAYS[way]
+    prepare()
+    return steps(Training(SHAPES[name], pick_device(device), mode))
 
 
 class Plain(Training):
