@@ -169,7 +169,9 @@ class Loader:
     def read(self, step: int, m: int) -> tuple[Tensor, Tensor]:
         """Micro-batch m of `step`, (B, T) each, in memory that the device can fetch by itself."""
         x, y = self.split.rows((step * self.micro_batches + m) * self.batch_size, self.batch_size)
-        return (x.pin_memory(), y.pin_memory()) if self.device.type == "cuda" else (x, y)
+        if self.device.type == "cuda":  # of what is not contiguous it would fetch a copy
+            x, y = x.contiguous().pin_memory(), y.contiguous().pin_memory()
+        return x, y
 
     def step(self, step: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """(m, inputs, targets) for each micro-batch of `step` that is this rank's."""

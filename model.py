@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-LOGITS = 1 << 25  # so many logits are held at a time
+LOGITS = 1 << 25  # so many logits are held at a time, on a GPU eight times as many
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class Block(nn.Module):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The last layer and the loss in one, a few hundred megabytes of logits at a time.
+    """The last layer and the loss in one, LOGITS of the logits at a time.
 
     The gradient of the logits is made while they are there, so that neither it nor they are ever
     held for all tokens.
@@ -165,6 +165,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         wide = torch.promote_types(dtype, torch.float32)
         rows = max(1, LOGITS * (1 if device == "cpu" else 8) // weight.size(0))
+        if dtype == torch.float16:
+            rows = min(rows, 2048)  # the gradient of a frequent token, a sum over them, must fit
         learning = any(ctx.needs_input_grad)
         with torch.autocast(device, enabled=False):
             half, weight_half = x.to(dtype), weight.to(dtype)
@@ -236,7 +238,10 @@ class GPT(nn.Module):
         x = ln_f(x)
         if targets is None:
             return self.head(x) if self.head else F.linear(x, wte.weight)
-        return LinearCrossEntropy.apply(x.flatten(0, 1), self.output_weight(), targets.reshape(-1),
+        weight = self.output_weight()
+        if not torch.is_grad_enabled():
+            weight = weight.detach()  # else its gradient would be made as well
+        return LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.reshape(-1),
                                         self.args.vocab_size)
 
     def output_weight(self) -> Tensor:
@@ -307,6 +312,8 @@ class RecordedStep:
         self.cache, device = cache, cache.layers[0].device
         self.tokens = torch.zeros(cache.layers[0].size(1), 1, dtype=torch.long, device=device)
         self.at = torch.full((1,), cache.length, device=device)
+        for kv in cache.layers:
+            kv[:, :, :, cache.length:] = 0  # the mask would not stop a NaN in what is not filled
         side = torch.cuda.Stream(device)  # libraries allocate at their first calls
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
@@ -340,7 +347,7 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, temperat
     once in so many tokens. With `record`, on CUDA, a step is recorded once and played again.
     """
     device, block_size = model.transformer.wte.weight.device, model.args.block_size
-    rng = torch.Generator(device).manual_seed(seed)
+    rng = torch.Generator().manual_seed(seed)
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     tokens = torch.zeros(len(prompts), int(lengths.max()) + max_new_tokens, dtype=torch.long,
                          device=device)
@@ -373,13 +380,14 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, temperat
 def pick(logits: Tensor, temperature: float, top_k: int, top_p: float,
          rng: torch.Generator) -> Tensor:
     """Draw a token, (B,), from logits, (B, V), among the `top_k` likeliest (0 = all) that hold
-    `top_p` of the probability (Holtzman et al. 2020); temperature 0 takes the likeliest."""
+    `top_p` of the probability (Holtzman et al. 2020); temperature 0 takes the likeliest. `rng` is a
+    generator of the CPU, which draws."""
     if temperature == 0:
         return logits.argmax(-1)
-    ids = None
+    ids, device = None, logits.device
     if 0 < top_k < logits.size(-1) or top_p < 1:
         logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # likeliest first
-    logits = logits.float()
+    logits = logits.float().cpu()  # cumsum does not repeat on CUDA
     # at most 0: it can't overflow
     chances = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if top_p < 1:
@@ -387,9 +395,9 @@ def pick(logits: Tensor, temperature: float, top_k: int, top_p: float,
         chances[:, 1:] *= (chances.cumsum(-1)[:, :-1] < top_p)
     # inverse transform sampling: torch.multinomial draws a number for each of the tokens
     reached = chances.cumsum(-1)
-    drawn = torch.rand(len(logits), 1, generator=rng, device=logits.device) * reached[:, -1:]
+    drawn = torch.rand(len(logits), 1, generator=rng) * reached[:, -1:]
     place = torch.searchsorted(reached, drawn, right=True)
-    return (place if ids is None else ids.gather(-1, place)).squeeze(-1)
+    return (place if ids is None else ids.cpu().gather(-1, place)).squeeze(-1).to(device)
 
 
 def read_hugging_face(folder: Path) -> tuple[ModelArgs, dict[str, Tensor]]:

@@ -112,7 +112,7 @@ class Ranks:
 
 def pick_device(name: str) -> torch.device:
     """The device called `name`, or for auto the best there is; on CUDA each rank of a host takes
-    its own."""
+    its own, and it becomes the current one."""
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
@@ -122,6 +122,8 @@ def pick_device(name: str) -> torch.device:
         if device.type not in ("cpu", "cuda", "mps") or device.type != "cuda" and device.index:
             raise RuntimeError
         torch.empty(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     except (RuntimeError, AssertionError):
         fail(f"there is no device {name!r} on this machine; device=auto takes what there is")
     return device
@@ -130,8 +132,6 @@ def pick_device(name: str) -> torch.device:
 def join_ranks(config: TrainConfig) -> Ranks:
     """Pick the device, and join the other processes if torchrun started any."""
     device = pick_device(config.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     # nothing here draws from these two; what a user adds will then repeat as well
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)

@@ -14,8 +14,8 @@ class SampleConfig:
         "best | resume (the newest) of out_dir's bundles | path of a checkpoint or a "
         "Hugging Face folder | gpt2, gpt2-medium, gpt2-large, gpt2-xl")
     start: str = knob("", "the text to continue; FILE:prompt.txt reads it from a file")
-    num_samples: int = knob(3, "how many continuations", least=1)
-    max_new_tokens: int = knob(500, "length of each", least=0)
+    num_samples: int = knob(3, "how many continuations", least=1, below=10_001)
+    max_new_tokens: int = knob(500, "length of each", least=0, below=10_000_001)
     temperature: float = knob(0.8,
         "below 1 plainer, above 1 wilder; 0 = always the likeliest token", least=0)
     top_k: int = knob(200, "draw among so many of the likeliest tokens; 0 = all", least=0)
@@ -34,6 +34,7 @@ if __name__ == "__main__":  # before torch is loaded
 
 import codecs
 import math
+import os
 import signal
 import sys
 from pathlib import Path
@@ -103,6 +104,8 @@ def main(config: SampleConfig) -> None:
     model, vocabulary, origin = load(config)
     make_fast(model, config.dtype, device)
     prompt = read_prompt(config.start, vocabulary)
+    if config.stop_at_eot and vocabulary.eot is None:
+        fail("--stop_at_eot=True: the vocabulary of this model has no end-of-text token")
     print(origin, file=sys.stderr)  # stdout is for the text alone
     samples = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(config.num_samples)]
     texts = [vocabulary.decode(prompt) if config.start else ""] * config.num_samples
@@ -130,3 +133,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print()
         sys.exit(130)
+    except BrokenPipeError:  # `| head` has seen enough
+        os._exit(0)

@@ -5,9 +5,9 @@ import sys
 import pytest
 from conftest import REPO
 
-FEW = {"kill": ("--cases=8", "--torchrun_cases=2"), "nth": ("--cases=120",),
+FEW = {"kill": ("--cases=8", "--torchrun_cases=1"), "nth": ("--cases=120",),
        "power": ("--cases=400",), "rot": ("--cases=150",), "full": ("--cases=4",),
-       "elastic": ("--cases=2",)}
+       "elastic": ("--cases=1",)}
 BROKEN = {
     "kill": "import torch\ntorch.optim.Optimizer.load_state_dict = lambda *args: None",
     "nth": "checkpoint.remove_leftovers = lambda *args: None",

@@ -347,3 +347,13 @@ def test_a_step_far_away_is_there_at_once(data):
 def test_another_seed_gives_other_batches(data):
     data(1000)
     assert len({json.dumps(batches(share(seed=seed), 0)) for seed in range(10)}) == 10
+
+
+def test_what_a_gpu_fetches_is_pinned_and_in_one_piece(data, monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pinned.append(t) or t)
+    data(1000)
+    loader = Loader(split(8), 4, 1, range(1), torch.device("cuda"))
+    x, y = loader.read(0, 0)
+    assert torch.equal(x[:, 1:], y[:, :-1]) and [id(t) for t in pinned] == [id(x), id(y)]
+    assert x.is_contiguous() and y.is_contiguous()  # else the transfer makes a copy and waits

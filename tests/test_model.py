@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import model as model_module
 from model import (GPT, Cache, LinearCrossEntropy, ModelArgs, attend, cropped, dropout, generate,
-                   pack, pick, read_weights)
+                   kept, pack, pick, read_weights)
 from runtime import pick_dtype
 
 torch.set_num_threads(1)  # models this small are slower on two
@@ -540,6 +540,31 @@ def test_attention_in_bfloat16_agrees_with_float64(T, S):
         assert error < 0.01, error
 
 
+@pytest.mark.parametrize("dtype, most", [(torch.float64, 1e-13), (torch.bfloat16, 0.012)])
+def test_attention_with_dropout_agrees_with_float64(dtype, most, monkeypatch):
+    masks = []
+
+    def remembered(weights, p):
+        masks.append(kept(weights, p))
+        return masks[-1]
+
+    monkeypatch.setattr(model_module, "kept", remembered)
+    torch.manual_seed(0)
+    T = 300  # two blocks of rows
+    ours = [torch.randn(2, 3, T, 16).to(dtype).requires_grad_() for _ in range(3)]
+    dy = torch.randn(2, 3, T, 16).to(dtype)
+    y = attend(*ours, 0.25)
+    q, k, v = exact = [t.detach().double().requires_grad_() for t in ours]
+    future = torch.ones(T, T).triu(1).bool()
+    weights = (q @ k.mT / 4).masked_fill(future, -math.inf).softmax(-1)
+    mask = torch.cat([F.pad(m, (0, T - m.size(3))) for m in masks], 2).double()
+    assert 0.7 < mask[..., -1, :].mean() < 0.8
+    right = weights * mask / 0.75 @ v
+    assert (y - right).norm() / right.norm() < most
+    for a, b in zip(torch.autograd.grad(y, ours, dy), torch.autograd.grad(right, exact, dy.double())):
+        assert (a - b).norm() / b.norm() < most
+
+
 def test_attention_drops_weights_and_keeps_the_mean():
     torch.manual_seed(0)
     q, k = torch.zeros(8, 4, 64, 16), torch.zeros(8, 4, 64, 16)
@@ -579,3 +604,42 @@ def test_the_loss_by_parts_is_the_cross_entropy(columns, monkeypatch):
         assert torch.allclose(ours, exactly, rtol=1e-10, atol=1e-12)
     with torch.no_grad():
         assert torch.allclose(LinearCrossEntropy.apply(x, weight, targets, 50), right, rtol=1e-12)
+
+
+def test_the_loss_by_parts_in_bfloat16_agrees_with_float64(monkeypatch):
+    monkeypatch.setattr(model_module, "LOGITS", 20 * 50)  # 20 rows at a time, of 4,000
+    torch.manual_seed(0)
+    x, weight = torch.randn(4000, 64), torch.randn(50, 64) / 8
+    x, weight = x.bfloat16().float().requires_grad_(), weight.bfloat16().float().requires_grad_()
+    targets = torch.randint(50, (4000,))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = LinearCrossEntropy.apply(x, weight, targets, 50)
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    right = F.cross_entropy(exact[0] @ exact[1].T, targets)
+    assert abs(loss / right - 1) < 1e-3
+    for ours, exactly in zip(torch.autograd.grad(loss, (x, weight)),
+                             torch.autograd.grad(right, exact)):
+        assert ours.dtype == torch.float32 and (ours - exactly).norm() / exactly.norm() < 3e-3
+
+
+def test_an_evaluation_makes_no_gradients(monkeypatch):
+    asked = []
+
+    def loss_of(ctx, x, weight, targets, V):
+        asked.append(any(ctx.needs_input_grad))
+        return x.sum()
+
+    monkeypatch.setattr(LinearCrossEntropy, "forward", staticmethod(loss_of))
+    model, x = wild(), tokens(4, 16)
+    model(x, x)
+    with torch.no_grad():
+        model(x, x)
+    assert asked == [True, False]
+
+
+def test_dropout_in_compiled_code_drops_at_its_rate():
+    compiled = torch.compile(lambda x: dropout(x, 0.25), backend="aot_eager")
+    torch.manual_seed(0)
+    y = compiled(torch.ones(999, 333))
+    assert abs((y == 0).float().mean() - 0.25) < 0.003
+    assert y.unique().allclose(torch.tensor([0, 4 / 3]))

@@ -1,9 +1,10 @@
 """Text out of a checkpoint."""
 import shutil
+import subprocess
 
 import pytest
 import torch
-from conftest import TINY, complaint, run
+from conftest import TINY, command, complaint, run
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +69,19 @@ def test_a_prompt_from_a_file_longer_than_the_block(trained, play, tmp_path):
     ({"num_samples": 0}, "num_samples must be at least 1"),
     ({"temprature": 1}, "did you mean temperature?"),
     ({"device": "cuda:9"}, "device=auto"),
+    ({"stop_at_eot": True}, "no end-of-text token"),
+    ({"max_new_tokens": 1e13}, "max_new_tokens must be"),
 ])
 def test_a_mistake_is_answered_with_one_line(trained, flags, shown):
     assert shown in complaint(run("sample.py", code=None, **{"out_dir": trained} | flags))
+
+
+def test_a_reader_that_has_seen_enough_ends_it(trained):
+    process = subprocess.Popen(command("sample.py", out_dir=trained, max_new_tokens=100_000),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.read(5)
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read() and process.wait(timeout=60) == 0
 
 
 def test_a_damaged_best_bundle_is_named(trained, tmp_path):

@@ -12,11 +12,13 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import torch
 
+from configurator import fail, knob, parse
 from model import GPT, ModelArgs, generate
 from tools.crash.common import REPO, ends, prepare
 from train import sum_as_tree
@@ -24,23 +26,30 @@ from train import sum_as_tree
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "batch_size": 8,
         "gradient_accumulation_steps": 2, "dropout": 0.1, "learning_rate": 3e-3, "warmup_iters": 4,
         "lr_decay_iters": 40, "max_iters": 40, "eval_interval": 20, "eval_iters": 3,
-        "log_interval": 5, "init_from": "auto", "device": "cuda"}
+        "log_interval": 5, "sample_tokens": 10, "init_from": "auto", "device": "cuda"}
 CASES = ({"dtype": "bfloat16", "compile": True}, {"dtype": "bfloat16", "compile": False},
          {"dtype": "float16", "compile": False}, {"dtype": "float32", "compile": False})
 BENCHMARKS = (["train", "--only=GPT-2 124M, batch 32"], ["ways"], ["sample"],
               ["checkpoint", "--only=GPT-2 124M"], ["train", "--only=GPT-2 124M, batch 64"],
               ["train", "--only=GPT-2 124M, batch 16"], ["train", "--only=6 layers, dropout 0.2"],
               ["memory"], ["loader"])
-MINUTES = 9.5
+
+
+@dataclass(frozen=True)
+class GpuConfig:
+    """The settings."""
+    json: str = knob("", "append the benchmarks' rows to this file")
+    minutes: float = knob(9.5, "begin nothing after so many, and end what is under way", least=0)
 
 
 def train(out: Path, **flags: object) -> None:
-    """Run train.py to its end."""
+    """Run train.py to its end. Raises RuntimeError with its last words."""
     words = [f"--{key}={value}" for key, value in (TINY | flags | {"out_dir": out}).items()]
     done = subprocess.run([sys.executable, "train.py", *words], cwd=REPO, capture_output=True,
-                          text=True)
+                          text=True, timeout=240)
     if done.returncode:
-        print(done.stdout[-500:], done.stderr[-1500:])
+        raise RuntimeError(f"exit code {done.returncode}: {done.stdout[-500:]}"
+                           f"{done.stderr[-1500:]}")
 
 
 def exactness() -> None:
@@ -54,12 +63,12 @@ def exactness() -> None:
         def verdict(i: int) -> str:
             whole, parts = place / f"whole{i}", place / f"parts{i}"
             flags = cases[i] | {"dataset": dataset}
-            train(whole, **flags)
-            train(parts, **flags | {"max_iters": 20})
-            train(parts, **flags)
             try:
+                train(whole, **flags)
+                train(parts, **flags | {"max_iters": 20})
+                train(parts, **flags)
                 return "same bits" if ends(whole) == ends(parts) else "OTHER BITS"
-            except OSError as e:
+            except (OSError, RuntimeError, subprocess.TimeoutExpired) as e:
                 return f"FAILED: {e}"
 
         for case, found in zip(cases, pool.map(verdict, range(len(cases)))):
@@ -106,19 +115,28 @@ def recorded_steps() -> None:
           flush=True)
 
 
-if __name__ == "__main__":
-    if not torch.cuda.is_available():
-        sys.exit("error: there is no CUDA device here; the CPU's benchmarks are python -m "
-                 "tools.bench")
+def main(config: GpuConfig) -> None:
+    """All of it."""
     begun = time.perf_counter()
-    recorded_steps()
-    branches()
-    exactness()
-    for words in BENCHMARKS:
-        left = 60 * MINUTES - (time.perf_counter() - begun)
+    for check in (recorded_steps, branches, exactness):
         try:
-            subprocess.run([sys.executable, "-m", "tools.bench", *words, "--rounds=3"], cwd=REPO,
-                           timeout=max(0, left))
+            check()
+        except Exception as e:  # the others are still worth their time
+            print(f"{check.__name__} FAILED: {type(e).__name__}: {e}", flush=True)
+    for words in BENCHMARKS:
+        left = 60 * config.minutes - (time.perf_counter() - begun)
+        try:
+            subprocess.run([sys.executable, "-m", "tools.bench", *words, "--rounds=3",
+                            f"--json={config.json}"], cwd=REPO, timeout=max(0, left))
         except subprocess.TimeoutExpired:
             print("no time is left for:", *words)
         print(f"({time.perf_counter() - begun:.0f} s)", flush=True)
+
+
+if __name__ == "__main__":
+    CONFIG, _, WORDS = parse(GpuConfig, "python -m tools.gpu [--key=value ...]", sys.argv[1:])
+    if WORDS:
+        fail(f"{WORDS[0]}: a flag is written --key=value; --help lists the keys")
+    if not torch.cuda.is_available():
+        fail("there is no CUDA device here; the CPU's benchmarks are python -m tools.bench")
+    main(CONFIG)

@@ -20,19 +20,30 @@ if __name__ == "__main__":  # before torch is loaded
 import json
 import sys
 from importlib import import_module
+from pathlib import Path
 
 from configurator import fail, parse
 from runtime import pick_device
-from tools.bench.common import BenchConfig, machine
+from tools.bench.common import BenchConfig, Ended, machine
 
 PARTS = ("train", "sample", "checkpoint", "loader", "prepare", "startup", "memory",
          "elastic", "ways")
+WITH_ROWS = ("train", "sample", "checkpoint", "ways")  # of which --only names one
 
 
 def main(config: BenchConfig, words: list[str]) -> None:
     """Measure the parts that are named, and print each row as it comes."""
     if not words or set(words) - set(PARTS):
         fail(f"name what to measure: {' | '.join(PARTS)}")
+    if config.only and set(words) - set(WITH_ROWS):
+        fail(f"--only={config.only}: only {', '.join(WITH_ROWS)} have rows with names")
+    if config.folder and not Path(config.folder).is_dir():
+        fail(f"--folder={config.folder} is no folder")
+    try:
+        if config.json:
+            open(config.json, "a", encoding="utf-8").close()
+    except OSError as e:
+        fail(f"--json={config.json}: {e.strerror.lower()}")
     on = machine(pick_device(config.device))
     print(on)
     for part in words:
@@ -46,10 +57,13 @@ def main(config: BenchConfig, words: list[str]) -> None:
                 with open(config.json, "a", encoding="utf-8") as file:
                     file.write(json.dumps({"part": part, "machine": on} | row) + "\n")
         if not row:
-            fail(f"--only={config.only}: {part} has no such row")
+            fail(f"--only={config.only}: {part} has no such row on this device")
 
 
 if __name__ == "__main__":
     CONFIG, _, WORDS = parse(BenchConfig, f"python -m tools.bench {' | '.join(PARTS)} "
                                           "[--key=value ...]", sys.argv[1:])
-    main(CONFIG, WORDS)
+    try:
+        main(CONFIG, WORDS)
+    except Ended as e:
+        fail(str(e))

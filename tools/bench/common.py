@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -97,7 +97,8 @@ def peak_memory(program: str, *words: object) -> tuple[int, int]:
 
 
 class Training:
-    """A model in training, as train.py does it, on random tokens."""
+    """A model in training, as train.py computes it: one micro-batch of random tokens, which lies on
+    the device already."""
 
     def __init__(self, shape: Shape, device: torch.device, compile_mode: str = "default") -> None:
         torch.manual_seed(0)
@@ -130,6 +131,10 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
 
 
+class Ended(Exception):
+    """A process that should work has ended, after words of its own."""
+
+
 class Side:
     """One side of a comparison, in a process of its own: `calls` is a Python expression for a
     function that does the work and returns the seconds it took."""
@@ -142,13 +147,16 @@ class Side:
                    + f"from tools.bench.sides import *\nwork = {calls}\n"
                    "print(0.0, flush=True)\n"
                    "for _ in sys.stdin:\n    print(work(), flush=True)\n")
+        self.calls = calls
         self.process = subprocess.Popen([sys.executable, "-c", program], cwd=REPO, text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.answer()
 
     def answer(self) -> float:
-        """The next line that it prints."""
-        return float(self.process.stdout.readline())
+        """The next line that it prints. Raises Ended."""
+        if not (line := self.process.stdout.readline()):
+            raise Ended(f"{self.calls} has ended with exit code {self.process.wait()}")
+        return float(line)
 
     def turn(self) -> float:
         """Let it work once; its seconds."""
@@ -160,6 +168,15 @@ class Side:
         """Let the process end."""
         self.process.stdin.close()
         self.process.wait()
+
+
+def started(ours: Side, **peers: str) -> dict[str, Side]:
+    """The sides of a comparison by name: ours, and those peers that can be had here."""
+    sides = {"ours": ours}
+    for name, calls in peers.items():
+        with suppress(Ended):
+            sides[name] = Side(calls, as_a_script=False)
+    return sides
 
 
 def take_turns(sides: dict[str, Side], rounds: int) -> dict[str, float]:

@@ -9,6 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+from configurator import fail
 from tools.bench.common import REPO, BenchConfig
 from tools.crash.common import prepare
 
@@ -34,7 +35,7 @@ def train(place: Path, ranks: int, elastic: bool) -> tuple[float, float]:
         program = place / "measured.py"
         program.write_text(PEAK)
         flags = [f"--{key}={value}" for key, value in
-                 (SETTINGS | {"out_dir": out, "dataset": place / "source",
+                 (SETTINGS | {"out_dir": out, "dataset": place / "source", "device": "cpu",
                               "elastic": elastic}).items()]
         subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                         f"--nproc_per_node={ranks}", str(program), *flags], cwd=REPO, check=True,
@@ -51,7 +52,9 @@ def train(place: Path, ranks: int, elastic: bool) -> tuple[float, float]:
 
 def bench(config: BenchConfig) -> Iterator[dict[str, str]]:
     """A row for each number of ranks."""
-    with tempfile.TemporaryDirectory() as name:
+    if config.device not in ("auto", "cpu"):
+        fail("elastic is measured on a CPU: it has more ranks than a machine has GPUs")
+    with tempfile.TemporaryDirectory(dir=config.folder or None) as name:
         place = Path(name)
         prepare(place)
         for ranks in (1, 2, 4):

@@ -22,7 +22,7 @@ words = [word for word in sys.argv if word.startswith(("--out_dir", "--device"))
 config = configurator.parse(sample.SampleConfig, "", words)[0]
 network = sample.load(config)[0]
 sample.make_fast(network, "auto", sample.pick_device(config.device))
-list(sample.generate(network, [[0]], 48))"""}
+list(sample.generate(network, [[0]], 48, record=config.device.startswith("cuda")))"""}
 
 
 def bench(config: BenchConfig) -> Iterator[dict[str, str]]:
@@ -34,7 +34,7 @@ def bench(config: BenchConfig) -> Iterator[dict[str, str]]:
                                               dtype=np.uint16).tofile(f"{folder}/{split}.bin")
         for name, work in WORKS.items():
             out = Path(folder) / ("none" if name == "training" else "out")
-            flags = {"out_dir": out, "dataset": folder, "device": device.type, "init_from": "auto",
+            flags = {"out_dir": out, "dataset": folder, "device": device, "init_from": "auto",
                      "batch_size": shape.batch_size, "gradient_accumulation_steps": 1,
                      "checkpoint_interval": 1, "eval_iters": 1,
                      "max_iters": 6 if name == "resuming" else 3}

@@ -6,7 +6,7 @@ import torch
 
 from model import GPT
 from runtime import peak_flops, pick_device
-from tools.bench.common import SHAPES, BenchConfig, Side, take_turns
+from tools.bench.common import SHAPES, BenchConfig, Side, started, take_turns
 
 
 def bench(config: BenchConfig) -> Iterator[dict[str, str]]:
@@ -16,17 +16,18 @@ def bench(config: BenchConfig) -> Iterator[dict[str, str]]:
     for name, shape in SHAPES.items():
         if config.only not in ("", name) or shape.cuda and device.type != "cuda":
             continue
-        works = {"ours": "train_ours", "plain": "train_plain"}
+        where = f"({name!r}, {str(device)!r})"
+        peers = {"plain": f"train_plain{where}"}
         if not shape.cuda:  # the others would fill a GPU with float32 logits
-            works["peer"] = "train_transformers"
-        t = take_turns({side: Side(f"{work}({name!r}, {device.type!r})", side == "ours")
-                        for side, work in works.items()}, config.rounds)
+            peers["peer"] = f"train_transformers{where}"
+        t = take_turns(started(Side(f"train_ours{where}", as_a_script=True), **peers),
+                       config.rounds)
         rate = shape.batch_size * shape.args.block_size / t["ours"]
         row = {"model": name, "micro-batch": f"{shape.batch_size} x {shape.args.block_size}",
                "keepGPT": f"{t['ours'] * 1e3:,.1f} ms", "tokens/s": f"{rate:,.0f}",
-               "plain PyTorch": f"{t['plain'] * 1e3:,.1f} ms ({t['plain'] / t['ours']:.2f} x)",
-               "Transformers": (f"{t['peer'] * 1e3:,.1f} ms ({t['peer'] / t['ours']:.2f} x)"
-                                if "peer" in t else "")}
+               **{title: f"{t[side] * 1e3:,.1f} ms ({t[side] / t['ours']:.2f} x)"
+                  if side in t else "-"
+                  for title, side in (("plain PyTorch", "plain"), ("Transformers", "peer"))}}
         if peak:
             with torch.device("meta"):
                 row["MFU"] = f"{GPT(shape.args).flops_per_token() * rate / peak:.1%}"

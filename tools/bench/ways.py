@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from configurator import fail
 from runtime import pick_device
-from tools.bench.common import BenchConfig, Side, take_turns
+from tools.bench.common import BenchConfig, Ended, Side, take_turns
 from tools.bench.sides import WAYS
 
 NAME = "GPT-2 124M, batch 16"
@@ -12,16 +12,17 @@ NAME = "GPT-2 124M, batch 16"
 
 def bench(config: BenchConfig) -> Iterator[dict[str, str]]:
     """A row a way; all of them are held by the GPU at once."""
-    if pick_device(config.device).type != "cuda":
+    device = pick_device(config.device)
+    if device.type != "cuda":
         fail("ways compares what there is on CUDA alone")
-    sides = {}
+    sides, (first, *_) = {}, WAYS
     for way in WAYS:
-        if config.only in ("", way):
+        if config.only in ("", way) or way == first:
             try:
-                sides[way] = Side(f"train_in_a_way({way!r}, {NAME!r}, 'cuda')", True)
-            except ValueError:  # its process has ended, after its own words
-                yield {"way": way, "step": "fails", "ratio": ""}
+                sides[way] = Side(f"train_in_a_way({way!r}, {NAME!r}, {str(device)!r})", True)
+            except Ended:
+                yield {"way": way, "step": "fails", "ratio": "-"}
     t = take_turns(sides, config.rounds)
     for way, took in t.items():
-        first = next(iter(t.values()))
-        yield {"way": way, "step": f"{took * 1e3:,.1f} ms", "ratio": f"{took / first:.2f} x"}
+        yield {"way": way, "step": f"{took * 1e3:,.1f} ms",
+               "ratio": f"{took / t[first]:.2f} x" if first in t else "-"}
