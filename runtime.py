@@ -136,8 +136,8 @@ def join_ranks(config: TrainConfig) -> Ranks:
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)
     torch.set_float32_matmul_precision("high")  # TF32 where there is any
-    if device.type == "cpu" or config.deterministic:
-        # on a CPU it costs nothing, and compiled code needs it
+    # on a CPU only compiled code needs it; the call loads the compiler, which takes a second
+    if config.deterministic or device.type == "cpu" and config.compile is True:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False

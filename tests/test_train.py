@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, bits, command, complaint, rows, run
+from conftest import REPO, TINY, bits, command, complaint, rows, run
 from wandb.proto import wandb_internal_pb2 as pb
 
 
@@ -238,3 +238,14 @@ def test_what_a_machine_lacks_is_said_and_done_without(train, tmp_path):
     assert notes[1] == "note: torch.compile needs a compiler (nosuch); going on without it"
     train(out="plain")
     assert bits(tmp_path / "half/ckpt.pt") == bits(tmp_path / "plain/ckpt.pt")
+
+
+def test_a_start_that_compiles_nothing_does_not_load_the_compiler(dataset, tmp_path):
+    flags = TINY | {"dataset": dataset, "out_dir": tmp_path, "max_iters": 4}
+    program = ("import sys, runpy\n"
+               "try:\n    runpy.run_path('train.py', run_name='__main__')\n"
+               "finally:\n    print('torch._dynamo' in sys.modules)")
+    done = subprocess.run([sys.executable, "-c", program,
+                           *(f"--{key}={value}" for key, value in flags.items())], cwd=REPO,
+                          env=os.environ | {"PYTHONPATH": str(REPO)}, capture_output=True, text=True)
+    assert "done at step 4" in done.stdout and done.stdout.endswith("False\n"), done.stderr

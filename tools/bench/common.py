@@ -104,9 +104,6 @@ class Training:
         torch.manual_seed(0)
         if device.type == "cuda":  # as train.py does, and nanoGPT
             torch.set_float32_matmul_precision("high")
-        if device.type == "cpu":  # as train.py does
-            torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False
         self.model, self.device = GPT(shape.args).to(device), device
         self.optimizer = self.model.optimizer(1e-3, (0.9, 0.95), 0.1)
         self.batch = torch.randint(shape.args.vocab_size,

@@ -77,7 +77,6 @@ class Plain(Training):
             rows = -(-shape.args.vocab_size // 64) * 64
             shape = replace(shape, args=replace(shape.args, vocab_size=rows))
         super().__init__(shape, device)
-        torch.use_deterministic_algorithms(False)
         if device.type == "cpu":
             self.autocast = torch.autocast("cpu", enabled=False)
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
@@ -110,7 +109,6 @@ class OfTransformers(Training):
 
     def __init__(self, name: str, device: torch.device) -> None:
         super().__init__(SHAPES[name], device)
-        torch.use_deterministic_algorithms(False)
         self.model = gpt2_of_transformers(name).to(device).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
 
