@@ -129,6 +129,13 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def be_deterministic() -> None:
+    """Take only algorithms that repeat to the bit."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
 def join_ranks(config: TrainConfig) -> Ranks:
     """Pick the device, and join the other processes if torchrun started any."""
     device = pick_device(config.device)
@@ -138,9 +145,7 @@ def join_ranks(config: TrainConfig) -> Ranks:
     torch.set_float32_matmul_precision("high")  # TF32 where there is any
     # on a CPU only compiled code needs it; the call loads the compiler, which takes a second
     if config.deterministic or device.type == "cpu" and config.compile is True:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        be_deterministic()
     if "RANK" not in os.environ:
         return Ranks(0, 1, device)
     backend = (("nccl" if device.type == "cuda" else "gloo") if config.backend == "auto"

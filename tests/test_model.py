@@ -561,7 +561,8 @@ def test_attention_with_dropout_agrees_with_float64(dtype, most, monkeypatch):
     assert 0.7 < mask[..., -1, :].mean() < 0.8
     right = weights * mask / 0.75 @ v
     assert (y - right).norm() / right.norm() < most
-    for a, b in zip(torch.autograd.grad(y, ours, dy), torch.autograd.grad(right, exact, dy.double())):
+    for a, b in zip(torch.autograd.grad(y, ours, dy),
+                    torch.autograd.grad(right, exact, dy.double())):
         assert (a - b).norm() / b.norm() < most
 
 
@@ -620,6 +621,15 @@ def test_the_loss_by_parts_in_bfloat16_agrees_with_float64(monkeypatch):
     for ours, exactly in zip(torch.autograd.grad(loss, (x, weight)),
                              torch.autograd.grad(right, exact)):
         assert ours.dtype == torch.float32 and (ours - exactly).norm() / exactly.norm() < 3e-3
+
+
+def test_a_frequent_token_does_not_overflow_float16():
+    x = torch.full((20_000, 8), 6.0, requires_grad=True)
+    weight = torch.zeros(65, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.float16):
+        loss = LinearCrossEntropy.apply(x, weight, torch.zeros(20_000, dtype=torch.long), 65)
+    dweight, = torch.autograd.grad(loss, weight)
+    assert torch.allclose(dweight[0], torch.full((8,), -6 * 64 / 65), rtol=1e-3)
 
 
 def test_an_evaluation_makes_no_gradients(monkeypatch):

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import model as model_module
 from model import generate
-from runtime import pick_device
+from runtime import be_deterministic, pick_device
 from sample import make_fast
 from tools.bench.common import SHAPES, Training, seconds
 
@@ -31,13 +31,6 @@ def train_ours(name: str, device: str) -> Callable[[], float]:
     return steps(Training(SHAPES[name], pick_device(device)))
 
 
-def deterministic() -> None:
-    """What train.py does where deterministic=True."""
-    os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-
-
 def attention_by(backend: str) -> None:
     """Let no other kernel do it, so that it fails where this one can't."""
     cuda = torch.backends.cuda
@@ -49,7 +42,7 @@ def attention_by(backend: str) -> None:
 
 WAYS = {  # what is called before, and the compiler's mode
     "as train.py does it": (lambda: None, "default"),
-    "deterministic=True": (deterministic, "default"),
+    "deterministic=True": (be_deterministic, "default"),
     "attention by cuDNN": (partial(attention_by, "cudnn"), "default"),
     "attention by flash": (partial(attention_by, "flash"), "default"),
     "compile: max-autotune": (lambda: None, "max-autotune-no-cudagraphs"),

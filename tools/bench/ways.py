@@ -1,5 +1,5 @@
-"""ways: a training step on CUDA with one thing changed: what deterministic=True costs, which attention
-and which compiler mode is fast."""
+"""ways: a training step on CUDA with one thing changed: what deterministic=True costs, which
+attention and which compiler mode is fast."""
 from collections.abc import Iterator
 
 from configurator import fail
