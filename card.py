@@ -103,5 +103,6 @@ def write_card(config: TrainConfig, data: dict[str, Any], parameters: int, step:
         "source": "".join(f"\n- {key}: {value}" for key, value in source.items())})
     row = " | ".join(cell.replace("|", "\\|") for cell in start)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(f"{text}{STARTS}{before}| {row} |\n", encoding="utf-8")
+    temporary.write_text(f"{text}{STARTS}{before}| {row} |\n", encoding="utf-8",
+                         errors="surrogateescape")  # a path may hold bytes that are not UTF-8
     temporary.replace(path)

@@ -8,6 +8,7 @@ import ast
 import builtins
 import ctypes
 import difflib
+import errno
 import inspect
 import os
 import platform
@@ -20,16 +21,24 @@ from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type
 
 # the command, a file or the machine must be changed first: trying again would not help
 EXIT_MISTAKE = 2
+EXIT_FAILED = 1  # a crash, a full disk or a failed last save: trying again may help
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
 
 
-def fail(message: str) -> NoReturn:
-    """End the program with one line on stderr and exit code 2; of several ranks on a host, the
-    first one speaks."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
-    sys.exit(EXIT_MISTAKE)
+def fail(message: str, code: int = EXIT_MISTAKE, any_rank: bool = False) -> NoReturn:
+    """End the program with one line on stderr. Of several ranks on a host only the first one
+    prints it, unless `any_rank`: then the error is this rank's alone."""
+    if any_rank or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def describe(error: OSError) -> tuple[str, int]:
+    """Return the reason and the exit code of a failed file operation: a full disk may have room
+    later."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return (error.strerror or str(error)).lower(), EXIT_FAILED if full else EXIT_MISTAKE
 
 
 def warn(message: str) -> None:
@@ -66,7 +75,9 @@ class TrainConfig:
     seed: int = knob(1337,
         "weights, order of the data and dropout follow from it", least=0, below=2**63)
     # the data
-    dataset: str = knob("openwebtext", "data/<dataset>, made by prepare.py")
+    dataset: str = knob("openwebtext", "its folder in data_dir, made by prepare.py or nanoGPT")
+    data_dir: str = knob("data",
+        "the folder of all datasets; a relative path starts at the folder of train.py")
     gradient_accumulation_steps: int = knob(5 * 8, "micro-batches a step, over all ranks", least=1)
     batch_size: int = knob(12, "sequences in a micro-batch", least=1)
     block_size: int = knob(1024, "tokens in a sequence", least=1)
@@ -118,7 +129,8 @@ class TrainConfig:
     rank_timeout: int = knob(600,
         "seconds a rank waits for another, one on a host that was cut off, before it gives up",
         least=1)
-    backend: str = knob("auto", "of torch.distributed: auto = nccl on CUDA, else gloo")
+    backend: Literal["auto", "nccl", "gloo"] = knob("auto",
+        "of torch.distributed, for several ranks: auto = nccl on CUDA, else gloo")
 
 
 def _convert(kind: Any, value: Any) -> Any:
@@ -173,6 +185,8 @@ def checked(settings: type, key: str, value: Any, where: str) -> Any:
         fail(f"{where}: {key} must not be empty")
     if type(value) in (int, float):
         least, below = known[key].metadata["least"], known[key].metadata["below"]
+        if type(value) is int and below == inf:
+            below = 2**31
         if not least <= value < below:
             fail(f"{where}: {key} must be at least {least} and below {below}")
     return value
@@ -215,9 +229,16 @@ def show_help(settings: type, usage: str) -> NoReturn:
              for f in fields(settings)]
     try:
         print(f"usage: {usage}\n", *lines, sep="\n", flush=True)
-    except BrokenPipeError:  # `| head` has seen enough
-        os._exit(0)
+    except OSError as e:
+        leave_closed_output(e)
     sys.exit(0)
+
+
+def leave_closed_output(error: OSError) -> NoReturn:
+    """End the program after stdout took no more: in silence if its reader has left (`| head`)."""
+    if not isinstance(error, BrokenPipeError):
+        print(f"error: stdout: {describe(error)[0]}", file=sys.stderr, flush=True)
+    os._exit(0 if isinstance(error, BrokenPipeError) else EXIT_FAILED)  # a flush would fail again
 
 
 def parse(settings: type, usage: str, argv: list[str]) -> tuple[Any, dict[str, Any], list[str]]:
@@ -227,6 +248,8 @@ def parse(settings: type, usage: str, argv: list[str]) -> tuple[Any, dict[str, A
     Config files come before the flags, whatever the order. Returns the settings, those of them that
     were given rather than left at their default, and the words that are no config files.
     """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a locale may lack a character
     if "--help" in argv or "-h" in argv:
         show_help(settings, usage)
     flags: dict[str, Any] = {}

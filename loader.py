@@ -7,6 +7,7 @@ Every epoch visits every window once, in an order that arithmetic gives, and cut
 import hashlib
 import json
 import os
+import pickle
 from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +18,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-META_KEYS = {"name", "tokenizer", "vocab_size", "dtype", "tokens", "fingerprint"}
-DATA = Path(__file__).parent / "data"
+from configurator import warn
+
+META_TYPES = {"name": str, "tokenizer": dict, "vocab_size": int, "dtype": str, "tokens": dict,
+              "fingerprint": str}
+FIRST = 1 << 20  # bytes of a .bin file without meta.json that identify it
+
+
+class BadData(Exception):
+    """A dataset that is missing, corrupt or too small; the text says how to fix it."""
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -57,74 +65,138 @@ def shuffled(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
     return index
 
 
-def read_meta(dataset: str) -> dict[str, Any]:
-    """What prepare.py wrote about data/<dataset>. Raises ValueError, with the mend, if it is not
-    there."""
-    folder = DATA / dataset
+def dataset_folder(data_dir: str, dataset: str) -> Path:
+    """Return a dataset's folder; a relative data_dir starts at the folder of this file."""
+    return Path(__file__).parent / data_dir / dataset
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """Return the description of the dataset in `folder`: prepare.py's meta.json, or one made for
+    a dataset that nanoGPT prepared. Raises BadData."""
+    path = folder / "meta.json"
     try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        if not isinstance(meta, dict) or not META_KEYS <= meta.keys():
-            raise ValueError("it lacks keys")
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        check_meta(meta)
         return meta
-    except OSError:
-        if (folder / "train.bin").exists() and not (folder / "meta.pkl").exists():
-            return nanogpt_meta(folder)
-        raise ValueError(f"no prepared dataset in {folder}; "
-                         f"make it with: python prepare.py {dataset}") from None
-    except ValueError as e:
-        raise ValueError(f"{folder}/meta.json is damaged ({e}); "
-                         "make the dataset again with prepare.py") from None
+    except OSError as e:
+        if path.exists():
+            raise BadData(f"{path}: {(e.strerror or str(e)).lower()}") from None
+        if (folder / "train.bin").exists():
+            return describe_nanogpt_data(folder)
+        raise BadData(f"no prepared dataset in {folder}. Try: python prepare.py {folder.name}"
+                      ) from None
+    except (ValueError, LookupError, TypeError, AttributeError) as e:
+        raise BadData(f"{path} is corrupt or incomplete ({type(e).__name__}: {e}). Try: prepare.py "
+                      "again, with the command that made this dataset") from None
+
+
+def check_meta(meta: Any) -> None:
+    """Raise ValueError unless `meta` has every key of a dataset's description, of its type."""
+    if not isinstance(meta, dict):
+        raise ValueError("expected a JSON object")
+    for key, kind in META_TYPES.items():
+        if type(meta.get(key)) is not kind:
+            raise ValueError(f"expected {key!r} to be of type {kind.__name__}, "
+                             f"got {meta.get(key)!r:.40}")
+    if meta["dtype"] not in ("uint16", "uint32"):
+        raise ValueError(f"expected dtype uint16 or uint32, got {meta['dtype']!r}")
+    chars = meta["tokenizer"].get("chars", "")
+    if meta["tokenizer"].get("kind") == "char" and len(chars) != meta["vocab_size"]:
+        raise ValueError(f"expected {meta['vocab_size']} characters, got {len(chars)}")
+    for split in ("train", "val"):
+        counts = meta["tokens"].get(split), *split_files(meta, split).values()
+        if not all(type(count) is int and count >= 0 for count in counts):
+            raise ValueError(f"expected a number of {split} tokens, got {counts!r:.40}")
 
 
 def split_files(meta: dict[str, Any], split: str) -> dict[str, int]:
-    """The .bin files of a split, in order, and how many tokens each has."""
+    """Return the .bin files of a split, in order, with the number of tokens in each."""
     return meta["files"][split] if "files" in meta else {f"{split}.bin": meta["tokens"][split]}
 
 
-def nanogpt_meta(folder: Path) -> dict[str, Any]:
-    """The description of a set that nanoGPT prepared: GPT-2's tokens, unless a meta.pkl says
-    otherwise."""
-    fingerprint, tokens = hashlib.sha256(), {}
+def describe_nanogpt_data(folder: Path) -> dict[str, Any]:
+    """Return the description of a dataset that nanoGPT prepared: characters if it has a meta.pkl,
+    else GPT-2's tokens. Raises BadData."""
+    digest, tokens, ids = hashlib.sha256(), {}, []
     for split in ("train", "val"):
-        with open(folder / f"{split}.bin", "rb") as f:
-            size = os.fstat(f.fileno()).st_size
-            fingerprint.update(f"{split} {size}".encode() + f.read(1 << 20))  # to know it again
+        path = folder / f"{split}.bin"
+        try:
+            with open(path, "rb") as f:
+                size, head = os.fstat(f.fileno()).st_size, f.read(FIRST)
+        except OSError as e:
+            raise BadData(f"{path}: {e.strerror.lower()}; a dataset is train.bin and val.bin"
+                          ) from None
+        digest.update(f"{split} {size}".encode() + head)
         tokens[split] = size // 2
-    return {"format": 1, "name": folder.name, "tokenizer": {"kind": "gpt2"}, "vocab_size": 50257,
-            "dtype": "uint16", "tokens": tokens, "fingerprint": fingerprint.hexdigest()}
+        ids.append(np.frombuffer(head[:len(head) // 2 * 2], "<u2"))
+    tokenizer, vocab_size = {"kind": "gpt2"}, 50257
+    if (folder / "meta.pkl").exists():
+        chars = read_meta_pkl(folder / "meta.pkl")
+        tokenizer, vocab_size = {"kind": "char", "chars": chars}, len(chars)
+        digest.update(chars.encode())
+    elif np.concatenate(ids).max(initial=0) < 256:
+        raise BadData(f"{folder} has neither meta.json nor meta.pkl, and its token ids are all "
+                      "below 256: these are not GPT-2's tokens. Try: prepare it again")
+    else:
+        warn(f"{folder} has neither meta.json nor meta.pkl: reading its tokens as GPT-2's")
+    return {"format": 1, "name": folder.name, "tokenizer": tokenizer, "vocab_size": vocab_size,
+            "dtype": "uint16", "tokens": tokens, "fingerprint": digest.hexdigest()}
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Unpickle dicts, lists, strings and numbers, and refuse to import anything."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"it imports {module}.{name}")
+
+
+def read_meta_pkl(path: Path) -> str:
+    """Return the characters of nanoGPT's meta.pkl in the order of their ids. Raises BadData."""
+    try:
+        with open(path, "rb") as f:
+            meta = PlainUnpickler(f).load()
+        chars = [meta["itos"][i] for i in range(len(meta["itos"]))]
+        if any(len(char) != 1 for char in chars) or len(set(chars)) < len(chars):
+            raise ValueError("its itos does not map ids to different characters")
+        return "".join(chars)
+    except Exception as e:  # malformed pickles raise nearly anything
+        raise BadData(f"{path} is not nanoGPT's vocabulary of characters ({type(e).__name__}: {e})"
+                      ". Try: prepare.py with the text") from None
 
 
 class Split:
     """One or several .bin files of tokens, as one run of them, cut into windows and read by
     position: no mapping that grows as it is read."""
 
-    def __init__(self, dataset: str, split: str, dtype: str, block_size: int, seed: int,
-                 shift: bool, files: dict[str, int] | None = None) -> None:
-        """`files` says how many tokens each file has, in order; without it <split>.bin is taken as
-        it is. With `shift` each epoch cuts at another offset, else the windows are the same in
-        every epoch.
+    def __init__(self, folder: Path, split: str, meta: dict[str, Any], block_size: int, seed: int,
+                 shift: bool) -> None:
+        """Open the files of `split` that `meta` names. With `shift` each epoch cuts at another
+        offset, else the windows are the same in every epoch.
 
-        Raises ValueError if a file can't be read or has not the tokens that it should have, or if
-        all of them hold no window of block_size tokens and their targets.
+        Raises BadData if a file can't be read or has another number of tokens, or if all of them
+        hold no window of block_size tokens and their targets.
         """
-        self.dtype, self.block_size = np.dtype(dtype), block_size
-        self.files, self.ends = [], []  # a file's end is the start of the next
+        self.dtype, self.block_size = np.dtype(meta["dtype"]), block_size
+        self.vocab_size = meta["vocab_size"]
+        self.paths, self.files, self.ends = [], [], []  # a file's end is the start of the next
         tokens = 0
-        for name, expected in (files or {f"{split}.bin": None}).items():
-            path = DATA / dataset / name
+        for name, expected in split_files(meta, split).items():
+            path = folder / name
             try:
                 self.files.append(os.open(path, os.O_RDONLY))
             except OSError as e:
-                raise ValueError(f"{path}: {e.strerror.lower()}; make it with prepare.py") from None
+                raise BadData(f"{path}: {e.strerror.lower()}. Try: prepare.py again") from None
             found = os.fstat(self.files[-1]).st_size // self.dtype.itemsize
-            if expected not in (found, None):
-                raise ValueError(f"{path} has {found:,} tokens, and not {expected:,}, as meta.json "
-                                 "says; make the dataset again with prepare.py")
+            if found != expected:
+                raise BadData(f"{path}: expected {expected:,} tokens as in meta.json, got "
+                              f"{found:,}. Try: prepare.py again")
             tokens += found
+            self.paths.append(path)
             self.ends.append(tokens)
         if tokens <= block_size:
-            raise ValueError(f"{path} has {tokens:,} tokens, but block_size={block_size} "
-                             f"needs {block_size + 1:,}; lower block_size or prepare more text")
+            raise BadData(f"{folder}: expected at least {block_size + 1:,} {split} tokens for "
+                          f"block_size={block_size}, got {tokens:,}. Try: a smaller --block_size, "
+                          "or more text")
         self.windows = max(1, tokens // block_size - 1) if shift else (tokens - 1) // block_size
         self.offsets = tokens - self.windows * block_size if shift else 1
         self.key = np.uint64(seed_of(seed))
@@ -141,8 +213,8 @@ class Split:
         return b"".join(parts)
 
     def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """Windows number first ... first + count - 1 of the endless row of epochs: inputs, targets,
-        (count, T) int64."""
+        """Return windows number first ... first + count - 1 of the endless row of epochs: inputs
+        and targets, (count, T) int64 each. Raises BadData for an id outside the vocabulary."""
         epoch, index = np.divmod(np.arange(first, first + count, dtype=np.uint64),
                                  np.uint64(self.windows))
         key = mix(epoch ^ self.key)
@@ -150,6 +222,11 @@ class Split:
                  + key % np.uint64(self.offsets))
         rows = np.stack([np.frombuffer(self.read(int(s), self.block_size + 1), self.dtype)
                          for s in start])
+        if rows.max() >= self.vocab_size:
+            row, column = np.argwhere(rows >= self.vocab_size)[0]
+            path = self.paths[bisect_right(self.ends, int(start[row]) + int(column))]
+            raise BadData(f"{path}: expected token ids below {self.vocab_size}, got "
+                          f"{rows[row, column]}: the file is corrupt. Try: prepare.py again")
         window = torch.from_numpy(rows.astype(np.int64))  # (count, T + 1)
         return window[:, :-1], window[:, 1:]
 

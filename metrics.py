@@ -8,7 +8,7 @@ from threading import Lock
 from typing import Any
 
 from checkpoint import Disk
-from configurator import fail
+from configurator import describe, fail, warn
 
 
 class Metrics:
@@ -32,12 +32,12 @@ class Metrics:
         if out_dir is None:
             return
         self.path = out_dir / "metrics.jsonl"
-        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-        kept = [line for line in lines if _is_before(line, step, evaluated)]
         try:
-            self._renew(b"".join(kept))
+            lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
+            self._renew(b"".join(line for line in lines if _is_before(line, step, evaluated)))
         except OSError as e:
-            fail(f"{self.path} can't be written: {e.strerror.lower()}")
+            reason, code = describe(e)
+            fail(f"{self.path} can't be written: {reason}", code)
 
     def _renew(self, content: bytes) -> None:
         """Put a new file with that content, durably, in the place of the old one, and go on with
@@ -144,7 +144,9 @@ class Metrics:
         try:
             print("\r\033[K" * (tty and self.live) + text, end="" if live and tty else "\n",
                   flush=True)
-        except BrokenPipeError:  # `| head` has seen enough: the run goes on in silence
+        except OSError as e:  # `| head` has seen enough, or a log's disk is full: train on
+            if not isinstance(e, BrokenPipeError):
+                warn(f"stdout: {describe(e)[0]}; nothing more is printed, metrics.jsonl continues")
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         self.live = live
 

@@ -391,7 +391,7 @@ def pick(logits: Tensor, temperature: float, top_k: int, top_p: float,
     """Draw a token, (B,), from logits, (B, V), among the `top_k` likeliest (0 = all) that hold
     `top_p` of the probability (Holtzman et al. 2020); temperature 0 takes the likeliest. `rng` is a
     generator of the CPU, which draws."""
-    if temperature == 0:
+    if temperature < 1e-9:  # in float32 its inverse could overflow
         return logits.argmax(-1)
     ids, device = None, logits.device
     if 0 < top_k < logits.size(-1) or top_p < 1:

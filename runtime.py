@@ -1,5 +1,6 @@
 """The process that a run lives in: its device, the other ranks, signals, the lock on out_dir,
 random generators."""
+import atexit
 import fcntl
 import importlib.util
 import os
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -150,6 +152,8 @@ def join_ranks(config: TrainConfig) -> Ranks:
         return Ranks(0, 1, device)
     backend = (("nccl" if device.type == "cuda" else "gloo") if config.backend == "auto"
                else config.backend)
+    if backend == "nccl" and device.type != "cuda":
+        fail(f"backend=nccl needs CUDA, and device is {device.type}. Try: --backend=auto")
     store, rank, world_size = fresh_store()
     timeout = timedelta(seconds=config.rank_timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
@@ -216,35 +220,49 @@ def peak_flops(device: torch.device) -> float | None:
     return next((1e12 * tflops for gpu, tflops in PEAK_TFLOPS.items() if gpu in name), None)
 
 
-def lock(out_dir: Path, patience: float) -> tuple[TextIO | None, str]:
-    """Hold out_dir for this process; the lock dies with it. Returns its file, at the beginning, and
-    what is wrong, or "".
+def lock(out_dir: Path, patience: float) -> TextIO:
+    """Lock out_dir for this process, until it ends; return the lock's file, at its beginning.
 
-    Waits up to `patience` seconds for another process, one that is ending, to let go of it.
+    Waits up to `patience` seconds for another process that is ending, then raises BlockingIOError.
+    Folders made here are removed when the program ends if nothing was written to them.
     """
     deadline, waiting = time.monotonic() + patience, False
-    try:
-        new = [folder for folder in (out_dir, *out_dir.parents) if not folder.exists()]
-        out_dir.mkdir(parents=True, exist_ok=True)
-        for folder in new:  # what is saved in it must not be lost with it
-            sync(folder.parent)
+    new = [folder for folder in (out_dir, *out_dir.parents) if not folder.exists()]
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for folder in new:  # what is saved in it must not be lost with it
+        sync(folder.parent)
+    if new:
+        atexit.register(remove_unused, new)
+    while True:
         file = open(out_dir / ".lock", "a+")
         file.seek(0)
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return file, ""
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    return None, (f"another run is writing to {out_dir}; wait for its end, "
-                                  "or take another --out_dir")
-                if not waiting:
-                    print(f"another run is still writing to {out_dir}; waiting {patience} s for "
-                          "its end", flush=True)
-                waiting = True
-                time.sleep(0.1)
-    except OSError as e:
-        return None, f"out_dir={out_dir} can't be used: {e.strerror.lower()}"
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
+                return file
+        except (BlockingIOError, FileNotFoundError):  # held, or removed by a run that has ended
+            if time.monotonic() > deadline:
+                raise BlockingIOError from None
+            if not waiting:
+                print(f"another run is still writing to {out_dir}; waiting up to {patience} s for "
+                      "its end", flush=True)
+            waiting = True
+            time.sleep(0.1)
+        file.close()
+
+
+def remove_unused(folders: list[Path]) -> None:
+    """Remove the first of `folders` if it holds nothing but a lock, then its parents among them."""
+    with suppress(OSError):
+        if os.listdir(folders[0]) == [".lock"]:
+            (folders[0] / ".lock").unlink()
+        for folder in folders:
+            folder.rmdir()
+
+
+def host_memory() -> int:
+    """Return the bytes of memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:

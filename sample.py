@@ -3,7 +3,7 @@ lists every key."""
 from dataclasses import dataclass
 from typing import Literal
 
-from configurator import command_line, fail, knob
+from configurator import command_line, fail, knob, leave_closed_output
 
 
 @dataclass(frozen=True)
@@ -13,6 +13,9 @@ class SampleConfig:
     init_from: str = knob("best",
         "best | resume (the newest) of out_dir's bundles | path of a checkpoint or a "
         "Hugging Face folder | gpt2, gpt2-medium, gpt2-large, gpt2-xl")
+    dataset: str = knob("",
+        "the dataset whose vocabulary a checkpoint of nanoGPT has; others know their own")
+    data_dir: str = knob("data", "the folder of that dataset, as in train.py")
     start: str = knob("", "the text to continue; FILE:prompt.txt reads it from a file")
     num_samples: int = knob(3, "how many continuations", least=1, below=10_001)
     max_new_tokens: int = knob(500, "length of each", least=0, below=10_000_001)
@@ -33,18 +36,18 @@ if __name__ == "__main__":  # before torch is loaded
         fail(f"{WORDS[0]}: a flag is written --key=value; --help lists the keys")
 
 import codecs
-import math
-import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
 import tokenizer
-from checkpoint import BadBundle, best_bundle, newest_bundle
+from checkpoint import BadBundle, best_bundle, has_run, newest_bundle
+from loader import BadData, dataset_folder, read_meta
 from model import GPT, ModelArgs, cropped, generate, pack, read_weights, with_weights
-from runtime import pick_device, pick_dtype
+from runtime import host_memory, pick_device, pick_dtype
 
 SMALL = 4e6  # fewer parameters stay in the cache, where products of one row are fast in float32
 
@@ -52,25 +55,39 @@ SMALL = 4e6  # fewer parameters stay in the cache, where products of one row are
 def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
     """The model, its tokenizer, and where they come from."""
     folder = Path(config.out_dir)
+    if config.init_from in ("best", "resume") and not has_run(folder):
+        fail(f"there is no checkpoint in {folder}. Try: --out_dir=<the folder of a run>, or first: "
+             "python train.py config/train_shakespeare_char_cpu.py")
     try:
         if config.init_from in ("best", "resume"):
             bundle = best_bundle(folder) if config.init_from == "best" else newest_bundle(folder)
             args, state, data = ModelArgs(**bundle["model_args"]), bundle["model"], bundle["data"]
-            loss = bundle["evaluation"].get("val_loss", math.nan)
-            origin = f"{folder}: step {bundle['step']}, val loss {loss:.4f}"
+            origin = f"{folder}: step {bundle['step']}" + describe_loss(bundle)
         else:
             args, state, data = read_weights(config.init_from)
             origin = config.init_from
-    except (BadBundle, ValueError) as e:
+        if config.dataset and not data:
+            data = read_meta(dataset_folder(config.data_dir, config.dataset))
+    except (BadBundle, BadData, ValueError) as e:
         fail(str(e))
     vocabulary = tokenizer.from_meta(data or {"tokenizer": {"kind": "gpt2"}})
     if not 0 <= args.vocab_size - vocabulary.vocab_size < 64:
-        fail(f"{config.init_from} knows {args.vocab_size} tokens and does not say which")
+        fail(f"{config.init_from} knows {args.vocab_size} tokens and does not say which. Try: "
+             "--dataset=<the dataset it was trained on>")
     try:
         model = with_weights(*cropped(args, state, vocabulary.vocab_size, args.block_size))
     except ValueError as e:
         fail(f"{origin}: {e}")
     return model.eval(), vocabulary, origin
+
+
+def describe_loss(bundle: dict[str, Any]) -> str:
+    """Return the last validation loss, with the step that it is from if that is an older one."""
+    evaluation = bundle["evaluation"]
+    if "val_loss" not in evaluation:
+        return ", not evaluated yet"
+    older = f" at step {evaluation['step']}" * (evaluation["step"] != bundle["step"])
+    return f", val loss {evaluation['val_loss']:.4f}" + older
 
 
 def make_fast(model: GPT, dtype_name: str, device: torch.device) -> None:
@@ -106,6 +123,12 @@ def main(config: SampleConfig) -> None:
     prompt = read_prompt(config.start, vocabulary)
     if config.stop_at_eot and vocabulary.eot is None:
         fail("--stop_at_eot=True: the vocabulary of this model has no end-of-text token")
+    tokens = config.num_samples * (len(prompt) + config.max_new_tokens)
+    cache = config.num_samples * model.args.n_layer * model.args.block_size * model.args.n_embd
+    if 8 * (tokens + cache) > host_memory():
+        fail(f"num_samples={config.num_samples:,} of {config.max_new_tokens:,} tokens need "
+             f"{8 * (tokens + cache) / 1e9:,.0f} GB, and this machine has "
+             f"{host_memory() / 1e9:,.0f}. Try: fewer --num_samples")
     print(origin, file=sys.stderr)  # stdout is for the text alone
     samples = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(config.num_samples)]
     texts = [vocabulary.decode(prompt) if config.start else ""] * config.num_samples
@@ -133,5 +156,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print()
         sys.exit(130)
-    except BrokenPipeError:  # `| head` has seen enough
-        os._exit(0)
+    except OSError as e:
+        leave_closed_output(e)

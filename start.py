@@ -1,6 +1,5 @@
 """How a run begins: from scratch, from weights, or from the newest whole bundle of its folder."""
 import math
-import os
 import secrets
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -13,12 +12,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 from card import write_card
-from configurator import TrainConfig, fail, warn
-from loader import Loader, Split, read_meta, split_files
+from configurator import EXIT_MISTAKE, TrainConfig, describe, fail, warn
+from loader import Loader, Split, dataset_folder, read_meta
 from metrics import Metrics
 from model import GPT, ModelArgs, cropped, read_weights, with_weights
-from runtime import (Ranks, compiler_lacks, device_name, join_ranks, lock, pick_dtype, restore_rng,
-                     rng_state)
+from runtime import (Ranks, compiler_lacks, device_name, host_memory, join_ranks, lock, pick_dtype,
+                     restore_rng, rng_state)
 
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "block_size", "bias")
 FIXED = ("seed", *ARCHITECTURE)  # another value would be another run
@@ -91,11 +90,9 @@ def begin(config: TrainConfig, given: dict[str, Any]) -> tuple[Run, Metrics, che
     writes = ranks.rank == 0 and not config.eval_only
     held = hold(out_dir, config, ranks, writes)
     bundle = find_run(config, ranks, held)
-    try:
-        data = read_meta(given.get("dataset", bundle["config"]["dataset"]) if bundle
-                         else config.dataset)
-    except ValueError as e:
-        fail(str(e))
+    where = {"data_dir": config.data_dir} | bundle["config"] | given if bundle else asdict(config)
+    folder = dataset_folder(where["data_dir"], where["dataset"])
+    data = read_meta(folder)
     if bundle:
         config, changes = resumed_config(given, bundle, data)
         # the folder may have moved; what the run began from stays told
@@ -109,7 +106,7 @@ def begin(config: TrainConfig, given: dict[str, Any]) -> tuple[Run, Metrics, che
     if config.elastic:  # how many threads share a sum is part of its order
         threads = ranks.from_first(torch.get_num_threads())
         torch.set_num_threads(bundle.get("threads", threads) if bundle else threads)
-    loader, splits = open_data(config, data, ranks)
+    loader, splits = open_data(folder, config, data, ranks)
     model.to(device)
     dtype = pick_dtype(config.dtype, device)
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
@@ -146,19 +143,27 @@ def introduce(run: Run, metrics: Metrics, dtype: str) -> None:
     try:
         write_card(config, data, parameters, run.step, machine)
     except OSError as e:
-        warn(f"{config.out_dir}/README.md is left as it is: {e.strerror.lower()}")
+        warn(f"{config.out_dir}/README.md is left as it is: {describe(e)[0]}")
     if config.wandb_log:
         run.wandb_run_id = metrics.start_wandb(asdict(config), run.wandb_run_id)
 
 
 def hold(out_dir: Path, config: TrainConfig, ranks: Ranks, writes: bool) -> TextIO | None:
     """Keep every other run out of out_dir, and remove what a dead one has left half-written."""
-    # a restart loop comes back while the ranks of a dead launcher may still be ending
-    held, problem = lock(out_dir, patience=30 if is_auto(config) else 0) if writes else (None, "")
+    held, problem = None, None
+    try:
+        if writes:
+            # a restart loop comes back while the ranks of a dead launcher may still be ending
+            held = lock(out_dir, patience=30 if is_auto(config) else 0)
+            checkpoint.remove_leftovers(out_dir, checkpoint.Disk())
+    except BlockingIOError:
+        problem = (f"another run is writing to {out_dir}; wait for its end, or take another "
+                   "--out_dir", EXIT_MISTAKE)
+    except OSError as e:
+        reason, code = describe(e)
+        problem = f"out_dir={out_dir} can't be used: {reason}", code
     if problem := ranks.from_first(problem):
-        fail(problem)
-    if held:
-        checkpoint.remove_leftovers(out_dir, checkpoint.Disk())
+        fail(*problem)
     return held
 
 
@@ -172,7 +177,8 @@ def mark(held: TextIO, run_id: str) -> None:
         held.write(run_id)
         held.flush()
     except OSError as e:
-        fail(f"{held.name} can't be written: {e.strerror.lower()}")
+        reason, code = describe(e)
+        fail(f"{held.name} can't be written: {reason}", code)
 
 
 def is_auto(config: TrainConfig) -> bool:
@@ -237,12 +243,14 @@ def build(config: TrainConfig, given: dict[str, Any], meta: dict[str, Any]
 def check_memory(config: TrainConfig, vocab_size: int) -> None:
     """Refuse at once what this machine could only fail at after minutes of swapping."""
     parameters = config.n_embd * (12 * config.n_layer * config.n_embd + vocab_size)
-    # float32 weights, gradients and two moments; int64 inputs and targets
-    needed = 16 * max(parameters, config.batch_size * config.block_size)
-    if needed > (room := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
-        fail(f"{parameters:,} parameters and batches of {config.batch_size:,} x "
-             f"{config.block_size:,} tokens need more than {needed / 1e9:,.0f} GB, and this "
-             f"machine has {room / 1e9:,.0f}; lower n_layer, n_embd or batch_size")
+    # float32 weights, gradients and two moments; int64 inputs and targets; losses
+    needed = 16 * max(parameters, config.batch_size * config.block_size,
+                      config.gradient_accumulation_steps)
+    if needed > (room := host_memory()):
+        fail(f"{parameters:,} parameters and {config.gradient_accumulation_steps:,} batches of "
+             f"{config.batch_size:,} x {config.block_size:,} tokens need more than "
+             f"{needed / 1e9:,.0f} GB, and this machine has {room / 1e9:,.0f}; lower n_layer, "
+             "n_embd, batch_size or gradient_accumulation_steps")
 
 
 def resumed_config(given: dict[str, Any], bundle: dict[str, Any],
@@ -271,13 +279,13 @@ def resumed_config(given: dict[str, Any], bundle: dict[str, Any],
              "keep the product")
     if data["fingerprint"] != bundle["data"]["fingerprint"]:
         fail(f"this run was trained on {bundle['data']['name']} "
-             f"{bundle['data']['fingerprint'][:12]}, but data/{config.dataset} is "
-             f"{data['fingerprint'][:12]}; prepare that text again")
+             f"{bundle['data']['fingerprint'][:12]}, but {config.dataset} in data_dir="
+             f"{config.data_dir} is {data['fingerprint'][:12]}; prepare that text again")
     return config, [f"{key} {old} -> {new}" for key, (old, new) in changes.items()
                     if key != "init_from"]
 
 
-def open_data(config: TrainConfig, meta: dict[str, Any],
+def open_data(folder: Path, config: TrainConfig, meta: dict[str, Any],
               ranks: Ranks) -> tuple[Loader, dict[str, Split]]:
     """This rank's share of the training batches, and the two splits as an evaluation reads them."""
     if config.elastic and ranks.world_size & (ranks.world_size - 1):
@@ -290,15 +298,13 @@ def open_data(config: TrainConfig, meta: dict[str, Any],
         fail(f"gradient_accumulation_steps={config.gradient_accumulation_steps} "
              f"is counted over all ranks; make it a multiple of their number, {ranks.world_size}")
     mine = range(ranks.rank * share, (ranks.rank + 1) * share)
-    try:
-        def split(name: str, shift: bool) -> Split:
-            return Split(config.dataset, name, meta["dtype"], config.block_size, config.seed, shift,
-                         split_files(meta, name))
-        loader = Loader(split("train", shift=True), config.batch_size,
-                        config.gradient_accumulation_steps, mine, ranks.device)
-        return loader, {"train": split("train", shift=False), "val": split("val", shift=False)}
-    except ValueError as e:
-        fail(str(e))
+
+    def split(name: str, shift: bool) -> Split:
+        return Split(folder, name, meta, config.block_size, config.seed, shift)
+
+    loader = Loader(split("train", shift=True), config.batch_size,
+                    config.gradient_accumulation_steps, mine, ranks.device)
+    return loader, {"train": split("train", shift=False), "val": split("val", shift=False)}
 
 
 def as_it_runs(model: GPT, config: TrainConfig, ranks: Ranks, autocast: Any,

@@ -4,7 +4,7 @@ every key.
 Kill it at any time: with --init_from=auto the same command goes on from the newest bundle in
 out_dir.
 """
-from configurator import TrainConfig, command_line
+from configurator import EXIT_FAILED, TrainConfig, command_line, fail
 
 if __name__ == "__main__":  # before torch is loaded
     CONFIG, GIVEN, _ = command_line(TrainConfig, "python train.py [config/x.py] [--key=value ...]")
@@ -22,13 +22,12 @@ from torch import Tensor
 
 import tokenizer
 from checkpoint import Saver, has_run
-from loader import seed_of
+from loader import BadData, seed_of
 from metrics import Metrics
 from model import GPT, generate
 from runtime import EXIT_STOPPED, Signals, Stopped, peak_flops
 from start import Run, begin
 
-EXIT_FAILED = 1  # the last save failed: the end of the run is not on the disk
 EXIT_NOT_FINITE = 3  # trying again would meet the same numbers: look first
 NOT_FINITE = (
     "step {step}: the loss or the gradient is not finite; that update was not made, "
@@ -211,8 +210,16 @@ def main(config: TrainConfig, given: dict[str, Any]) -> int:
         return train(config, given, Signals())
     except Stopped:
         if os.environ.get("RANK", "0") == "0":
-            print("stopped before the first step; go on with --init_from=auto")
+            print("stopped while starting, with nothing new to save; "
+                  "continue with --init_from=auto")
         return EXIT_STOPPED
+    except BadData as e:
+        fail(str(e), any_rank=True)
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(e):
+            raise
+        fail(f"out of memory: {str(e).strip()}. Try: a smaller --batch_size and as much larger "
+             "--gradient_accumulation_steps", EXIT_FAILED, any_rank=True)
 
 
 def train(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:

@@ -5,12 +5,12 @@
 #   runs/loop.sh torchrun --standalone --nproc_per_node=8 train.py config/x.py --init_from=auto
 #
 # It ends with the run (0), with what another try would only repeat (2: a mistake, 3: not finite),
-# with a Ctrl-C or SIGTERM of your own, and after three tries in a row that lived under a minute:
+# with a Ctrl-C, SIGTERM or SIGUSR1 of your own, and after three tries in a row that lived under a minute:
 # behind torchrun all failures look alike.
 set -u
 child="" stopped="" short=0
 trap 'stopped=1' INT  # the terminal has sent it to the run as well
-trap 'stopped=1; [ -n "$child" ] && kill -TERM "$child"' TERM
+trap 'stopped=1; [ -n "$child" ] && kill -TERM "$child"' TERM USR1
 
 while true; do
     begun=$SECONDS

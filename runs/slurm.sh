@@ -22,7 +22,8 @@ leave=""
 # to the job's steps, not to srun, which would kill them at once
 trap 'leave=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 
-srun torchrun --nnodes="${SLURM_NNODES:-1}" --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" \
+# torchrun would die of a USR1 that reaches the whole step (--signal without B:); its ranks save
+srun env --ignore-signal=USR1 torchrun --nnodes="${SLURM_NNODES:-1}" --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" \
     --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID" \
     --rdzv_endpoint="$host:$((20000 + SLURM_JOB_ID % 10000))" --max-restarts=3 \
     train.py --init_from=auto "$@" &

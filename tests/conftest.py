@@ -88,9 +88,10 @@ def rows(out_dir: Path, *keys: str) -> list[dict]:
             for row in lines if set(keys) <= set(row)]
 
 
-def complaint(done: subprocess.CompletedProcess) -> str:
-    """The one line that a user's mistake is answered with."""
+def complaint(done: subprocess.CompletedProcess, silent: bool = True) -> str:
+    """Return the one line that answers a user's mistake; `silent`: nothing else was printed."""
     assert done.returncode == 2, done.stdout + done.stderr
     lines = done.stderr.splitlines()
-    assert len(lines) == 1 and not done.stdout and lines[0].startswith("error: "), done.stderr
+    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
+    assert not (silent and done.stdout), done.stdout
     return lines[0]

@@ -1,19 +1,19 @@
 """What loader.py promises: batches are a function of (seed, step); an epoch visits all windows."""
 import json
 import os
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-import loader
-from loader import Loader, Split, mix, read_meta, seed_of, shuffled, split_files
+from loader import BadData, Loader, Split, mix, read_meta, seed_of, shuffled
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
     """A function that writes 0, 1, 2, ... as the training split of x: a token is its own place."""
-    monkeypatch.setattr(loader, "DATA", tmp_path)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "x").mkdir()
 
     def write(count, dtype="uint16", first=0):
@@ -21,8 +21,12 @@ def data(tmp_path, monkeypatch):
     return write
 
 
-def split(block_size, seed=1, shift=True, dtype="uint16"):
-    return Split("x", "train", dtype, block_size, seed, shift)
+def split(block_size, seed=1, shift=True, dtype="uint16", files=None):
+    """The training split of x: train.bin as it is, or `files` with the number of their tokens."""
+    path = Path("x/train.bin")
+    files = files or {path.name: path.stat().st_size // np.dtype(dtype).itemsize}
+    meta = {"dtype": dtype, "vocab_size": 2**32, "files": {"train": files}}
+    return Split(Path("x"), "train", meta, block_size, seed, shift)
 
 
 def starts(a_split, epoch=0):
@@ -161,8 +165,8 @@ def test_a_file_too_short_for_one_window_is_refused_with_the_mend(data, dtype):
     for count in (0, 1, 8):
         data(count, dtype)
         for shift in (True, False):
-            says = rf"train\.bin has {count} tokens.* needs 9; lower block_size"
-            with pytest.raises(ValueError, match=says):
+            says = f"at least 9 .*got {count}"
+            with pytest.raises(BadData, match=says):
                 split(8, shift=shift, dtype=dtype)
     data(9, dtype)
     x, y = split(8, dtype=dtype).rows(0, 3)
@@ -170,20 +174,107 @@ def test_a_file_too_short_for_one_window_is_refused_with_the_mend(data, dtype):
 
 
 def test_a_dataset_that_is_not_there_is_named_with_the_mend(data, tmp_path):
-    with pytest.raises(ValueError, match=r"train\.bin.*prepare\.py"):
-        split(8)
-    with pytest.raises(ValueError, match="none; make it with: python prepare.py none"):
-        read_meta("none")
-    (tmp_path / "x" / "meta.json").write_text('{"dtype": ')
-    with pytest.raises(ValueError, match="meta.json is damaged"):
-        read_meta("x")
-    (tmp_path / "x" / "meta.json").write_text(json.dumps({"dtype": "uint16"}))
-    with pytest.raises(ValueError, match="it lacks keys"):
-        read_meta("x")
-    whole = {"name": "x", "tokenizer": {"kind": "gpt2"}, "vocab_size": 50257, "dtype": "uint16",
-             "tokens": {"train": 2, "val": 2}, "fingerprint": "0"}
-    (tmp_path / "x" / "meta.json").write_text(json.dumps(whole))
-    assert read_meta("x") == whole
+    with pytest.raises(BadData, match="python prepare.py none"):
+        read_meta(Path("none"))
+    with pytest.raises(BadData, match="train.bin: no such file"):
+        split(8, files={"train.bin": 9})
+
+
+META = {"name": "x", "tokenizer": {"kind": "char", "chars": "ab"}, "vocab_size": 2,
+        "dtype": "uint16", "tokens": {"train": 2, "val": 2}, "fingerprint": "0"}
+
+
+@pytest.mark.parametrize("text", [
+    "", '{"dtype": ', "[]", "{}", '"text"', *(json.dumps(META | change) for change in (
+        {"dtype": "float32"}, {"vocab_size": "2"}, {"vocab_size": 3}, {"tokens": {"train": 2}},
+        {"tokens": [1, 2]}, {"tokenizer": None}, {"files": {"train": {}}}, {"files": []},
+        {"files": {"train": {"train.bin": 2}, "val": ["val.bin"]}},
+        {"tokens": {"train": -1, "val": 2}}))])
+def test_a_corrupt_meta_json_is_refused(data, text):
+    Path("x/meta.json").write_text(text)
+    with pytest.raises(BadData, match="x/meta.json"):
+        read_meta(Path("x"))
+
+
+def test_an_intact_meta_json_is_returned(data):
+    Path("x/meta.json").write_text(json.dumps(META))
+    assert read_meta(Path("x")) == META
+
+
+def test_an_id_outside_the_vocabulary_names_its_file(data):
+    data(1000)
+    files = in_parts(Path("x"), 400, 600)
+    with open("x/train-00001.bin", "r+b") as f:
+        f.seek(2 * 100)
+        f.write(np.uint16(1000).tobytes())
+    meta = {"dtype": "uint16", "vocab_size": 1000, "files": {"train": files}}
+    a_split = Split(Path("x"), "train", meta, 8, 1, shift=False)
+    with pytest.raises(BadData, match="x/train-00001.bin: .*below 1000, got 1000"):
+        a_split.rows(0, a_split.windows)
+
+
+# a dataset that nanoGPT prepared
+
+
+@pytest.fixture
+def nanogpt(data):
+    """A function that writes ids below `top` as both splits of x, and `meta` as its meta.pkl."""
+    def write(top, meta=None, protocol=4):
+        for name in ("train", "val"):
+            (np.arange(5000) * 7 % top).astype("uint16").tofile(f"x/{name}.bin")
+        if meta is not None:
+            Path("x/meta.pkl").write_bytes(pickle.dumps(meta, protocol))
+        return read_meta(Path("x"))
+    return write
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_meta_pkl_gives_the_characters(nanogpt, protocol):
+    chars = "\n abcé"
+    itos = dict(enumerate(chars))
+    meta = nanogpt(6, {"vocab_size": 6, "itos": itos, "stoi": {c: i for i, c in itos.items()}},
+                   protocol)
+    assert meta["tokenizer"] == {"kind": "char", "chars": chars} and meta["vocab_size"] == 6
+    assert meta["tokens"] == {"train": 5000, "val": 5000}
+
+
+class Evil:
+    def __reduce__(self):
+        return Path("ran").touch, ()
+
+
+@pytest.mark.parametrize("meta", [
+    {"itos": {0: "a"}, "stoi": Evil()}, Evil(), {"itos": {0: "a", 2: "b"}}, {"itos": ["a", "a"]},
+    {"itos": {0: "ab"}}, {"itos": {0: 1}}, {"itos": np.array(["a"])}, {"vocab_size": 5}, [1]])
+def test_any_other_meta_pkl_is_refused(nanogpt, meta):
+    with pytest.raises(BadData, match="x/meta.pkl is not nanoGPT's vocabulary"):
+        nanogpt(6, meta)
+    assert not Path("ran").exists()
+
+
+def test_a_cut_meta_pkl_is_refused(nanogpt):
+    whole = pickle.dumps({"itos": {0: "a", 1: "b"}})
+    for size in range(len(whole)):
+        Path("x/meta.pkl").write_bytes(whole[:size])
+        with pytest.raises(BadData):
+            nanogpt(2)
+
+
+def test_gpt2_is_assumed_with_a_line(nanogpt, capsys):
+    assert nanogpt(50257)["tokenizer"] == {"kind": "gpt2"}
+    assert "GPT-2" in capsys.readouterr().err
+
+
+def test_characters_are_never_read_as_gpt2_tokens(nanogpt):
+    with pytest.raises(BadData, match="below 256"):
+        nanogpt(65)
+
+
+def test_half_a_dataset_is_refused(nanogpt):
+    nanogpt(50257)
+    Path("x/val.bin").unlink()
+    with pytest.raises(BadData, match="x/val.bin"):
+        read_meta(Path("x"))
 
 
 def test_places_beyond_4_gb_are_exact(data, tmp_path, monkeypatch):
@@ -215,8 +306,8 @@ def test_several_files_are_read_as_one(data, tmp_path, sizes, shift):
     data(1000)
     files = in_parts(tmp_path / "x", *sizes)
     for block_size in (1, 8, 37):
-        whole = Split("x", "train", "uint16", block_size, 1, shift)
-        parts = Split("x", "train", "uint16", block_size, 1, shift, files)
+        whole = split(block_size, 1, shift)
+        parts = split(block_size, 1, shift, files=files)
         assert (parts.windows, parts.offsets) == (whole.windows, whole.offsets)
         for a, b in zip(whole.rows(0, 3 * whole.windows), parts.rows(0, 3 * whole.windows)):
             assert torch.equal(a, b)
@@ -225,7 +316,7 @@ def test_several_files_are_read_as_one(data, tmp_path, sizes, shift):
 def test_batches_of_several_files_are_those_of_one(data, tmp_path):
     data(5000, "uint32", first=2**31)
     files = in_parts(tmp_path / "x", 1234, 2345, 1421, dtype="uint32")
-    loaders = [Loader(Split("x", "train", "uint32", 16, 7, True, files), 3, 4, range(4),
+    loaders = [Loader(split(16, 7, dtype="uint32", files=files), 3, 4, range(4),
                       torch.device("cpu")) for files in (None, files)]
     for step in (0, 1, 2, 3, 40, 41, 1000, 10**7):
         assert batches(loaders[0], step) == batches(loaders[1], step)
@@ -233,21 +324,17 @@ def test_batches_of_several_files_are_those_of_one(data, tmp_path):
 
 def test_a_file_that_is_missing_or_short_is_named(data, tmp_path):
     data(1000)
-    meta = {"tokens": {"train": 1000, "val": 5}, "files": {"train": in_parts(
-        tmp_path / "x", 400, 0, 600), "val": {"val-00000.bin": 5}}}
-    files = split_files(meta, "train")
-    assert files == meta["files"]["train"]
+    files = in_parts(tmp_path / "x", 400, 0, 600)
     for size in (1198, 1202, 0):
         os.truncate(tmp_path / "x" / "train-00002.bin", size)
-        with pytest.raises(ValueError, match=f"train-00002.bin has {size // 2} tokens, and not 600"
-                                             ", as meta.json says; make the dataset again"):
-            Split("x", "train", "uint16", 8, 1, True, files)
+        with pytest.raises(BadData, match=f"train-00002.bin: expected 600 .*got {size // 2}"):
+            split(8, files=files)
     (tmp_path / "x" / "train-00002.bin").unlink()
-    with pytest.raises(ValueError, match="train-00002.bin: no such file or directory; make it"):
-        Split("x", "train", "uint16", 8, 1, True, files)
+    with pytest.raises(BadData, match="train-00002.bin: no such file"):
+        split(8, files=files)
     os.truncate(tmp_path / "x" / "train.bin", 1000)
-    with pytest.raises(ValueError, match="train.bin has 500 tokens, and not 1,000"):
-        Split("x", "train", "uint16", 8, 1, True, split_files({"tokens": {"train": 1000}}, "train"))
+    with pytest.raises(BadData, match="train.bin: expected 1,000 .*got 500"):
+        split(8, files={"train.bin": 1000})
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory from /proc")
@@ -259,8 +346,7 @@ def test_memory_stays_flat_while_large_files_are_read(data, tmp_path):
     for k in range(8):
         with open(tmp_path / "x" / f"train-{k:05}.bin", "wb") as f:
             f.truncate(size)
-    a_split = Split("x", "train", "uint16", 1024, 1, True,
-                    {f"train-{k:05}.bin": size // 2 for k in range(8)})
+    a_split = split(1024, files={f"train-{k:05}.bin": size // 2 for k in range(8)})
     for i in range(50):
         a_split.rows(i * 32, 32)
     before = resident()

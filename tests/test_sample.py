@@ -25,6 +25,19 @@ def test_it_needs_only_the_checkpoint(trained, tmp_path):
     assert first.startswith("Ham") and second.startswith("Ham") and len(first) == len(second) == 53
 
 
+def test_the_step_of_an_older_loss_is_named(train, tmp_path):
+    train(max_iters=21)
+    train(init_from="resume", max_iters=22)
+    bundle = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+    assert bundle["step"] == bundle["evaluation"]["step"] == 22
+    train(out="saved", max_iters=40, eval_interval=30, checkpoint_interval=7, keep_checkpoints=9)
+    for step, told in ((35, " at step 30"), (40, "")):
+        done = run("sample.py", init_from="resume", max_new_tokens=0, out_dir=(
+            folder := tmp_path / f"only-{step}").mkdir() or shutil.copy(
+                tmp_path / f"saved/ckpt-{step:08}.pt", folder / "ckpt.pt") and folder)
+        assert f"step {step}, " in done.stderr and done.stderr.endswith(f"{told}\n")
+
+
 def samples(text: str) -> list[str]:
     """The samples that sample.py printed."""
     return text.removesuffix("\n").split("\n---------------\n")
@@ -64,7 +77,8 @@ def test_a_prompt_from_a_file_longer_than_the_block(trained, play, tmp_path):
 @pytest.mark.parametrize("flags, shown", [
     ({"start": "naïve 你好"}, "你"),
     ({"start": "FILE:nosuch.txt"}, "nosuch.txt: no such file"),
-    ({"out_dir": "nosuch"}, "no whole bundle in nosuch"),
+    ({"out_dir": "nosuch"}, "python train.py"),
+    ({"num_samples": 10_000, "max_new_tokens": 10_000_000}, "fewer --num_samples"),
     ({"init_from": "nosuch"}, "nor a name that is known"),
     ({"num_samples": 0}, "num_samples must be at least 1"),
     ({"temprature": 1}, "did you mean temperature?"),
@@ -74,6 +88,19 @@ def test_a_prompt_from_a_file_longer_than_the_block(trained, play, tmp_path):
 ])
 def test_a_mistake_is_answered_with_one_line(trained, flags, shown):
     assert shown in complaint(run("sample.py", code=None, **{"out_dir": trained} | flags))
+
+
+def test_a_temperature_near_zero_takes_the_likeliest(trained):
+    cold, zero = (run("sample.py", out_dir=trained, max_new_tokens=20, temperature=t).stdout
+                  for t in (1e-46, 0))
+    assert cold == zero
+
+
+def test_a_full_stdout_is_one_line(trained):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command("sample.py", out_dir=trained, max_new_tokens=2), stdout=full,
+                              stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: stdout: ")
 
 
 def test_a_reader_that_has_seen_enough_ends_it(trained):

@@ -1,9 +1,11 @@
 """The training script: what it computes, what it logs, what it refuses."""
+import errno
 import fcntl
 import json
 import math
 import os
 import pty
+import shutil
 import struct
 import subprocess
 import sys
@@ -15,6 +17,9 @@ import pytest
 import torch
 from conftest import REPO, TINY, bits, command, complaint, rows, run
 from wandb.proto import wandb_internal_pb2 as pb
+
+import configurator
+import train as script
 
 
 def test_it_learns(train, tmp_path):
@@ -127,12 +132,16 @@ def test_nothing_but_the_dataset_is_read_from_the_working_folder(dataset, tmp_pa
     ("--dataset=nosuch", "python prepare.py nosuch"),
     ("--learning_rat=1", "did you mean learning_rate?"),
     ("--n_head=3", "n_embd=32 is not a multiple of n_head=3"),
-    ("--block_size=100000", "lower block_size"),
+    ("--block_size=100000", "a smaller --block_size"),
     ("--device=cuda:99", "device=auto"),
     ("--device=toaster", "device=auto"), ("--device=meta", "device=auto"),
     ("--device=cpu:7", "device=auto"),
-    ("--n_layer=1e9", "lower n_layer, n_embd or batch_size"),
-    ("--batch_size=1e12", "lower n_layer, n_embd or batch_size"),
+    ("--n_layer=1e9", "lower n_layer, n_embd, batch_size"),
+    ("--batch_size=1e9", "lower n_layer, n_embd, batch_size"),
+    ("--n_embd=1e300", "n_embd must be"), ("--batch_size=1e12", "batch_size must be"),
+    ("--gradient_accumulation_steps=1e12", "gradient_accumulation_steps must be"),
+    ("--gradient_accumulation_steps=2e9", "or gradient_accumulation_steps"),
+    ("--backend=foo", "auto or nccl or gloo"),
     ("--init_from=nosuch", "nor a name that is known"),
     ("--out_dir=/proc/nosuch", "can't be used"),
     ("config/nosuch.py", "no such file"),
@@ -140,7 +149,83 @@ def test_nothing_but_the_dataset_is_read_from_the_working_folder(dataset, tmp_pa
 def test_a_mistake_is_answered_with_one_line(train, word, shown, tmp_path):
     done = train(last=word, code=None)
     assert shown in complaint(done)
-    assert not list(tmp_path.glob("out/*.pt"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_prepare_and_train_share_data_dir(play, tmp_path):
+    place = {"data_dir": tmp_path / "sets"}
+    run("prepare.py", play, name="mine", tokenizer="char", **place)
+    run("train.py", **TINY | place | {"dataset": "mine", "out_dir": tmp_path / "out",
+                                      "max_iters": 2})
+    run("train.py", out_dir=tmp_path / "out", init_from="resume", max_iters=3)
+    assert rows(tmp_path / "out")[-1]["step"] == 3
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_corrupt_id_ends_the_run_with_one_line(train, dataset, tmp_path, ranks):
+    shutil.copytree(dataset, tmp_path / "data")
+    with open(tmp_path / "data/train.bin", "r+b") as f:
+        f.write(b"\xff" * 40_000)
+    done = train(ranks=ranks, code=None, dataset=tmp_path / "data")
+    if ranks == 1:
+        assert "train.bin" in complaint(done, silent=False)
+    assert done.returncode and done.stderr.count("error: ") and "IndexError" not in done.stderr
+
+
+def test_nccl_without_cuda_is_refused_for_ranks_only(train):
+    train(max_iters=1, device="cpu", backend="nccl")
+    done = train(ranks=2, out="other", device="cpu", backend="nccl", code=None)
+    assert done.returncode and "backend=nccl needs CUDA" in done.stderr
+
+
+def test_a_folder_named_metrics_jsonl_is_refused(train, tmp_path):
+    (tmp_path / "out/metrics.jsonl").mkdir(parents=True)
+    assert "metrics.jsonl" in complaint(train(code=None), silent=False)
+
+
+def test_a_full_disk_at_a_start_exits_1(dataset, tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for where, name in (("runtime", "sync"), ("metrics", "Disk.create")):
+        monkeypatch.setattr(f"{where}.{name}", full)
+        flags = [f"--{key}={value}" for key, value in
+                 (TINY | {"out_dir": tmp_path / where, "dataset": dataset}).items()]
+        with pytest.raises(SystemExit) as e:
+            script.begin(*configurator.parse(configurator.TrainConfig, "", flags)[:2])
+        assert e.value.code == 1 and capsys.readouterr().err.startswith("error: ")
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_is_one_line(monkeypatch, capsys, error):
+    def fails(*_):
+        raise error
+
+    monkeypatch.setattr(script, "train", fails)
+    monkeypatch.setattr(script, "Signals", lambda: None)
+    with pytest.raises(SystemExit) as e:
+        script.main(None, {})
+    assert e.value.code == 1 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_training_continues_when_stdout_is_full(dataset, tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            command("train.py", **TINY | {"out_dir": tmp_path / "out", "dataset": dataset}),
+            stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0 and done.stderr.count("\n") == 1
+    assert rows(tmp_path / "out")[-1]["step"] == 40
+
+
+def test_any_locale_takes_any_out_dir(dataset, tmp_path):
+    for name in ("жест", b"\xff\xfe".decode(errors="surrogateescape")):
+        flags = TINY | {"out_dir": tmp_path / name, "dataset": dataset, "max_iters": 2}
+        run("train.py", **flags, env={"PYTHONIOENCODING": "ascii"})
+        run("sample.py", out_dir=tmp_path / name, num_samples=1, max_new_tokens=2,
+            env={"PYTHONIOENCODING": "ascii"})
+        assert (tmp_path / name / "README.md").exists()
 
 
 def test_micro_batches_that_ranks_cannot_share(train):

@@ -14,7 +14,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from configurator import command_line, fail, knob
+if __name__ == "__main__":  # from any folder: python PATH/tools/export.py
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from configurator import command_line, describe, fail, knob
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) there; (out, in) here
 
@@ -25,6 +28,9 @@ class ExportConfig:
     out_dir: str = knob("out", "folder of the run")
     init_from: str = knob("best",
         "best | resume (the newest) of out_dir's bundles | path of a checkpoint")
+    dataset: str = knob("",
+        "the dataset whose vocabulary a checkpoint of nanoGPT has; others know their own")
+    data_dir: str = knob("data", "the folder of that dataset, as in train.py")
     to: str = knob("", "the new folder to write")
     dtype: Literal["float32", "bfloat16", "float16"] = knob("float32", "of the weights")
 
@@ -40,6 +46,7 @@ if __name__ == "__main__":  # before torch is loaded
 import torch
 from torch import Tensor
 
+from checkpoint import Disk, write_bundle
 from model import GPT, ModelArgs
 from sample import SampleConfig, load
 from tokenizer import BPETokenizer, Tokenizer, byte_characters
@@ -139,7 +146,8 @@ def write(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str, dtype: t
     from safetensors.torch import save_file
     args, data = model.args, {"tokenizer": vocabulary.description}
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
-    torch.save({"model": state, "model_args": vars(args), "data": data}, folder / "weights.pt")
+    write_bundle({"model": state, "model_args": vars(args), "data": data}, folder / "weights.pt",
+                 Disk())
     save_file(to_hugging_face(state, args), folder / "model.safetensors", {"format": "pt"})
     to_tokenizers(vocabulary).save(str(folder / "tokenizer.json"))
     files = settings(args, vocabulary.eot, dtype) | {"keepgpt.json": data}
@@ -158,15 +166,16 @@ def main(config: ExportConfig) -> None:
     folder = Path(config.to)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         fail(f"--to={folder} is there already; give a new folder")
-    model, vocabulary, origin = load(SampleConfig(out_dir=config.out_dir,
-                                                  init_from=config.init_from))
+    model, vocabulary, origin = load(SampleConfig(
+        out_dir=config.out_dir, init_from=config.init_from, dataset=config.dataset,
+        data_dir=config.data_dir))
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     try:
         temporary.mkdir(parents=True)
         write(temporary, model, vocabulary, origin, getattr(torch, config.dtype))
         temporary.replace(folder)
     except Exception as e:  # each library has its own for a full disk
-        fail(f"--to={folder} can't be written: {getattr(e, 'strerror', None) or e}")
+        fail(f"--to={folder} can't be written: {describe(e)[0] if isinstance(e, OSError) else e}")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}

@@ -6,7 +6,6 @@ benchmarks, the most wanted first: what the time does not suffice for is named. 
 needs no network, and Transformers only for the peers' columns.
 """
 import json
-import os
 import subprocess
 import sys
 import tempfile

@@ -23,9 +23,10 @@ def bench(config: BenchConfig) -> Iterator[dict[str, str]]:
         path = Path(folder) / "train.bin"
         path.touch()
         os.truncate(path, SIZE)
+        meta = {"dtype": "uint16", "vocab_size": 50257, "tokens": {"train": SIZE // 2}}
         for at in (0, 10**4, 10**6):
             def first() -> Loader:
-                split = Split(folder, "train", "uint16", shape.args.block_size, 1337, shift=True)
+                split = Split(Path(folder), "train", meta, shape.args.block_size, 1337, shift=True)
                 loader = Loader(split, shape.batch_size, 40, range(40), device)
                 next(loader.step(at))
                 return loader

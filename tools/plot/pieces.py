@@ -15,7 +15,7 @@ import start
 import train
 from checkpoint import generation_of, read_bundle
 from configurator import TrainConfig, fail, knob, parse
-from loader import Loader, read_meta
+from loader import BadData, Loader, dataset_folder, read_meta
 from tools.crash.common import state
 from tools.plot.curves import COLOURS, History, read_run
 
@@ -145,8 +145,8 @@ def trailing(losses: np.ndarray, width: int) -> np.ndarray:
 def draw(config: PiecesConfig):
     """Train, and draw the figure. Ends the program if the dataset is not prepared."""
     try:
-        read_meta(config.dataset)
-    except ValueError as e:
+        read_meta(dataset_folder(config.data_dir, config.dataset))
+    except BadData as e:
         fail(str(e))
     with tempfile.TemporaryDirectory(prefix="keepgpt-pieces-") as place:
         undisturbed, others, same = measure(config, Path(place))
