@@ -130,6 +130,21 @@ def test_a_rank_that_is_told_to_stop_waits_for_the_last_save(dataset, tmp_path):
     assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == logged(out)
 
 
+def test_usr1_to_torchrun_and_ranks_saves(dataset, tmp_path):
+    """As runs/slurm.sh starts it: torchrun ignores the signal, its ranks save."""
+    out = tmp_path / "out"
+    words = command("train.py", ranks=2, out_dir=out, dataset=dataset,
+                    **FLAGS | {"max_iters": 10**6, "eval_interval": 10**5})
+    assert "srun env --ignore-signal=USR1 torchrun" in (REPO / "runs/slurm.sh").read_text()
+    process = subprocess.Popen(["env", "--ignore-signal=USR1", *words], env=ONE_THREAD,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until(lambda: logged(out) >= 10, process)
+    for pid in trainers(out, True) + trainers(out, False):
+        os.kill(pid, signal.SIGUSR1)
+    assert process.wait(timeout=60) == 1  # torchrun's answer to ranks that end with 75
+    assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == logged(out) >= 10
+
+
 def test_the_slurm_script_saves_and_queues_itself_again(dataset, tmp_path, whole):
     """With stand-ins for Slurm's programs: Slurm itself is not here."""
     stubs, out = tmp_path / "bin", tmp_path / "out"
