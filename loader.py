@@ -29,6 +29,10 @@ class BadData(Exception):
     """A dataset that is missing, corrupt or too small; the text says how to fix it."""
 
 
+class BadToken(BadData):
+    """An id outside the vocabulary, which one rank of several may read."""
+
+
 def mix(x: np.ndarray) -> np.ndarray:
     """Scramble uint64 values: the finalizer of SplitMix64 (Steele, Lea, Flood 2014)."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
@@ -214,7 +218,7 @@ class Split:
 
     def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Return windows number first ... first + count - 1 of the endless row of epochs: inputs
-        and targets, (count, T) int64 each. Raises BadData for an id outside the vocabulary."""
+        and targets, (count, T) int64 each. Raises BadToken for an id outside the vocabulary."""
         epoch, index = np.divmod(np.arange(first, first + count, dtype=np.uint64),
                                  np.uint64(self.windows))
         key = mix(epoch ^ self.key)
@@ -225,7 +229,7 @@ class Split:
         if rows.max() >= self.vocab_size:
             row, column = np.argwhere(rows >= self.vocab_size)[0]
             path = self.paths[bisect_right(self.ends, int(start[row]) + int(column))]
-            raise BadData(f"{path}: expected token ids below {self.vocab_size}, got "
+            raise BadToken(f"{path}: expected token ids below {self.vocab_size}, got "
                           f"{rows[row, column]}: the file is corrupt. Try: prepare.py again")
         window = torch.from_numpy(rows.astype(np.int64))  # (count, T + 1)
         return window[:, :-1], window[:, 1:]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import tokenizer
 from checkpoint import Saver, has_run
-from loader import BadData, seed_of
+from loader import BadData, BadToken, seed_of
 from metrics import Metrics
 from model import GPT, generate
 from runtime import EXIT_STOPPED, Signals, Stopped, peak_flops
@@ -214,7 +214,7 @@ def main(config: TrainConfig, given: dict[str, Any]) -> int:
                   "continue with --init_from=auto")
         return EXIT_STOPPED
     except BadData as e:
-        fail(str(e), any_rank=True)
+        fail(str(e), any_rank=isinstance(e, BadToken))
     except (MemoryError, RuntimeError) as e:
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(e):
             raise

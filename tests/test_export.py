@@ -157,7 +157,7 @@ def test_mistakes_are_answered_with_one_line(tmp_path):
     words = command("tools.export", init_from=weights(tmp_path), to=tmp_path / "to")
     full = subprocess.run(["bash", "-c", 'ulimit -f 30; exec "$@"', "bash", *words],
                           capture_output=True, text=True, cwd=REPO)
-    assert f"--to={tmp_path / 'to'} can't be written" in complaint(full)
+    assert f"--to={tmp_path / 'to'} can't be written: file too large" in complaint(full)
     torch.save({"model": {}}, tmp_path / "no.pt")
     assert "no checkpoint" in told(init_from=tmp_path / "no.pt", to=tmp_path / "to")
     assert not (tmp_path / "to").exists()
