@@ -149,7 +149,7 @@ def test_mistakes_are_answered_with_one_line(tmp_path):
         return complaint(run("tools.export", code=2, **flags))
 
     assert "--to=FOLDER" in told(out_dir=tmp_path)
-    assert "no whole bundle in" in told(out_dir=tmp_path, to=tmp_path / "to")
+    assert "python train.py" in told(out_dir=tmp_path, to=tmp_path / "to")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     assert "give a new folder" in told(out_dir=tmp_path, to=tmp_path / "full")
