@@ -260,5 +260,6 @@ class Loader:
             following = (step, m + 1) if m + 1 in self.mine else (step + 1, self.mine[0])
             ready = self.ahead.pop((step, m), None) or self.thread.submit(self.read, step, m)
             self.ahead = {following: self.thread.submit(self.read, *following)}
-            x, y = ready.result()
-            yield m, x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+            pinned = self.device.type == "cuda"  # from other memory a copy must be waited for
+            x, y = (t.to(self.device, non_blocking=pinned) for t in ready.result())
+            yield m, x, y
