@@ -11,6 +11,7 @@ import math
 import pickle
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,11 @@ class LinearCrossEntropy(torch.autograd.Function):
                 loss += (total - logits.gather(1, target)).sum()
                 if learning:
                     logits.sub_(total).exp_()  # now the probabilities
-                    logits.scatter_(1, target, logits.gather(1, target) - 1)
+                    if torch.compiler.is_compiling():  # scatter_ would need all of them in memory
+                        hit = torch.arange(logits.size(1), device=x.device) == target  # (R, V)
+                        logits = torch.where(hit, logits - 1, logits)
+                    else:
+                        logits.scatter_(1, target, logits.gather(1, target) - 1)
                     dlogits = logits.to(dtype)
                     dx.append(dlogits @ weight_half)
                     dweight += dlogits.T @ part
@@ -343,6 +348,18 @@ class RecordedStep:
         return self.logits
 
 
+@contextmanager
+def disable_cudnn_attention() -> Iterator[None]:
+    """Leave attention to the other kernels: cuDNN's plans anew for each key length, which takes
+    tens of milliseconds a token."""
+    enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
+
+
 @torch.inference_mode()
 def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0,
              top_k: int = 0, top_p: float = 1.0, stop: int | None = None, seed: int = 1337,
@@ -370,11 +387,12 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, temperat
     while known < tokens.size(1) and not ended.all():
         if cache.length + new.size(1) > block_size:
             cache.length, new = 0, tokens[:, known - (block_size - block_size // 4):known]
-        if record and cache.length > 0:
-            recorded = recorded or RecordedStep(model, cache)
-            logits = recorded(new)
-        else:
-            logits = model(new, cache=cache)
+        with disable_cudnn_attention():
+            if record and cache.length > 0:
+                recorded = recorded or RecordedStep(model, cache)
+                logits = recorded(new)
+            else:
+                logits = model(new, cache=cache)
         picked = pick(logits[:, -1], temperature, top_k, top_p, rng)  # (B,)
         in_prompt = known < lengths
         tokens[:, known] = torch.where(in_prompt, tokens[:, known], picked)
