@@ -34,6 +34,8 @@ NOT_FINITE = (
     "and the run ends here.\n"
     "Likely causes: a learning rate that is too high (it was {lr:.2e}), too little warm-up, "
     "float16, or damaged data.\n")
+OVERFLOW = ("GradScaler's scale fell below 1: float16 gradients overflow at every scale. "
+            "Try: --dtype=bfloat16\n")
 GO_BACK = ("{out_dir}/ckpt.pt is from before it: go on from there with --init_from=resume and a "
            "lower --learning_rate.")
 
@@ -93,8 +95,10 @@ def evaluate(run: Run, signals: Signals) -> dict[str, float] | None:
                 return None
             if (i := turn + ranks.rank) < len(batches):
                 x, y = (t.to(ranks.device) for t in split.rows(*batches[i]))
+                # a smaller last batch would compile a graph of its own
+                model = run.fast if len(x) == config.batch_size else run.model
                 with run.autocast:
-                    means[i] = run.fast(x, y)
+                    means[i] = model(x, y)
         rows = torch.tensor([rows for _, rows in batches], dtype=torch.float64)
         losses[f"{name}_loss"] = (ranks.sum(means).cpu().double() * rows).sum().item() / count
     return losses
@@ -184,8 +188,13 @@ def update(run: Run, saver: Saver, losses: Tensor) -> tuple[Tensor, Tensor]:
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(run.step, config)
     saver.wait_for_copy()
-    scaler.step(optimizer)
+    # on MPS AdamW does not read found_inf: the host does
+    if run.ranks.device.type != "mps" or run.healthy:
+        scaler.step(optimizer)
     scaler.update()
+    if scaler.is_enabled():
+        # below 1 the gradients overflow unscaled: no scale can help
+        run.healthy *= scaler.scale(torch.ones_like(loss)) >= 1
     optimizer.zero_grad(set_to_none=True)
     run.applied += run.healthy
     run.step += 1
@@ -199,6 +208,7 @@ def halt_unless_healthy(run: Run, metrics: Metrics, saver: Saver) -> None:
     saver.wait()
     step, out_dir = int(run.applied), Path(run.config.out_dir)
     metrics.say(NOT_FINITE.format(step=step + 1, lr=learning_rate(step, run.config))
+                + OVERFLOW * (run.scaler.get_scale() < 1)
                 + (GO_BACK.format(out_dir=out_dir) if has_run(out_dir)
                    else "Nothing was saved before it."))
     sys.exit(EXIT_NOT_FINITE)
