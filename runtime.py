@@ -27,9 +27,13 @@ from configurator import TrainConfig, fail, sync, warn
 # stopped by a signal with everything saved: the same command, with init_from=auto, goes on
 EXIT_STOPPED = 75
 EXIT_INTERRUPTED = 130  # by a second Ctrl-C
-# dense bfloat16 (float16 before Ampere), from the data sheets
-PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312, "L40S": 362, "L4": 121, "RTX 4090": 165,
-               "RTX 3090": 71, "V100": 125, "T4": 65}
+# dense bfloat16 (float16 before Ampere) with float32 sums, from the data sheets, by what the
+# device's name contains; the longest match counts
+PEAK_TFLOPS = {
+    "GB200": 2500, "B200": 2250, "H200": 989, "H200 NVL": 835, "H100": 989, "H100 PCIe": 756,
+    "H100 NVL": 835, "H20": 148, "A100": 312, "A800": 312, "A40": 150, "A30": 165, "A10": 125,
+    "A10G": 70, "L40": 181, "L40S": 362, "L4": 121, "RTX 6000 Ada": 364, "RTX A6000": 155,
+    "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65}
 
 
 def map_tensors(change: Callable[[str, Tensor], Tensor], nest: Any, path: str = "") -> Any:
@@ -134,6 +138,7 @@ def pick_device(name: str) -> torch.device:
 def be_deterministic() -> None:
     """Take only algorithms that repeat to the bit."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")  # switches add in varying order
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
 
@@ -199,8 +204,10 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if bf16_cpu else torch.float32
 
 
-def compiler_lacks(device: torch.device) -> str:
+def compiler_lacks(device: torch.device, deterministic: bool) -> str:
     """What this machine lacks for torch.compile, or ""."""
+    if device.type == "cuda" and deterministic and torch.__version__ < (2, 10):
+        return "torch 2.10 or newer for deterministic=True"  # older: kernels chosen by the clock
     found = [os.environ.get(name, "") for name in ("CC", "CXX")] + ["cc", "gcc", "clang"]
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "the package triton"
@@ -217,7 +224,8 @@ def device_name(device: torch.device) -> str:
 def peak_flops(device: torch.device) -> float | None:
     """What the device can do in a second at best, for the MFU; None where that is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((1e12 * tflops for gpu, tflops in PEAK_TFLOPS.items() if gpu in name), None)
+    matches = [gpu for gpu in PEAK_TFLOPS if gpu in name]
+    return 1e12 * PEAK_TFLOPS[max(matches, key=len)] if matches else None
 
 
 def lock(out_dir: Path, patience: float) -> TextIO:

@@ -34,6 +34,7 @@ class Run:
     model: GPT
     fast: Any  # the model, compiled if that pays
     net: Any  # that one, its gradients averaged over the ranks
+    dtype: torch.dtype  # of the matrix products
     autocast: Any
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
@@ -108,14 +109,7 @@ def begin(config: TrainConfig, given: dict[str, Any]) -> tuple[Run, Metrics, che
         torch.set_num_threads(bundle.get("threads", threads) if bundle else threads)
     loader, splits = open_data(folder, config, data, ranks)
     model.to(device)
-    dtype = pick_dtype(config.dtype, device)
-    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-    fast, net = as_it_runs(model, config, ranks, autocast, splits["train"])
-    run = Run(config, ranks, data, loader, splits, model, fast, net, autocast,
-              model.optimizer(config.learning_rate, (config.beta1, config.beta2),
-                              config.weight_decay),
-              torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
-              held, secrets.token_hex(8))
+    run = assemble(config, ranks, data, loader, splits, model, held)
     if bundle:
         run.restore(bundle)
 
@@ -125,16 +119,31 @@ def begin(config: TrainConfig, given: dict[str, Any]) -> tuple[Run, Metrics, che
                              run.best_val_loss, metrics.sync, device)
     if writes:
         mark(held, run.id)
-    introduce(run, metrics, str(dtype).removeprefix("torch."))
+    introduce(run, metrics)
     return run, metrics, saver
 
 
-def introduce(run: Run, metrics: Metrics, dtype: str) -> None:
+def assemble(config: TrainConfig, ranks: Ranks, data: dict[str, Any], loader: Loader,
+             splits: dict[str, Split], model: GPT, lock: TextIO | None) -> Run:
+    """Return the run of a new model that is on its device: compiled, with an optimizer."""
+    dtype = pick_dtype(config.dtype, ranks.device)
+    autocast = (torch.autocast(ranks.device.type, dtype) if dtype != torch.float32
+                else nullcontext())
+    fast, net = as_it_runs(model, config, ranks, autocast, splits["train"])
+    betas = config.beta1, config.beta2
+    return Run(config, ranks, data, loader, splits, model, fast, net, dtype, autocast,
+               model.optimizer(config.learning_rate, betas, config.weight_decay),
+               torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16),
+               lock, secrets.token_hex(8))
+
+
+def introduce(run: Run, metrics: Metrics) -> None:
     """Say what begins here: on the terminal, in out_dir's README.md, and to wandb."""
     config, data = run.config, run.data
     parameters = sum(p.numel() for p in run.model.parameters())
     tokens = config.gradient_accumulation_steps * config.batch_size * config.block_size
-    machine = (f"{run.ranks.world_size} x {device_name(run.ranks.device)}, {dtype}"
+    machine = (f"{run.ranks.world_size} x {device_name(run.ranks.device)}, "
+               + str(run.dtype).removeprefix("torch.")
                + ", compiled" * (run.fast is not run.model))
     metrics.say(f"{parameters / 1e6:.2f}M parameters, {tokens:,} tokens a step, "
                 f"{data['tokens']['train']:,} of {data['name']}; {machine}")
@@ -312,10 +321,11 @@ def as_it_runs(model: GPT, config: TrainConfig, ranks: Ranks, autocast: Any,
     """The model compiled if that pays, and that one again with its gradients averaged over
     the ranks."""
     compiled = config.compile is True or config.compile == "auto" and ranks.device.type == "cuda"
-    if compiled and (lacks := compiler_lacks(ranks.device)):
+    if compiled and (lacks := compiler_lacks(ranks.device, config.deterministic)):
         warn(f"torch.compile needs {lacks}; going on without it")
         compiled = False
-    fast = torch.compile(model) if compiled else model
+    # static shapes: else the training graph depends on which batch sizes came before it
+    fast = torch.compile(model, dynamic=False) if compiled else model
     if ranks.world_size == 1 or config.elastic:
         return fast, fast
     # DDP orders its buckets by the first backward that it sees. That one is made here, not in the
