@@ -3,6 +3,7 @@
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=32
 #SBATCH --time=04:00:00
 #SBATCH --signal=B:USR1@120
 #SBATCH --requeue
@@ -15,6 +16,7 @@
 #
 # A preempted job gets SIGTERM from Slurm itself and is queued again by it.
 set -u
+export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"  # srun takes 1 core unless it is told
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100  # seconds that torchrun gives its ranks to save
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else torch 2.13 hangs when a node comes back
 host=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-localhost}" | head -n 1)

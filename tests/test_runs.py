@@ -152,7 +152,8 @@ def test_the_slurm_script_saves_and_queues_itself_again(dataset, tmp_path, whole
     torchrun = " ".join(command("", ranks=1)[:1]) + " -m torch.distributed.run"
     programs = {
         # as Slurm's, it kills the step when it gets SIGTERM itself
-        "srun": f"""trap 'kill -9 $!' TERM; "$@" & echo $! > {tmp_path}/step; wait $!""",
+        "srun": f"""echo $SRUN_CPUS_PER_TASK > {tmp_path}/cores
+trap 'kill -9 $!' TERM; "$@" & echo $! > {tmp_path}/step; wait $!""",
         "scancel": f'[ "$1" = --signal=TERM ] && kill -TERM $(cat {tmp_path}/step)',
         "torchrun": f'exec {torchrun} "$@"',
         "scontrol": f'echo "$@" >> {tmp_path}/scontrol; echo localhost'}
@@ -161,7 +162,8 @@ def test_the_slurm_script_saves_and_queues_itself_again(dataset, tmp_path, whole
         (stubs / name).chmod(0o755)
     flags = [f"--{key}={value}" for key, value in
              (FLAGS | {"dataset": dataset, "out_dir": out}).items() if key != "init_from"]
-    env = ONE_THREAD | {"PATH": f"{stubs}:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
+    env = ONE_THREAD | {"PATH": f"{stubs}:{os.environ['PATH']}", "SLURM_JOB_ID": "17",
+                        "SLURM_CPUS_PER_TASK": "32"}
     job = [REPO / "runs/slurm.sh", *flags]
     process = subprocess.Popen(job, cwd=REPO, env=env, start_new_session=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -169,6 +171,7 @@ def test_the_slurm_script_saves_and_queues_itself_again(dataset, tmp_path, whole
     process.send_signal(signal.SIGUSR1)
     assert process.wait(timeout=60) == 0
     assert "requeue 17" in (tmp_path / "scontrol").read_text()
+    assert (tmp_path / "cores").read_text() == "32\n"
     stopped = rows(out)[-1]["step"]
     assert 40 <= stopped < 300
     assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == stopped
