@@ -1,13 +1,26 @@
 """The tools that measure: what they say of mistakes, and of sides that fail."""
+import ast
+import json
 import subprocess
 import sys
-from pathlib import Path
+from dataclasses import replace
+from multiprocessing import get_context
 
 import pytest
+import torch
 from conftest import REPO, complaint
 
 import tools.gpu as gpu
-from tools.bench.common import Ended, Side, started, take_turns
+from model import Cache
+from tools.bench import sides
+from tools.bench.common import SHAPES, Ended, Side, started, take_turns
+
+torch.set_num_threads(1)  # models this small are slower on two
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def tool(*words: str) -> subprocess.CompletedProcess:
@@ -21,7 +34,9 @@ def tool(*words: str) -> subprocess.CompletedProcess:
     (["tools.bench", "prepare", "--folder=/none"], "--folder=/none is no folder"),
     (["tools.bench", "startup", "--json=/none/x"], "--json=/none/x: no such file or directory"),
     (["tools.gpu", "now"], "a flag is written --key=value"),
-    (["tools.gpu", "--rounds=2"], "unknown key 'rounds'")])
+    (["tools.gpu", "--rounds=2"], "unknown key 'rounds'"),
+    (["tools.gpu", "--parts=trian"], "--parts=trian: expected names out of machine,checks"),
+    (["tools.gpu"], "no CUDA device")])
 def test_a_mistake_is_answered_with_a_line(words, says):
     assert says in complaint(tool(*words))
 
@@ -34,20 +49,75 @@ def test_a_peer_that_cannot_be_had_is_left_out():
         Side("1 / 0", as_a_script=False)
 
 
-def test_a_run_that_fails_on_the_gpu_does_not_count_as_exact(monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "CASES", ({"dtype": "float32", "compile": False},))
-    monkeypatch.setattr(gpu, "TINY", gpu.TINY | {"device": "cpu"})
-    real = gpu.train
-
-    def train(out: Path, **flags: object) -> None:
-        real(out, **flags | {"learning_rate": 1e38 if flags["deterministic"] else 1e-3})
-
-    monkeypatch.setattr(gpu, "train", train)
-    gpu.exactness()
-    lines = capsys.readouterr().out
-    assert lines.count("FAILED: exit code 3") == 1 and lines.count("same bits") == 1
+def row(call: str) -> dict[str, str]:
+    """A row of tools.gpu, its steps not repeated for a second."""
+    sides.steps = lambda step, device: (step(), lambda: 0.001)[1]
+    return eval(call, vars(gpu))
 
 
-def test_a_tree_has_the_bits_of_its_branches(capsys):
-    gpu.branches("cpu")
-    assert "same bits" in capsys.readouterr().out
+def test_every_measurement_of_the_gpu_tool_runs_in_small_on_a_cpu():
+    rows = gpu.rows_of("cpu")
+    calls = [call for part in ("machine", "train", "sample", "ways")
+             for call in rows[part].values()]
+    with get_context("fork").Pool(1, maxtasksperchild=1) as pool:  # ways change their process
+        made = pool.map(row, calls, chunksize=1)
+    assert len(made) == 15 and all(isinstance(value, str) for one in made for value in one.values())
+    assert "TFLOP/s" in made[0]["matrix product"] and "tokens/s" in made[1]
+
+
+def test_the_calls_for_a_gpu_are_those_that_a_cpu_tries():
+    for part, calls in gpu.rows_of("cuda").items():
+        tried = {call.split("(")[0] for call in gpu.rows_of("cpu")[part].values()}
+        for call in calls.values():
+            names = {node.id for node in ast.walk(ast.parse(call)) if isinstance(node, ast.Name)}
+            assert names <= vars(gpu).keys() and call.split("(")[0] in tried
+            shapes = {node.value for node in ast.walk(ast.parse(call))
+                      if isinstance(node, ast.Constant) and "layers" in str(node.value)}
+            assert shapes <= SHAPES.keys()
+
+
+def test_a_save_is_measured():
+    with get_context("fork").Pool(1) as pool:
+        stall = pool.apply(gpu.stall, ("4 layers, 128 wide", "cpu"))
+    assert stall["keepGPT's save adds"].split()[1] == "ms" and stall["bundle"] == "10 MB"
+
+
+@pytest.mark.parametrize("check", ["record", "branches", "blow_up", "snapshots"])
+def test_a_check_of_the_gpu_tool_passes_on_a_cpu(check):
+    with get_context("fork").Pool(1) as pool:  # it may set what only its process should have
+        assert pool.apply(getattr(gpu, check), ("cpu",))["result"]
+
+
+def test_a_step_recorded_at_another_position_does_not_pass(monkeypatch):
+    def late(layers, at):
+        return Cache(layers, at + 1 if torch.is_tensor(at) else at)
+
+    monkeypatch.setattr(gpu, "Cache", late)
+    with pytest.raises(SystemExit, match="of the largest"):
+        gpu.record("cpu")
+
+
+def test_runs_that_differ_or_fail_do_not_pass(monkeypatch):
+    ends = iter(range(9))
+    monkeypatch.setattr(gpu, "ends", lambda _: next(ends))
+    monkeypatch.setattr(gpu, "TINY", gpu.TINY | {"max_iters": 2, "eval_iters": 1})
+    with pytest.raises(SystemExit, match="OTHER BITS"):
+        gpu.resume("cpu")
+    monkeypatch.setattr(gpu, "TINY", gpu.TINY | {"learning_rate": 1e38, "max_iters": 4})
+    with pytest.raises(SystemExit, match="expected exit code 0, got 3"):
+        gpu.resume("cpu")
+
+
+def test_a_row_that_fails_leaves_the_others(monkeypatch, capsys, tmp_path):
+    parts = {"checks": {"bad": "1 / 0", "good": "{'result': 'same bits'}"}, "ways": {"one": "{}"}}
+    monkeypatch.setattr(gpu, "rows_of", lambda _: parts)
+    file = tmp_path / "rows.jsonl"
+    config = gpu.GpuConfig("checks,ways", device="cpu", json=str(file))
+    assert gpu.main(config) == 1
+    results = {row.get("checks"): row.get("result") for row in
+               map(json.loads, file.read_text().splitlines())}
+    assert results == {"bad": "FAILED: ZeroDivisionError: division by zero", "good": "same bits",
+                       None: None}
+    assert gpu.main(replace(config, only="good")) == 0
+    assert gpu.main(replace(config, minutes=0)) == 0
+    assert capsys.readouterr().out.count("no time is left") == 3

@@ -1,90 +1,227 @@
-"""All that needs a GPU in one go, in less than ten minutes: `python -m tools.gpu`.
+"""All that needs a GPU: `python -m tools.gpu [--parts=checks,train] [--json=rows.jsonl]`.
 
-First whether an interrupted run ends in the bits of an undisturbed one under CUDA, whether sums
-over ranks round alike, and whether recorded steps generate the tokens of plain ones; then the
-benchmarks, the most wanted first: what the time does not suffice for is named. Prints as it goes;
-needs no network, and Transformers only for the peers' columns.
+    machine  the device, its clock, what a matrix product reaches, the kernel that attention takes
+    checks   resumed, killed and blown-up runs; snapshots; recorded steps; two ranks; sums as a tree
+    train    a step of GPT-2 124M and 350M, beside nanoGPT's and Transformers' in bfloat16
+    save     how long training stalls for a save
+    sample   tokens of one sequence, beside Transformers
+    ways     a step with one thing changed
+
+Each part takes --minutes at most, and prints each row as soon as it has it, the most wanted first.
+A row has a process of its own: one that fails says so, and the others go on. Exit code 1 if one
+failed. Needs no network, and Transformers only for the rows of that name.
 """
+from configurator import prepare_process
+
+if __name__ == "__main__":  # before torch is loaded
+    prepare_process()
+
 import json
+import math
+import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
+from torch.nn.attention import SDPBackend
 
+from checkpoint import generation_of, read_bundle
 from configurator import fail, knob, parse
-from model import GPT, ModelArgs, generate
-from runtime import be_deterministic
-from tools.crash.common import REPO, ends, prepare
+from model import GPT, Cache, ModelArgs, RecordedStep, disable_cudnn_attention
+from runtime import be_deterministic, peak_flops, pick_device, pick_dtype
+from tools.bench import checkpoint, sides
+from tools.bench.common import REPO, SHAPES, machine, new_run, report, seconds
+from tools.crash.common import digest, ends, exit_code, prepare, start
 from train import sum_as_tree
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "batch_size": 8,
         "gradient_accumulation_steps": 2, "dropout": 0.1, "learning_rate": 3e-3, "warmup_iters": 4,
-        "lr_decay_iters": 40, "max_iters": 40, "eval_interval": 20, "eval_iters": 3,
-        "log_interval": 5, "sample_tokens": 10, "init_from": "auto", "device": "cuda"}
-CASES = ({"dtype": "bfloat16", "compile": True}, {"dtype": "bfloat16", "compile": False},
-         {"dtype": "float16", "compile": False}, {"dtype": "float32", "compile": False})
-BENCHMARKS = (["train", "--only=GPT-2 124M, batch 32"], ["ways"], ["sample"],
-              ["checkpoint", "--only=GPT-2 124M"], ["train", "--only=GPT-2 124M, batch 64"],
-              ["train", "--only=GPT-2 124M, batch 16"], ["train", "--only=6 layers, dropout 0.2"],
-              ["memory"], ["loader"])
+        "lr_decay_iters": 40, "max_iters": 40, "eval_interval": 20,
+        "eval_iters": 100,  # all windows, so that an evaluation's last batch is smaller
+        "log_interval": 5, "deterministic": True, "init_from": "auto"}
 
 
 @dataclass(frozen=True)
 class GpuConfig:
     """The settings."""
-    json: str = knob("", "append the benchmarks' rows to this file")
-    minutes: float = knob(9.5, "begin nothing after so many, and end what is under way", least=0)
+    parts: str = knob("machine,checks,train,save,sample,ways", "what to do, in this order")
+    only: str = knob("", "only rows whose name contains this")
+    minutes: float = knob(9.5, "of each part: begin no row later, and end those that run", least=0)
+    json: str = knob("", "append the rows to this file, a line a row")
+    device: str = knob("cuda", "cpu = try this program itself, with small models")
 
 
-def train(out: Path, **flags: object) -> None:
-    """Run train.py to its end. Raises RuntimeError with its last words."""
-    words = [f"--{key}={value}" for key, value in (TINY | flags | {"out_dir": out}).items()]
-    done = subprocess.run([sys.executable, "train.py", *words], cwd=REPO, capture_output=True,
-                          text=True, timeout=240)
-    if done.returncode:
-        raise RuntimeError(f"exit code {done.returncode}: {done.stdout[-500:]}"
-                           f"{done.stderr[-1500:]}")
+def rows_of(device: str) -> dict[str, dict[str, str]]:
+    """Return every part's rows by name, each as the call of this module that measures it."""
+    def step(name: str, function: str, *words: str) -> str:
+        call = f"sides.{function}({', '.join(map(repr, (*words, name, device)))})"
+        return f"speed(lambda: {call}, {device!r}, {name!r})"
+
+    def token(name: str, function: str, words: str = "") -> str:
+        return f"speed(lambda: sides.{function}({name!r}, {device!r}{words}), {device!r})"
+
+    gpt2, medium = (["4 layers, 128 wide"] * 3,) * 2 if device == "cpu" else (
+        [f"GPT-2 124M, batch {rows}" for rows in (32, 64, 16)],
+        [f"GPT-2 350M, batch {rows}" for rows in (16, 8, 32)])
+    trained = {"keepGPT": "train_ours", "nanoGPT's step": "train_plain",
+               "Transformers": "train_transformers"}
+    sampled = {"keepGPT": ("sample_ours",), "Transformers": ("sample_transformers",),
+               "keepGPT, steps not recorded": ("sample_ours", ", record=False")}
+    shared = device if device == "cpu" else f"{device}:0"  # by two ranks
+    return {
+        "machine": {"": f"capabilities({device!r})"},
+        "checks": {
+            "resume, bfloat16": f"resume({device!r}, dtype='bfloat16')",
+            "snapshots while training": f"snapshots({device!r})",
+            "a loss that is not finite": f"blow_up({device!r})",
+            "kill -9": f"kill({device!r})",
+            "recorded steps, bfloat16": f"record({device!r})",
+            "resume, two ranks": f"resume({shared!r}, ranks=2, backend='gloo')",
+            "resume, elastic": f"resume({device!r}, elastic=True)",
+            "a tree in 1, 2, 4 branches": f"branches({device!r})",
+            "resume, float16": f"resume({device!r}, dtype='float16')",
+            "resume, float32, not compiled": f"resume({device!r}, dtype='float32', compile=False)",
+            "resume without deterministic=True": f"resume({device!r}, deterministic=False)"},
+        "train": {f"{name}: {side}": step(name, trained[side]) for name, side in (
+            *((gpt2[0], side) for side in trained), *((medium[0], side) for side in trained),
+            *((name, "keepGPT") for name in gpt2[1:] + medium[1:]))},
+        "save": {name: f"stall({name!r}, {device!r})" for name in (gpt2[2], medium[1])},
+        "sample": {f"{name}: {side}": token(name, *how) for side, how in sampled.items()
+                   for name in ({"GPT-2 124M", "6 layers, 384 wide"}
+                                if device != "cpu" else {gpt2[0]})},
+        "ways": {way: step(gpt2[2], "train_in_a_way", way) for way in sides.WAYS}}
 
 
-def exactness() -> None:
-    """40 steps, and 20 and 20 more, with and without deterministic=True; all cases side by side,
-    for these runs wait for their compiler."""
-    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor() as pool:
-        place = Path(name)
-        dataset = prepare(place)
-        cases = [case | {"deterministic": repeats} for case in CASES for repeats in (True, False)]
-
-        def verdict(i: int) -> str:
-            whole, parts = place / f"whole{i}", place / f"parts{i}"
-            flags = cases[i] | {"dataset": dataset}
-            try:
-                train(whole, **flags)
-                train(parts, **flags | {"max_iters": 20})
-                train(parts, **flags)
-                return "same bits" if ends(whole) == ends(parts) else "OTHER BITS"
-            except (OSError, RuntimeError, subprocess.TimeoutExpired) as e:
-                return f"FAILED: {e}"
-
-        for case, found in zip(cases, pool.map(verdict, range(len(cases)))):
-            print(json.dumps(case), found, flush=True)
+# checks: each returns a row, or ends with what is wrong
 
 
-def branches(device: str = "cuda") -> None:
+def train(out: Path, code: int = 0, ranks: int = 1, **flags: object) -> None:
+    """Run train.py to its end, which must have that exit code."""
+    found = exit_code(start(TINY | flags | {"out_dir": out}, ranks), seconds=200)
+    if found != code:
+        last = Path(f"{out}.log").read_text().strip().splitlines()[-1:]
+        sys.exit(f"train.py: expected exit code {code}, got {found}: {last}")
+
+
+def compare(same: bool, what: str = "") -> dict[str, str]:
+    """Return the verdict on two runs' bits."""
+    if not same:
+        sys.exit(f"OTHER BITS {what}")
+    return {"result": f"same bits {what}".strip()}
+
+
+def resume(device: str, **flags: object) -> dict[str, str]:
+    """40 steps, and 20 and 20 more. The first run evaluates before it trains, the resumed one
+    trains first."""
+    with tempfile.TemporaryDirectory() as name:
+        whole, parts = Path(name) / "whole", Path(name) / "parts"
+        flags |= {"device": device, "dataset": prepare(Path(name))}
+        train(whole, **flags)
+        train(parts, **flags | {"max_iters": 20})
+        train(parts, **flags)
+        same = ends(whole) == ends(parts)
+    if not flags.get("deterministic", True):  # nothing is promised
+        return {"result": "same bits" if same else "other bits, as may be"}
+    return compare(same)
+
+
+def snapshots(device: str) -> dict[str, str]:
+    """Bundles of a run that saves after each step, beside those of one that ends there: none may
+    hold values of a later step."""
+    with tempfile.TemporaryDirectory() as name:
+        often, seldom = Path(name) / "often", Path(name) / "seldom"
+        flags = {"device": device, "dataset": prepare(Path(name)), "compile": False}
+        if device != "cpu":  # a copy should take longer than a step
+            flags |= {"n_layer": 8, "n_head": 8, "n_embd": 512}
+        train(often, max_iters=12, checkpoint_interval=1, keep_checkpoints=12, **flags)
+        for step in (6, 12):
+            train(seldom, max_iters=step, **flags)
+            one, other = (read_bundle(generation_of(out, step)) for out in (often, seldom))
+            compare(digest([one["model"], one["optimizer"]])
+                    == digest([other["model"], other["optimizer"]]), f"at step {step}")
+    return {"result": "same bits"}
+
+
+def blow_up(device: str) -> dict[str, str]:
+    """A learning rate of 1e30 in the middle of a run: exit code 3, and finite bundles."""
+    with tempfile.TemporaryDirectory() as name:
+        out, flags = Path(name) / "out", {"device": device, "dataset": prepare(Path(name))}
+        train(out, max_iters=20, **flags)
+        train(out, code=3, learning_rate=1e30, grad_clip=0, checkpoint_interval=1, **flags)
+        bundle = read_bundle(out / "ckpt.pt")
+    if not all(tensor.isfinite().all() for tensor in bundle["model"].values()):
+        sys.exit("ckpt.pt is not finite")
+    return {"result": f"exit code 3, ckpt.pt of step {bundle['step']} is finite"}
+
+
+def kill(device: str) -> dict[str, str]:
+    """kill -9 after a save, and the same command again."""
+    with tempfile.TemporaryDirectory() as name:
+        whole, killed = Path(name) / "whole", Path(name) / "killed"
+        flags = {"device": device, "dataset": prepare(Path(name)), "max_iters": 400,
+                 "eval_interval": 200, "checkpoint_interval": 10}
+        train(whole, **flags)
+        process = start(TINY | flags | {"out_dir": killed}, 1)
+        while not (killed / "ckpt.pt").exists():
+            if (code := exit_code(process, 0.01)) is not None:
+                sys.exit(f"train.py: exit code {code} before its first save")
+        os.kill(process, signal.SIGKILL)
+        exit_code(process)
+        train(killed, **flags)
+        return compare(ends(whole) == ends(killed))
+
+
+@torch.inference_mode()
+def record(device: str) -> dict[str, str]:
+    """Logits of 50 tokens by recorded steps, beside plain ones; heads are 64 wide."""
+    torch.manual_seed(0)
+    where, args = pick_device(device), ModelArgs(4, 4, 256, 128, 512, bias=True, dropout=0.0)
+    model = GPT(args).to(where, torch.bfloat16).eval()
+    for p in model.parameters():  # what is wrong must show
+        torch.nn.init.normal_(p, std=0.1)
+    tokens = torch.randint(512, (3, 60), device=where)
+    plain, other, largest, off = model.new_cache(3), model.new_cache(3), 0.0, 0.0
+    with disable_cudnn_attention():
+        for cache in (plain, other):
+            model(tokens[:, :10], cache=cache)
+        if where.type == "cuda":
+            step = RecordedStep(model, other)
+        else:  # what would be recorded
+            def step(new: torch.Tensor) -> torch.Tensor:
+                other.length += 1
+                at = torch.tensor([other.length - 1])
+                return model(new, cache=Cache(other.layers, at))
+        for i in range(10, 60):
+            expected = model(tokens[:, i:i + 1], cache=plain)
+            off = max(off, (step(tokens[:, i:i + 1]) - expected).abs().max().item())
+            largest = max(largest, expected.abs().max().item())
+    verdict = f"logits differ by {off / largest:.1e} of the largest"
+    if not off < 0.03 * largest:
+        sys.exit(verdict)
+    return {"result": verdict}
+
+
+def branches(device: str) -> dict[str, str]:
     """The gradient of 8 micro-batches as elastic=True sums it up, on one rank and as 2 and 4
     would, one after the other."""
     be_deterministic()
     torch.manual_seed(0)
-    model = GPT(ModelArgs(4, 4, 256, 64, 512, bias=False, dropout=0.1)).to(device)
-    x, y = torch.randint(512, (2, 8, 4, 64), device=device)
+    where = pick_device(device)
+    model = GPT(ModelArgs(4, 4, 256, 64, 512, bias=False, dropout=0.1)).to(where)
+    x, y = torch.randint(512, (2, 8, 4, 64), device=where)
 
     def add_gradient(m: int) -> None:
         torch.manual_seed(m)
-        with torch.autocast(device, torch.bfloat16):
+        with torch.autocast(where.type, torch.bfloat16):
             loss = model(x[m], y[m])
         loss.backward()
 
@@ -97,45 +234,138 @@ def branches(device: str = "cuda") -> None:
         return parts[0]
 
     sums = [over(ranks) for ranks in (1, 2, 4)]
-    same = all(torch.equal(a, b) for other in sums[1:] for a, b in zip(sums[0], other))
-    print("micro-batches as a tree, in 1, 2, 4 branches:", "same bits" if same else "OTHER BITS",
-          flush=True)
-    torch.use_deterministic_algorithms(False)
+    return compare(all(torch.equal(a, b) for other in sums[1:] for a, b in zip(sums[0], other)))
 
 
-def recorded_steps() -> None:
-    """The likeliest tokens of a random model, by recorded steps and by plain ones."""
-    torch.manual_seed(0)
-    args = ModelArgs(4, 4, 256, 64, 512, bias=True, dropout=0.0)
-    model = GPT(args).cuda().eval()
-    made = [list(generate(model, [[1, 2, 3], [4]], 200, temperature=0, record=record))
-            for record in (True, False)]
-    print("generation by recorded steps:", "same tokens" if made[0] == made[1] else "OTHER TOKENS",
-          flush=True)
+# measurements
 
 
-def main(config: GpuConfig) -> None:
-    """All of it."""
-    begun = time.perf_counter()
-    for check in (branches, recorded_steps, exactness):  # cuBLAS is told once, at its start
+def clocks(device: torch.device) -> Callable[[], str]:
+    """Ask the driver for clock, power and temperature while other work is done; the call that
+    returns them waits for its answer."""
+    words = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw,temperature.gpu",
+             "--format=csv,noheader",
+             "--id=" + os.environ.get("CUDA_VISIBLE_DEVICES", str(device.index or 0)).split(",")[0]]
+    try:
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                   text=True)
+    except OSError:
+        return lambda: "-"
+    return lambda: process.communicate()[0].strip() or "-"
+
+
+def speed(make: Callable[[], Callable[[], float]], device: str, name: str = "") -> dict[str, str]:
+    """The pace of one of `sides`: a training step of the model `name`, or a token. MFU counts our
+    model's FLOPs; until it runs, a compiler may be at work."""
+    where, begun = pick_device(device), time.perf_counter()
+    work = make()
+    ready = time.perf_counter() - begun
+    clock = clocks(where)
+    took = median(work() for _ in range(5))
+    row = {"time": f"{took * 1e3:,.2f} ms"}
+    if name:
+        args, rows = SHAPES[name].args, SHAPES[name].batch_size
+        rate = rows * args.block_size / took
+        with torch.device("meta"):
+            flops, peak = GPT(args).flops_per_token() * rate, peak_flops(where)
+        row |= {"tokens/s": f"{rate:,.0f}", "TFLOP/s": f"{flops / 1e12:,.1f}",
+                "MFU": f"{flops / peak:.1%}" if peak else "-"}
+    else:
+        row |= {"tokens/s": f"{1 / took:,.0f}"}
+    memory = torch.cuda.max_memory_allocated(where) / 1e9 if where.type == "cuda" else math.nan
+    return row | {"until it runs": f"{ready:.0f} s", "device memory": f"{memory:.2f} GB",
+                  "clock, power, C": clock()}
+
+
+def stall(name: str, device: str) -> dict[str, str]:
+    """What a save adds to training."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = new_run(SHAPES[name], pick_device(device))
+        return checkpoint.measure(name, run, Path(folder), rounds=3)
+
+
+def capabilities(device: str) -> dict[str, str]:
+    """What the results depend on, and the rate of one large matrix product."""
+    where = pick_device(device)
+    dtype, size = pick_dtype("auto", where), 8192 if where.type == "cuda" else 256
+    a = torch.randn(size, size, dtype=dtype, device=where)
+    q = torch.randn(8, 12, 1024, 64, dtype=dtype, device=where)
+    kernels = [SDPBackend(torch._fused_sdp_choice(q[:, :, -T:], q, q, is_causal=T > 1)).name
+               for T in (1024, 1)]
+    for _ in range(3):
+        a @ a
+    clock = clocks(where)
+    took = min(seconds(lambda: [a @ a for _ in range(20)], where) for _ in range(5)) / 20
+    return {"CUDA": str(torch.version.cuda), "cuDNN": str(torch.backends.cudnn.version()),
+            "matrix product": f"{2 * size**3 / took / 1e12:,.1f} TFLOP/s",
+            "attention in training": kernels[0], "of one query": kernels[1],
+            "clock, power, C": clock()}
+
+
+# one process a row
+
+
+def kill_group(process: subprocess.Popen) -> None:
+    """End a process and all that it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def ask(call: str, deadline: float, processes: list[subprocess.Popen]) -> dict[str, str]:
+    """Make a row by a call of this module, in a process of its own."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        return {"result": "not begun: no time is left"}
+    program = ("import configurator\nconfigurator.prepare_process()\n"
+               f"import json\nfrom tools.gpu import *\nprint(json.dumps({call}))")
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=REPO, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               start_new_session=True)
+    processes.append(process)
+    try:
+        out, err = process.communicate(timeout=left)
+    except subprocess.TimeoutExpired:
+        kill_group(process)
+        return {"result": "not ended: no time is left"}
+    if process.returncode:
+        return {"result": "FAILED: " + (err.strip().splitlines() or ["without a word"])[-1]}
+    return json.loads(out.splitlines()[-1])
+
+
+def run_part(part: str, config: GpuConfig) -> Iterator[dict[str, str]]:
+    """Its rows as they come; checks are made side by side, for they wait for their compiler."""
+    deadline, processes = time.monotonic() + 60 * config.minutes, []
+    calls = {name: call for name, call in rows_of(config.device)[part].items()
+             if config.only in name}
+    with ThreadPoolExecutor(6 if part == "checks" else 1) as pool:
         try:
-            check()
-        except Exception as e:  # the others are still worth their time
-            print(f"{check.__name__} FAILED: {type(e).__name__}: {e}", flush=True)
-    for words in BENCHMARKS:
-        left = 60 * config.minutes - (time.perf_counter() - begun)
-        try:
-            subprocess.run([sys.executable, "-m", "tools.bench", *words, "--rounds=3",
-                            f"--json={config.json}"], cwd=REPO, timeout=max(0, left))
-        except subprocess.TimeoutExpired:
-            print("no time is left for:", *words)
-        print(f"({time.perf_counter() - begun:.0f} s)", flush=True)
+            asked = {pool.submit(ask, call, deadline, processes): name
+                     for name, call in calls.items()}
+            for done in as_completed(asked):
+                yield {part: asked[done]} | done.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                kill_group(process)
+
+
+def main(config: GpuConfig) -> int:
+    """Do the parts; return the exit code."""
+    parts, known = config.parts.split(","), rows_of(config.device)
+    if set(parts) - known.keys():
+        fail(f"--parts={config.parts}: expected names out of {','.join(known)}")
+    if config.device != "cpu" and not torch.cuda.is_available():
+        fail("there is no CUDA device here; the CPU's benchmarks are python -m tools.bench")
+    on, failed = machine(pick_device(config.device)), False
+    print(on)
+    for part in parts:
+        for row in report(part, run_part(part, config), on, config.json):
+            failed |= row.get("result", "").startswith("FAILED")
+    return int(failed)
 
 
 if __name__ == "__main__":
     CONFIG, _, WORDS = parse(GpuConfig, "python -m tools.gpu [--key=value ...]", sys.argv[1:])
     if WORDS:
         fail(f"{WORDS[0]}: a flag is written --key=value; --help lists the keys")
-    if not torch.cuda.is_available():
-        fail("there is no CUDA device here; the CPU's benchmarks are python -m tools.bench")
-    main(CONFIG)
+    sys.exit(main(CONFIG))

@@ -17,14 +17,13 @@ from configurator import prepare_process
 if __name__ == "__main__":  # before torch is loaded
     prepare_process()
 
-import json
 import sys
 from importlib import import_module
 from pathlib import Path
 
 from configurator import fail, parse
 from runtime import pick_device
-from tools.bench.common import BenchConfig, Ended, machine
+from tools.bench.common import BenchConfig, Ended, machine, report
 
 PARTS = ("train", "sample", "checkpoint", "loader", "prepare", "startup", "memory",
          "elastic", "ways")
@@ -47,16 +46,8 @@ def main(config: BenchConfig, words: list[str]) -> None:
     on = machine(pick_device(config.device))
     print(on)
     for part in words:
-        row, header = None, None
-        for row in import_module(f"tools.bench.{part}").bench(config):
-            if header != list(row):
-                header = list(row)
-                print(f"\n| {' | '.join(header)} |\n|{'---|' * len(header)}")
-            print("|", " | ".join(row.values()), "|", flush=True)
-            if config.json:
-                with open(config.json, "a", encoding="utf-8") as file:
-                    file.write(json.dumps({"part": part, "machine": on} | row) + "\n")
-        if not row:
+        rows = import_module(f"tools.bench.{part}").bench(config)
+        if not list(report(part, rows, on, config.json)):
             fail(f"--only={config.only}: {part} has no such row on this device")
 
 

@@ -1,21 +1,26 @@
 """What the benchmarks share: settings, models, the clock, and processes that take turns."""
+import json
 import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 
-from configurator import knob
+from configurator import TrainConfig, knob
+from loader import Loader, Split
 from model import GPT, ModelArgs
-from runtime import pick_dtype
+from runtime import Ranks, pick_dtype
+from start import Run, assemble
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -39,12 +44,14 @@ class Shape:
 
 
 GPT2 = ModelArgs(12, 12, 768, 1024, 50257, False, 0.0)
+GPT2_MEDIUM = ModelArgs(24, 16, 1024, 1024, 50257, False, 0.0)
 SHAPES = {
     "4 layers, 128 wide": Shape(ModelArgs(4, 4, 128, 64, 65, False, 0.0), 12),
     "6 layers, 384 wide": Shape(ModelArgs(6, 6, 384, 256, 65, False, 0.0), 16),
     "6 layers, dropout 0.2": Shape(ModelArgs(6, 6, 384, 256, 65, False, 0.2), 16),
     "GPT-2 124M": Shape(GPT2, 1),
     **{f"GPT-2 124M, batch {batch}": Shape(GPT2, batch, cuda=True) for batch in (16, 32, 64)},
+    **{f"GPT-2 350M, batch {batch}": Shape(GPT2_MEDIUM, batch, cuda=True) for batch in (8, 16, 32)},
 }
 
 
@@ -57,6 +64,22 @@ def machine(device: torch.device) -> str:
     gpu = torch.cuda.get_device_name(device) + ", " if device.type == "cuda" else ""
     bf16 = ", bfloat16" if pick_dtype("auto", device) == torch.bfloat16 else ""
     return f"{gpu}{cpu}, {torch.get_num_threads()} threads{bf16}, torch {torch.__version__}"
+
+
+def report(part: str, rows: Iterable[dict[str, str]], on: str, file: str
+           ) -> Iterator[dict[str, str]]:
+    """Print each row of a table as it comes, append it to `file` if that has a name, and pass it
+    on."""
+    header = None
+    for row in rows:
+        if header != list(row):
+            header = list(row)
+            print(f"\n| {' | '.join(header)} |\n|{'---|' * len(header)}")
+        print("|", " | ".join(row.values()), "|", flush=True)
+        if file:
+            with open(file, "a", encoding="utf-8") as lines:
+                lines.write(json.dumps({"part": part, "machine": on} | row) + "\n")
+        yield row
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
@@ -96,36 +119,21 @@ def peak_memory(program: str, *words: object) -> tuple[int, int]:
     return int(host), int(gpu)
 
 
-class Training:
-    """A model in training, as train.py computes it: one micro-batch of random tokens, which lies on
-    the device already."""
-
-    def __init__(self, shape: Shape, device: torch.device, compile_mode: str = "default") -> None:
-        torch.manual_seed(0)
-        if device.type == "cuda":  # as train.py does, and nanoGPT
-            torch.set_float32_matmul_precision("high")
-        self.model, self.device = GPT(shape.args).to(device), device
-        self.optimizer = self.model.optimizer(1e-3, (0.9, 0.95), 0.1)
-        self.batch = torch.randint(shape.args.vocab_size,
-                                   (2, shape.batch_size, shape.args.block_size), device=device)
-        dtype = pick_dtype("auto", device)
-        self.autocast = (torch.autocast(device.type, dtype) if dtype != torch.float32
-                         else nullcontext())
-        self.fast = (torch.compile(self.model, mode=compile_mode) if device.type == "cuda"
-                     else self.model)
-
-    def loss(self) -> torch.Tensor:
-        """Of a micro-batch."""
-        with self.autocast:
-            return self.fast(*self.batch)
-
-    def step(self, before_update: Callable[[], None] = lambda: None) -> None:
-        """One update."""
-        self.loss().backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        before_update()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+def new_run(shape: Shape, device: torch.device, **settings: Any) -> Run:
+    """A run of train.py on random tokens, one micro-batch a step, without a folder of its own."""
+    args = shape.args
+    config = TrainConfig(batch_size=shape.batch_size, block_size=args.block_size,
+                         gradient_accumulation_steps=1, **settings)
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    tokens = np.random.default_rng(0).integers(args.vocab_size, size=2**20, dtype=np.uint16)
+    with tempfile.TemporaryDirectory() as folder:  # an open file outlives its name
+        tokens.tofile(f"{folder}/train.bin")
+        shifted, fixed = (Split(folder, "train", "uint16", args.block_size, 0, shift)
+                          for shift in (True, False))
+    loader = Loader(shifted, shape.batch_size, 1, range(1), device)
+    return assemble(config, Ranks(0, 1, device), {}, loader, {"train": fixed, "val": fixed},
+                    GPT(args).to(device), None)
 
 
 class Ended(Exception):

@@ -7,7 +7,8 @@ from statistics import median
 
 from loader import Loader, Split
 from runtime import pick_device
-from tools.bench.common import SHAPES, BenchConfig, Training, host_memory, seconds
+from tools.bench.common import SHAPES, BenchConfig, host_memory, seconds
+from tools.bench.sides import train_ours
 
 SIZE = 10 * 10**9  # bytes; a file with holes, that takes no room
 
@@ -16,9 +17,8 @@ def bench(config: BenchConfig) -> Iterator[dict[str, str]]:
     """A row a step at which a run is resumed."""
     device = pick_device(config.device)
     shape = SHAPES["GPT-2 124M"]
-    training = Training(shape, device)
-    training.step()
-    step = median(seconds(training.step, device) for _ in range(config.rounds))
+    work = train_ours("GPT-2 124M", str(device))
+    step = median(work() for _ in range(config.rounds))
     with tempfile.TemporaryDirectory(dir=config.folder or None) as folder:
         path = Path(folder) / "train.bin"
         path.touch()

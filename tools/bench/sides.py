@@ -1,34 +1,46 @@
 """The works that are compared, each to be run in a process of its own. See common.Side."""
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
 
 import torch
+import torch.distributed as dist
+from torch import nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 
 import model as model_module
+from checkpoint import Saver
 from model import generate
-from runtime import be_deterministic, pick_device
+from runtime import be_deterministic, pick_device, pick_dtype
 from sample import make_fast
-from tools.bench.common import SHAPES, Training, seconds
+from start import Run
+from tools.bench.common import SHAPES, new_run, seconds
+from train import gradient, update
 
 
-def steps(training: Training) -> Callable[[], float]:
+def steps(step: Callable[[], object], device: torch.device) -> Callable[[], float]:
     """Some steps, enough for a second or so; returns the seconds of one."""
     def some(count: int) -> None:
         for _ in range(count):
-            training.step()
+            step()
 
     some(2)
-    count = max(1, round(1 / seconds(lambda: some(1), training.device)))
-    return lambda: seconds(lambda: some(count), training.device) / count
+    count = max(1, round(1 / seconds(lambda: some(1), device)))
+    return lambda: seconds(lambda: some(count), device) / count
+
+
+def steps_of(run: Run) -> Callable[[], float]:
+    """Steps of train.py itself: loader, gradient and update."""
+    saver = Saver(None, 2, 0.0, lambda: None, run.ranks.device)
+    return steps(lambda: update(run, saver, gradient(run)), run.ranks.device)
 
 
 def train_ours(name: str, device: str) -> Callable[[], float]:
-    """A step as train.py computes it, without the loader."""
-    return steps(Training(SHAPES[name], pick_device(device)))
+    """A step of train.py."""
+    return steps_of(new_run(SHAPES[name], pick_device(device)))
 
 
 def attention_by(backend: str) -> None:
@@ -40,50 +52,84 @@ def attention_by(backend: str) -> None:
         enable(name == backend)
 
 
-WAYS = {  # what is called before, and the compiler's mode
-    "as train.py does it": (lambda: None, "default"),
-    "deterministic=True": (be_deterministic, "default"),
-    "attention by cuDNN": (partial(attention_by, "cudnn"), "default"),
-    "attention by flash": (partial(attention_by, "flash"), "default"),
-    "compile: max-autotune": (lambda: None, "max-autotune-no-cudagraphs"),
-    "compile: reduce-overhead": (lambda: None, "reduce-overhead"),
+def compile_by(mode: str) -> None:
+    """Let torch.compile work in another mode."""
+    torch.compile = partial(torch.compile, mode=mode)
+
+
+def reduce_once() -> None:
+    """Let DDP reduce after the whole backward pass, and the compiler see it in one piece."""
+    torch._dynamo.config.optimize_ddp = False
+
+
+WAYS = {  # what is called before
+    "as train.py does it": lambda: None,
+    "deterministic=True": be_deterministic,
+    "attention by cuDNN": partial(attention_by, "cudnn"),
+    "attention by flash": partial(attention_by, "flash"),
+    "compile: max-autotune": partial(compile_by, "max-autotune-no-cudagraphs"),
+    "compile: reduce-overhead": partial(compile_by, "reduce-overhead"),
+    "DDP, of one rank": lambda: None,
+    "DDP, optimize_ddp=False": reduce_once,
 }
 
 
 def train_in_a_way(way: str, name: str, device: str) -> Callable[[], float]:
     """A step of train.py, but for one thing."""
-    prepare, mode = WAYS[way]
-    prepare()
-    return steps(Training(SHAPES[name], pick_device(device), mode))
+    WAYS[way]()
+    run = new_run(SHAPES[name], pick_device(device))
+    if way.startswith("DDP"):
+        dist.init_process_group("nccl" if run.ranks.device.type == "cuda" else "gloo",
+                                store=dist.HashStore(), rank=0, world_size=1)
+        run.net = DistributedDataParallel(run.fast)
+    return steps_of(run)
 
 
-class Plain(Training):
-    """The same model, float32 on a CPU, by PyTorch's own functions; on CUDA compiled, loss and all,
-    and bfloat16, with all logits in float32: what nanoGPT does."""
+def train_peer(network: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+               parameters: Iterable[nn.Parameter], name: str, device: torch.device,
+               optimizer: torch.optim.Optimizer | None = None) -> Callable[[], float]:
+    """A step of another program: `network(x, y)` gives the loss of a micro-batch of random tokens,
+    which lies on the device already."""
+    shape, parameters = SHAPES[name], list(parameters)
+    optimizer = optimizer or torch.optim.AdamW(parameters, lr=1e-3)
+    batch = torch.randint(shape.args.vocab_size, (2, shape.batch_size, shape.args.block_size),
+                          device=device)
+    # on a CPU float32, as they come
+    autocast = torch.autocast(device.type, pick_dtype("auto", device), device.type == "cuda")
 
-    def __init__(self, name: str, device: torch.device) -> None:
-        model_module.dropout = F.dropout
-        model_module.attend = lambda q, k, v, p: F.scaled_dot_product_attention(
-            q, k, v, dropout_p=p, is_causal=True)
-        shape = SHAPES[name]
-        if device.type == "cuda":  # nanoGPT has 50,304 rows for GPT-2's 50,257 tokens
-            rows = -(-shape.args.vocab_size // 64) * 64
-            shape = replace(shape, args=replace(shape.args, vocab_size=rows))
-        super().__init__(shape, device)
-        if device.type == "cpu":
-            self.autocast = torch.autocast("cpu", enabled=False)
-            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
+    def step() -> None:
+        with autocast:
+            loss = network(*batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
-        def fast(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-            logits = self.model(x)
-            return F.cross_entropy(logits.view(-1, logits.size(-1)), y.reshape(-1))
-
-        self.fast = torch.compile(fast) if device.type == "cuda" else fast
+    return steps(step, device)
 
 
 def train_plain(name: str, device: str) -> Callable[[], float]:
-    """A step of that."""
-    return steps(Plain(name, pick_device(device)))
+    """A step of the same model, float32 on a CPU, by PyTorch's own functions; on CUDA compiled,
+    loss and all, and bfloat16, with all logits in float32: what nanoGPT does."""
+    model_module.dropout = F.dropout
+    model_module.attend = lambda q, k, v, p: F.scaled_dot_product_attention(
+        q, k, v, dropout_p=p, is_causal=True)
+    where, args = pick_device(device), SHAPES[name].args
+    torch.set_float32_matmul_precision("high")
+    optimizer = None
+    if where.type == "cuda":  # nanoGPT has 50,304 rows for GPT-2's 50,257 tokens
+        args = replace(args, vocab_size=-(-args.vocab_size // 64) * 64)
+    network = model_module.GPT(args).to(where)
+    if where.type == "cuda":
+        optimizer = network.optimizer(1e-3, (0.9, 0.95), 0.1)  # fused, as nanoGPT's
+
+    def loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        logits = network(x)
+        return F.cross_entropy(logits.view(-1, logits.size(-1)), y.reshape(-1))
+
+    if where.type == "cuda":
+        loss = torch.compile(loss, dynamic=False)
+    return train_peer(loss, network.parameters(), name, where, optimizer)
 
 
 def gpt2_of_transformers(name: str) -> torch.nn.Module:
@@ -97,21 +143,12 @@ def gpt2_of_transformers(name: str) -> torch.nn.Module:
         bos_token_id=0, eos_token_id=None))
 
 
-class OfTransformers(Training):
-    """Transformers' GPT-2 in training, as it comes."""
-
-    def __init__(self, name: str, device: torch.device) -> None:
-        super().__init__(SHAPES[name], device)
-        self.model = gpt2_of_transformers(name).to(device).train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
-
-    def loss(self) -> torch.Tensor:
-        return self.model(self.batch[0], labels=self.batch[0]).loss
-
-
 def train_transformers(name: str, device: str) -> Callable[[], float]:
-    """A step of that."""
-    return steps(OfTransformers(name, pick_device(device)))
+    """A step of Transformers' GPT-2, as it comes."""
+    where = pick_device(device)
+    torch.set_float32_matmul_precision("high")
+    network = gpt2_of_transformers(name).to(where).train()
+    return train_peer(lambda x, y: network(x, labels=x).loss, network.parameters(), name, where)
 
 
 def new_tokens(name: str, device: torch.device) -> int:
@@ -119,7 +156,7 @@ def new_tokens(name: str, device: torch.device) -> int:
     return 48 if device.type == "cpu" else min(500, SHAPES[name].args.block_size - 16)
 
 
-def sample_ours(name: str, device: str) -> Callable[[], float]:
+def sample_ours(name: str, device: str, record: bool = True) -> Callable[[], float]:
     """Tokens of one sequence, as sample.py draws them; the seconds of one."""
     where = pick_device(device)
     count = new_tokens(name, where)
@@ -129,16 +166,17 @@ def sample_ours(name: str, device: str) -> Callable[[], float]:
     def work() -> float:
         start = time.perf_counter()
         list(generate(network, [[0]], count, temperature=0.8, top_k=50,
-                      record=where.type == "cuda"))
+                      record=record and where.type == "cuda"))
         return (time.perf_counter() - start) / count
 
     return work
 
 
 def sample_transformers(name: str, device: str) -> Callable[[], float]:
-    """The same by Transformers' `generate`, with its cache."""
+    """The same by Transformers' `generate`, with its cache; on CUDA in our dtype too."""
     where = pick_device(device)
-    network, count = gpt2_of_transformers(name).to(where).eval(), new_tokens(name, where)
+    dtype = pick_dtype("auto", where) if where.type == "cuda" else torch.float32
+    network, count = gpt2_of_transformers(name).to(where, dtype).eval(), new_tokens(name, where)
     prompt = torch.zeros(1, 1, dtype=torch.long, device=where)
 
     def work() -> float:

@@ -18,7 +18,7 @@ def bench(config: BenchConfig) -> Iterator[dict[str, str]]:
             continue
         where = f"({name!r}, {str(device)!r})"
         peers = {"plain": f"train_plain{where}"}
-        if not shape.cuda:  # the others would fill a GPU with float32 logits
+        if not shape.cuda:  # a GPU would not hold the float32 logits of all
             peers["peer"] = f"train_transformers{where}"
         t = take_turns(started(Side(f"train_ours{where}", as_a_script=True), **peers),
                        config.rounds)
