@@ -1,0 +1,390 @@
+"""What concerns a GPU, as far as a machine without one can show: compiled graphs, fake CUDA
+tensors, the order of streams, and what the host decides."""
+import copy
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._inductor.utils import run_and_get_code
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+
+import checkpoint
+import model as model_module
+import runtime
+import start
+from checkpoint import Disk, Saver, read_bundle
+from loader import Loader, Split
+from model import GPT, AdamW, Cache, LinearCrossEntropy, ModelArgs, generate
+from tools.bench.common import Shape, new_run
+from train import EXIT_NOT_FINITE, evaluate, gradient, halt_unless_healthy, update
+
+ARGS = ModelArgs(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=61, bias=True,
+                 dropout=0.0)
+torch.set_num_threads(1)  # models this small are slower on two
+CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
+
+
+def tiny_run(**settings):
+    return new_run(Shape(ARGS, 4), CPU, warmup_iters=0, **settings)
+
+
+def on(run, device):
+    """The run, as if its tensors were on another device."""
+    run.ranks = replace(run.ranks, device=device)
+    return run
+
+
+def no_saver():
+    return Saver(None, 2, 0.0, lambda: None, CPU)
+
+
+# compiled graphs
+
+
+@pytest.mark.parametrize("evaluated_first", [True, False])
+def test_graphs_are_static_whichever_is_compiled_first(evaluated_first, monkeypatch):
+    """A resumed run trains first, the run that it resumes has evaluated first."""
+    graphs, compile = [], torch.compile
+
+    def backend(graph, inputs):
+        graphs.append(any(isinstance(x, torch.SymInt) for x in inputs))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda *a, **how: compile(*a, backend=backend, **how))
+    monkeypatch.setattr(start, "compiler_lacks", lambda *_: "")
+    torch._dynamo.reset()
+    run, signals = tiny_run(compile=True, eval_iters=3), SimpleNamespace(came=False)
+    run.splits["train"].windows = run.splits["val"].windows = 4 + 4 + 1  # the last batch is smaller
+    works = [lambda: evaluate(run, signals), lambda: gradient(run)]
+    for work in works if evaluated_first else reversed(works):
+        work()
+    assert graphs == [False, False]  # an evaluation's and a step's
+
+
+def test_a_smaller_last_batch_counts_in_an_evaluation():
+    run = tiny_run(eval_iters=3)
+    run.splits["train"].windows = run.splits["val"].windows = 9
+    losses = evaluate(run, SimpleNamespace(came=False))
+    x, y = run.splits["val"].rows(0, 9)
+    with torch.no_grad(), run.autocast:
+        assert losses["val_loss"] == pytest.approx(run.model(x, y).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_compiled_form_of_the_loss_has_the_same_bits(dtype, monkeypatch):
+    torch.manual_seed(0)
+    x, weight = torch.randn(40, 16).to(dtype), torch.randn(64, 16).to(dtype)
+    x, weight = x.requires_grad_(), weight.requires_grad_()
+    targets = torch.randint(61, (40,))
+
+    def results():
+        loss = LinearCrossEntropy.apply(x, weight, targets, 61)
+        return [loss, *torch.autograd.grad(loss, (x, weight))]
+
+    eager = results()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert all(torch.equal(a, b) for a, b in zip(eager, results()))
+
+
+def test_the_compiled_loss_keeps_no_float32_logits():
+    R, V = 48, 192
+    x, weight = (torch.randn(n, 16, dtype=torch.bfloat16, requires_grad=True) for n in (R, V))
+    targets = torch.randint(V - 3, (R,))
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *a: LinearCrossEntropy.apply(*a, V - 3), dynamic=False)
+    loss, codes = run_and_get_code(lambda: compiled(x, weight, targets))
+    loss.backward()
+    eager = LinearCrossEntropy.apply(x, weight, targets, V - 3)
+    assert loss.item() == pytest.approx(eager.item(), rel=1e-2)
+    buffers = [line for code in codes for line in code.splitlines()
+               if f"({R}, {V})" in line and "empty_strided" in line]
+    assert buffers and not [line for line in buffers if "float32" in line], buffers
+
+
+def test_deterministic_is_compiled_only_where_the_compiler_repeats(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.9.1+cu128"))
+    assert "2.10" in runtime.compiler_lacks(CUDA, True)
+    assert "2.10" not in runtime.compiler_lacks(CUDA, False) + runtime.compiler_lacks(CPU, True)
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.10.0+cu128"))
+    assert "2.10" not in runtime.compiler_lacks(CUDA, True)
+
+
+def test_deterministic_sums_over_gpus_leave_the_switch_out(monkeypatch):
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda _: None)
+    for given, taken in ((None, "^NVLS,NVLSTree"), ("Ring", "Ring")):
+        monkeypatch.delenv("NCCL_ALGO", raising=False)
+        if given:
+            monkeypatch.setenv("NCCL_ALGO", given)
+        runtime.be_deterministic()
+        assert runtime.os.environ["NCCL_ALGO"] == taken
+
+
+# numbers that are not finite
+
+
+def test_float16_that_overflows_at_every_scale_ends_the_run(capsys):
+    run, saver = tiny_run(), no_saver()
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    update(run, saver, gradient(run))
+    before = copy.deepcopy(run.model.state_dict())
+    for _ in range(5):  # 4, 2, 1, 0.5: the third is one too many
+        losses = gradient(run)
+        run.model.transformer.wte.weight.grad[0, 0] = math.inf
+        update(run, saver, losses)
+    metrics = SimpleNamespace(say=print)
+    with pytest.raises(SystemExit) as ended:
+        halt_unless_healthy(run, metrics, saver)
+    assert ended.value.code == EXIT_NOT_FINITE and "step 4: " in capsys.readouterr().out
+    assert all(torch.equal(p, before[name]) for name, p in run.model.state_dict().items())
+
+
+def test_float16_that_overflows_now_and_then_goes_on():
+    run, saver = tiny_run(), no_saver()
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)
+    for i in range(8):
+        losses = gradient(run)
+        if i % 2:
+            run.model.transformer.wte.weight.grad[0, 0] = math.inf
+        update(run, saver, losses)
+    halt_unless_healthy(run, None, saver)
+    assert run.step == run.applied == 8
+
+
+def test_mps_makes_no_update_that_is_not_finite():
+    class Deaf(AdamW):  # as on MPS
+        found_inf = property(lambda self: None, lambda self, value: None)
+
+    run, saver = on(tiny_run(), MPS), no_saver()
+    run.optimizer.__class__ = Deaf
+    losses = gradient_on_cpu(run)
+    before = copy.deepcopy(run.model.state_dict())
+    run.model.transformer.wte.weight.grad[0, 0] = math.nan
+    update(run, saver, losses)
+    assert not run.healthy and run.applied == 0
+    assert all(torch.equal(p, before[name]) for name, p in run.model.state_dict().items())
+    run.healthy.fill_(1)
+    update(run, saver, gradient_on_cpu(run))
+    assert any((p != before[name]).any() for name, p in run.model.state_dict().items())
+
+
+def gradient_on_cpu(run):
+    """Its gradient, while it is no run on MPS."""
+    device = run.ranks.device
+    losses = gradient(on(run, CPU))
+    on(run, device)
+    return losses
+
+
+# copies
+
+
+class Recorder(torch.Tensor):
+    """A tensor that says whether it is on CUDA, and remembers how it was copied."""
+    copies, cuda = [], False
+    is_cuda = property(lambda self: type(self).cuda)
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function in (torch.Tensor.copy_, torch.Tensor.to):
+            cls.copies.append((kwargs or {}).get("non_blocking", False))
+        if function == torch.Tensor.to:
+            return args[0]
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_only_copies_from_cuda_are_not_waited_for(tmp_path, cuda, monkeypatch):
+    monkeypatch.setattr(Recorder, "cuda", cuda)
+    monkeypatch.setattr(Recorder, "copies", [])
+    saver = Saver(tmp_path, 2, 0.0, lambda: None, CPU)
+    saver._copy({"w": torch.ones(3).as_subclass(Recorder)})
+    assert Recorder.copies == [cuda]
+
+
+@pytest.mark.parametrize("device", [CUDA, MPS, CPU])
+def test_only_pinned_batches_are_not_waited_for(device, monkeypatch):
+    monkeypatch.setattr(Recorder, "copies", [])
+    rows = [torch.zeros(2, 3).as_subclass(Recorder) for _ in "xy"]
+    loader = Loader(None, 2, 1, range(1), device)
+    loader.read = lambda *_: rows
+    list(loader.step(0))
+    assert Recorder.copies == [device == CUDA] * 2
+
+
+class Streams:
+    """In the place of torch.cuda: writes down what is asked of it, in order."""
+
+    def __init__(self, monkeypatch):
+        self.log, self.now = [], "current"
+        for name, value in {"Stream": lambda device: self.stream("saver"),
+                            "current_stream": lambda: self.stream("current"),
+                            "stream": self.enter, "cudart": self.cudart}.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+        real = torch.Tensor.copy_
+        monkeypatch.setattr(torch.Tensor, "copy_", lambda *a, **how: (
+            self.log.append(f"copy on {self.now}"), real(*a, **how))[1])
+
+    def stream(self, name):
+        return SimpleNamespace(
+            name=name, synchronize=lambda: self.log.append(f"host waits for {name}"),
+            wait_stream=lambda other: self.log.append(f"{name} waits for {other.name}"))
+
+    def enter(self, stream):
+        streams = self
+
+        class Context:
+            def __enter__(self):
+                streams.now = stream.name
+
+            def __exit__(self, *_):
+                streams.now = "current"
+
+        return Context()
+
+    def cudart(self):
+        self.log.append(f"cudart on {self.now}")
+        return SimpleNamespace(cudaHostRegister=lambda at, size, flags: self.log.append(
+            f"pinned {size}") or 0)
+
+
+class WatchedDisk(Disk):
+    def __init__(self, log):
+        self.log = log
+
+    def create(self, path):
+        self.log.append("written")
+        return super().create(path)
+
+
+def test_a_snapshot_is_ordered_between_two_updates_and_before_its_write(tmp_path, monkeypatch):
+    run = tiny_run()
+    update(run, no_saver(), gradient(run))
+    cuda = Streams(monkeypatch)
+    saver = Saver(tmp_path, 2, 0.0, lambda: None, CUDA, WatchedDisk(cuda.log))
+    bundle = run.bundle()
+    saver.save(bundle, best=False)
+    saver.wait_for_copy()
+    assert saver.wait()
+    log = [entry for i, entry in enumerate(cuda.log) if entry != cuda.log[i - 1]]
+    assert log[0] == "saver waits for current"  # the update before
+    assert log[1] == "cudart on saver" and log[2].startswith("pinned ")
+    assert log[3] == "copy on saver" and "copy on current" not in log
+    assert log.index("copy on saver") < log.index("current waits for saver")  # the update after
+    assert log.index("host waits for saver") < log.index("written")
+    saved = read_bundle(tmp_path / "ckpt.pt")
+    assert all(torch.equal(saved["model"][name], p) for name, p in bundle["model"].items())
+    saver.save(bundle, best=False)
+    assert saver.wait() and sum(entry.startswith("pinned") for entry in cuda.log) == 1
+
+
+def test_the_host_copy_of_a_bundle_is_one_block_of_its_size(tmp_path):
+    run = tiny_run()
+    update(run, no_saver(), gradient(run))
+    saver = Saver(tmp_path, 2, 0.0, lambda: None, CPU)
+    saver.save(run.bundle(), best=False)
+    assert saver.wait()
+    copies = sorted(saver.copies.values(), key=torch.Tensor.data_ptr)
+    size = sum(t.nbytes for t in copies)
+    span = copies[-1].data_ptr() + copies[-1].nbytes - copies[0].data_ptr()
+    assert size <= span < size + checkpoint.ALIGNMENT * len(copies)
+    saved = read_bundle(tmp_path / "ckpt.pt")
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in saved["model"].values())
+
+
+# fake CUDA tensors
+
+
+class SliceByOperators(TorchFunctionMode):
+    """Python's own slicing asks for the real device."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function not in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
+            return function(*args, **(kwargs or {}))
+        part, index, dim = args[0], args[1] if isinstance(args[1], tuple) else (args[1],), 0
+        for i in index:
+            if isinstance(i, int):
+                part = torch.ops.aten.select(part, dim, i)
+            else:
+                part, dim = torch.ops.aten.slice(part, dim, i.start, i.stop), dim + 1
+        if function is torch.Tensor.__getitem__:
+            return part
+        if isinstance(args[2], torch.Tensor):
+            assert args[2].device == part.device and args[2].expand(part.shape) is not None
+
+
+@pytest.fixture
+def fake():
+    """A model on a GPU that is not there: shapes, dtypes and devices are right, values are none.
+    Without CUDA it can't have gradients."""
+    with FakeTensorMode(), SliceByOperators(), torch.inference_mode():
+        with torch.device("meta"):
+            model = GPT(replace(ARGS, n_head=1, n_embd=64, block_size=32))
+        for module in model.modules():
+            for name, p in module._parameters.items():
+                module._parameters[name] = torch.nn.Parameter(
+                    torch.empty(p.shape, dtype=torch.bfloat16, device=CUDA), requires_grad=False)
+        yield model
+
+
+def test_a_loss_and_its_gradients_on_cuda_mix_no_devices(fake):
+    idx = torch.zeros(3, 32, dtype=torch.long, device=CUDA)
+    assert fake.output_weight().shape == (64, 64)  # padded
+    loss, saved = fake(idx, idx), []
+    assert loss.device.type == "cuda" and loss.dtype == torch.float32 and loss.shape == ()
+    context = SimpleNamespace(needs_input_grad=[True], save_for_backward=lambda *t: saved.extend(t))
+    x = torch.empty(96, 64, dtype=torch.bfloat16, device=CUDA)
+    LinearCrossEntropy.forward(context, x, fake.output_weight(), idx.flatten(), 61)
+    assert [(t.device.type, t.shape) for t in saved] == [("cuda", (96, 64)), ("cuda", (64, 64))]
+
+
+def test_generation_on_cuda_mixes_no_devices(fake):
+    fake.eval()
+    idx, cache = torch.zeros(3, 5, dtype=torch.long, device=CUDA), fake.new_cache(3)
+    assert {kv.device.type for kv in cache.layers} == {"cuda"}
+    assert cache.layers[0].dtype == torch.bfloat16
+    logits = fake(idx, cache=cache)
+    plain = fake(idx[:, :1], cache=cache)
+    recorded = fake(idx[:, :1], cache=Cache(cache.layers, torch.full((1,), 6, device=CUDA)))
+    for x in (logits, plain, recorded):
+        assert x.shape == (3, 1, 61) and x.device.type == "cuda" and x.dtype == torch.bfloat16
+
+
+def test_a_snapshot_of_cuda_tensors_is_on_the_host(fake, tmp_path, monkeypatch):
+    Streams(monkeypatch)
+    saver, live = Saver(tmp_path, 2, 0.0, lambda: None, CUDA), fake.state_dict()
+    saver.copies = {f"/{name}": torch.empty_like(p, device="cpu") for name, p in live.items()}
+    bundle = saver._copy(live)
+    assert bundle.keys() == live.keys()
+    for name, p in bundle.items():
+        assert p.device == CPU and p.shape == live[name].shape and p.dtype == live[name].dtype
+
+
+# generation and peaks
+
+
+def test_generation_leaves_out_cudnn_s_attention_and_training_does_not(monkeypatch):
+    enabled, forward = [], GPT.forward
+    monkeypatch.setattr(GPT, "forward", lambda *args, **how: (
+        enabled.append(torch.backends.cuda.cudnn_sdp_enabled()), forward(*args, **how))[1])
+    for _ in generate(GPT(ARGS).eval(), [[1, 2]], 3):
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+    assert enabled == [False] * 3
+    with pytest.raises(RuntimeError), model_module.disable_cudnn_attention():
+        raise RuntimeError
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize("name, tflops", [
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835),
+    ("NVIDIA H200", 989), ("NVIDIA GH200 480GB", 989), ("NVIDIA H20", 148),
+    ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500), ("NVIDIA A100-SXM4-80GB", 312),
+    ("NVIDIA A100 80GB PCIe", 312), ("NVIDIA A10G", 70), ("NVIDIA A10", 125), ("NVIDIA L4", 121),
+    ("NVIDIA L40", 181), ("NVIDIA L40S", 362), ("NVIDIA GeForce RTX 4090", 165),
+    ("NVIDIA GeForce RTX 3090", 71), ("Tesla V100-SXM2-16GB", 125), ("Tesla T4", 65),
+    ("NVIDIA GeForce GTX 1080", None)])
+def test_the_peak_of_a_card_is_that_of_its_own_data_sheet(name, tflops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert runtime.peak_flops(CUDA) == (tflops and tflops * 1e12)
