@@ -62,6 +62,9 @@ def test_graphs_are_static_whichever_is_compiled_first(evaluated_first, monkeypa
     for work in works if evaluated_first else reversed(works):
         work()
     assert graphs == [False, False]  # an evaluation's and a step's
+    with torch.no_grad():
+        run.fast(*run.splits["val"].rows(0, 3))
+    assert graphs == [False] * 3
 
 
 def test_a_smaller_last_batch_counts_in_an_evaluation():
