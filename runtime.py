@@ -110,10 +110,15 @@ class Ranks:
         # copied back: kernels may choose their order of additions by where in memory a tensor lies
         torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(sums, tensors)])
 
-    def leave(self) -> None:
-        """The last thing that ranks do together."""
+    def leave(self, code: int) -> None:
+        """End this process, if it is one of several, with that exit code.
+
+        Process groups are not destroyed: before PyTorch 2.8 gloo's destructor can wait forever for
+        a thread that waits for Python's lock, which the destructor's caller holds.
+        """
         if self.world_size > 1:
-            dist.destroy_process_group()
+            sys.stdout.flush()
+            os._exit(code)
 
 
 def pick_device(name: str) -> torch.device:

@@ -299,10 +299,10 @@ def train(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
                     + ("with nothing to save yet" if not run.step else
                        f"{'saved' if saved else 'NOT SAVED'} in {config.out_dir}")
                     + "; go on with --init_from=auto" * stopped)
-    ranks.leave()
-    if not saved:
-        return EXIT_FAILED
-    return EXIT_STOPPED if not config.eval_only and stopped else 0
+    code = (EXIT_FAILED if not saved else
+            EXIT_STOPPED if not config.eval_only and stopped else 0)
+    ranks.leave(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -145,6 +145,18 @@ def test_usr1_to_torchrun_and_ranks_saves(dataset, tmp_path):
     assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == logged(out) >= 10
 
 
+def test_a_rank_ends_though_destroying_its_groups_hangs(dataset, tmp_path):
+    hangs, out = tmp_path / "hangs.py", tmp_path / "out"
+    hangs.write_text("import sys, threading\n"
+                     f"sys.path.insert(0, {str(REPO)!r})\n"
+                     "import torch.distributed, train\n"
+                     "from configurator import TrainConfig, parse\n"
+                     "torch.distributed.destroy_process_group = threading.Event().wait\n"
+                     "sys.exit(train.main(*parse(TrainConfig, '', sys.argv[1:])[:2]))\n")
+    done = run(hangs, ranks=2, out_dir=out, dataset=dataset, **FLAGS | {"max_iters": 2})
+    assert "done at step 2" in done.stdout and (out / "ckpt.pt").exists()
+
+
 def test_the_slurm_script_saves_and_queues_itself_again(dataset, tmp_path, whole):
     """With stand-ins for Slurm's programs: Slurm itself is not here."""
     stubs, out = tmp_path / "bin", tmp_path / "out"
