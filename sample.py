@@ -105,7 +105,7 @@ def find_meta(config: SampleConfig, origin: str, vocab_size: int, data: dict[str
     except BadData as e:
         fail(str(e))
     except ValueError as e:
-        fail(f"{e}. Try: --dataset=<the dataset that they were trained on>")
+        fail(f"{e}. Try: --dataset=<the dataset that these weights were trained on>")
     return meta
 
 

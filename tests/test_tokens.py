@@ -104,11 +104,12 @@ def test_a_folder_is_sampled_with_its_own_tokens_or_not(exported, trained, datas
 def test_gpt_2_s_tokens_are_not_assumed_where_the_folder_has_others():
     ids = from_meta({"tokenizer": {"kind": "gpt2"}}).token_ids()
     assert ids["Hello"] == 15496 and ids["\u0120world"] == 995 and ids["<|endoftext|>"] == 50256
-    meta = sample.find_meta("folder", 50258, {"token_ids": ids | {"<pad>": 50257}}, "")
+    data = {"token_ids": ids | {"<pad>": 50257}}
+    meta = sample.find_meta(sample.SampleConfig(), "folder", 50258, data)
     assert meta["tokenizer"] == {"kind": "gpt2"}
+    data = {"token_ids": ids | {"Hello": 995, "\u0120world": 15496}}
     with pytest.raises(SystemExit) as end:
-        sample.find_meta("folder", 50257, {"token_ids": ids | {"Hello": 995, "\u0120world": 15496}},
-                         "")
+        sample.find_meta(sample.SampleConfig(), "folder", 50257, data)
     assert end.value.code == 2
 
 
