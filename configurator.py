@@ -275,8 +275,6 @@ def parse(settings: type, usage: str, argv: list[str]) -> tuple[Any, dict[str, A
     Config files come before the flags, whatever the order. Returns the settings, those of them that
     were given rather than left at their default, and the words that are no config files.
     """
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a locale may lack a character
     if "--help" in argv or "-h" in argv:
         show_help(settings, usage)
     flags: dict[str, Any] = {}
@@ -316,5 +314,7 @@ def command_line(settings: type, usage: str) -> tuple[Any, dict[str, Any], list[
     """`parse` this process's command line. A script calls it before it loads torch, so that --help
     and mistakes are answered at once."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of loading in silence
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a locale may lack a character
     prepare_process()
     return parse(settings, usage, sys.argv[1:])
