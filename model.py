@@ -444,7 +444,8 @@ def read_hugging_face(folder: Path) -> tuple[ModelArgs, dict[str, Tensor]]:
                              f"only {value!r} can be loaded")
     state = {}
     # a sharded model's index is not needed: each file holds the names of its tensors
-    for file in (sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))):
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    for file in files:
         for name, tensor in load_tensors(file).items():
             name = "transformer." + name.removeprefix("transformer.")
             if name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
@@ -461,14 +462,17 @@ def read_hugging_face(folder: Path) -> tuple[ModelArgs, dict[str, Tensor]]:
 def load_tensors(file: Path) -> dict[str, Tensor]:
     """Return the tensors of a .safetensors or a .bin file by name. Raises ValueError."""
     try:
-        if file.suffix == ".bin":
-            return dict(load_intact(file))
-        from safetensors.torch import load_file
-        return load_file(file)
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            return load_file(file)
+        tensors = dict(load_intact(file))
+        if not all(torch.is_tensor(tensor) for tensor in tensors.values()):
+            raise ValueError("it holds more than tensors")
+        return tensors
     except ImportError:
         raise ValueError(f"{file} needs one more package: pip install safetensors") from None
     except pickle.UnpicklingError:
-        raise ValueError(f"{file} holds more than tensors") from None
+        raise ValueError(f"{file} can't be read: it holds more than tensors") from None
     except Exception as e:  # safetensors and torch.load raise many kinds
         raise ValueError(f"{file} can't be read: {str(e).partition(chr(10))[0]}") from None
 
@@ -483,7 +487,7 @@ def load_intact(path: Path) -> Any:
 
 def read_data(folder: Path) -> dict[str, Any]:
     """Return what a folder in Hugging Face's format says about its tokens: the "tokenizer" that
-    tools.export has described, the "token_ids" of its tokenizer's file, or nothing. Raises
+    tools.export has described, the "token_of_id" of its tokenizer's file, or nothing. Raises
     ValueError."""
     for name in ("keepgpt.json", "tokenizer.json", "vocab.json"):
         path = folder / name
@@ -494,12 +498,14 @@ def read_data(folder: Path) -> dict[str, Any]:
             if name == "keepgpt.json":
                 return {"tokenizer": content["tokenizer"]}
             if name == "vocab.json":
-                return {"token_ids": dict(content)}
+                return {"token_of_id": {i: token for token, i in content.items()}}
             vocabulary = content["model"]["vocab"]
             if isinstance(vocabulary, list):  # a Unigram model's: [token, score], by id
-                vocabulary = {token: i for i, (token, _) in enumerate(vocabulary)}
-            added = {token["content"]: token["id"] for token in content.get("added_tokens", [])}
-            return {"token_ids": vocabulary | added}
+                tokens = {i: token for i, (token, _) in enumerate(vocabulary)}
+            else:
+                tokens = {i: token for token, i in vocabulary.items()}
+            added = {token["id"]: token["content"] for token in content.get("added_tokens", [])}
+            return {"token_of_id": tokens | added}
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
             raise ValueError(f"{path} can't be read: {type(e).__name__}: {e}") from None
     return {}
@@ -540,7 +546,7 @@ def with_weights(args: ModelArgs, state: dict[str, Tensor]) -> GPT:
 def read_weights(source: str) -> tuple[ModelArgs, dict[str, Tensor], dict[str, Any]]:
     """Weights to begin from: gpt2, gpt2-medium, gpt2-large or gpt2-xl; a folder in Hugging Face's
     format; or a checkpoint file of keepGPT or nanoGPT. Returns them with what the source says of
-    its data: the "tokenizer", the "token_ids", the name of the "dataset" (nanoGPT's) or nothing.
+    its data: the "tokenizer", the "token_of_id", the name of the "dataset" (nanoGPT's) or nothing.
 
     Raises ValueError, with the mend, for anything else.
     """

@@ -213,8 +213,8 @@ def check_tokenizer(source: str, vocab_size: int, data: dict, meta: dict) -> Non
         if data["tokenizer"] != meta["tokenizer"]:
             raise ValueError(f"{source}: expected the tokens of {meta['name']}, "
                              "got another vocabulary of that size")
-    elif "token_ids" in data:
-        theirs = {i: token for token, i in data["token_ids"].items()}
+    elif "token_of_id" in data:
+        theirs = data["token_of_id"]
         for token, i in from_meta(meta).token_ids().items():
             if theirs.get(i) != token:
                 raise ValueError(f"{source}: expected the tokens of {meta['name']}, got another "

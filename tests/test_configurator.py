@@ -391,6 +391,9 @@ def test_every_key_of_nanogpt_is_known():
         weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend
         device dtype compile""".split()
     assert set(keys) <= {f.name for f in fields(TrainConfig)}
+    keys = """init_from out_dir start num_samples max_new_tokens temperature top_k seed device dtype
+        compile""".split()
+    assert set(keys) <= {f.name for f in fields(SampleConfig)}
 
 
 # mistakes

@@ -181,7 +181,9 @@ def test_a_corrupt_pytorch_model_bin_is_refused(theirs, tmp_path):
     torch.save(theirs[0].state_dict(), file)
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
-    for bad in (content, content[:-100], b"", b"no weights"):
+    torch.save({"state_dict": theirs[0].state_dict()}, tmp_path / "nested.pt")
+    nested = (tmp_path / "nested.pt").read_bytes()
+    for bad in (content, content[:-100], b"", b"no weights", nested):
         file.write_bytes(bad)
         with pytest.raises(ValueError, match="pytorch_model.bin") as refused:
             read_weights(str(folder))
@@ -202,7 +204,7 @@ def test_a_pytorch_model_bin_never_runs_code(theirs, tmp_path):
 
 @pytest.mark.parametrize("name, content", [
     ("tokenizer.json", "{"), ("tokenizer.json", "[]"), ("tokenizer.json", '{"model": {}}'),
-    ("tokenizer.json", '{"model": {"vocab": [3]}}'), ("vocab.json", "3"), ("keepgpt.json", "[]"),
+    ("tokenizer.json", '{"model": {"vocab": [3]}}'), ("vocab.json", '{"a": [1]}'), ("vocab.json", "3"), ("keepgpt.json", "[]"),
 ])
 def test_a_spoiled_tokenizer_is_refused(theirs, tmp_path, name, content):
     folder = copy_folder(theirs[1], tmp_path / "folder")

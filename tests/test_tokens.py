@@ -104,12 +104,12 @@ def test_a_folder_is_sampled_with_its_own_tokens_or_not(exported, trained, datas
 def test_gpt_2_s_tokens_are_not_assumed_where_the_folder_has_others():
     ids = from_meta({"tokenizer": {"kind": "gpt2"}}).token_ids()
     assert ids["Hello"] == 15496 and ids["\u0120world"] == 995 and ids["<|endoftext|>"] == 50256
-    data = {"token_ids": ids | {"<pad>": 50257}}
-    meta = sample.find_meta(sample.SampleConfig(), "folder", 50258, data)
+    tokens, config = {i: token for token, i in ids.items()}, sample.SampleConfig()
+    meta = sample.find_meta(config, "folder", 50258, {"token_of_id": tokens | {50257: "<pad>"}})
     assert meta["tokenizer"] == {"kind": "gpt2"}
-    data = {"token_ids": ids | {"Hello": 995, "\u0120world": 15496}}
+    swapped = tokens | {995: "Hello", 15496: "\u0120world"}
     with pytest.raises(SystemExit) as end:
-        sample.find_meta(sample.SampleConfig(), "folder", 50257, data)
+        sample.find_meta(config, "folder", 50257, {"token_of_id": swapped})
     assert end.value.code == 2
 
 
