@@ -12,6 +12,7 @@ import pickle
 import re
 import sys
 import threading
+import zipfile
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
@@ -173,6 +174,17 @@ def has_run(folder: Path) -> bool:
     """Whether a folder holds a bundle, whole or not."""
     return any((folder / name).exists() for name in ("ckpt.pt", "best.pt")) or bool(
         generations(folder))
+
+
+def find_foreign(folder: Path) -> Path | None:
+    """Return the ckpt.pt of a folder that another program wrote, as nanoGPT does; None if there is
+    none, or anything by keepGPT beside it."""
+    path = folder / "ckpt.pt"
+    if (folder / "best.pt").exists() or generations(folder) or not zipfile.is_zipfile(path):
+        return None
+    with open(path, "rb") as f:
+        f.seek(-len(MAGIC) - 4, os.SEEK_END)
+        return None if f.read(len(MAGIC)) == MAGIC else path
 
 
 def check_crc(path: Path) -> None:

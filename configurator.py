@@ -9,11 +9,13 @@ import builtins
 import ctypes
 import difflib
 import errno
+import importlib
 import inspect
 import os
 import platform
 import signal
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from math import inf
 from types import UnionType
@@ -24,6 +26,9 @@ EXIT_MISTAKE = 2
 EXIT_FAILED = 1  # a crash, a full disk or a failed last save: trying again may help
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
+# what nanoGPT's train.py has imported before it runs a config file
+MODULES = {"os": "os", "time": "time", "math": "math", "pickle": "pickle", "np": "numpy",
+           "torch": "torch"}
 
 
 def fail(message: str, code: int = EXIT_MISTAKE, any_rank: bool = False) -> NoReturn:
@@ -136,6 +141,8 @@ class TrainConfig:
 def _convert(kind: Any, value: Any) -> Any:
     """`value` as a `kind`; a string may spell a number or a bool. Raises ValueError if it is
     none."""
+    if hasattr(value, "item"):
+        value = value.item()  # a scalar of numpy or torch
     if get_origin(kind) in (Union, UnionType):
         for option in get_args(kind):
             try:
@@ -146,8 +153,8 @@ def _convert(kind: Any, value: Any) -> Any:
         return value
     elif kind is bool and str(value).lower() in ("true", "1", "false", "0"):
         return str(value).lower() in ("true", "1")
-    elif kind is str and isinstance(value, str):
-        return value
+    elif kind is str and isinstance(value, (str, os.PathLike)):
+        return os.fspath(value)
     elif kind is float and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return float(value)
     elif kind is int and isinstance(value, (str, int, float)) and not isinstance(value, bool):
@@ -193,34 +200,54 @@ def checked(settings: type, key: str, value: Any, where: str) -> Any:
 
 
 def read_config_file(settings: type, path: str) -> dict[str, Any]:
-    """The settings that a Python file assigns, e.g. {"n_layer": 6}.
+    """Return the settings that a Python file assigns, e.g. {"n_layer": 6}.
 
-    The file runs in a namespace of its own, where it can read the defaults by name. What it
-    imports, functions and names with a leading underscore are its own business; any other name must
-    be a known key.
+    The file runs in a namespace of its own, where it can read the defaults by name and, as in
+    nanoGPT, a few modules without importing them. A name that is no key is its own business; one
+    that is close to a key ends the program, one that the file never reads is listed in a note.
     """
     try:
         with open(path, encoding="utf-8-sig") as f:
             source = f.read()
-        code = compile(source, path, "exec")
+        code, nodes = compile(source, path, "exec"), list(ast.walk(ast.parse(source)))
     except OSError as e:
         fail(f"{path}: {e.strerror.lower()}; give the path of a config file, "
              "e.g. config/train_shakespeare_char.py")
     except (SyntaxError, ValueError) as e:
         fail(f"{path}:{getattr(e, 'lineno', None) or 1}: not Python: {getattr(e, 'msg', e)}")
+    reads = {node.id for node in nodes
+             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     defaults = {f.name: f.default for f in fields(settings)}
-    namespace = {"__builtins__": vars(builtins) | defaults, "__name__": "config", "__file__": path}
+    modules = {name: importlib.import_module(MODULES[name]) for name in MODULES.keys() & reads}
+    namespace = {"__builtins__": vars(builtins) | modules | defaults, "__name__": "config",
+                 "__file__": path}
     try:
         exec(code, namespace)
     except (Exception, SystemExit) as e:
         line = [frame.lineno for frame in inspect.trace() if frame.filename == path][-1]
         fail(f"{path}:{line}: {type(e).__name__}: {e}")
-    imported = {alias.asname or alias.name.split(".")[0] for node in ast.walk(ast.parse(source))
-                if isinstance(node, (ast.Import, ast.ImportFrom)) for alias in node.names}
-    own = {key for key, value in namespace.items()
-           if key.startswith("_") or callable(value)} | imported
-    return {key: checked(settings, key, value, path) for key, value in namespace.items()
-            if key in defaults or key not in own}
+    given = {key: checked(settings, key, value, path) for key, value in namespace.items()
+             if key in defaults}
+    others = {key: value for key, value in namespace.items() if key not in defaults
+              and not key.startswith("_") and not callable(value) and not inspect.ismodule(value)}
+    check_misspelled_keys(path, others, reads, given, defaults)
+    if unused := sorted(others.keys() - reads):
+        warn(f"{path}: ignoring what is no setting of this program: {', '.join(unused)}")
+    return given
+
+
+def check_misspelled_keys(path: str, others: dict[str, Any], reads: set[str],
+                          given: dict[str, Any], known: Iterable[str]) -> None:
+    """End the program if one of the `others` that a file assigns has nearly the name of a key.
+
+    Not misspelled are a container, such as `learning_rates` to loop over, and a helper that the
+    file reads and that is close to a key which it also sets (n_heads = 4; n_head = n_heads).
+    """
+    for name, value in others.items():
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+        container = hasattr(value, "__len__") and not isinstance(value, str)
+        if near and not container and not (name in reads and near[0] in given):
+            fail(f"{path}: unknown key {name!r}; did you mean {near[0]}?")
 
 
 def show_help(settings: type, usage: str) -> NoReturn:
@@ -248,8 +275,6 @@ def parse(settings: type, usage: str, argv: list[str]) -> tuple[Any, dict[str, A
     Config files come before the flags, whatever the order. Returns the settings, those of them that
     were given rather than left at their default, and the words that are no config files.
     """
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a locale may lack a character
     if "--help" in argv or "-h" in argv:
         show_help(settings, usage)
     flags: dict[str, Any] = {}
@@ -289,5 +314,7 @@ def command_line(settings: type, usage: str) -> tuple[Any, dict[str, Any], list[
     """`parse` this process's command line. A script calls it before it loads torch, so that --help
     and mistakes are answered at once."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of loading in silence
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a locale may lack a character
     prepare_process()
     return parse(settings, usage, sys.argv[1:])

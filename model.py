@@ -35,6 +35,15 @@ class ModelArgs:
     bias: bool
     dropout: float
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for sizes that no network has."""
+        for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+            size = getattr(self, key)
+            if type(size) is not int or size < 1:
+                raise ValueError(f"{key}: expected a whole number of at least 1, got {size!r}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
+
 
 @dataclass
 class Cache:
@@ -431,11 +440,7 @@ def read_hugging_face(folder: Path) -> tuple[ModelArgs, dict[str, Tensor]]:
     """A GPT-2 in Hugging Face's format as (ModelArgs, state dict). Raises ValueError for another
     architecture."""
     try:
-        from safetensors.torch import load_file
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ImportError:
-        raise ValueError("reading weights from elsewhere needs one more package: "
-                         "pip install safetensors") from None
     except (OSError, ValueError) as e:
         raise ValueError(f"{folder}/config.json can't be read: {e}") from None
     ours = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
@@ -444,21 +449,22 @@ def read_hugging_face(folder: Path) -> tuple[ModelArgs, dict[str, Tensor]]:
     sizes = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
     if not isinstance(config, dict) or any(key not in config for key in sizes):
         raise ValueError(f"{folder}/config.json does not describe a GPT-2")
+    try:
+        args = ModelArgs(*(config[key] for key in sizes), bias=True,
+                         dropout=config.get("resid_pdrop", 0.0))
+    except ValueError as e:
+        raise ValueError(f"{folder}/config.json: {e}") from None
     if config.get("n_inner") is not None:  # absent or null means four times the width
-        ours["n_inner"] = 4 * config["n_embd"]
+        ours["n_inner"] = 4 * args.n_embd
     for key, value in ours.items():
         if config.get(key, value) != value:
             raise ValueError(f"{folder}/config.json: {key} is {config[key]!r}; "
                              f"only {value!r} can be loaded")
-    args = ModelArgs(config["n_layer"], config["n_head"], config["n_embd"], config["n_positions"],
-                     config["vocab_size"], bias=True, dropout=config.get("resid_pdrop", 0.0))
     state = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        try:
-            tensors = load_file(file)
-        except Exception as e:
-            raise ValueError(f"{file} can't be read: {e}") from None
-        for name, tensor in tensors.items():
+    # a sharded model's index is not needed: each file holds the names of its tensors
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    for file in files:
+        for name, tensor in load_tensors(file).items():
             name = "transformer." + name.removeprefix("transformer.")
             if name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
                 continue  # the causal mask, and the twin of wte
@@ -467,17 +473,60 @@ def read_hugging_face(folder: Path) -> tuple[ModelArgs, dict[str, Tensor]]:
                 tensor = tensor.t().contiguous()
             state[name] = tensor.float()
     if not state:
-        raise ValueError(f"{folder} has no *.safetensors")
+        raise ValueError(f"{folder} has no *.safetensors and no pytorch_model*.bin")
     return args, state
 
 
-def read_data(folder: Path) -> dict | None:
-    """What tools.export has written about the data of a folder in Hugging Face's format."""
-    path = folder / "keepgpt.json"
+def load_tensors(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a .safetensors or a .bin file by name. Raises ValueError."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{path} can't be read: {e}") from None
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            return load_file(file)
+        tensors = dict(load_intact(file))
+        if not all(torch.is_tensor(tensor) for tensor in tensors.values()):
+            raise ValueError("it holds more than tensors")
+        return tensors
+    except ImportError:
+        raise ValueError(f"{file} needs one more package: pip install safetensors") from None
+    except pickle.UnpicklingError:
+        raise ValueError(f"{file} can't be read: it holds more than tensors") from None
+    except Exception as e:  # safetensors and torch.load raise many kinds
+        raise ValueError(f"{file} can't be read: {str(e).partition(chr(10))[0]}") from None
+
+
+def load_intact(path: Path) -> Any:
+    """torch.load a file of plain values and tensors, after checking the CRC32s that torch.load
+    ignores. Raises ValueError for a corrupt file, and whatever torch.load raises."""
+    if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
+        raise ValueError(f"it is damaged, in {damaged}")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read_data(folder: Path) -> dict[str, Any]:
+    """Return what a folder in Hugging Face's format says about its tokens: the "tokenizer" that
+    tools.export has described, the "token_of_id" of its tokenizer's file, or nothing. Raises
+    ValueError."""
+    for name in ("keepgpt.json", "tokenizer.json", "vocab.json"):
+        path = folder / name
+        if not path.exists():
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if name == "keepgpt.json":
+                return {"tokenizer": content["tokenizer"]}
+            if name == "vocab.json":
+                return {"token_of_id": {i: token for token, i in content.items()}}
+            vocabulary = content["model"]["vocab"]
+            if isinstance(vocabulary, list):  # a Unigram model's: [token, score], by id
+                tokens = {i: token for i, (token, _) in enumerate(vocabulary)}
+            else:
+                tokens = {i: token for token, i in vocabulary.items()}
+            added = {token["id"]: token["content"] for token in content.get("added_tokens", [])}
+            return {"token_of_id": tokens | added}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+            raise ValueError(f"{path} can't be read: {type(e).__name__}: {e}") from None
+    return {}
 
 
 def cropped(args: ModelArgs, state: dict[str, Tensor], vocab_size: int,
@@ -492,6 +541,17 @@ def cropped(args: ModelArgs, state: dict[str, Tensor], vocab_size: int,
 
 def with_weights(args: ModelArgs, state: dict[str, Tensor]) -> GPT:
     """The network with these weights. Raises ValueError if they are not the ones it needs."""
+    # an absurd size is found here, before the network is built in it
+    blocks = {name.split(".")[2] for name in state if name.startswith("transformer.h.")}
+    expected = {"n_layer": args.n_layer, "wte": (args.vocab_size, args.n_embd),
+                "wpe": (args.block_size, args.n_embd)}
+    found = {"n_layer": len(blocks)} | {
+        key: tuple(getattr(state.get(f"transformer.{key}.weight"), "shape", ()))
+        for key in ("wte", "wpe")}
+    for key, size in expected.items():
+        if found[key] != size:
+            raise ValueError(f"the weights do not fit the network: {key}: expected {size}, "
+                             f"got {found[key]}")
     model = GPT(args)
     try:
         model.load_state_dict(state)
@@ -501,28 +561,29 @@ def with_weights(args: ModelArgs, state: dict[str, Tensor]) -> GPT:
     return model
 
 
-def read_weights(source: str) -> tuple[ModelArgs, dict[str, Tensor], dict | None]:
+def read_weights(source: str) -> tuple[ModelArgs, dict[str, Tensor], dict[str, Any]]:
     """Weights to begin from: gpt2, gpt2-medium, gpt2-large or gpt2-xl; a folder in Hugging Face's
-    format; or a checkpoint file of keepGPT or nanoGPT. Returns them with the description of their
-    data, if the file has one.
+    format; or a checkpoint file of keepGPT or nanoGPT. Returns them with what the source says of
+    its data: the "tokenizer", the "token_of_id", the name of the "dataset" (nanoGPT's) or nothing.
 
     Raises ValueError, with the mend, for anything else.
     """
     if source in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
-        return *read_hugging_face(download(f"openai-community/{source}")), None
+        return *read_hugging_face(download(f"openai-community/{source}")), {
+            "tokenizer": {"kind": "gpt2"}}
     path = Path(source)
     if (path / "ckpt.pt").exists():
-        raise ValueError(f"init_from={source} is the folder of a run; give {path}/best.pt")
+        best = path / ("best.pt" if (path / "best.pt").exists() else "ckpt.pt")
+        raise ValueError(f"init_from={source} is the folder of a run; give {best}")
     if path.is_dir():
         return *read_hugging_face(path), read_data(path)
     if not path.exists():
         raise ValueError(f"init_from={source}: neither a file or folder that is there nor a name "
                          "that is known; --help lists them")
     try:
-        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
-            raise ValueError(f"it is damaged, in {damaged}")  # torch.load does not look
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = load_intact(path)
         args = ModelArgs(**saved["model_args"])
+        data = saved.get("data") or {"dataset": saved.get("config", {}).get("dataset")}
         state = {name.removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()
                  if not name.endswith(".attn.bias")}
     except pickle.UnpicklingError:
@@ -533,7 +594,7 @@ def read_weights(source: str) -> tuple[ModelArgs, dict[str, Tensor], dict | None
         raise ValueError(f"init_from={source} is no checkpoint of keepGPT or nanoGPT: {e}"
                          .splitlines()[0]) from None
     state.pop("lm_head.weight", None)  # the twin of wte
-    return args, state, saved.get("data")
+    return args, state, data
 
 
 def download(name: str) -> Path:

@@ -28,6 +28,7 @@ class SampleConfig:
     device: str = knob("auto", "auto | cpu | cuda | cuda:1 | mps")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto",
         "of the weights: auto = what is fast")
+    compile: bool = knob(False, "nanoGPT's; changes nothing here")
 
 
 if __name__ == "__main__":  # before torch is loaded
@@ -38,13 +39,14 @@ if __name__ == "__main__":  # before torch is loaded
 import codecs
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import tokenizer
-from checkpoint import BadBundle, best_bundle, has_run, newest_bundle
+from checkpoint import BadBundle, best_bundle, find_foreign, has_run, newest_bundle
 from loader import BadData, dataset_folder, read_meta
 from model import GPT, ModelArgs, cropped, generate, pack, read_weights, with_weights
 from runtime import host_memory, pick_device, pick_dtype
@@ -54,26 +56,22 @@ SMALL = 4e6  # fewer parameters stay in the cache, where products of one row are
 
 def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
     """The model, its tokenizer, and where they come from."""
-    folder = Path(config.out_dir)
-    if config.init_from in ("best", "resume") and not has_run(folder):
+    folder, origin = Path(config.out_dir), config.init_from
+    if origin in ("best", "resume") and not has_run(folder):
         fail(f"there is no checkpoint in {folder}. Try: --out_dir=<the folder of a run>, or first: "
              "python train.py config/train_shakespeare_char_cpu.py")
+    if origin in ("best", "resume") and (foreign := find_foreign(folder)):
+        origin = str(foreign)
     try:
-        if config.init_from in ("best", "resume"):
-            bundle = best_bundle(folder) if config.init_from == "best" else newest_bundle(folder)
+        if origin in ("best", "resume"):
+            bundle = best_bundle(folder) if origin == "best" else newest_bundle(folder)
             args, state, data = ModelArgs(**bundle["model_args"]), bundle["model"], bundle["data"]
             origin = f"{folder}: step {bundle['step']}" + describe_loss(bundle)
         else:
-            args, state, data = read_weights(config.init_from)
-            origin = config.init_from
-        if config.dataset and not data:
-            data = read_meta(dataset_folder(config.data_dir, config.dataset))
-    except (BadBundle, BadData, ValueError) as e:
+            args, state, data = read_weights(origin)
+    except (BadBundle, ValueError) as e:
         fail(str(e))
-    vocabulary = tokenizer.from_meta(data or {"tokenizer": {"kind": "gpt2"}})
-    if not 0 <= args.vocab_size - vocabulary.vocab_size < 64:
-        fail(f"{config.init_from} knows {args.vocab_size} tokens and does not say which. Try: "
-             "--dataset=<the dataset it was trained on>")
+    vocabulary = tokenizer.from_meta(find_meta(config, origin, args.vocab_size, data))
     try:
         model = with_weights(*cropped(args, state, vocabulary.vocab_size, args.block_size))
     except ValueError as e:
@@ -88,6 +86,27 @@ def describe_loss(bundle: dict[str, Any]) -> str:
         return ", not evaluated yet"
     older = f" at step {evaluation['step']}" * (evaluation["step"] != bundle["step"])
     return f", val loss {evaluation['val_loss']:.4f}" + older
+
+
+def find_meta(config: SampleConfig, origin: str, vocab_size: int, data: dict[str, Any]
+              ) -> dict[str, Any]:
+    """Return a description of the tokens that the weights of `origin` know: its own, unless
+    --dataset is given, else that of the dataset that nanoGPT's checkpoint names, else GPT-2's."""
+    if "tokenizer" in data and not config.dataset:
+        return data
+    meta = {"name": "GPT-2", "tokenizer": {"kind": "gpt2"}, "vocab_size": 50257}
+    try:
+        if config.dataset:
+            meta = read_meta(dataset_folder(config.data_dir, config.dataset))
+        elif data.get("dataset"):
+            with suppress(BadData):  # it need not be on this machine
+                meta = read_meta(dataset_folder(config.data_dir, data["dataset"]))
+        tokenizer.check_tokenizer(origin, vocab_size, data, meta)
+    except BadData as e:
+        fail(str(e))
+    except ValueError as e:
+        fail(f"{e}. Try: --dataset=<the dataset that these weights were trained on>")
+    return meta
 
 
 def make_fast(model: GPT, dtype_name: str, device: torch.device) -> None:

@@ -18,6 +18,7 @@ from metrics import Metrics
 from model import GPT, ModelArgs, cropped, read_weights, with_weights
 from runtime import (Ranks, compiler_lacks, device_name, host_memory, join_ranks, lock, pick_dtype,
                      restore_rng, rng_state)
+from tokenizer import check_tokenizer
 
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "block_size", "bias")
 FIXED = ("seed", *ARCHITECTURE)  # another value would be another run
@@ -199,9 +200,14 @@ def find_run(config: TrainConfig, ranks: Ranks, held: TextIO | None) -> dict[str
     """The bundle to resume from, chosen by rank 0 for all; None to begin a run."""
     bundle, problem, out_dir = None, None, Path(config.out_dir)
     if ranks.rank == 0:
-        has_run = checkpoint.has_run(out_dir)
+        has_run, foreign = checkpoint.has_run(out_dir), checkpoint.find_foreign(out_dir)
+        resumes = config.init_from == "resume" or is_auto(config) and has_run
         try:
-            if config.init_from == "resume" or is_auto(config) and has_run:
+            if foreign and (resumes or not config.eval_only):
+                problem = (f"{foreign} was not written by keepGPT; its weights can be loaded, its "
+                           f"optimizer and step cannot. Try: --init_from={foreign} "
+                           "--out_dir=<new folder>")
+            elif resumes:
                 bundle = checkpoint.newest_bundle(out_dir, held.read() if held else "")
             elif has_run and not config.eval_only:
                 problem = (f"{out_dir} already holds a run; go on with it by --init_from=resume, "
@@ -222,11 +228,13 @@ def build(config: TrainConfig, given: dict[str, Any], meta: dict[str, Any]
     vocab_size = meta["vocab_size"]
     source = config.init_from.removeprefix("auto:")
     if source in ("scratch", "auto"):
-        if config.n_embd % config.n_head:
-            fail(f"n_embd={config.n_embd} is not a multiple of n_head={config.n_head}")
+        try:
+            args = ModelArgs(*(getattr(config, key) for key in ARCHITECTURE[:4]), vocab_size,
+                             config.bias, config.dropout)
+        except ValueError as e:
+            fail(str(e))
         check_memory(config, vocab_size)
-        return GPT(ModelArgs(*(getattr(config, key) for key in ARCHITECTURE[:4]), vocab_size,
-                             config.bias, config.dropout)), config
+        return GPT(args), config
     try:
         args, state, data = read_weights(source)
     except ValueError as e:
@@ -235,12 +243,10 @@ def build(config: TrainConfig, given: dict[str, Any], meta: dict[str, Any]
         value, have = given.get(key), getattr(args, key)
         if value is not None and value != have and not (key == "block_size" and value < have):
             fail(f"{source} has {key}={have}, not {value}; leave {key} out")
-    padding = 63 if meta["tokenizer"]["kind"] == "gpt2" else 0  # nanoGPT has 50304 rows for 50257
-    if (data["tokenizer"] != meta["tokenizer"] if data
-            else not 0 <= args.vocab_size - vocab_size <= padding):
-        fail(f"{source} has a vocabulary of {args.vocab_size} tokens, and "
-             f"{meta['name']} another, of {vocab_size}; prepare the text with the tokenizer of "
-             "those weights")
+    try:
+        check_tokenizer(source, args.vocab_size, data, meta)
+    except ValueError as e:
+        fail(f"{e}; prepare the text with the tokenizer of those weights")
     args, state = cropped(args, state, vocab_size, min(config.block_size, args.block_size))
     try:
         model = with_weights(replace(args, dropout=config.dropout), state)

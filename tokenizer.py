@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterable
 
-from configurator import fail
+from configurator import fail, warn
 
 # encoder.json: token -> id. The ids are in the order of the merges: they are the ranks as well.
 GPT2_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
@@ -52,6 +52,10 @@ class CharTokenizer:
     def decode(self, ids: list[int]) -> str:
         return "".join(self.chars[i] for i in ids)
 
+    def token_ids(self) -> dict[str, int]:
+        """Return every token's id, the tokens spelled as in Hugging Face's files."""
+        return self.ids
+
     def token_bytes(self, i: int) -> bytes:
         """The UTF-8 of one token."""
         return self.chars[i].encode()
@@ -82,6 +86,13 @@ class BPETokenizer:
     def decode(self, ids: list[int]) -> str:
         """Bytes that are not UTF-8 (a character cut off by the end) become U+FFFD."""
         return self.encoding.decode(ids)
+
+    def token_ids(self) -> dict[str, int]:
+        """Return every token's id, the tokens spelled as in Hugging Face's files: a printable
+        character for each byte."""
+        spelling = {byte: char for char, byte in byte_characters().items()}
+        return {"".join(spelling[byte] for byte in token): i for token, i
+                in self.encoding._mergeable_ranks.items()} | self.encoding._special_tokens
 
     def token_bytes(self, i: int) -> bytes:
         """The bytes of one token, maybe a part of a character: decode them incrementally. Empty
@@ -188,3 +199,26 @@ def from_meta(meta: dict) -> Tokenizer:
             mergeable_ranks={token: rank for rank, token in enumerate(tokens) if token},
             special_tokens=description["special_tokens"]), description)
     fail(f"unknown tokenizer {description['kind']!r}: this version knows char, gpt2 and bpe")
+
+
+def check_tokenizer(source: str, vocab_size: int, data: dict, meta: dict) -> None:
+    """Raise ValueError if the weights of `source` were trained on other tokens than the dataset
+    that `meta` describes; `data` is what `source` says of its own. A note tells what could not be
+    compared."""
+    padding = 63 if meta["tokenizer"]["kind"] == "gpt2" else 0  # nanoGPT has 50304 rows for 50257
+    if not 0 <= vocab_size - meta["vocab_size"] <= padding:
+        raise ValueError(f"{source}: expected the {meta['vocab_size']:,} tokens of {meta['name']}, "
+                         f"got {vocab_size:,}")
+    if "tokenizer" in data:
+        if data["tokenizer"] != meta["tokenizer"]:
+            raise ValueError(f"{source}: expected the tokens of {meta['name']}, "
+                             "got another vocabulary of that size")
+    elif "token_of_id" in data:
+        theirs = data["token_of_id"]
+        for token, i in from_meta(meta).token_ids().items():
+            if theirs.get(i) != token:
+                raise ValueError(f"{source}: expected the tokens of {meta['name']}, got another "
+                                 f"tokenizer: token {i} is {theirs.get(i)!r}, not {token!r}")
+    else:
+        warn(f"{source} does not say which tokens it was trained on; only their number was "
+             f"compared with {meta['name']}")

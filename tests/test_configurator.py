@@ -228,8 +228,63 @@ def test_what_a_file_does_to_its_names_does_not_reach_the_program(file, text):
     assert config.n_layer == 3 and read() == DEFAULTS
 
 
-def test_a_file_that_rebinds_a_builtin_to_a_value_is_told_that_it_is_no_key(file):
-    assert "unknown key 'print'" in mistake(file("print = 3"))
+def test_a_file_may_hold_helpers_loops_files_and_modules(file, tmp_path, capsys):
+    (tmp_path / "width.txt").write_text("64")
+    config = read(file(f"""
+width = 1
+with open({str(tmp_path / "width.txt")!r}) as f:
+    width = int(f.read())
+lr, warmup, max_steps, n_blocks = 3e-4, 0.1, 1_000, 0
+for i in range(3):
+    n_blocks += i
+if torch.cuda.is_available() and os.name == 'nt':
+    n_blocks = 99
+n_layer, n_embd, learning_rate, max_iters = n_blocks, width, lr * math.sqrt(4), max_steps
+warmup_iters = int(warmup * max_steps)
+"""))
+    assert (config.n_layer, config.n_embd, config.max_iters) == (3, 64, 1000)
+    assert config.learning_rate == pytest.approx(6e-4) and config.warmup_iters == 100
+    assert not capsys.readouterr().err
+
+
+def test_scalars_of_numpy_and_torch_and_paths_are_values(file):
+    config = read(file("""
+from pathlib import Path
+learning_rate, n_layer, bias = np.float32(0.5), np.int64(3), np.bool_(True)
+max_iters, min_lr, out_dir = torch.tensor(7), np.logspace(-4, -3, 2)[0], Path("a") / "b"
+"""))
+    assert (config.learning_rate, config.n_layer, config.bias) == (0.5, 3, True)
+    assert (config.max_iters, config.min_lr, config.out_dir) == (7, 1e-4, "a/b")
+
+
+@pytest.mark.parametrize("text, near", [
+    ("learning_rat = 1e-3", "learning_rate"), ("n_heads = 4", "n_head"),
+    ("learning_rate = 1e-3\nlearning_rat = 1e-4", "learning_rate"),
+    ("learning_rat = 1e-3\nmin_lr = learning_rat / 10", "learning_rate"),
+    ("import numpy as np\nweight_decays = np.float64(0.1)", "weight_decay"),
+    ("for max_iter in (1, 2):\n    pass", "max_iters"),
+])
+def test_a_misspelled_key_is_no_helper(file, text, near):
+    assert f"did you mean {near}?" in mistake(file(text))
+
+
+@pytest.mark.parametrize("text", [
+    "n_heads = 4\nn_head = n_heads",
+    "learning_rates = [1e-3, 1e-4]\nlearning_rate = learning_rates[1]",
+    "import numpy as np\nweight_decays = np.logspace(-3, -1, 3)\nweight_decay = max(weight_decays)",
+    "max_iter = max_iters = 5\nlr_decay_iters = max_iter", "lr = 1\ndef f():\n    return lr",
+    "class Sizes:\n    n_heads = 4\nn_head = Sizes.n_heads",
+])
+def test_a_helper_close_to_a_key_is_no_mistake(file, text, capsys):
+    read(file(text))
+    assert not capsys.readouterr().err
+
+
+def test_names_that_a_file_never_reads_are_listed_in_one_line(file, capsys):
+    assert read(file("print = 3\nuse_rope = True\n_own = 1\nn_kv_head = n_head = 4")).n_head == 4
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and line.startswith("note: ")
+    assert line.endswith(": n_kv_head, print, use_rope\n")
 
 
 @pytest.mark.parametrize("theirs, spins", [
@@ -336,6 +391,9 @@ def test_every_key_of_nanogpt_is_known():
         weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend
         device dtype compile""".split()
     assert set(keys) <= {f.name for f in fields(TrainConfig)}
+    keys = """init_from out_dir start num_samples max_new_tokens temperature top_k seed device dtype
+        compile""".split()
+    assert set(keys) <= {f.name for f in fields(SampleConfig)}
 
 
 # mistakes

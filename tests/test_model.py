@@ -3,6 +3,7 @@ import copy
 import json
 import math
 import os
+import shutil
 from dataclasses import asdict, replace
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before Transformers is loaded: else it asks the hub, and waits
@@ -15,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import model as model_module
 from model import (GPT, Cache, LinearCrossEntropy, ModelArgs, attend, cropped, dropout, generate,
-                   kept, pack, pick, read_weights)
+                   kept, pack, pick, read_weights, with_weights)
 from runtime import pick_dtype
 
 torch.set_num_threads(1)  # models this small are slower on two
@@ -60,6 +61,14 @@ def theirs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("gpt2")
     model.eval().save_pretrained(folder)
     return model, folder
+
+
+def copy_folder(source, to, **settings):
+    """A copy of a folder in Hugging Face's format with other settings in its config.json."""
+    shutil.copytree(source, to)
+    config = json.loads((to / "config.json").read_text())
+    (to / "config.json").write_text(json.dumps(config | settings))
+    return to
 
 
 def loaded(source, vocab_size=101, block_size=32):
@@ -133,6 +142,75 @@ def test_a_folder_that_lacks_or_spoils_a_file_is_refused(theirs, tmp_path, confi
         (tmp_path / "model.safetensors").write_bytes(weights)
     with pytest.raises(ValueError, match=says):
         read_weights(str(tmp_path))
+
+
+@pytest.mark.parametrize("settings", [
+    {"n_head": 3}, {"n_head": 0}, {"n_head": -4}, {"n_head": "four"}, {"n_head": [4]},
+    {"n_head": None}, {"n_head": True}, {"n_head": 4.0}, {"n_embd": 10**300}, {"n_embd": None},
+    {"n_embd": "64", "n_inner": 256}, {"n_layer": 10**9}, {"n_layer": 2}, {"n_positions": 10**15},
+    {"vocab_size": 10**15}, {"n_head": 128},
+], ids=str)
+def test_impossible_sizes_in_config_json_are_refused_at_once(theirs, tmp_path, settings):
+    folder = copy_folder(theirs[1], tmp_path / "folder", **settings)
+    with pytest.raises(ValueError):
+        args, state, _ = read_weights(str(folder))
+        with_weights(*cropped(args, state, args.vocab_size, args.block_size))
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_pytorch_model_bin_is_read(theirs, tmp_path, shards):
+    folder, state = copy_folder(theirs[1], tmp_path / "folder"), theirs[0].state_dict()
+    (folder / "model.safetensors").unlink()
+    torch.save({"lr": 1e-3}, folder / "optimizer.bin")  # stays beside them, and is no weight
+    if shards == 1:
+        torch.save(state, folder / "pytorch_model.bin")
+    else:
+        names, files = list(state), [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+        for i, file in enumerate(files):
+            torch.save({name: state[name] for name in names[i::2]}, folder / file)
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(
+            {"weight_map": {name: files[i % 2] for i, name in enumerate(names)}}))
+    idx = tokens(2, 32, below=101)
+    agree(loaded(folder)(idx), theirs[0](idx).logits, 1e-5)
+
+
+def test_a_corrupt_pytorch_model_bin_is_refused(theirs, tmp_path):
+    folder = copy_folder(theirs[1], tmp_path / "folder")
+    (folder / "model.safetensors").unlink()
+    file = folder / "pytorch_model.bin"
+    torch.save(theirs[0].state_dict(), file)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    torch.save({"state_dict": theirs[0].state_dict()}, tmp_path / "nested.pt")
+    nested = (tmp_path / "nested.pt").read_bytes()
+    for bad in (content, content[:-100], b"", b"no weights", nested):
+        file.write_bytes(bad)
+        with pytest.raises(ValueError, match="pytorch_model.bin") as refused:
+            read_weights(str(folder))
+        assert "\n" not in str(refused.value)
+
+
+def test_a_pytorch_model_bin_never_runs_code(theirs, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "trapped"),)
+    folder = copy_folder(theirs[1], tmp_path / "folder")
+    (folder / "model.safetensors").unlink()
+    torch.save({"wte.weight": Trap()}, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin"):
+        read_weights(str(folder))
+    assert not (tmp_path / "trapped").exists()
+
+
+@pytest.mark.parametrize("name, content", [
+    ("tokenizer.json", "{"), ("tokenizer.json", "[]"), ("tokenizer.json", '{"model": {}}'),
+    ("tokenizer.json", '{"model": {"vocab": [3]}}'), ("vocab.json", '{"a": [1]}'), ("vocab.json", "3"), ("keepgpt.json", "[]"),
+])
+def test_a_spoiled_tokenizer_is_refused(theirs, tmp_path, name, content):
+    folder = copy_folder(theirs[1], tmp_path / "folder")
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=name):
+        read_weights(str(folder))
 
 
 # checkpoint files

@@ -49,7 +49,7 @@ from torch import Tensor
 from checkpoint import Disk, write_bundle
 from model import GPT, ModelArgs
 from sample import SampleConfig, load
-from tokenizer import BPETokenizer, Tokenizer, byte_characters
+from tokenizer import BPETokenizer, Tokenizer
 
 CARD = """---
 library_name: transformers
@@ -107,16 +107,11 @@ def to_tokenizers(vocabulary: Tokenizer) -> Any:
         made.decoder = decoders.Fuse()
         return made
     encoding = vocabulary.encoding
-    spelling = {byte: char for char, byte in byte_characters().items()}
-
-    def spell(token: bytes) -> str:
-        return "".join(spelling[byte] for byte in token)
-
     ranks, special = encoding._mergeable_ranks, encoding._special_tokens
     # special tokens are in the vocabulary too: else they would get the next free ids
+    names = {i: name for name, i in vocabulary.token_ids().items()}
     made = tokenizers.Tokenizer(models.BPE(
-        {spell(token): rank for token, rank in ranks.items()} | special,
-        [(spell(a), spell(b)) for a, b in merges(ranks)]))
+        vocabulary.token_ids(), [(names[ranks[a]], names[ranks[b]]) for a, b in merges(ranks)]))
     # its regular expressions are Oniguruma's, where {1,3}+ is not possessive but a repetition
     pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", encoding._pat_str)
     made.pre_tokenizer = pre_tokenizers.Sequence([

@@ -1,0 +1,158 @@
+"""Weights from elsewhere are only used with the tokens that they were trained on."""
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, complaint, run
+
+import sample
+from tokenizer import check_tokenizer, from_meta
+
+ONE_STEP = TINY | {"max_iters": 1, "eval_iters": 1}
+
+
+@pytest.fixture(scope="module")
+def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step on characters."""
+    folder = tmp_path_factory.mktemp("tokens") / "out"
+    run("train.py", out_dir=folder, dataset=dataset, **ONE_STEP)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(trained: Path) -> Path:
+    """Its weights as somebody else's folder in Hugging Face's format, tokenizer.json included."""
+    folder = trained.parent / "exported"
+    run("tools.export", out_dir=trained, to=folder)
+    (folder / "keepgpt.json").unlink()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def nanogpt(trained: Path, dataset: Path) -> Path:
+    """Its weights as nanoGPT leaves them in its out_dir, of a compiled model."""
+    bundle = torch.load(trained / "ckpt.pt", weights_only=True)
+    state = {f"_orig_mod.{name}": tensor for name, tensor in bundle["model"].items()}
+    state["_orig_mod.lm_head.weight"] = state["_orig_mod.transformer.wte.weight"]
+    folder = trained.parent / "nanogpt"
+    folder.mkdir()
+    torch.save({"model": state, "optimizer": bundle["optimizer"],
+                "model_args": bundle["model_args"], "iter_num": 1,
+                "best_val_loss": torch.tensor(1.5), "config": {"dataset": str(dataset)}},
+               folder / "ckpt.pt")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ciphered(play: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same text in other letters: a set of as many characters, none of them with its id."""
+    folder, text = tmp_path_factory.mktemp("cipher"), play.read_text(encoding="utf-8")
+    (folder / "text.txt").write_text("".join(c if c.isspace() else chr(ord(c) + 0x400)
+                                             for c in text), encoding="utf-8")
+    run("prepare.py", folder / "text.txt", name="set", tokenizer="char", data_dir=folder)
+    return folder / "set"
+
+
+def swap_two_ids(folder: Path, to: Path, name: str) -> Path:
+    """A copy of an exported folder whose tokenizer is another one of that size, in a file called
+    `name`."""
+    shutil.copytree(folder, to)
+    tokenizer = json.loads((to / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (to / "tokenizer.json").unlink()
+    (to / name).write_text(json.dumps(tokenizer if name == "tokenizer.json" else vocabulary))
+    return to
+
+
+def train(source: Path, dataset: Path, out_dir: Path, **flags):
+    """One step from the weights of `source`."""
+    return run("train.py", init_from=source, dataset=dataset, out_dir=out_dir,
+               **{key: value for key, value in ONE_STEP.items() if key != "block_size"}, **flags)
+
+
+def test_a_folder_with_the_dataset_s_tokenizer_is_trained_on(exported, dataset, tmp_path):
+    assert not train(exported, dataset, tmp_path).stderr
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json"])
+def test_a_folder_with_another_tokenizer_is_refused(name, exported, dataset, tmp_path):
+    other = swap_two_ids(exported, tmp_path / "other", name)
+    line = complaint(train(other, dataset, tmp_path / "out", code=None))
+    assert "is 'b', not 'a'" in line
+    line = complaint(run("sample.py", init_from=other, dataset=dataset, code=None))
+    assert "is 'b', not 'a'" in line
+
+
+def test_a_folder_without_a_tokenizer_is_noted(exported, dataset, tmp_path):
+    shutil.copytree(exported, tmp_path / "other")
+    (tmp_path / "other/tokenizer.json").unlink()
+    done = train(tmp_path / "other", dataset, tmp_path / "out")
+    assert done.stderr.startswith("note: ") and done.stderr.count("\n") == 1
+
+
+def test_a_folder_is_sampled_with_its_own_tokens_or_not(exported, trained, dataset):
+    how = {"temperature": 0, "num_samples": 1, "max_new_tokens": 20, "start": "Ham"}
+    assert "--dataset" in complaint(run("sample.py", init_from=exported, code=None, **how))
+    done = run("sample.py", init_from=exported, dataset=dataset, **how)
+    assert not done.stderr.count("note") and done.stdout == run(
+        "sample.py", out_dir=trained, **how).stdout
+
+
+def test_gpt_2_s_tokens_are_not_assumed_where_the_folder_has_others():
+    ids = from_meta({"tokenizer": {"kind": "gpt2"}}).token_ids()
+    assert ids["Hello"] == 15496 and ids["\u0120world"] == 995 and ids["<|endoftext|>"] == 50256
+    tokens, config = {i: token for token, i in ids.items()}, sample.SampleConfig()
+    meta = sample.find_meta(config, "folder", 50258, {"token_of_id": tokens | {50257: "<pad>"}})
+    assert meta["tokenizer"] == {"kind": "gpt2"}
+    swapped = tokens | {995: "Hello", 15496: "\u0120world"}
+    with pytest.raises(SystemExit) as end:
+        sample.find_meta(config, "folder", 50257, {"token_of_id": swapped})
+    assert end.value.code == 2
+
+
+def test_as_many_other_characters_are_refused(trained, dataset, ciphered, tmp_path):
+    sizes = [json.loads((folder / "meta.json").read_text())["vocab_size"]
+             for folder in (dataset, ciphered)]
+    assert sizes[0] == sizes[1]
+    line = complaint(train(trained / "ckpt.pt", ciphered, tmp_path, code=None))
+    assert "prepare the text" in line
+    assert complaint(run("sample.py", out_dir=trained, dataset=ciphered, code=None))
+
+
+@pytest.mark.parametrize("size, passes", [(50257, True), (50304, True), (50256, False),
+                                          (50321, False)])
+def test_gpt_2_s_padded_vocabulary_is_gpt_2_s(size, passes, capsys):
+    meta = {"name": "x", "vocab_size": 50257, "tokenizer": {"kind": "gpt2"}}
+    if passes:
+        check_tokenizer("out/ckpt.pt", size, {}, meta)
+        assert capsys.readouterr().err.count("\n") == 1
+    else:
+        with pytest.raises(ValueError):
+            check_tokenizer("out/ckpt.pt", size, {}, meta)
+
+
+# nanoGPT's folder
+
+
+@pytest.mark.parametrize("flags", [{"init_from": "resume"}, {"init_from": "auto"}, {}])
+def test_nanogpt_s_folder_is_answered_with_the_command(flags, nanogpt, dataset, tmp_path):
+    before = (nanogpt / "ckpt.pt").read_bytes()
+    done = run("train.py", out_dir=nanogpt, dataset=dataset, code=None, **ONE_STEP, **flags)
+    assert f"--init_from={nanogpt}/ckpt.pt --out_dir=" in complaint(done)
+    assert (nanogpt / "ckpt.pt").read_bytes() == before
+
+
+def test_nanogpt_s_checkpoint_is_trained_on_with_a_note(nanogpt, dataset, tmp_path):
+    done = train(nanogpt / "ckpt.pt", dataset, tmp_path)
+    assert done.stderr.startswith("note: ") and done.stderr.count("\n") == 1
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"] == 1
+
+
+def test_nanogpt_s_folder_is_sampled_as_nanogpt_does(nanogpt, trained):
+    how = {"temperature": 0, "num_samples": 1, "max_new_tokens": 20, "start": "Ham"}
+    done = run("sample.py", out_dir=nanogpt, compile=False, **how)
+    assert done.stdout == run("sample.py", out_dir=trained, **how).stdout
+    assert "note: " in done.stderr
