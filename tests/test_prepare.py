@@ -293,6 +293,21 @@ def test_a_set_that_another_program_made_is_not_overwritten(tmp_path):
     assert (folder / "train.bin").read_bytes() == before and len(os.listdir(folder)) == 2
 
 
+def test_what_a_killed_preparation_left_is_repaired(tmp_path):
+    (tmp_path / "a.txt").write_text("something to learn\n" * 9)
+    folder = tmp_path / "data" / "x"
+    first = prepare(tmp_path, "a.txt")
+    (folder / "meta.json").rename(folder / "meta.json.tmp")
+    assert prepare(tmp_path, "a.txt") == first
+    for left in ("train.bin.tmp", "meta.json.tmp", "parts.json", "train-00003.bin"):
+        (folder / left).write_text("{}")
+    assert prepare(tmp_path, "a.txt") == first
+    assert sorted(os.listdir(folder)) == ["meta.json", "train.bin", "val.bin"]
+    for meta in ("[]", '{"tokens": 5}', '{"tokens": {"train": null}, "dtype": "uint16"}'):
+        (folder / "meta.json").write_text(meta)
+        assert prepare(tmp_path, "a.txt") == first
+
+
 def peak_memory(tmp_path: Path, *words: object, name: str) -> int:
     """The bytes that prepare.py takes for a set of characters."""
     code = ("import runpy, sys; sys.argv = sys.argv[1:]\n"
@@ -666,7 +681,7 @@ def test_a_preparation_that_was_killed_goes_on(hub_folder, undisturbed, tmp_path
     folder = tmp_path / "fineweb-edu"
     for part in ("train-00002.bin", "train-00006.bin.tmp", "train-00009.bin"):
         code, _, _ = stop_at(part, signal.SIGKILL, folder, hub_folder)
-        assert code == -signal.SIGKILL and "meta.json" not in os.listdir(folder)
+        assert code == -signal.SIGKILL and (folder / "meta.json").read_bytes() == b""
     early = {path: path.stat().st_mtime_ns for path in folder.glob("*-0000[0-8].bin")}
     code, out, err = stop_at("train-00011.bin", signal.SIGINT, folder, hub_folder)
     assert code == 130 and "of 14 parts are there; going on" in out
