@@ -29,7 +29,7 @@ from typing import Any
 import corpora
 from configurator import fail, knob, parse, sync
 from corpora import DATASETS, HUB, KNOWN
-from encode import Deal, Unit, batches, count, token_type, train_text, write_tokens
+from encode import Deal, Documents, Unit, batches, count, token_type, train_text, write_tokens
 from tokenizer import Tokenizer, from_meta, named, train_bpe
 
 USAGE = f"python prepare.py {' | '.join(KNOWN)} | PATH... --name=NAME [--key=value ...]"
@@ -291,15 +291,20 @@ def refuse_foreign(folder: str) -> None:
 def alone_in(folder: str) -> Iterator[None]:
     """Make `folder` and hold its lock, so that a second prepare.py waits; leave no empty one."""
     import fcntl
-    os.makedirs(folder, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"{folder}: another prepare.py is at it; waiting", flush=True)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError:
-        pass  # a network file system that cannot lock a folder
+    lock = None
+    while lock is None:
+        os.makedirs(folder, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{folder}: another prepare.py is running; waiting", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a network file system that cannot lock a folder
+        if not (os.path.exists(folder) and os.path.samestat(os.fstat(lock), os.stat(folder))):
+            os.close(lock)  # that one was stopped and has removed the folder
+            lock = None
     try:
         yield
     finally:
@@ -310,10 +315,12 @@ def alone_in(folder: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Source:
-    """Text that a command line asks for: what identifies it, and how to find its units."""
+    """Text that a command line asks for: what identifies it, and how to find its units. `check`
+    ends the program if the text has changed since."""
     identity: dict[str, Any]
     val_fraction: float
     units: Callable[[], list[Unit]]
+    check: Callable[[], None] = lambda: None
 
 
 def hub_source(name: str, folder: str, val_fraction: float) -> Source:
@@ -336,16 +343,31 @@ def own_source(config: PrepareConfig, words: list[str]) -> Source:
 
     def units() -> list[Unit]:
         if len(files) > 1 and all(path.lower().endswith(".parquet") for path in files):
-            return [Unit(partial(corpora.read_documents, [path], config.text_key),
-                         config.val_fraction, corpora.check_parquet(path, config.text_key))
-                    for path in files]
-        return [Unit(partial(corpora.read_documents, files, config.text_key), config.val_fraction)]
-    stats = [(path, os.stat(path)) for path in files]
-    state = "".join(f"{path} {stat.st_size} {stat.st_mtime_ns}\n" for path, stat in stats)
-    identity = {"paths": words, "text_key": config.text_key, "files": len(files),
+            return [Unit(partial(read, [path]), config.val_fraction,
+                         corpora.check_parquet(path, config.text_key)) for path in files]
+        return [Unit(partial(read, files), config.val_fraction)]
+
+    def read(files: list[str]) -> Documents:
+        yield from corpora.read_documents(files, config.text_key)
+        check()
+
+    def identify() -> dict[str, Any]:
+        stats = [(path, os.stat(path)) for path in files]
+        state = "".join(f"{path} {stat.st_size} {stat.st_mtime_ns}\n" for path, stat in stats)
+        return {"paths": words, "text_key": config.text_key, "files": len(files),
                 "bytes": sum(stat.st_size for _, stat in stats),
-                "state": hashlib.sha256(state.encode()).hexdigest()}
-    return Source(identity, config.val_fraction, units)
+                "state": hashlib.sha256(os.fsencode(state)).hexdigest()}
+
+    def check() -> None:
+        try:
+            changed = identify() != identity
+        except OSError:
+            changed = True
+        if changed:
+            fail(f"{config.name}: the text changed while it was read. "
+                 "Try: the same command on files that no program writes to")
+    identity = identify()
+    return Source(identity, config.val_fraction, units, check)
 
 
 def find_source(config: PrepareConfig, given: dict, words: list[str], data_dir: str) -> Source:
@@ -369,6 +391,9 @@ def check_names(config: PrepareConfig, given: dict, words: list[str]) -> tuple[s
     name = config.name or known
     if not name:
         fail("--name=NAME is missing: the set goes to data/NAME")
+    if config.val_fraction == 0:
+        fail("--val_fraction=0: expected more than 0: training measures itself on val.bin and keeps "
+             "best.pt by it. Try: --val_fraction=0.01")
     if os.path.basename(name) != name or name.startswith("."):
         fail(f"--name={name}: not a folder's name: it has a slash in it or a dot in front")
     by_hand = name in HUB and len(words) == 1 and os.path.isdir(words[0])
@@ -379,6 +404,18 @@ def check_names(config: PrepareConfig, given: dict, words: list[str]) -> tuple[s
         fail(f"{name} has its own tokenizer and split; --name=NAME makes another set of its text")
     own = DATASETS[known][1] if known in DATASETS else "gpt2"
     return name, checked_name(given.get("tokenizer", own))
+
+
+def make_set(folder: str, request: dict, name: str, source: Source, workers: int) -> dict:
+    """Make the files of a set, in one or several parts. Returns its meta."""
+    units = source.units()
+    try:
+        if len(units) == 1:
+            return write_set(folder, request, name, units[0], workers)
+        return write_parts(folder, request, name, units, workers)
+    except (OSError, ValueError, IndexError):
+        source.check()  # as a text that changes while it is read may cause these
+        raise
 
 
 def prepare(config: PrepareConfig, given: dict, words: list[str]) -> None:
@@ -400,10 +437,7 @@ def prepare(config: PrepareConfig, given: dict, words: list[str]) -> None:
         if meta and not there:
             print(f"{folder}: of another text or made otherwise; making it anew", flush=True)
         if not there:
-            workers = config.workers or os.cpu_count() or 1
-            units = source.units()
-            meta = (write_set(folder, request, tokenizer, units[0], workers) if len(units) == 1
-                    else write_parts(folder, request, tokenizer, units, workers))
+            meta = make_set(folder, request, tokenizer, source, config.workers or os.cpu_count() or 1)
         remove_ours(folder, keep=["meta.json", *files_of(meta)])  # of preparations that were killed
     tokens, size = meta["tokens"], meta["vocab_size"]
     fewer = tokenizer.startswith("bpe:") and size < int(tokenizer.removeprefix("bpe:"))
@@ -418,6 +452,7 @@ if __name__ == "__main__":
         # a kill tidies up as Ctrl-C does
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the locale can't spell
         prepare(settings, given, words)
     except OSError as e:
         kept = "".join(f"; {note}" for note in getattr(e, "__notes__", []))

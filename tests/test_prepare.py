@@ -183,6 +183,7 @@ def test_a_download_of_other_bytes_is_refused(server, tmp_path, capsys):
 
 def test_blocks_give_the_tokens_of_the_whole_text(long_text, tmp_path):
     (tmp_path / "long.txt").write_bytes(long_text.encode())
+    long_text = long_text.replace("\r\n", "\n")
     at = int(len(long_text) * 0.8)
     expected = GPT2.encode(long_text[:at]), GPT2.encode(long_text[at:])
     for workers in (1, 3):
@@ -249,6 +250,40 @@ def test_folders_and_globs(tmp_path):
     _, train, _ = prepare(tmp_path, "b", "e.log", "*/?.log", "b/c.py", val_fraction=0.5)
     found = re.findall(r"(?:^|<\|endoftext\|>)text of (\S+)", GPT2.decode(train))
     assert found == ["b/a.TXT", "b/c.py", "b/deep/er.md", "e.log", "[d]/y.log", "[d]/z.log"]
+
+
+def test_a_file_that_links_lead_to_again_counts_once(tmp_path):
+    for name in ("b", "c"):
+        (tmp_path / "d" / name).mkdir(parents=True)
+        (tmp_path / "d" / name / "text.txt").write_text(f"text of {name} " * 9)
+    (tmp_path / "d/b/loop").symlink_to(tmp_path / "d")
+    (tmp_path / "d/c/loop").symlink_to(tmp_path / "d")
+    (tmp_path / "d/c/other.txt").symlink_to("text.txt")
+    (tmp_path / "d/c/hard.txt").hardlink_to(tmp_path / "d/c/text.txt")
+    (tmp_path / "linked").symlink_to("d/c")
+    done = run("prepare.py", "d", "./d/b/text.txt", "linked", "d/b/../b/*.txt", name="x",
+               data_dir=tmp_path / "data", cwd=tmp_path, val_fraction=0.5)
+    assert done.stderr.startswith("note: skipping 12 ") and done.stderr.count("\n") == 1
+    meta, train, _ = read_set(tmp_path / "data" / "x")
+    assert re.findall(r"text of (\S+)", GPT2.decode(train)) == 4 * ["b"] + 4 * ["c"]
+    assert meta["source"]["files"] == 2
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "gpt2", "bpe:300"])
+def test_every_line_ends_in_a_line_feed(tmp_path, tokenizer):
+    lines = [f"line {i} is {'long ' * (i % 99)}" for i in range(9000)]
+    for name, end in (("unix", "\n"), ("dos", "\r\n"), ("mac", "\r")):
+        (tmp_path / f"{name}.txt").write_bytes(end.join(lines).encode())
+    unix, dos, mac = (prepare(tmp_path, f"{name}.txt", tokenizer=tokenizer)
+                      for name in ("unix", "dos", "mac"))
+    assert unix[1:] == dos[1:] == mac[1:] and unix[0]["tokenizer"] == dos[0]["tokenizer"]
+
+
+def test_a_line_end_across_blocks_is_not_torn(tmp_path):
+    for before in range(3):
+        (tmp_path / "a.txt").write_bytes(b"x" * (corpora.BLOCK - before) + b"\r\ny\r\r\n\r")
+        assert "".join(corpora.read_text(str(tmp_path / "a.txt"))) == (
+            "x" * (corpora.BLOCK - before) + "\ny\n\n\n")
 
 
 def test_lines_of_json(tmp_path):
@@ -337,6 +372,7 @@ SCRIPTS = ("Fluß, naïve 東京は夜。 Привет мир! مرحبا नम
 def test_a_bpe_of_mixed_scripts(shakespeare, tmp_path):
     text = SCRIPTS * 300 + shakespeare[:300_000] + "quixotry " * 40_000
     (tmp_path / "a.txt").write_bytes(text.encode())
+    text = text.replace("\r\n", "\n")
     sets = []
     for workers in (1, 3):
         done = run("prepare.py", tmp_path / "a.txt", name="x", tokenizer="bpe:1000",
@@ -770,7 +806,11 @@ PARQUET = parquet_bytes()
     (["a.txt", "--name=.."], {"a.txt": b"text " * 99}, "--name=..: not a folder's name"),
     (["a.txt", "--tokenizer=morse"], {"a.txt": b"text"}, "tokenizer=morse: neither char, gpt2"),
     (["a.txt", "--val_fraction=1"], {"a.txt": b"text"}, "val_fraction must be"),
-    (["a.txt", "--val_fraction=0"], {"a.txt": b"text " * 99}, "and 0 val tokens"),
+    (["a.txt", "--val_fraction=0"], {"a.txt": b"text " * 99}, "--val_fraction=0: expected more"),
+    (["a.txt", "--val_fraction=1e-17"], {"a.txt": b"text " * 99}, "and 0 val tokens"),
+    (["a.txt"], {"a.txt": "text ".encode("utf-16-le") * 99}, "a.txt: byte 1 is NUL"),
+    (["a.txt"], {"a.txt": b"\xff\xfe" + "text ".encode("utf-16-le") * 99}, "a.txt: byte 0 is not"),
+    (["/dev/stdin"], {}, "/dev/stdin: expected a file, got a pipe"),
     (["shakespeare", "--name=", "--tokenizer=char"], {}, "shakespeare has its own tokenizer"),
     (["tinystories", "--name=", "--val_fraction=0.1"], {}, "tinystories has its own tokenizer"),
     *[(["a.txt", f"--tokenizer={name}"], {"a.txt": b"\xff"}, f"--tokenizer={name}: of bpe:N, N is "
@@ -802,7 +842,7 @@ def test_mistakes(tmp_path, words, files, needle):
         (tmp_path / path).write_bytes(data)
     flags = ["--name=x", f"--data_dir={tmp_path}/data", *words]
     done = subprocess.run([*command("prepare.py"), *flags], cwd=tmp_path,
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, input="")
     assert needle in complaint(done)
     assert not (tmp_path / "data").exists() or os.listdir(tmp_path / "data") == []
 
