@@ -9,15 +9,16 @@ several parquet files is read once, a file at a time: each gives a part of train
 and a preparation that was stopped goes on with the next.
 """
 import os
-import signal
+import sys
 
-if __name__ == "__main__":  # Ctrl-C ends the loading of the rest without a word
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+if __name__ == "__main__":  # Ctrl-C while the rest is loaded ends without a traceback
+    sys.excepthook = lambda kind, *rest: (os._exit(130) if kind is KeyboardInterrupt
+                                          else sys.__excepthook__(kind, *rest))
 
 import hashlib
 import json
 import re
-import sys
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -451,7 +452,6 @@ if __name__ == "__main__":
     try:
         # a kill tidies up as Ctrl-C does
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.stdout.reconfigure(errors="backslashreplace")  # names that the locale can't spell
         prepare(settings, given, words)
     except OSError as e:

@@ -1,4 +1,5 @@
 """prepare.py and corpora.py: the known texts, one's own, and what can go wrong on the way."""
+import fcntl
 import hashlib
 import http.server
 import json
@@ -26,6 +27,7 @@ from tokenizer import from_meta
 
 GPT2 = from_meta({"tokenizer": {"kind": "gpt2"}})
 EOT = 50256
+TEXT = "something to learn, or not\n" * 30
 TINYSHAKESPEARE = REPO / "data" / "tinyshakespeare" / "input.txt"
 
 
@@ -923,6 +925,65 @@ def test_a_stop_in_the_middle(shakespeare, tmp_path, how):
     out, err = child.communicate()
     assert (child.returncode, out, err) == (130, "", "\nstopped; nothing half-written is left\n")
     assert not folder.exists()
+
+
+def test_a_stop_while_modules_are_loaded(tmp_path):
+    (tmp_path / "glob.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)")
+    child = subprocess.Popen(command("prepare.py", "shakespeare_char"), stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True,
+                             env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert child.stdout.readline() == "loading\n"
+    child.send_signal(signal.SIGINT)
+    assert child.communicate() == ("", "") and child.returncode == 130
+
+
+@pytest.mark.parametrize("name, change", [
+    ("a.txt", lambda file: file.write_text(TEXT + "é")),
+    ("a.txt", lambda file: file.write_text(TEXT.upper())),
+    ("a.txt", lambda file: file.write_text("")),
+    ("a.txt", lambda file: file.unlink()),
+    ("a.jsonl", lambda file: file.write_text(file.read_text() * 2)),
+    ("a.jsonl", lambda file: file.write_text(""))])
+def test_a_text_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch, capsys, name,
+                                                         change):
+    import prepare
+    file, count = tmp_path / name, prepare.count
+    file.write_text(TEXT if name == "a.txt" else json.dumps({"text": TEXT}) + "\n")
+
+    def count_and_change(*args):
+        lengths = count(*args)
+        change(file)
+        return lengths
+
+    monkeypatch.setattr(prepare, "count", count_and_change)
+    with pytest.raises(SystemExit) as end:
+        prepare.prepare(prepare.PrepareConfig("x", "char", data_dir=str(tmp_path / "data")),
+                        {"tokenizer": "char"}, [str(file)])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and "the text changed while" in said
+    assert os.listdir(tmp_path / "data") == []
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    (tmp_path / os.fsdecode(b"\xff.txt")).write_text(TEXT)
+    for name in (b"y\xff", "é".encode()):
+        run("prepare.py", os.fsdecode(b"\xff.txt"), name=os.fsdecode(name), cwd=tmp_path,
+            data_dir=tmp_path / "data", env={"PYTHONIOENCODING": "ascii"})
+    assert sorted(os.listdir(os.fsencode(tmp_path / "data"))) == [b"y\xff", "é".encode()]
+
+
+def test_a_folder_that_is_removed_while_another_waits(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    folder = tmp_path / "data" / "x"
+    folder.mkdir(parents=True)
+    lock = os.open(folder, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    child = subprocess.Popen(command("prepare.py", tmp_path / "a.txt", name="x",
+                                     data_dir=folder.parent), stdout=subprocess.PIPE, text=True)
+    assert "waiting" in child.stdout.readline()
+    folder.rmdir()
+    os.close(lock)
+    assert child.wait() == 0 and read_set(folder)[0]["name"] == "x"
 
 
 def test_two_at_once(shakespeare, tmp_path):
