@@ -256,8 +256,8 @@ def read_text(path: str) -> Iterator[str]:
             except UnicodeDecodeError as e:
                 fail(f"{path}: byte {at + e.start} is not UTF-8; convert the file or leave it out")
             if 0 in data:
-                fail(f"{path}: byte {at + data.index(0)} is NUL: expected text in UTF-8, got UTF-16 "
-                     "or a binary file; convert the file or leave it out")
+                fail(f"{path}: byte {at + data.index(0)} is NUL: expected UTF-8, got UTF-16 or a "
+                     "binary file; convert the file or leave it out")
             yield lines.decode(text, not block)
             if not block:
                 return

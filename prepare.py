@@ -393,8 +393,8 @@ def check_names(config: PrepareConfig, given: dict, words: list[str]) -> tuple[s
     if not name:
         fail("--name=NAME is missing: the set goes to data/NAME")
     if config.val_fraction == 0:
-        fail("--val_fraction=0: expected more than 0: training measures itself on val.bin and keeps "
-             "best.pt by it. Try: --val_fraction=0.01")
+        fail("--val_fraction=0: expected more than 0, as training evaluates on val.bin to keep "
+             "best.pt. Try: --val_fraction=0.01")
     if os.path.basename(name) != name or name.startswith("."):
         fail(f"--name={name}: not a folder's name: it has a slash in it or a dot in front")
     by_hand = name in HUB and len(words) == 1 and os.path.isdir(words[0])
@@ -438,7 +438,8 @@ def prepare(config: PrepareConfig, given: dict, words: list[str]) -> None:
         if meta and not there:
             print(f"{folder}: of another text or made otherwise; making it anew", flush=True)
         if not there:
-            meta = make_set(folder, request, tokenizer, source, config.workers or os.cpu_count() or 1)
+            workers = config.workers or os.cpu_count() or 1
+            meta = make_set(folder, request, tokenizer, source, workers)
         remove_ours(folder, keep=["meta.json", *files_of(meta)])  # of preparations that were killed
     tokens, size = meta["tokens"], meta["vocab_size"]
     fewer = tokenizer.startswith("bpe:") and size < int(tokenizer.removeprefix("bpe:"))
