@@ -28,7 +28,7 @@ from itertools import chain
 from typing import Any
 
 import corpora
-from configurator import fail, knob, parse, sync
+from configurator import fail, knob, leave_closed_output, parse, sync
 from corpora import DATASETS, HUB, KNOWN
 from encode import Deal, Documents, Unit, batches, count, token_type, train_text, write_tokens
 from tokenizer import Tokenizer, from_meta, named, train_bpe
@@ -443,9 +443,14 @@ def prepare(config: PrepareConfig, given: dict, words: list[str]) -> None:
         remove_ours(folder, keep=["meta.json", *files_of(meta)])  # of preparations that were killed
     tokens, size = meta["tokens"], meta["vocab_size"]
     fewer = tokenizer.startswith("bpe:") and size < int(tokenizer.removeprefix("bpe:"))
-    print(f"{folder}: {tokens['train']:,} train and {tokens['val']:,} val tokens of {tokenizer}, "
-          f"{size:,} in the vocabulary{', all that so little text gives' * fewer}: "
-          + ("there already" if there else f"made in {time.perf_counter() - started:.1f} s"))
+    try:
+        print(f"{folder}: {tokens['train']:,} train and {tokens['val']:,} val tokens of "
+              f"{tokenizer}, {size:,} in the vocabulary"
+              f"{', all that so little text gives' * fewer}: "
+              + ("there already" if there else f"made in {time.perf_counter() - started:.1f} s"),
+              flush=True)
+    except OSError as e:
+        leave_closed_output(e)
 
 
 if __name__ == "__main__":
@@ -453,7 +458,6 @@ if __name__ == "__main__":
     try:
         # a kill tidies up as Ctrl-C does
         signal.signal(signal.SIGTERM, signal.default_int_handler)
-        sys.stdout.reconfigure(errors="backslashreplace")  # names that the locale can't spell
         prepare(settings, given, words)
     except OSError as e:
         kept = "".join(f"; {note}" for note in getattr(e, "__notes__", []))

@@ -964,6 +964,15 @@ def test_a_text_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch, 
     assert os.listdir(tmp_path / "data") == []
 
 
+def test_a_closed_stdout_does_not_undo_a_dataset(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    words = command("prepare.py", tmp_path / "a.txt", name="x", data_dir=tmp_path)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: stdout: ")
+    assert done.stderr.count("\n") == 1 and read_set(tmp_path / "x")[0]["name"] == "x"
+
+
 def test_names_that_are_not_utf8(tmp_path):
     (tmp_path / os.fsdecode(b"\xff.txt")).write_text(TEXT)
     for name in (b"y\xff", "é".encode()):

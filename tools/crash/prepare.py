@@ -14,12 +14,13 @@ from typing import Any
 import prepare as script
 from configurator import fail
 from encode import Unit
-from loader import Split, read_meta, split_files
+from loader import BadData, Split, read_meta
 from tools.crash.common import Part, exit_code
 
-NOTHING, SINGLE, SHARDS = [], ["once upon a time\n" * 9], ["to be\n" * 40, "or not\n" * 30, "to\n"]
-# the dataset that is there (no text: none), and the one that replaces it; a text is a shard
-CHANGES = [(NOTHING, SINGLE), (["Once Upon A Time\n" * 9], SINGLE), (["short\n" * 5], SINGLE),
+NOTHING, SHARDS = [], ["to be\n" * 40, "or not\n" * 30, "to\n"]
+SINGLE = ["".join(map(chr, range(97, 497))) * 2]  # ids that could be GPT-2's tokens
+# the existing dataset (no text: none), and the one that replaces it; each text is a shard
+CHANGES = [(NOTHING, SINGLE), ([SINGLE[0][::-1]], SINGLE), (["short\n" * 5], SINGLE),
            (NOTHING, SHARDS), ([text.upper() for text in SHARDS], SHARDS), (SHARDS[::-1], SHARDS),
            (SINGLE, SHARDS), (SHARDS, SINGLE)]
 CALLS = {open, os.open, os.close, os.replace, os.remove, os.mkdir, os.rmdir}
@@ -83,14 +84,14 @@ def opened(folder: Path) -> tuple[dict[str, Any], list[bytes]] | str:
     """Return what training would read, meta.json and the tokens of both splits, or why it would not
     start."""
     try:
-        meta, tokens = read_meta(str(folder)), []
+        meta, tokens = read_meta(folder), []
         for name in ("train", "val"):
-            split = Split(str(folder), name, meta["dtype"], 1, 1, True, split_files(meta, name))
+            split = Split(folder, name, meta, block_size=1, seed=1, shift=True)
             tokens.append(split.read(0, split.ends[-1]))
             for file in split.files:
                 os.close(file)
         return meta, tokens
-    except ValueError as e:
+    except BadData as e:
         return str(e)
 
 
