@@ -8,15 +8,17 @@ import functools
 import glob
 import hashlib
 import importlib.util
+import io
 import json
 import os
 import re
+import stat
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from configurator import fail
+from configurator import fail, warn
 
 BLOCK = 1 << 19  # bytes read, and characters encoded, at a time
 ROWS = 1000  # of a .parquet, in memory at a time
@@ -177,16 +179,56 @@ def known_text(name: str, data_dir: str) -> list[str]:
     return [text[i:i + BLOCK] for i in range(0, len(text), BLOCK)]
 
 
+def walk_folder(folder: str) -> Iterator[tuple[str, bool]]:
+    """Yield (path, whether it is a file) for all in a folder that looks like text and for each
+    folder that a link leads to again. Hidden ones are left out."""
+    def stop(e: OSError) -> None:
+        fail(f"{e.filename}: {e.strerror.lower()}")
+    seen = set()
+    for path, folders, files in os.walk(folder, onerror=stop, followlinks=True):
+        found = os.stat(path)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if (found.st_dev, found.st_ino) in seen:
+            folders.clear()
+            yield path, False
+            continue
+        seen.add((found.st_dev, found.st_ino))
+        for name in files:
+            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
+                yield os.path.join(path, name), True
+
+
+def take_once(files: list[str], again: int) -> list[str]:
+    """Return the paths without those of a file that an earlier one leads to; say how many these
+    are, with the folders found `again`. Ends the program at what can't be read twice."""
+    seen = {}
+    for path in files:
+        try:
+            found = os.stat(path)
+        except OSError as e:
+            fail(f"{path}: {e.strerror.lower()}")
+        if not stat.S_ISREG(found.st_mode):
+            fail(f"{path}: expected a file, got a pipe or a device, and the text is read twice. "
+                 "Try: write it to a file first")
+        seen.setdefault((found.st_dev, found.st_ino), path)
+    if again := again + len(files) - len(seen):
+        warn(f"skipping {again} more path{'s' * (again > 1)} to the same files or folders: each "
+             "file counts once")
+    return list(seen.values())
+
+
 def find_files(words: list[str]) -> list[str]:
     """The files that paths, folders and globs name, each once; those of one word are sorted.
 
     Ends the program where a word names nothing, or a folder holds no file that looks like text.
     """
     files: list[str] = []
+    again = 0
     for word in words:
         if os.path.isdir(word):
-            found = glob.glob(os.path.join(glob.escape(word), "**"), recursive=True)
-            found = [path for path in found if path.lower().endswith(SUFFIXES)]
+            paths = list(walk_folder(word))
+            found = [path for path, is_file in paths if is_file]
+            again += len(paths) - len(found)
             missing = f"no text in this folder; looked for {' '.join(SUFFIXES)}"
         else:
             found = [word] if os.path.exists(word) else glob.glob(word, recursive=True)
@@ -195,12 +237,14 @@ def find_files(words: list[str]) -> list[str]:
         if not found:
             fail(f"{word}: {missing}")
         files += sorted(found)
-    return list(dict.fromkeys(files))
+    return take_once(files, again)
 
 
 def read_text(path: str) -> Iterator[str]:
-    """A UTF-8 file in blocks."""
+    """A UTF-8 file in blocks; its line ends \\r\\n and \\r become \\n, as Python's open() reads
+    them."""
     rest, at = b"", 0  # the first bytes of a character that a block cut in two; where they stand
+    lines = io.IncrementalNewlineDecoder(None, translate=True)
     with open(path, "rb") as f:
         while True:
             block = f.read(BLOCK)
@@ -211,7 +255,10 @@ def read_text(path: str) -> Iterator[str]:
                 text, used = codecs.utf_8_decode(data, "strict", not block)
             except UnicodeDecodeError as e:
                 fail(f"{path}: byte {at + e.start} is not UTF-8; convert the file or leave it out")
-            yield text
+            if 0 in data:
+                fail(f"{path}: byte {at + data.index(0)} is NUL: expected UTF-8, got UTF-16 or a "
+                     "binary file; convert the file or leave it out")
+            yield lines.decode(text, not block)
             if not block:
                 return
             rest, at = data[used:], at + used

@@ -79,7 +79,11 @@ def read_meta(folder: Path) -> dict[str, Any]:
     a dataset that nanoGPT prepared. Raises BadData."""
     path = folder / "meta.json"
     try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if not text:
+            raise BadData(f"{path} is empty: the preparation was interrupted. Try: prepare.py again, "
+                          "with the same command")
+        meta = json.loads(text)
         check_meta(meta)
         return meta
     except OSError as e:

@@ -8,12 +8,17 @@ The text is read twice, in blocks: to check and count it, and to encode it on al
 several parquet files is read once, a file at a time: each gives a part of train and one of val,
 and a preparation that was stopped goes on with the next.
 """
+import os
+import sys
+
+if __name__ == "__main__":  # Ctrl-C while the rest is loaded ends without a traceback
+    sys.excepthook = lambda kind, *rest: (os._exit(130) if kind is KeyboardInterrupt
+                                          else sys.__excepthook__(kind, *rest))
+
 import hashlib
 import json
-import os
 import re
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,15 +28,15 @@ from itertools import chain
 from typing import Any
 
 import corpora
-from configurator import fail, knob, parse, sync
+from configurator import fail, knob, leave_closed_output, parse, sync
 from corpora import DATASETS, HUB, KNOWN
-from encode import Deal, Unit, batches, count, token_type, train_text, write_tokens
+from encode import Deal, Documents, Unit, batches, count, token_type, train_text, write_tokens
 from tokenizer import Tokenizer, from_meta, named, train_bpe
 
 USAGE = f"python prepare.py {' | '.join(KNOWN)} | PATH... --name=NAME [--key=value ...]"
 FILES = ("train.bin", "val.bin", "meta.json")
 PARTS = "parts.json"  # in a folder whose parts are being made: what is there, and of what
-OURS = re.compile(r"(train|val)(-\d{5,})?\.bin(\.tmp)?|(meta\.json|parts\.json)\.tmp|parts\.json")
+OURS = re.compile(r"((train|val)(-\d{5,})?\.bin|(meta|parts)\.json)(\.tmp)?")
 
 
 @dataclass(frozen=True)
@@ -94,12 +99,18 @@ def describe_set(request: dict, tokenizer: Tokenizer, tokens: list[int], paths: 
         "fingerprint": digest.hexdigest()}
 
 
-def empty_meta(folder: str) -> None:
-    """Say that the set in `folder`, if any, is ours and no longer whole."""
+def mark_incomplete(folder: str) -> None:
+    """Leave an empty meta.json on the disk: the files here are ours, and not a complete dataset."""
     meta = os.path.join(folder, "meta.json")
-    if os.path.exists(meta):
-        open(meta, "w").close()
-        sync(meta)
+    open(meta, "w").close()
+    sync(meta)
+    sync(folder)
+
+
+def ignore_stops() -> None:
+    """Ignore Ctrl-C and SIGTERM from here on, where all that is left takes an instant."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def put_in_place(folder: str, files: Iterable[str]) -> None:
@@ -111,16 +122,21 @@ def put_in_place(folder: str, files: Iterable[str]) -> None:
         sync(folder)
 
 
+def write_temporary(folder: str, file: str, value: dict) -> None:
+    """Write `value` as JSON to the temporary file that `put_in_place` renames to `file`."""
+    with open(os.path.join(folder, file + ".tmp"), "w", encoding="utf-8") as f:
+        f.write(json.dumps(value, indent=1))
+
+
 def write_json(folder: str, file: str, value: dict) -> None:
     """Write a file, all of it or nothing."""
-    with open(os.path.join(folder, file + ".tmp"), "w", encoding="utf-8") as f:
-        json.dump(value, f, indent=1)
+    write_temporary(folder, file, value)
     put_in_place(folder, [file])
 
 
 def remove_ours(folder: str, keep: Iterable[str] = (), ending: str = "") -> None:
-    """Remove what a preparation may have left, with that ending, but for the files to keep."""
-    for file in os.listdir(folder):
+    """Remove the files of preparations, with that ending, except the files to keep."""
+    for file in sorted(os.listdir(folder), reverse=True):  # meta.json, which marks them, last
         if OURS.fullmatch(file) and file.endswith(ending) and file not in keep:
             os.remove(os.path.join(folder, file))
 
@@ -147,15 +163,15 @@ def write_set(folder: str, request: dict, name: str, unit: Unit, workers: int) -
         if min(tokens) < 2:
             fail(TOO_SHORT.format(request["name"], *tokens))
         meta = describe_set(request, tokenizer, tokens, temporary[:2])
-        with open(temporary[2], "w", encoding="utf-8") as f:
-            json.dump(meta, f, indent=1)
-        empty_meta(folder)
+        write_temporary(folder, "meta.json", meta)
+        for path in temporary:
+            sync(path)
+        ignore_stops()
+        mark_incomplete(folder)
         put_in_place(folder, FILES)  # meta.json comes last: with it, the set is whole
-        remove_ours(folder, keep=FILES)
         return meta
     finally:
-        for path in filter(os.path.exists, temporary):
-            os.remove(path)
+        remove_ours(folder, ending=".tmp")
 
 
 def part(k: int) -> list[str]:
@@ -192,7 +208,7 @@ def begin_parts(folder: str, request: dict, name: str, units: list[Unit], deal: 
         count(chain.from_iterable(unit.read() for unit in units), alphabet)
     left = request | {"tokenizer": description or learned_tokenizer(name, alphabet, units, deal),
                       "parts": []}
-    empty_meta(folder)
+    mark_incomplete(folder)
     write_json(folder, PARTS, left)
     return left
 
@@ -206,7 +222,8 @@ def write_parts(folder: str, request: dict, name: str, units: list[Unit], worker
     left = (read_parts(folder, request, name)
             or begin_parts(folder, request, name, units, Deal(documents)))
     done = left["parts"]
-    remove_ours(folder, keep=[PARTS, *chain.from_iterable(map(part, range(len(done))))])
+    remove_ours(folder, keep=["meta.json", PARTS,
+                              *chain.from_iterable(map(part, range(len(done))))])
     if done:
         print(f"{folder}: {len(done)} of {len(units)} parts are there; going on", flush=True)
     tokenizer = from_meta(left)
@@ -237,9 +254,16 @@ def finish_parts(folder: str, request: dict, tokenizer: Tokenizer, tokens: list[
     meta = describe_set(request, tokenizer, total,
                         [os.path.join(folder, file) for split in files for file in split])
     meta["files"] = {"train": files[0], "val": files[1]}
+    ignore_stops()
     write_json(folder, "meta.json", meta)
-    os.remove(os.path.join(folder, PARTS))
     return meta
+
+
+def files_of(meta: dict) -> dict[str, int]:
+    """Return a dataset's .bin files, and how many tokens each has."""
+    if "files" in meta:
+        return meta["files"]["train"] | meta["files"]["val"]
+    return {f"{split}.bin": tokens for split, tokens in meta["tokens"].items()}
 
 
 def read_meta(folder: str) -> dict:
@@ -247,30 +271,41 @@ def read_meta(folder: str) -> dict:
     try:
         with open(os.path.join(folder, "meta.json"), encoding="utf-8") as f:
             meta = json.load(f)
-        for split, tokens in meta["tokens"].items():
-            files = meta["files"][split] if "files" in meta else {f"{split}.bin": tokens}
-            for file, tokens in files.items():
-                size = os.path.getsize(os.path.join(folder, file))
-                if size != tokens * {"uint16": 2, "uint32": 4}[meta["dtype"]]:
-                    return {}
+        for file, tokens in files_of(meta).items():
+            size = os.path.getsize(os.path.join(folder, file))
+            if size != tokens * {"uint16": 2, "uint32": 4}[meta["dtype"]]:
+                return {}
         return meta
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
+
+
+def refuse_foreign(folder: str) -> None:
+    """End the program where another program's .bin files would be overwritten."""
+    ours = [file for file in os.listdir(folder) if OURS.fullmatch(file)]
+    if ours and all(file.endswith(".bin") for file in ours):
+        fail(f"{folder}: its {min(ours)} has no meta.json: it was not made by prepare.py, or "
+             f"meta.json was lost. Try: another --name, or rm -r {folder}")
 
 
 @contextmanager
 def alone_in(folder: str) -> Iterator[None]:
     """Make `folder` and hold its lock, so that a second prepare.py waits; leave no empty one."""
     import fcntl
-    os.makedirs(folder, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"{folder}: another prepare.py is at it; waiting", flush=True)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    except OSError:
-        pass  # a network file system that cannot lock a folder
+    lock = None
+    while lock is None:
+        os.makedirs(folder, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{folder}: another prepare.py is running; waiting", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            pass  # a network file system that cannot lock a folder
+        if not (os.path.exists(folder) and os.path.samestat(os.fstat(lock), os.stat(folder))):
+            os.close(lock)  # that one was stopped and has removed the folder
+            lock = None
     try:
         yield
     finally:
@@ -281,10 +316,12 @@ def alone_in(folder: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Source:
-    """Text that a command line asks for: what identifies it, and how to find its units."""
+    """Text that a command line asks for: what identifies it, and how to find its units. `check`
+    ends the program if the text has changed since."""
     identity: dict[str, Any]
     val_fraction: float
     units: Callable[[], list[Unit]]
+    check: Callable[[], None] = lambda: None
 
 
 def hub_source(name: str, folder: str, val_fraction: float) -> Source:
@@ -307,16 +344,31 @@ def own_source(config: PrepareConfig, words: list[str]) -> Source:
 
     def units() -> list[Unit]:
         if len(files) > 1 and all(path.lower().endswith(".parquet") for path in files):
-            return [Unit(partial(corpora.read_documents, [path], config.text_key),
-                         config.val_fraction, corpora.check_parquet(path, config.text_key))
-                    for path in files]
-        return [Unit(partial(corpora.read_documents, files, config.text_key), config.val_fraction)]
-    stats = [(path, os.stat(path)) for path in files]
-    state = "".join(f"{path} {stat.st_size} {stat.st_mtime_ns}\n" for path, stat in stats)
-    identity = {"paths": words, "text_key": config.text_key, "files": len(files),
+            return [Unit(partial(read, [path]), config.val_fraction,
+                         corpora.check_parquet(path, config.text_key)) for path in files]
+        return [Unit(partial(read, files), config.val_fraction)]
+
+    def read(files: list[str]) -> Documents:
+        yield from corpora.read_documents(files, config.text_key)
+        check()
+
+    def identify() -> dict[str, Any]:
+        stats = [(path, os.stat(path)) for path in files]
+        state = "".join(f"{path} {stat.st_size} {stat.st_mtime_ns}\n" for path, stat in stats)
+        return {"paths": words, "text_key": config.text_key, "files": len(files),
                 "bytes": sum(stat.st_size for _, stat in stats),
-                "state": hashlib.sha256(state.encode()).hexdigest()}
-    return Source(identity, config.val_fraction, units)
+                "state": hashlib.sha256(os.fsencode(state)).hexdigest()}
+
+    def check() -> None:
+        try:
+            changed = identify() != identity
+        except OSError:
+            changed = True
+        if changed:
+            fail(f"{config.name}: the text changed while it was read. "
+                 "Try: the same command on files that no program writes to")
+    identity = identify()
+    return Source(identity, config.val_fraction, units, check)
 
 
 def find_source(config: PrepareConfig, given: dict, words: list[str], data_dir: str) -> Source:
@@ -340,6 +392,9 @@ def check_names(config: PrepareConfig, given: dict, words: list[str]) -> tuple[s
     name = config.name or known
     if not name:
         fail("--name=NAME is missing: the set goes to data/NAME")
+    if config.val_fraction == 0:
+        fail("--val_fraction=0: expected more than 0, as training evaluates on val.bin to keep "
+             "best.pt. Try: --val_fraction=0.01")
     if os.path.basename(name) != name or name.startswith("."):
         fail(f"--name={name}: not a folder's name: it has a slash in it or a dot in front")
     by_hand = name in HUB and len(words) == 1 and os.path.isdir(words[0])
@@ -350,6 +405,18 @@ def check_names(config: PrepareConfig, given: dict, words: list[str]) -> tuple[s
         fail(f"{name} has its own tokenizer and split; --name=NAME makes another set of its text")
     own = DATASETS[known][1] if known in DATASETS else "gpt2"
     return name, checked_name(given.get("tokenizer", own))
+
+
+def make_set(folder: str, request: dict, name: str, source: Source, workers: int) -> dict:
+    """Make the files of a set, in one or several parts. Returns its meta."""
+    units = source.units()
+    try:
+        if len(units) == 1:
+            return write_set(folder, request, name, units[0], workers)
+        return write_parts(folder, request, name, units, workers)
+    except (OSError, ValueError, IndexError):
+        source.check()  # as a text that changes while it is read may cause these
+        raise
 
 
 def prepare(config: PrepareConfig, given: dict, words: list[str]) -> None:
@@ -367,35 +434,37 @@ def prepare(config: PrepareConfig, given: dict, words: list[str]) -> None:
     with alone_in(folder):
         meta = read_meta(folder)
         there = request.items() <= meta.items() and name_of(meta["tokenizer"]) == tokenizer
-        found = os.listdir(folder)
-        foreign = [file for file in found if OURS.fullmatch(file) and file.endswith(".bin")]
-        if foreign and not {"meta.json", PARTS} & set(found):
-            fail(f"{folder}: its {min(foreign)} was not made by prepare.py; train on it as it is, "
-                 "take another --name, or move it away")
+        refuse_foreign(folder)
         if meta and not there:
             print(f"{folder}: of another text or made otherwise; making it anew", flush=True)
         if not there:
             workers = config.workers or os.cpu_count() or 1
-            units = source.units()
-            meta = (write_set(folder, request, tokenizer, units[0], workers) if len(units) == 1
-                    else write_parts(folder, request, tokenizer, units, workers))
+            meta = make_set(folder, request, tokenizer, source, workers)
+        remove_ours(folder, keep=["meta.json", *files_of(meta)])  # of preparations that were killed
     tokens, size = meta["tokens"], meta["vocab_size"]
     fewer = tokenizer.startswith("bpe:") and size < int(tokenizer.removeprefix("bpe:"))
-    print(f"{folder}: {tokens['train']:,} train and {tokens['val']:,} val tokens of {tokenizer}, "
-          f"{size:,} in the vocabulary{', all that so little text gives' * fewer}: "
-          + ("there already" if there else f"made in {time.perf_counter() - started:.1f} s"))
+    try:
+        print(f"{folder}: {tokens['train']:,} train and {tokens['val']:,} val tokens of "
+              f"{tokenizer}, {size:,} in the vocabulary"
+              f"{', all that so little text gives' * fewer}: "
+              + ("there already" if there else f"made in {time.perf_counter() - started:.1f} s"),
+              flush=True)
+    except OSError as e:
+        leave_closed_output(e)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill tidies up as Ctrl-C does
     settings, given, words = parse(PrepareConfig, USAGE, sys.argv[1:])
     try:
+        # a kill tidies up as Ctrl-C does
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         prepare(settings, given, words)
     except OSError as e:
         kept = "".join(f"; {note}" for note in getattr(e, "__notes__", []))
         fail(f"{e.filename or settings.data_dir}: {(e.strerror or str(e)).lower()}; nothing "
              f"half-written is left{kept}; --data_dir=FOLDER puts the set elsewhere")
     except KeyboardInterrupt as e:
+        ignore_stops()
         kept = "".join(f"; {note}" for note in getattr(e, "__notes__", []))
         print(f"\nstopped; nothing half-written is left{kept}", file=sys.stderr)
         sys.exit(130)

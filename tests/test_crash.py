@@ -7,7 +7,7 @@ from conftest import REPO
 
 FEW = {"kill": ("--cases=8", "--torchrun_cases=1"), "nth": ("--cases=120",),
        "power": ("--cases=400",), "rot": ("--cases=150",), "full": ("--cases=4",),
-       "elastic": ("--cases=1",)}
+       "elastic": ("--cases=1",), "prepare": ("--cases=40",)}
 BROKEN = {
     "kill": "import model\nmodel.AdamW.load_state_dict = lambda *args: None",
     "nth": "checkpoint.remove_leftovers = lambda *args: None",
@@ -31,7 +31,8 @@ def sum_in_a_row(model, add_gradient, first, end):
     total = [p.grad for p in model.parameters()]
     model.zero_grad(set_to_none=True)
     return total
-train.sum_as_tree = sum_in_a_row"""}
+train.sum_as_tree = sum_in_a_row""",
+    "prepare": "import prepare\nprepare.mark_incomplete = lambda folder: None"}
 
 
 def crash(*words: str, broken: str = "") -> subprocess.CompletedProcess:

@@ -277,6 +277,17 @@ def test_half_a_dataset_is_refused(nanogpt):
         read_meta(Path("x"))
 
 
+def test_a_meta_json_that_cannot_be_read_is_no_guess(nanogpt):
+    nanogpt(50257)
+    Path("x/meta.json").touch()
+    with pytest.raises(BadData, match="the preparation was interrupted"):
+        read_meta(Path("x"))
+    Path("x/meta.json").unlink()
+    Path("x/meta.json").mkdir()
+    with pytest.raises(BadData, match="meta.json: is a directory"):
+        read_meta(Path("x"))
+
+
 def test_places_beyond_4_gb_are_exact(data, tmp_path, monkeypatch):
     with open(tmp_path / "x" / "train.bin", "wb") as f:
         f.truncate(2**34)  # no byte of it is on the disk

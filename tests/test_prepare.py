@@ -1,4 +1,5 @@
 """prepare.py and corpora.py: the known texts, one's own, and what can go wrong on the way."""
+import fcntl
 import hashlib
 import http.server
 import json
@@ -26,6 +27,7 @@ from tokenizer import from_meta
 
 GPT2 = from_meta({"tokenizer": {"kind": "gpt2"}})
 EOT = 50256
+TEXT = "something to learn, or not\n" * 30
 TINYSHAKESPEARE = REPO / "data" / "tinyshakespeare" / "input.txt"
 
 
@@ -183,6 +185,7 @@ def test_a_download_of_other_bytes_is_refused(server, tmp_path, capsys):
 
 def test_blocks_give_the_tokens_of_the_whole_text(long_text, tmp_path):
     (tmp_path / "long.txt").write_bytes(long_text.encode())
+    long_text = long_text.replace("\r\n", "\n")
     at = int(len(long_text) * 0.8)
     expected = GPT2.encode(long_text[:at]), GPT2.encode(long_text[at:])
     for workers in (1, 3):
@@ -251,6 +254,40 @@ def test_folders_and_globs(tmp_path):
     assert found == ["b/a.TXT", "b/c.py", "b/deep/er.md", "e.log", "[d]/y.log", "[d]/z.log"]
 
 
+def test_a_file_that_links_lead_to_again_counts_once(tmp_path):
+    for name in ("b", "c"):
+        (tmp_path / "d" / name).mkdir(parents=True)
+        (tmp_path / "d" / name / "text.txt").write_text(f"text of {name} " * 9)
+    (tmp_path / "d/b/loop").symlink_to(tmp_path / "d")
+    (tmp_path / "d/c/loop").symlink_to(tmp_path / "d")
+    (tmp_path / "d/c/other.txt").symlink_to("text.txt")
+    (tmp_path / "d/c/hard.txt").hardlink_to(tmp_path / "d/c/text.txt")
+    (tmp_path / "linked").symlink_to("d/c")
+    done = run("prepare.py", "d", "./d/b/text.txt", "linked", "d/b/../b/*.txt", name="x",
+               data_dir=tmp_path / "data", cwd=tmp_path, val_fraction=0.5)
+    assert done.stderr.startswith("note: skipping 12 ") and done.stderr.count("\n") == 1
+    meta, train, _ = read_set(tmp_path / "data" / "x")
+    assert re.findall(r"text of (\S+)", GPT2.decode(train)) == 4 * ["b"] + 4 * ["c"]
+    assert meta["source"]["files"] == 2
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "gpt2", "bpe:300"])
+def test_every_line_ends_in_a_line_feed(tmp_path, tokenizer):
+    lines = [f"line {i} is {'long ' * (i % 99)}" for i in range(9000)]
+    for name, end in (("unix", "\n"), ("dos", "\r\n"), ("mac", "\r")):
+        (tmp_path / f"{name}.txt").write_bytes(end.join(lines).encode())
+    unix, dos, mac = (prepare(tmp_path, f"{name}.txt", tokenizer=tokenizer)
+                      for name in ("unix", "dos", "mac"))
+    assert unix[1:] == dos[1:] == mac[1:] and unix[0]["tokenizer"] == dos[0]["tokenizer"]
+
+
+def test_a_line_end_across_blocks_is_not_torn(tmp_path):
+    for before in range(3):
+        (tmp_path / "a.txt").write_bytes(b"x" * (corpora.BLOCK - before) + b"\r\ny\r\r\n\r")
+        assert "".join(corpora.read_text(str(tmp_path / "a.txt"))) == (
+            "x" * (corpora.BLOCK - before) + "\ny\n\n\n")
+
+
 def test_lines_of_json(tmp_path):
     lines = ['{"body": "caf\\u00e9 au lait, please", "text": 1}', "",
              '{"body": "half a \\ud83d pair here"}']
@@ -293,6 +330,21 @@ def test_a_set_that_another_program_made_is_not_overwritten(tmp_path):
     assert (folder / "train.bin").read_bytes() == before and len(os.listdir(folder)) == 2
 
 
+def test_what_a_killed_preparation_left_is_repaired(tmp_path):
+    (tmp_path / "a.txt").write_text("something to learn\n" * 9)
+    folder = tmp_path / "data" / "x"
+    first = prepare(tmp_path, "a.txt")
+    (folder / "meta.json").rename(folder / "meta.json.tmp")
+    assert prepare(tmp_path, "a.txt") == first
+    for left in ("train.bin.tmp", "meta.json.tmp", "parts.json", "train-00003.bin"):
+        (folder / left).write_text("{}")
+    assert prepare(tmp_path, "a.txt") == first
+    assert sorted(os.listdir(folder)) == ["meta.json", "train.bin", "val.bin"]
+    for meta in ("[]", '{"tokens": 5}', '{"tokens": {"train": null}, "dtype": "uint16"}'):
+        (folder / "meta.json").write_text(meta)
+        assert prepare(tmp_path, "a.txt") == first
+
+
 def peak_memory(tmp_path: Path, *words: object, name: str) -> int:
     """The bytes that prepare.py takes for a set of characters."""
     code = ("import runpy, sys; sys.argv = sys.argv[1:]\n"
@@ -322,6 +374,7 @@ SCRIPTS = ("Fluß, naïve 東京は夜。 Привет мир! مرحبا नम
 def test_a_bpe_of_mixed_scripts(shakespeare, tmp_path):
     text = SCRIPTS * 300 + shakespeare[:300_000] + "quixotry " * 40_000
     (tmp_path / "a.txt").write_bytes(text.encode())
+    text = text.replace("\r\n", "\n")
     sets = []
     for workers in (1, 3):
         done = run("prepare.py", tmp_path / "a.txt", name="x", tokenizer="bpe:1000",
@@ -666,7 +719,7 @@ def test_a_preparation_that_was_killed_goes_on(hub_folder, undisturbed, tmp_path
     folder = tmp_path / "fineweb-edu"
     for part in ("train-00002.bin", "train-00006.bin.tmp", "train-00009.bin"):
         code, _, _ = stop_at(part, signal.SIGKILL, folder, hub_folder)
-        assert code == -signal.SIGKILL and "meta.json" not in os.listdir(folder)
+        assert code == -signal.SIGKILL and (folder / "meta.json").read_bytes() == b""
     early = {path: path.stat().st_mtime_ns for path in folder.glob("*-0000[0-8].bin")}
     code, out, err = stop_at("train-00011.bin", signal.SIGINT, folder, hub_folder)
     assert code == 130 and "of 14 parts are there; going on" in out
@@ -755,7 +808,11 @@ PARQUET = parquet_bytes()
     (["a.txt", "--name=.."], {"a.txt": b"text " * 99}, "--name=..: not a folder's name"),
     (["a.txt", "--tokenizer=morse"], {"a.txt": b"text"}, "tokenizer=morse: neither char, gpt2"),
     (["a.txt", "--val_fraction=1"], {"a.txt": b"text"}, "val_fraction must be"),
-    (["a.txt", "--val_fraction=0"], {"a.txt": b"text " * 99}, "and 0 val tokens"),
+    (["a.txt", "--val_fraction=0"], {"a.txt": b"text " * 99}, "--val_fraction=0: expected more"),
+    (["a.txt", "--val_fraction=1e-17"], {"a.txt": b"text " * 99}, "and 0 val tokens"),
+    (["a.txt"], {"a.txt": "text ".encode("utf-16-le") * 99}, "a.txt: byte 1 is NUL"),
+    (["a.txt"], {"a.txt": b"\xff\xfe" + "text ".encode("utf-16-le") * 99}, "a.txt: byte 0 is not"),
+    (["/dev/stdin"], {}, "/dev/stdin: expected a file, got a pipe"),
     (["shakespeare", "--name=", "--tokenizer=char"], {}, "shakespeare has its own tokenizer"),
     (["tinystories", "--name=", "--val_fraction=0.1"], {}, "tinystories has its own tokenizer"),
     *[(["a.txt", f"--tokenizer={name}"], {"a.txt": b"\xff"}, f"--tokenizer={name}: of bpe:N, N is "
@@ -787,7 +844,7 @@ def test_mistakes(tmp_path, words, files, needle):
         (tmp_path / path).write_bytes(data)
     flags = ["--name=x", f"--data_dir={tmp_path}/data", *words]
     done = subprocess.run([*command("prepare.py"), *flags], cwd=tmp_path,
-                          capture_output=True, text=True)
+                          capture_output=True, text=True, input="")
     assert needle in complaint(done)
     assert not (tmp_path / "data").exists() or os.listdir(tmp_path / "data") == []
 
@@ -868,6 +925,74 @@ def test_a_stop_in_the_middle(shakespeare, tmp_path, how):
     out, err = child.communicate()
     assert (child.returncode, out, err) == (130, "", "\nstopped; nothing half-written is left\n")
     assert not folder.exists()
+
+
+def test_a_stop_while_modules_are_loaded(tmp_path):
+    (tmp_path / "glob.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)")
+    child = subprocess.Popen(command("prepare.py", "shakespeare_char"), stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True,
+                             env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert child.stdout.readline() == "loading\n"
+    child.send_signal(signal.SIGINT)
+    assert child.communicate() == ("", "") and child.returncode == 130
+
+
+@pytest.mark.parametrize("name, change", [
+    ("a.txt", lambda file: file.write_text(TEXT + "é")),
+    ("a.txt", lambda file: file.write_text(TEXT.upper())),
+    ("a.txt", lambda file: file.write_text("")),
+    ("a.txt", lambda file: file.unlink()),
+    ("a.jsonl", lambda file: file.write_text(file.read_text() * 2)),
+    ("a.jsonl", lambda file: file.write_text(""))])
+def test_a_text_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch, capsys, name,
+                                                         change):
+    import prepare
+    file, count = tmp_path / name, prepare.count
+    file.write_text(TEXT if name == "a.txt" else json.dumps({"text": TEXT}) + "\n")
+
+    def count_and_change(*args):
+        lengths = count(*args)
+        change(file)
+        return lengths
+
+    monkeypatch.setattr(prepare, "count", count_and_change)
+    with pytest.raises(SystemExit) as end:
+        prepare.prepare(prepare.PrepareConfig("x", "char", data_dir=str(tmp_path / "data")),
+                        {"tokenizer": "char"}, [str(file)])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and "the text changed while" in said
+    assert os.listdir(tmp_path / "data") == []
+
+
+def test_a_closed_stdout_does_not_undo_a_dataset(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    words = command("prepare.py", tmp_path / "a.txt", name="x", data_dir=tmp_path)
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: stdout: ")
+    assert done.stderr.count("\n") == 1 and read_set(tmp_path / "x")[0]["name"] == "x"
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    (tmp_path / os.fsdecode(b"\xff.txt")).write_text(TEXT)
+    for name in (b"y\xff", "é".encode()):
+        run("prepare.py", os.fsdecode(b"\xff.txt"), name=os.fsdecode(name), cwd=tmp_path,
+            data_dir=tmp_path / "data", env={"PYTHONIOENCODING": "ascii"})
+    assert sorted(os.listdir(os.fsencode(tmp_path / "data"))) == [b"y\xff", "é".encode()]
+
+
+def test_a_folder_that_is_removed_while_another_waits(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    folder = tmp_path / "data" / "x"
+    folder.mkdir(parents=True)
+    lock = os.open(folder, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    child = subprocess.Popen(command("prepare.py", tmp_path / "a.txt", name="x",
+                                     data_dir=folder.parent), stdout=subprocess.PIPE, text=True)
+    assert "waiting" in child.stdout.readline()
+    folder.rmdir()
+    os.close(lock)
+    assert child.wait() == 0 and read_set(folder)[0]["name"] == "x"
 
 
 def test_two_at_once(shakespeare, tmp_path):

@@ -6,6 +6,7 @@
     rot      flipped bits, zeroed pages and cuts in the newest bundle
     full     no room for a bundle, whatever part of it would still have fitted
     elastic  kill -9 of a run that comes back on another number of ranks
+    prepare  a preparation dies before each of its file operations, and again in the next one
     hosts    two hosts without a common disk: one is killed, comes back, is cut off (needs root)
 
 Without a part, all but hosts in small numbers. A line each; exit code 1 if anything failed.
@@ -26,9 +27,10 @@ from tools.crash.hosts import hosts
 from tools.crash.kill import elastic, kill
 from tools.crash.nth import nth
 from tools.crash.power import power
+from tools.crash.prepare import prepare
 from tools.crash.rot import rot
 
-PARTS = {"kill": kill, "nth": nth, "power": power, "rot": rot, "full": full,
+PARTS = {"kill": kill, "nth": nth, "power": power, "rot": rot, "full": full, "prepare": prepare,
          "elastic": elastic, "hosts": hosts}
 
 
