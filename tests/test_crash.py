@@ -7,7 +7,7 @@ from conftest import REPO
 
 FEW = {"kill": ("--cases=8", "--torchrun_cases=1"), "nth": ("--cases=120",),
        "power": ("--cases=400",), "rot": ("--cases=150",), "full": ("--cases=4",),
-       "elastic": ("--cases=1",), "prepare": ("--cases=40",)}
+       "elastic": ("--cases=1",), "prepare": ("--cases=60",)}
 BROKEN = {
     "kill": "import model\nmodel.AdamW.load_state_dict = lambda *args: None",
     "nth": "checkpoint.remove_leftovers = lambda *args: None",
