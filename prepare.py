@@ -454,6 +454,7 @@ def prepare(config: PrepareConfig, given: dict, words: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # a locale may lack a character
     settings, given, words = parse(PrepareConfig, USAGE, sys.argv[1:])
     try:
         # a kill tidies up as Ctrl-C does
