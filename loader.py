@@ -81,8 +81,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
         if not text:
-            raise BadData(f"{path} is empty: the preparation was interrupted. Try: prepare.py again, "
-                          "with the same command")
+            raise BadData(f"{path} is empty: the preparation was interrupted. Try: prepare.py "
+                          "again, with the same command")
         meta = json.loads(text)
         check_meta(meta)
         return meta
