@@ -16,7 +16,7 @@ import model as model_module
 import runtime
 import start
 from checkpoint import Disk, Saver, read_bundle
-from loader import Loader, Split
+from loader import Loader
 from model import GPT, AdamW, Cache, LinearCrossEntropy, ModelArgs, generate
 from tools.bench.common import Shape, new_run
 from train import EXIT_NOT_FINITE, evaluate, gradient, halt_unless_healthy, update

@@ -127,9 +127,10 @@ def new_run(shape: Shape, device: torch.device, **settings: Any) -> Run:
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     tokens = np.random.default_rng(0).integers(args.vocab_size, size=2**20, dtype=np.uint16)
+    meta = {"dtype": "uint16", "vocab_size": args.vocab_size, "tokens": {"train": len(tokens)}}
     with tempfile.TemporaryDirectory() as folder:  # an open file outlives its name
         tokens.tofile(f"{folder}/train.bin")
-        shifted, fixed = (Split(folder, "train", "uint16", args.block_size, 0, shift)
+        shifted, fixed = (Split(Path(folder), "train", meta, args.block_size, 0, shift)
                           for shift in (True, False))
     loader = Loader(shifted, shape.batch_size, 1, range(1), device)
     return assemble(config, Ranks(0, 1, device), {}, loader, {"train": fixed, "val": fixed},
