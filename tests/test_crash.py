@@ -70,6 +70,13 @@ def test_a_failure_is_repeated_by_its_number(tmp_path):
     assert again.returncode == 1 and again.stdout.splitlines()[0] == first
 
 
+def test_an_uninterrupted_run_that_hangs_is_an_error(tmp_path):
+    impatient = "from tools.crash import common\ncommon.exit_code.__defaults__ = (0.01,)"
+    done = crash("kill", "--cases=1", "--torchrun_cases=0", f"--folder={tmp_path}",
+                 broken=impatient)
+    assert done.returncode == 2 and "hangs" in done.stderr
+
+
 def test_an_unknown_part_is_one_line():
     done = crash("nosuch")
     assert done.returncode == 2 and done.stderr.startswith("error: there is no part 'nosuch'")
