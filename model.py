@@ -5,23 +5,18 @@ Radford et al. 2019, "Language Models are Unsupervised Multitask Learners": pre-
 positions, tanh GELU, token embedding tied to the output layer. Parameter names are GPT-2's.
 Letters for shapes: B sequences, T tokens, C width, H heads, D = C / H, V vocabulary.
 """
-import inspect
-import json
 import math
-import pickle
-import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-LOGITS = 1 << 25  # so many logits are held at a time, on a GPU eight times as many
+from keepgpt.kernels import LinearCrossEntropy, attend, dropout
+from keepgpt.optim import AdamW
 
 
 @dataclass(frozen=True)
@@ -93,45 +88,6 @@ class Attention(nn.Module):
         return dropout(self.c_proj(y), self.dropout, self.training)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
-    """Causal attention of the last T positions, (B, H, T, D), over all S positions, (B, H, S, D);
-    T is S or 1. Weights are dropped with probability `p`."""
-    T, D = q.shape[2:]
-    if T == 1 or q.device.type != "cpu" or not p and q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=T > 1)
-    # On a CPU the library's kernel is slow in bfloat16, and slower with dropout. Rows in blocks:
-    # what lies behind a block's last row is never computed.
-    blocks, q = [], q * D ** -0.5
-    for start in range(0, T, 256):
-        rows = q[:, :, start:start + 256]  # (B, H, R, D)
-        end = k.size(2) - T + start + rows.size(2)
-        weights = rows @ k[:, :, :end].transpose(2, 3)  # (B, H, R, end)
-        weights += torch.full(weights.shape[2:], -math.inf, dtype=q.dtype).triu(start + 1)
-        weights = weights.softmax(-1)
-        blocks.append((weights * kept(weights, p) if p else weights) @ v[:, :, :end])
-    y = torch.cat(blocks, 2) if len(blocks) > 1 else blocks[0]
-    return y * (1 / (1 - p)) if p else y
-
-
-def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
-    """Zero each element with probability `p`, scale the others by 1 / (1 - p) (Srivastava et al.
-    2014); nothing unless `training`."""
-    if not training or not p:
-        return x
-    return F.dropout(x, p) if x.device.type != "cpu" else x * kept(x, p) * (1 / (1 - p))
-
-
-def kept(x: Tensor, p: float) -> Tensor:
-    """What dropout keeps of x, on a CPU: 1 with probability 1 - p, else 0, for each element."""
-    if torch.compiler.is_compiling():
-        return (F.dropout(torch.ones_like(x), p) > 0).to(x.dtype)
-    # 16 random bits an element: a fourteenth of the time that bernoulli_ takes
-    seed = torch.empty((), dtype=torch.int64).random_().item()
-    bits = np.random.SFC64(seed).random_raw(-(-x.numel() // 4)).view(np.int16)
-    drawn = torch.from_numpy(bits)[:x.numel()].view(x.shape)
-    return torch.ge(drawn, round(p * 2**16) - 2**15, out=torch.empty_like(x, requires_grad=False))
-
-
 class MLP(nn.Module):
     """Two layers, four times as wide in between."""
 
@@ -159,64 +115,6 @@ class Block(nn.Module):
     def forward(self, x: Tensor, kv: Tensor | None, seen: int | Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x), kv, seen)
         return x + self.mlp(self.ln_2(x))
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """The last layer and the loss in one, LOGITS of the logits at a time.
-
-    The gradient of the logits is made while they are there, so that neither it nor they are ever
-    held for all tokens.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, V: int) -> Tensor:
-        """The mean cross-entropy in nats of `targets` (N,) under the first V columns of x (N, C)
-        times weight (V or more, C) transposed."""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        rows = max(1, LOGITS * (1 if device == "cpu" else 8) // weight.size(0))
-        if dtype == torch.float16:
-            rows = min(rows, 2048)  # the gradient of a frequent token, a sum over them, must fit
-        learning = any(ctx.needs_input_grad)
-        with torch.autocast(device, enabled=False):
-            half, weight_half = x.to(dtype), weight.to(dtype)
-            loss, dx = torch.zeros((), dtype=wide, device=x.device), []
-            dweight = torch.zeros_like(weight) if learning else None
-            for part, target in zip(half.split(rows), targets.split(rows)):
-                logits = (part @ weight_half.T).to(wide)  # (R, V or more)
-                logits[:, V:] = -math.inf  # the padding takes no part
-                total, target = logits.logsumexp(1, keepdim=True), target.unsqueeze(1)  # (R, 1)
-                loss += (total - logits.gather(1, target)).sum()
-                if learning:
-                    logits.sub_(total).exp_()  # now the probabilities
-                    if torch.compiler.is_compiling():  # scatter_ would need all of them in memory
-                        hit = torch.arange(logits.size(1), device=x.device) == target  # (R, V)
-                        logits = torch.where(hit, logits - 1, logits)
-                    else:
-                        logits.scatter_(1, target, logits.gather(1, target) - 1)
-                    dlogits = logits.to(dtype)
-                    dx.append(dlogits @ weight_half)
-                    dweight += dlogits.T @ part
-        if learning:
-            ctx.save_for_backward(torch.cat(dx), dweight)
-        return loss / len(x)
-
-    @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple:
-        """Gradients of x and weight."""
-        dx, dweight = ctx.saved_tensors
-        scale = dloss / len(dx)
-        return dx * scale, dweight * scale, None, None
-
-
-class AdamW(torch.optim.AdamW):
-    """AdamW (Loshchilov and Hutter 2019). PyTorch's own keeps torch.compile out of these methods,
-    and loads all of it for that: half of the seconds that a start takes."""
-    add_param_group, zero_grad, state_dict, load_state_dict = (
-        inspect.unwrap(getattr(torch.optim.AdamW, name))
-        for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"))
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 class GPT(nn.Module):
@@ -305,26 +203,28 @@ class GPT(nn.Module):
         return Cache([wte.new_empty(shape, dtype=dtype) for _ in range(self.args.n_layer)])
 
 
-class PackedLinear(nn.Module):
-    """A bfloat16 Linear for a CPU, its weights in the order in which oneDNN reads them."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
-        self.bias = bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
-def pack(model: GPT) -> None:
-    """Make a bfloat16 model on a CPU generate half as fast again; it can't be trained any more."""
-    for block in model.transformer.h:
-        for part, name in ((block.attn, "c_attn"), (block.attn, "c_proj"), (block.mlp, "c_fc"),
-                           (block.mlp, "c_proj")):
-            linear = getattr(part, name)
-            setattr(part, name, PackedLinear(linear.weight, linear.bias))
-    model.head = PackedLinear(model.transformer.wte.weight, None)
+def load_model(args: dict[str, Any], state: dict[str, Tensor]) -> GPT:
+    """Return the network of these sizes with these weights. Raises ValueError if they do not
+    fit."""
+    args = ModelArgs(**args)
+    # an absurd size is found here, before a network of that size is built
+    blocks = {name.split(".")[2] for name in state if name.startswith("transformer.h.")}
+    expected = {"n_layer": args.n_layer, "wte": (args.vocab_size, args.n_embd),
+                "wpe": (args.block_size, args.n_embd)}
+    found = {"n_layer": len(blocks)} | {
+        key: tuple(getattr(state.get(f"transformer.{key}.weight"), "shape", ()))
+        for key in ("wte", "wpe")}
+    for key, size in expected.items():
+        if found[key] != size:
+            raise ValueError(f"the weights do not fit the network: {key}: expected {size}, "
+                             f"got {found[key]}")
+    model = GPT(args)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as e:
+        raise ValueError("the weights do not fit the network: "
+                         f"{str(e).splitlines()[1].strip()}") from None
+    return model
 
 
 class RecordedStep:
@@ -436,176 +336,4 @@ def pick(logits: Tensor, temperature: float, top_k: int, top_p: float,
     return (place if ids is None else ids.cpu().gather(-1, place)).squeeze(-1).to(device)
 
 
-def read_hugging_face(folder: Path) -> tuple[ModelArgs, dict[str, Tensor]]:
-    """A GPT-2 in Hugging Face's format as (ModelArgs, state dict). Raises ValueError for another
-    architecture."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{folder}/config.json can't be read: {e}") from None
-    ours = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-            "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-            "add_cross_attention": False, "tie_word_embeddings": True}
-    sizes = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
-    if not isinstance(config, dict) or any(key not in config for key in sizes):
-        raise ValueError(f"{folder}/config.json does not describe a GPT-2")
-    try:
-        args = ModelArgs(*(config[key] for key in sizes), bias=True,
-                         dropout=config.get("resid_pdrop", 0.0))
-    except ValueError as e:
-        raise ValueError(f"{folder}/config.json: {e}") from None
-    if config.get("n_inner") is not None:  # absent or null means four times the width
-        ours["n_inner"] = 4 * args.n_embd
-    for key, value in ours.items():
-        if config.get(key, value) != value:
-            raise ValueError(f"{folder}/config.json: {key} is {config[key]!r}; "
-                             f"only {value!r} can be loaded")
-    state = {}
-    # a sharded model's index is not needed: each file holds the names of its tensors
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    for file in files:
-        for name, tensor in load_tensors(file).items():
-            name = "transformer." + name.removeprefix("transformer.")
-            if name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
-                continue  # the causal mask, and the twin of wte
-            if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-                # Conv1D keeps (in, out) where Linear keeps (out, in)
-                tensor = tensor.t().contiguous()
-            state[name] = tensor.float()
-    if not state:
-        raise ValueError(f"{folder} has no *.safetensors and no pytorch_model*.bin")
-    return args, state
 
-
-def load_tensors(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a .safetensors or a .bin file by name. Raises ValueError."""
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            return load_file(file)
-        tensors = dict(load_intact(file))
-        if not all(torch.is_tensor(tensor) for tensor in tensors.values()):
-            raise ValueError("it holds more than tensors")
-        return tensors
-    except ImportError:
-        raise ValueError(f"{file} needs one more package: pip install safetensors") from None
-    except pickle.UnpicklingError:
-        raise ValueError(f"{file} can't be read: it holds more than tensors") from None
-    except Exception as e:  # safetensors and torch.load raise many kinds
-        raise ValueError(f"{file} can't be read: {str(e).partition(chr(10))[0]}") from None
-
-
-def load_intact(path: Path) -> Any:
-    """torch.load a file of plain values and tensors, after checking the CRC32s that torch.load
-    ignores. Raises ValueError for a corrupt file, and whatever torch.load raises."""
-    if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
-        raise ValueError(f"it is damaged, in {damaged}")
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def read_data(folder: Path) -> dict[str, Any]:
-    """Return what a folder in Hugging Face's format says about its tokens: the "tokenizer" that
-    tools.export has described, the "token_of_id" of its tokenizer's file, or nothing. Raises
-    ValueError."""
-    for name in ("keepgpt.json", "tokenizer.json", "vocab.json"):
-        path = folder / name
-        if not path.exists():
-            continue
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if name == "keepgpt.json":
-                return {"tokenizer": content["tokenizer"]}
-            if name == "vocab.json":
-                return {"token_of_id": {i: token for token, i in content.items()}}
-            vocabulary = content["model"]["vocab"]
-            if isinstance(vocabulary, list):  # a Unigram model's: [token, score], by id
-                tokens = {i: token for i, (token, _) in enumerate(vocabulary)}
-            else:
-                tokens = {i: token for token, i in vocabulary.items()}
-            added = {token["id"]: token["content"] for token in content.get("added_tokens", [])}
-            return {"token_of_id": tokens | added}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-            raise ValueError(f"{path} can't be read: {type(e).__name__}: {e}") from None
-    return {}
-
-
-def cropped(args: ModelArgs, state: dict[str, Tensor], vocab_size: int,
-            block_size: int) -> tuple[ModelArgs, dict]:
-    """The same network for fewer tokens (what only pads the vocabulary goes) and a shorter
-    block."""
-    sizes = {"transformer.wte.weight": vocab_size, "transformer.wpe.weight": block_size}
-    state = {name: tensor[:sizes[name]] if name in sizes else tensor
-             for name, tensor in state.items()}
-    return replace(args, vocab_size=vocab_size, block_size=block_size), state
-
-
-def with_weights(args: ModelArgs, state: dict[str, Tensor]) -> GPT:
-    """The network with these weights. Raises ValueError if they are not the ones it needs."""
-    # an absurd size is found here, before the network is built in it
-    blocks = {name.split(".")[2] for name in state if name.startswith("transformer.h.")}
-    expected = {"n_layer": args.n_layer, "wte": (args.vocab_size, args.n_embd),
-                "wpe": (args.block_size, args.n_embd)}
-    found = {"n_layer": len(blocks)} | {
-        key: tuple(getattr(state.get(f"transformer.{key}.weight"), "shape", ()))
-        for key in ("wte", "wpe")}
-    for key, size in expected.items():
-        if found[key] != size:
-            raise ValueError(f"the weights do not fit the network: {key}: expected {size}, "
-                             f"got {found[key]}")
-    model = GPT(args)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as e:
-        raise ValueError("the weights do not fit the network: "
-                         f"{str(e).splitlines()[1].strip()}") from None
-    return model
-
-
-def read_weights(source: str) -> tuple[ModelArgs, dict[str, Tensor], dict[str, Any]]:
-    """Weights to begin from: gpt2, gpt2-medium, gpt2-large or gpt2-xl; a folder in Hugging Face's
-    format; or a checkpoint file of keepGPT or nanoGPT. Returns them with what the source says of
-    its data: the "tokenizer", the "token_of_id", the name of the "dataset" (nanoGPT's) or nothing.
-
-    Raises ValueError, with the mend, for anything else.
-    """
-    if source in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
-        return *read_hugging_face(download(f"openai-community/{source}")), {
-            "tokenizer": {"kind": "gpt2"}}
-    path = Path(source)
-    if (path / "ckpt.pt").exists():
-        best = path / ("best.pt" if (path / "best.pt").exists() else "ckpt.pt")
-        raise ValueError(f"init_from={source} is the folder of a run; give {best}")
-    if path.is_dir():
-        return *read_hugging_face(path), read_data(path)
-    if not path.exists():
-        raise ValueError(f"init_from={source}: neither a file or folder that is there nor a name "
-                         "that is known; --help lists them")
-    try:
-        saved = load_intact(path)
-        args = ModelArgs(**saved["model_args"])
-        data = saved.get("data") or {"dataset": saved.get("config", {}).get("dataset")}
-        state = {name.removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()
-                 if not name.endswith(".attn.bias")}
-    except pickle.UnpicklingError:
-        raise ValueError(f"init_from={source} is no checkpoint of keepGPT or nanoGPT: it is not of "
-                         "plain values and tensors") from None
-    except (RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError, OSError,
-            zipfile.BadZipFile) as e:
-        raise ValueError(f"init_from={source} is no checkpoint of keepGPT or nanoGPT: {e}"
-                         .splitlines()[0]) from None
-    state.pop("lm_head.weight", None)  # the twin of wte
-    return args, state, data
-
-
-def download(name: str) -> Path:
-    """The folder of a model on the Hugging Face hub, from the local cache if it is there."""
-    try:
-        from huggingface_hub import snapshot_download
-        return Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors"]))
-    except ImportError:
-        raise ValueError("GPT-2's weights need two more packages: "
-                         "pip install huggingface_hub safetensors") from None
-    except Exception as e:
-        raise ValueError(f"{name} can't be fetched ({type(e).__name__}); without a network give "
-                         "a folder that holds its config.json and model.safetensors: "
-                         "--init_from=FOLDER") from None

@@ -27,11 +27,23 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
-import corpora
-from configurator import fail, knob, leave_closed_output, parse, sync
-from corpora import DATASETS, HUB, KNOWN
-from encode import Deal, Documents, Unit, batches, count, token_type, train_text, write_tokens
-from tokenizer import Tokenizer, from_meta, named, train_bpe
+from keepgpt import text as corpora
+from keepgpt.config import knob, parse
+from keepgpt.process import fail, leave_closed_output, sync
+from keepgpt.text import (
+    DATASETS,
+    HUB,
+    KNOWN,
+    Deal,
+    Documents,
+    Unit,
+    batches,
+    count,
+    token_type,
+    train_text,
+    write_tokens,
+)
+from keepgpt.tokenizer import Tokenizer, from_meta, named, train_bpe
 
 USAGE = f"python prepare.py {' | '.join(KNOWN)} | PATH... --name=NAME [--key=value ...]"
 FILES = ("train.bin", "val.bin", "meta.json")

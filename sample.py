@@ -3,7 +3,8 @@ lists every key."""
 from dataclasses import dataclass
 from typing import Literal
 
-from configurator import command_line, fail, knob, leave_closed_output
+from keepgpt.config import command_line, knob
+from keepgpt.process import fail, leave_closed_output
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,14 @@ from typing import Any
 
 import torch
 
-import tokenizer
-from checkpoint import BadBundle, best_bundle, find_foreign, has_run, newest_bundle
-from loader import BadData, dataset_folder, read_meta
-from model import GPT, ModelArgs, cropped, generate, pack, read_weights, with_weights
-from runtime import host_memory, pick_device, pick_dtype
+from keepgpt import tokenizer
+from keepgpt.checkpoint import BadBundle, best_bundle, find_foreign, has_run, newest_bundle
+from keepgpt.distributed import pick_device, pick_dtype
+from keepgpt.kernels import pack
+from keepgpt.loader import BadData, dataset_folder, read_meta
+from keepgpt.pretrained import crop_weights, read_weights
+from keepgpt.process import host_memory
+from model import GPT, ModelArgs, generate, load_model
 
 SMALL = 4e6  # fewer parameters stay in the cache, where products of one row are fast in float32
 
@@ -65,15 +69,16 @@ def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
     try:
         if origin in ("best", "resume"):
             bundle = best_bundle(folder) if origin == "best" else newest_bundle(folder)
-            args, state, data = ModelArgs(**bundle["model_args"]), bundle["model"], bundle["data"]
+            args, state, data = bundle["model_args"], bundle["model"], bundle["data"]
             origin = f"{folder}: step {bundle['step']}" + describe_loss(bundle)
         else:
             args, state, data = read_weights(origin)
-    except (BadBundle, ValueError) as e:
+        vocab_size, block_size = (sizes := ModelArgs(**args)).vocab_size, sizes.block_size
+    except (BadBundle, TypeError, ValueError) as e:
         fail(str(e))
-    vocabulary = tokenizer.from_meta(find_meta(config, origin, args.vocab_size, data))
+    vocabulary = tokenizer.from_meta(find_meta(config, origin, vocab_size, data))
     try:
-        model = with_weights(*cropped(args, state, vocabulary.vocab_size, args.block_size))
+        model = load_model(*crop_weights(args, state, vocabulary.vocab_size, block_size))
     except ValueError as e:
         fail(f"{origin}: {e}")
     return model.eval(), vocabulary, origin

@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from configurator import TrainConfig
+from keepgpt.config import TrainConfig
 
 REPO = Path(__file__).parent
 STARTS = """| when (UTC) | from step | command | commit | on | with |
@@ -106,3 +106,6 @@ def write_card(config: TrainConfig, data: dict[str, Any], parameters: int, step:
     temporary.write_text(f"{text}{STARTS}{before}| {row} |\n", encoding="utf-8",
                          errors="surrogateescape")  # a path may hold bytes that are not UTF-8
     temporary.replace(path)
+
+
+

@@ -6,13 +6,10 @@ mend.
 """
 import ast
 import builtins
-import ctypes
 import difflib
-import errno
 import importlib
 import inspect
 import os
-import platform
 import signal
 import sys
 from collections.abc import Iterable
@@ -21,45 +18,11 @@ from math import inf
 from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-# the command, a file or the machine must be changed first: trying again would not help
-EXIT_MISTAKE = 2
-EXIT_FAILED = 1  # a crash, a full disk or a failed last save: trying again may help
-PR_SET_PDEATHSIG = 1  # from linux/prctl.h
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
+from keepgpt.process import fail, leave_closed_output, prepare_process, warn
+
 # what nanoGPT's train.py has imported before it runs a config file
 MODULES = {"os": "os", "time": "time", "math": "math", "pickle": "pickle", "np": "numpy",
            "torch": "torch"}
-
-
-def fail(message: str, code: int = EXIT_MISTAKE, any_rank: bool = False) -> NoReturn:
-    """End the program with one line on stderr. Of several ranks on a host only the first one
-    prints it, unless `any_rank`: then the error is this rank's alone."""
-    if any_rank or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
-    sys.exit(code)
-
-
-def describe(error: OSError) -> tuple[str, int]:
-    """Return the reason and the exit code of a failed file operation: a full disk may have room
-    later."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return (error.strerror or str(error)).lower(), EXIT_FAILED if full else EXIT_MISTAKE
-
-
-def warn(message: str) -> None:
-    """Say on stderr what is not as it was asked for; of several ranks on a host, the first one
-    speaks."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"note: {message}", file=sys.stderr, flush=True)
-
-
-def sync(path: str | os.PathLike) -> None:
-    """See a file's bytes, or a folder's names, to the disk. Raises OSError."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def knob(default: Any, why: str, least: float = -inf, below: float = inf) -> Any:
@@ -261,13 +224,6 @@ def show_help(settings: type, usage: str) -> NoReturn:
     sys.exit(0)
 
 
-def leave_closed_output(error: OSError) -> NoReturn:
-    """End the program after stdout took no more: in silence if its reader has left (`| head`)."""
-    if not isinstance(error, BrokenPipeError):
-        print(f"error: stdout: {describe(error)[0]}", file=sys.stderr, flush=True)
-    os._exit(0 if isinstance(error, BrokenPipeError) else EXIT_FAILED)  # a flush would fail again
-
-
 def parse(settings: type, usage: str, argv: list[str]) -> tuple[Any, dict[str, Any], list[str]]:
     """Read a command line of words (`config/x.py` or whatever the script takes) and `--key=value`
     flags.
@@ -294,22 +250,6 @@ def parse(settings: type, usage: str, argv: list[str]) -> tuple[Any, dict[str, A
     return settings(**given), given, words
 
 
-def prepare_process() -> None:
-    """What helps this process and must come before torch is loaded."""
-    # threads that wait spin for some microseconds and then sleep: at once costs an idle machine
-    # half its speed on small models, and spinning on, the default, a busy one nine tenths
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    if platform.libc_ver()[0] == "glibc":
-        # keep freed memory for the next step: given back, it is zeroed page by page when it returns
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    if "RANK" in os.environ and sys.platform == "linux":
-        # a rank whose torchrun was killed dies too: it must hold neither GPU nor folder
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def command_line(settings: type, usage: str) -> tuple[Any, dict[str, Any], list[str]]:
     """`parse` this process's command line. A script calls it before it loads torch, so that --help
     and mistakes are answered at once."""
@@ -318,3 +258,6 @@ def command_line(settings: type, usage: str) -> tuple[Any, dict[str, Any], list[
         stream.reconfigure(errors="backslashreplace")  # a locale may lack a character
     prepare_process()
     return parse(settings, usage, sys.argv[1:])
+
+
+

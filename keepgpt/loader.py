@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configurator import warn
+from keepgpt.process import warn
 
 META_TYPES = {"name": str, "tokenizer": dict, "vocab_size": int, "dtype": str, "tokens": dict,
               "fingerprint": str}
@@ -267,3 +267,6 @@ class Loader:
             pinned = self.device.type == "cuda"  # from other memory a copy must be waited for
             x, y = (t.to(self.device, non_blocking=pinned) for t in ready.result())
             yield m, x, y
+
+
+

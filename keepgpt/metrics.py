@@ -7,8 +7,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from checkpoint import Disk
-from configurator import describe, fail, warn
+from keepgpt.checkpoint import Disk
+from keepgpt.process import describe, fail, warn
 
 
 class Metrics:
@@ -160,3 +160,6 @@ def _is_before(line: bytes, step: int, evaluated: bool) -> bool:
         return line.endswith(b"\n") and row["step"] <= step and not repeated
     except (ValueError, KeyError, TypeError):
         return False
+
+
+

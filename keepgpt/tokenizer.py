@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterable
 
-from configurator import fail, warn
+from keepgpt.process import fail, warn
 
 # encoder.json: token -> id. The ids are in the order of the merges: they are the ranks as well.
 GPT2_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
@@ -222,3 +222,6 @@ def check_tokenizer(source: str, vocab_size: int, data: dict, meta: dict) -> Non
     else:
         warn(f"{source} does not say which tokens it was trained on; only their number was "
              f"compared with {meta['name']}")
+
+
+

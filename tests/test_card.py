@@ -4,7 +4,6 @@ import subprocess
 
 import pytest
 import torch
-
 from conftest import REPO, bits, run
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from conftest import REPO, TINY, bits
 
-import checkpoint
-from checkpoint import BadBundle, Disk, Saver, commit, newest_bundle, read_bundle
-from metrics import Metrics
+from keepgpt import checkpoint
+from keepgpt.checkpoint import BadBundle, Disk, Saver, commit, newest_bundle, read_bundle
+from keepgpt.metrics import Metrics
 
 
 @pytest.fixture
@@ -77,8 +77,8 @@ def test_a_file_system_without_links(bundle, tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    {"step": "x"}, {"config": None}, {"rng": {}}, {"model_args": {}}, {"optimizer": []},
-    {"model": {}}, {"format": 2}])
+    {"step": "x"}, {"config": None}, {"rng": {}}, {"model_args": None}, {"optimizer": []},
+    {"model": []}, {"format": 2}, {"wandb_run_id": 1}])
 def test_a_bundle_with_other_parts_is_no_bundle(bundle, change, tmp_path):
     checkpoint.write_bundle(bundle | change, tmp_path / "x.pt", Disk())
     with pytest.raises(BadBundle):
@@ -126,8 +126,9 @@ def test_rows_whose_fsync_failed_go_to_another_file(tmp_path):
 
 def test_the_last_save_is_tried_twice(dataset, train, tmp_path):
     program = """
-import sys, checkpoint, train
-from configurator import TrainConfig, parse
+import sys, train
+from keepgpt import checkpoint
+from keepgpt.config import TrainConfig, parse
 failures = int(sys.argv.pop())
 class Failing(checkpoint.Disk):
     def fsync(self, file):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from configurator import TrainConfig, parse
+from keepgpt.config import TrainConfig, parse
 from sample import SampleConfig
 
 ROOT = Path(__file__).parents[1]
@@ -292,7 +292,7 @@ def test_names_that_a_file_never_reads_are_listed_in_one_line(file, capsys):
 def test_how_long_threads_spin_is_set_unless_the_user_has(theirs, spins):
     env = {key: value for key, value in os.environ.items()
            if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | theirs
-    program = ("import os, configurator; configurator.prepare_process(); "
+    program = ("import os; from keepgpt.process import prepare_process; prepare_process(); "
                "print(os.getenv('GOMP_SPINCOUNT'))")
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True,
                           text=True)
@@ -489,4 +489,4 @@ def test_help_shows_every_key_with_its_default_and_reason_and_loads_no_torch(scr
         key, why = f"--{f.name}={f.default} ", f.metadata["why"]
         assert why and sum(line.startswith(key) and line.endswith(why) for line in lines) == 1
     loaded = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
-    assert "configurator" in loaded and not loaded & {"torch", "numpy", "tiktoken", "wandb"}
+    assert "keepgpt" in loaded and not loaded & {"torch", "numpy", "tiktoken", "wandb"}

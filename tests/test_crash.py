@@ -9,7 +9,7 @@ FEW = {"kill": ("--cases=8", "--torchrun_cases=1"), "nth": ("--cases=120",),
        "power": ("--cases=400",), "rot": ("--cases=150",), "full": ("--cases=4",),
        "elastic": ("--cases=1",), "prepare": ("--cases=60",)}
 BROKEN = {
-    "kill": "import model\nmodel.AdamW.load_state_dict = lambda *args: None",
+    "kill": "from keepgpt import optim\noptim.AdamW.load_state_dict = lambda *args: None",
     "nth": "checkpoint.remove_leftovers = lambda *args: None",
     "power": """
 write = checkpoint.write_bundle
@@ -40,7 +40,7 @@ def crash(*words: str, broken: str = "") -> subprocess.CompletedProcess:
     program = f"""
 import sys
 from types import SimpleNamespace
-import checkpoint
+from keepgpt import checkpoint
 {broken}
 from tools.crash import __main__ as machine
 config, _, words = machine.parse(machine.CrashConfig, "", sys.argv[1:])

@@ -11,13 +11,15 @@ from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-import checkpoint
 import model as model_module
-import runtime
-import start
-from checkpoint import Disk, Saver, read_bundle
-from loader import Loader
-from model import GPT, AdamW, Cache, LinearCrossEntropy, ModelArgs, generate
+import train as script
+from keepgpt import checkpoint
+from keepgpt import distributed as runtime
+from keepgpt.checkpoint import Disk, Saver, read_bundle
+from keepgpt.kernels import LinearCrossEntropy
+from keepgpt.loader import Loader
+from keepgpt.optim import AdamW
+from model import GPT, Cache, ModelArgs, generate
 from tools.bench.common import Shape, new_run
 from train import EXIT_NOT_FINITE, evaluate, gradient, halt_unless_healthy, update
 
@@ -54,7 +56,7 @@ def test_graphs_are_static_whichever_is_compiled_first(evaluated_first, monkeypa
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", lambda *a, **how: compile(*a, backend=backend, **how))
-    monkeypatch.setattr(start, "compiler_lacks", lambda *_: "")
+    monkeypatch.setattr(script, "compiler_lacks", lambda *_: "")
     torch._dynamo.reset()
     run, signals = tiny_run(compile=True, eval_iters=3), SimpleNamespace(came=False)
     run.splits["train"].windows = run.splits["val"].windows = 4 + 4 + 1  # the last batch is smaller

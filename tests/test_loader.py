@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from loader import BadData, Loader, Split, mix, read_meta, seed_of, shuffled
+from keepgpt.loader import BadData, Loader, Split, mix, read_meta, seed_of, shuffled
+
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):

@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import model as model_module
-from model import (GPT, Cache, LinearCrossEntropy, ModelArgs, attend, cropped, dropout, generate,
-                   kept, pack, pick, read_weights, with_weights)
-from runtime import pick_dtype
+from keepgpt import kernels
+from keepgpt.distributed import pick_dtype
+from keepgpt.kernels import LinearCrossEntropy, attend, dropout, kept, pack
+from keepgpt.pretrained import crop_weights, read_weights
+from model import GPT, Cache, ModelArgs, generate, load_model, pick
 
 torch.set_num_threads(1)  # models this small are slower on two
 ARGS = ModelArgs(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=61,
@@ -74,10 +75,7 @@ def copy_folder(source, to, **settings):
 def loaded(source, vocab_size=101, block_size=32):
     """The model in a file or folder, as train.py builds it."""
     args, state, _ = read_weights(str(source))
-    args, state = cropped(args, state, vocab_size, block_size)
-    model = GPT(args)
-    model.load_state_dict(state)
-    return model.eval()
+    return load_model(*crop_weights(args, state, vocab_size, block_size)).eval()
 
 
 def test_logits_loss_and_every_gradient_are_those_of_transformers(theirs):
@@ -154,7 +152,7 @@ def test_impossible_sizes_in_config_json_are_refused_at_once(theirs, tmp_path, s
     folder = copy_folder(theirs[1], tmp_path / "folder", **settings)
     with pytest.raises(ValueError):
         args, state, _ = read_weights(str(folder))
-        with_weights(*cropped(args, state, args.vocab_size, args.block_size))
+        load_model(*crop_weights(args, state, args["vocab_size"], args["block_size"]))
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -247,7 +245,7 @@ def test_a_checkpoint_of_ours_brings_the_description_of_its_data(tmp_path):
     weights, description = model.state_dict(), {"name": "x"}
     torch.save({"model": weights, "model_args": asdict(ARGS), "data": description}, path)
     args, state, data = read_weights(str(path))
-    assert args == ARGS and data == description
+    assert args == asdict(ARGS) and data == description
     assert state.keys() == weights.keys() and all(torch.equal(state[k], weights[k]) for k in state)
 
 
@@ -626,7 +624,7 @@ def test_attention_with_dropout_agrees_with_float64(dtype, most, monkeypatch):
         masks.append(kept(weights, p))
         return masks[-1]
 
-    monkeypatch.setattr(model_module, "kept", remembered)
+    monkeypatch.setattr(kernels, "kept", remembered)
     torch.manual_seed(0)
     T = 300  # two blocks of rows
     ours = [torch.randn(2, 3, T, 16).to(dtype).requires_grad_() for _ in range(3)]
@@ -670,7 +668,7 @@ def test_dropout_drops_at_its_rate_and_passes_the_gradient_where_it_does_not(dty
 
 @pytest.mark.parametrize("columns", [50, 64])
 def test_the_loss_by_parts_is_the_cross_entropy(columns, monkeypatch):
-    monkeypatch.setattr(model_module, "LOGITS", 20 * columns)  # 20 rows at a time, of 70
+    monkeypatch.setattr(kernels, "LOGITS", 20 * columns)  # 20 rows at a time, of 70
     torch.manual_seed(0)
     x = torch.randn(70, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(columns, 8, dtype=torch.float64, requires_grad=True)
@@ -686,7 +684,7 @@ def test_the_loss_by_parts_is_the_cross_entropy(columns, monkeypatch):
 
 
 def test_the_loss_by_parts_in_bfloat16_agrees_with_float64(monkeypatch):
-    monkeypatch.setattr(model_module, "LOGITS", 20 * 50)  # 20 rows at a time, of 4,000
+    monkeypatch.setattr(kernels, "LOGITS", 20 * 50)  # 20 rows at a time, of 4,000
     torch.manual_seed(0)
     x, weight = torch.randn(4000, 64), torch.randn(50, 64) / 8
     x, weight = x.bfloat16().float().requires_grad_(), weight.bfloat16().float().requires_grad_()

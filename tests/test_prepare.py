@@ -20,10 +20,10 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-
-import corpora
 from conftest import REPO, command, complaint, run
-from tokenizer import from_meta
+
+from keepgpt import text as corpora
+from keepgpt.tokenizer import from_meta
 
 GPT2 = from_meta({"tokenizer": {"kind": "gpt2"}})
 EOT = 50256

@@ -2,7 +2,8 @@
 from dataclasses import fields
 
 from conftest import REPO
-from configurator import TrainConfig
+
+from keepgpt.config import TrainConfig
 
 README = (REPO / "README.md").read_text(encoding="utf-8")
 

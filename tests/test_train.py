@@ -18,8 +18,8 @@ import torch
 from conftest import REPO, TINY, bits, command, complaint, rows, run
 from wandb.proto import wandb_internal_pb2 as pb
 
-import configurator
 import train as script
+from keepgpt import config as configurator
 
 
 def test_it_learns(train, tmp_path):
@@ -187,7 +187,7 @@ def test_a_full_disk_at_a_start_exits_1(dataset, tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for where, name in (("runtime", "sync"), ("metrics", "Disk.create")):
+    for where, name in (("keepgpt.process", "sync"), ("keepgpt.metrics", "Disk.create")):
         monkeypatch.setattr(f"{where}.{name}", full)
         flags = [f"--{key}={value}" for key, value in
                  (TINY | {"out_dir": tmp_path / where, "dataset": dataset}).items()]

@@ -9,7 +9,7 @@ import torch
 from conftest import bits, complaint, rows, run
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from model import read_weights
+from keepgpt.pretrained import read_weights
 
 SMALL = {"batch_size": 2, "block_size": 32, "gradient_accumulation_steps": 2, "eval_iters": 2}
 
@@ -35,7 +35,7 @@ def test_fine_tuning_goes_on_from_every_kind_of_source(folder, dataset, tmp_path
     args, state, _ = read_weights(str(folder))
     nanogpt = tmp_path / "ckpt.pt"
     torch.save({"model": {"_orig_mod." + name: tensor for name, tensor in state.items()},
-                "model_args": vars(args), "iter_num": 5, "config": {}}, nanogpt)
+                "model_args": args, "iter_num": 5, "config": {}}, nanogpt)
 
     def tune(name: str, source: Path, steps: int) -> Path:
         run("train.py", "config/finetune_shakespeare.py", out_dir=tmp_path / name, dataset=dataset,

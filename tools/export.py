@@ -17,7 +17,8 @@ from typing import Any, Literal
 if __name__ == "__main__":  # from any folder: python PATH/tools/export.py
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configurator import command_line, describe, fail, knob
+from keepgpt.config import command_line, knob
+from keepgpt.process import describe, fail
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) there; (out, in) here
 
@@ -46,10 +47,10 @@ if __name__ == "__main__":  # before torch is loaded
 import torch
 from torch import Tensor
 
-from checkpoint import Disk, write_bundle
+from keepgpt.checkpoint import Disk, write_bundle
+from keepgpt.tokenizer import BPETokenizer, Tokenizer
 from model import GPT, ModelArgs
 from sample import SampleConfig, load
-from tokenizer import BPETokenizer, Tokenizer
 
 CARD = """---
 library_name: transformers

@@ -11,7 +11,7 @@ Each part takes --minutes at most, and prints each row as soon as it has it, the
 A row has a process of its own: one that fails says so, and the others go on. Exit code 1 if one
 failed. Needs no network, and Transformers only for the rows of that name.
 """
-from configurator import prepare_process
+from keepgpt.process import prepare_process
 
 if __name__ == "__main__":  # before torch is loaded
     prepare_process()
@@ -34,10 +34,11 @@ from statistics import median
 import torch
 from torch.nn.attention import SDPBackend
 
-from checkpoint import generation_of, read_bundle
-from configurator import fail, knob, parse
+from keepgpt.checkpoint import generation_of, read_bundle
+from keepgpt.config import knob, parse
+from keepgpt.distributed import be_deterministic, peak_flops, pick_device, pick_dtype
+from keepgpt.process import fail
 from model import GPT, Cache, ModelArgs, RecordedStep, disable_cudnn_attention
-from runtime import be_deterministic, peak_flops, pick_device, pick_dtype
 from tools.bench import checkpoint, sides
 from tools.bench.common import REPO, SHAPES, machine, new_run, report, seconds
 from tools.crash.common import digest, ends, exit_code, prepare, start
@@ -316,7 +317,7 @@ def ask(call: str, deadline: float, processes: list[subprocess.Popen]) -> dict[s
     left = deadline - time.monotonic()
     if left <= 0:
         return {"result": "not begun: no time is left"}
-    program = ("import configurator\nconfigurator.prepare_process()\n"
+    program = ("from keepgpt.process import prepare_process\nprepare_process()\n"
                f"import json\nfrom tools.gpu import *\nprint(json.dumps({call}))")
     process = subprocess.Popen([sys.executable, "-c", program], cwd=REPO, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,

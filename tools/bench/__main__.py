@@ -12,7 +12,7 @@
 
 Prints a table for each, medians of interleaved rounds.
 """
-from configurator import prepare_process
+from keepgpt.process import prepare_process
 
 if __name__ == "__main__":  # before torch is loaded
     prepare_process()
@@ -21,8 +21,9 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from configurator import fail, parse
-from runtime import pick_device
+from keepgpt.config import parse
+from keepgpt.distributed import pick_device
+from keepgpt.process import fail
 from tools.bench.common import BenchConfig, Ended, machine, report
 
 PARTS = ("train", "sample", "checkpoint", "loader", "prepare", "startup", "memory",

@@ -8,11 +8,10 @@ from statistics import median
 
 import torch
 
-import checkpoint
-from runtime import pick_device
-from start import Run
+from keepgpt import checkpoint
+from keepgpt.distributed import pick_device
 from tools.bench.common import SHAPES, BenchConfig, host_memory, new_run, seconds
-from train import gradient, update
+from train import Run, gradient, update
 
 # how many times the rounds: what a small save adds is a few per cent of the block it is measured in
 ROWS = {"6 layers, 384 wide": 4, "GPT-2 124M": 1}

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from configurator import TrainConfig, knob
-from loader import Loader, Split
+from keepgpt.config import TrainConfig, knob
+from keepgpt.distributed import Ranks, pick_dtype
+from keepgpt.loader import Loader, Split
 from model import GPT, ModelArgs
-from runtime import Ranks, pick_dtype
-from start import Run, assemble
+from train import Run, assemble
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -148,7 +148,7 @@ class Side:
     def __init__(self, calls: str, as_a_script: bool) -> None:
         """`as_a_script` prepares the process as keepGPT's scripts prepare theirs."""
         program = ("import sys\n"
-                   + ("import configurator\nconfigurator.prepare_process()\n" if as_a_script
+                   + ("from keepgpt.process import prepare_process\nprepare_process()\n" if as_a_script
                       else "")
                    + f"from tools.bench.sides import *\nwork = {calls}\n"
                    "print(0.0, flush=True)\n"

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from configurator import fail
+from keepgpt.process import fail
 from tools.bench.common import REPO, BenchConfig
 from tools.crash.common import prepare
 

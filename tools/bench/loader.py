@@ -5,8 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 
-from loader import Loader, Split
-from runtime import pick_device
+from keepgpt.distributed import pick_device
+from keepgpt.loader import Loader, Split
 from tools.bench.common import SHAPES, BenchConfig, host_memory, seconds
 from tools.bench.sides import train_ours
 

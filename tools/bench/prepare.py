@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from tokenizer import gpt2_encoding
+from keepgpt.tokenizer import gpt2_encoding
 from tools.bench.common import BenchConfig, peak_memory
 
 SIZE = 10**8  # bytes

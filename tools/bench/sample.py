@@ -1,7 +1,7 @@
 """sample: tokens of one sequence, beside Transformers' `generate` with its cache."""
 from collections.abc import Iterator
 
-from runtime import pick_device
+from keepgpt.distributed import pick_device
 from tools.bench.common import SHAPES, BenchConfig, Side, started, take_turns
 
 

@@ -12,13 +12,12 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import model as model_module
-from checkpoint import Saver
+from keepgpt.checkpoint import Saver
+from keepgpt.distributed import be_deterministic, pick_device, pick_dtype
 from model import generate
-from runtime import be_deterministic, pick_device, pick_dtype
 from sample import make_fast
-from start import Run
 from tools.bench.common import SHAPES, new_run, seconds
-from train import gradient, update
+from train import Run, gradient, update
 
 
 def steps(step: Callable[[], object], device: torch.device) -> Callable[[], float]:

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 
 import torch
 
+from keepgpt.distributed import peak_flops, pick_device
 from model import GPT
-from runtime import peak_flops, pick_device
 from tools.bench.common import SHAPES, BenchConfig, Side, started, take_turns
 
 

@@ -2,8 +2,8 @@
 attention and which compiler mode is fast."""
 from collections.abc import Iterator
 
-from configurator import fail
-from runtime import pick_device
+from keepgpt.distributed import pick_device
+from keepgpt.process import fail
 from tools.bench.common import BenchConfig, Ended, Side, take_turns
 from tools.bench.sides import WAYS
 

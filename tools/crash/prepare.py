@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import prepare as script
-from configurator import fail
-from encode import Unit
-from loader import BadData, Split, read_meta
+from keepgpt.loader import BadData, Split, read_meta
+from keepgpt.process import fail
+from keepgpt.text import Unit
 from tools.crash.common import Part, exit_code
 
 NOTHING, SHARDS = [], ["to be\n" * 40, "or not\n" * 30, "to\n"]

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-import start
 import train
-from checkpoint import generation_of, read_bundle
-from configurator import TrainConfig, fail, knob, parse
-from loader import BadData, Loader, dataset_folder, read_meta
+from keepgpt.checkpoint import generation_of, read_bundle
+from keepgpt.config import TrainConfig, knob, parse
+from keepgpt.loader import BadData, Loader, dataset_folder, read_meta
+from keepgpt.process import fail
 from tools.crash.common import state
 from tools.plot.curves import COLOURS, History, read_run
 
@@ -37,15 +37,15 @@ class PiecesConfig:
 
 def no_moments(at: int) -> None:
     """AdamW begins anew: its moments and its count of updates are 0."""
-    restore = start.Run.restore
+    restore = train.Run.restore
 
-    def restore_less(run: start.Run, bundle: dict) -> None:
+    def restore_less(run: train.Run, bundle: dict) -> None:
         restore(run, bundle)
         for moments in run.optimizer.state.values():
             for tensor in moments.values():
                 tensor.zero_()
 
-    start.Run.restore = restore_less
+    train.Run.restore = restore_less
 
 
 def no_step(at: int) -> None:
