@@ -101,7 +101,7 @@ def test_a_folder_is_sampled_with_its_own_tokens_or_not(exported, trained, datas
         "sample.py", out_dir=trained, **how).stdout
 
 
-def test_gpt_2_s_tokens_are_not_assumed_where_the_folder_has_others():
+def test_gpt_2_s_tokens_are_not_assumed_for_others():
     ids = from_meta({"tokenizer": {"kind": "gpt2"}}).token_ids()
     assert ids["Hello"] == 15496 and ids["\u0120world"] == 995 and ids["<|endoftext|>"] == 50256
     tokens, config = {i: token for token, i in ids.items()}, sample.SampleConfig()
