@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from keepgpt.config import TrainConfig
+from keepgpt.process import write_atomically
 
-REPO = Path(__file__).parent
+REPO = Path(__file__).parents[1]
 STARTS = """| when (UTC) | from step | command | commit | on | with |
 |---|---|---|---|---|---|
 """
@@ -102,10 +103,9 @@ def write_card(config: TrainConfig, data: dict[str, Any], parameters: int, step:
         "vocab_size": data["vocab_size"], "fingerprint": data["fingerprint"],
         "source": "".join(f"\n- {key}: {value}" for key, value in source.items())})
     row = " | ".join(cell.replace("|", "\\|") for cell in start)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(f"{text}{STARTS}{before}| {row} |\n", encoding="utf-8",
-                         errors="surrogateescape")  # a path may hold bytes that are not UTF-8
-    temporary.replace(path)
+    content = f"{text}{STARTS}{before}| {row} |\n"
+    # a path may hold bytes that are not UTF-8
+    write_atomically(path, content.encode(errors="surrogateescape"))
 
 
 

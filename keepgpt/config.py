@@ -13,12 +13,19 @@ import os
 import signal
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from math import inf
 from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from keepgpt.process import fail, leave_closed_output, prepare_process, warn
+from keepgpt.process import (
+    UserError,
+    fail,
+    host_memory,
+    leave_closed_output,
+    prepare_process,
+    warn,
+)
 
 # what nanoGPT's train.py has imported before it runs a config file
 MODULES = {"os": "os", "time": "time", "math": "math", "pickle": "pickle", "np": "numpy",
@@ -99,6 +106,60 @@ class TrainConfig:
         least=1)
     backend: Literal["auto", "nccl", "gloo"] = knob("auto",
         "of torch.distributed, for several ranks: auto = nccl on CUDA, else gloo")
+
+
+    @property
+    def tokens_per_step(self) -> int:
+        """The tokens of a step, over all ranks."""
+        return self.gradient_accumulation_steps * self.batch_size * self.block_size
+
+
+FIXED = ("seed", "n_layer", "n_head", "n_embd", "block_size", "bias")  # see resume_config
+
+
+def resume_config(config: TrainConfig, given: dict[str, Any], bundle: dict[str, Any],
+                  data: dict[str, Any]) -> tuple[TrainConfig, list[str]]:
+    """Return the settings of a checkpoint's run with the `given` ones over them, and a line for
+    each that changed. `config` is the command's, `data` describes its dataset.
+
+    Raises UserError for what would make it another run.
+    """
+    known = {f.name for f in fields(TrainConfig)}
+    saved = {key: value for key, value in bundle["config"].items() if key in known}
+    resumed = TrainConfig(**saved | given)
+    changes = {key: (saved[key], value) for key, value in given.items()
+               if saved.get(key, value) != value}
+    fixed = FIXED + (("batch_size",) if resumed.elastic else ())  # sums of other sizes round apart
+    for key in fixed:
+        if key in changes:
+            raise UserError(f"this run has {key}={changes[key][0]}, not {changes[key][1]}: that "
+                            f"would be another run. Try: leave --{key} out, or another --out_dir")
+    rows, old_rows = (c["batch_size"] * c["gradient_accumulation_steps"]
+                      for c in (asdict(resumed), saved))
+    if rows != old_rows:
+        raise UserError(f"batch_size x gradient_accumulation_steps: expected {old_rows} as before, "
+                        f"got {rows}")
+    if data["fingerprint"] != bundle["data"]["fingerprint"]:
+        raise UserError(f"this run was trained on {bundle['data']['name']} "
+                        f"{bundle['data']['fingerprint'][:12]}, but {resumed.dataset} in data_dir="
+                        f"{resumed.data_dir} is {data['fingerprint'][:12]}. Try: prepare the same "
+                        "text again")
+    # the folder may have moved; what the run started from stays recorded
+    resumed = replace(resumed, out_dir=config.out_dir, init_from=bundle["config"]["init_from"])
+    return resumed, [f"{key} {old} -> {new}" for key, (old, new) in changes.items()
+                     if key != "init_from"]
+
+
+def check_memory(config: TrainConfig, vocab_size: int) -> None:
+    """Raise UserError at once for a run that this machine could only swap itself to death on."""
+    parameters = config.n_embd * (12 * config.n_layer * config.n_embd + vocab_size)
+    # float32 weights, gradients and two moments; int64 inputs and targets; losses
+    needed = 16 * max(parameters, config.batch_size * config.block_size,
+                      config.gradient_accumulation_steps)
+    if needed > host_memory():
+        raise UserError(f"this run needs more than {needed / 1e9:,.0f} GB, and the machine has "
+                        f"{host_memory() / 1e9:,.0f}. Try: smaller n_layer, n_embd, batch_size or "
+                        "gradient_accumulation_steps")
 
 
 def _convert(kind: Any, value: Any) -> Any:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from keepgpt.config import TrainConfig
-from keepgpt.process import fail, warn
+from keepgpt.process import UserError, fail, warn
 
 # dense bfloat16 (float16 before Ampere) with float32 sums, from the data sheets, by what the
 # device's name contains; the longest match counts
@@ -66,6 +66,20 @@ class Ranks:
             return tensor
 
         return map_tensors(travel, value if self.rank == 0 else outline[0])
+
+    def on_first(self, work: Callable[[], Any]) -> Any:
+        """Return what `work` returns on rank 0, on every rank. A UserError there is raised on every
+        rank."""
+        value, error = None, None
+        if self.rank == 0:
+            try:
+                value = work()
+            except UserError as e:
+                error = e
+        value, error = self.from_first((value, error))
+        if error:
+            raise error
+        return value
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
@@ -200,7 +214,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if bf16_cpu else torch.float32
 
 
-def compiler_lacks(device: torch.device, deterministic: bool) -> str:
+def find_compiler_problem(device: torch.device, deterministic: bool) -> str:
     """What this machine lacks for torch.compile, or ""."""
     if device.type == "cuda" and deterministic and torch.__version__ < (2, 10):
         return "torch 2.10 or newer for deterministic=True"  # older: kernels chosen by the clock

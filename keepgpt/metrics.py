@@ -1,72 +1,69 @@
-"""What a run says: lines on the terminal, rows in metrics.jsonl, and Weights & Biases if asked."""
+"""The log of a run: lines on the terminal, rows in metrics.jsonl, Weights & Biases, throughput."""
 import json
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from keepgpt.checkpoint import Disk
-from keepgpt.process import describe, fail, warn
+from keepgpt.process import UserError, describe, warn, write_atomically
+
+
+class Throughput:
+    """How fast a run trains, between two logged steps and apart from evaluations."""
+
+    def __init__(self, tokens_per_step: int, flops_per_token: int, peak: float | None) -> None:
+        """`peak` is what all devices together can do, in FLOP/s; None where that is not known."""
+        self.tokens_per_step, self.flops_per_token, self.peak = (
+            tokens_per_step, flops_per_token, peak)
+
+    def restart(self, step: int) -> None:
+        """Start to measure at this step."""
+        self.step, self.clock = step, time.perf_counter()
+
+    def measure(self, step: int) -> dict[str, float]:
+        """Return tokens_per_s since the last call and, where the peak is known, the model FLOPs
+        utilization, mfu (Chowdhery et al. 2022, appendix B)."""
+        seconds = (time.perf_counter() - self.clock) / (step - self.step)
+        self.restart(step)
+        speed = {"tokens_per_s": self.tokens_per_step / seconds}
+        if self.peak:
+            speed["mfu"] = self.flops_per_token * speed["tokens_per_s"] / self.peak
+        return speed
 
 
 class Metrics:
-    """The run's log, on rank 0. After a resume it is one clean curve: rows past the resumed step
-    are dropped."""
+    """The run's log, on rank 0: metrics.jsonl, the terminal and wandb. After a resume metrics.jsonl
+    is one clean curve: rows past the resumed step are dropped."""
 
     def __init__(self, out_dir: Path | None, step: int, evaluated: bool,
-                 disk: Disk | None = None, quiet: bool = False) -> None:
-        """Go on after `step` in out_dir's metrics.jsonl; without a folder nothing is kept.
+                 quiet: bool = False) -> None:
+        """Continue out_dir's metrics.jsonl after `step`; without a folder nothing is kept.
 
-        Unless that step was `evaluated` when it was saved, the run will do that again. A `quiet`
-        one, of another rank than the first, prints nothing.
+        Unless that step was `evaluated` when it was saved, the run evaluates it again. With
+        `quiet`, on other ranks than the first, nothing is printed. Raises UserError.
         """
         self.live = False  # the cursor stands at the end of a line that the next one replaces
-        self.wandb, self.quiet = None, quiet
-        # rows since the last fsync that succeeded, how many bytes of them are in the file, and how
-        # many bytes before them are on the disk for sure
-        self.lock, self.rows, self.written, self.safe = Lock(), b"", 0, 0
-        self.path, self.disk, self.suspect = None, disk or Disk(), False
+        self.wandb, self.quiet, self.path = None, quiet, None
+        self.lock, self.pending = Lock(), b""  # rows that are not in the file yet
         self.file = os.open(os.devnull, os.O_WRONLY)
         if out_dir is None:
             return
         self.path = out_dir / "metrics.jsonl"
         try:
             lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-            self._renew(b"".join(line for line in lines if _is_before(line, step, evaluated)))
+            write_atomically(self.path, b"".join(
+                line for line in lines if _is_before(line, step, evaluated)))
+            self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         except OSError as e:
             reason, code = describe(e)
-            fail(f"{self.path} can't be written: {reason}", code)
-
-    def _renew(self, content: bytes) -> None:
-        """Put a new file with that content, durably, in the place of the old one, and go on with
-        it. Raises OSError; the old one is then as it was."""
-        temporary = self.path.with_suffix(".tmp")
-        try:
-            file = self.disk.create(temporary)
-            try:
-                while content:
-                    content = content[self.disk.write(file, memoryview(content)):]
-                self.disk.fsync(file)
-                self.disk.rename(temporary, self.path)
-                self.disk.fsync_folder(self.path.parent)
-            except BaseException:
-                self.disk.close(file)
-                raise
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
-        os.close(self.file)
-        self.file, self.rows, self.written, self.suspect = file, b"", 0, False
-        self.safe = os.fstat(file).st_size
+            raise UserError(f"{self.path} can't be written: {reason}", code) from None
 
     def start_wandb(self, config: dict[str, Any], run_id: str | None) -> str | None:
-        """Log to Weights & Biases as well, into the run `run_id` if there is one, and return the
-        run's id.
-
-        A failure there stops nothing.
-        """
+        """Also log to Weights & Biases, into the run `run_id` if there is one. Return the run's
+        id. A failure there stops nothing."""
         try:
             import wandb
             self.wandb = wandb.init(project=config["wandb_project"], name=config["wandb_run_name"],
@@ -74,68 +71,66 @@ class Metrics:
                                     settings=wandb.Settings(init_timeout=20))
             return self.wandb.id
         except Exception as e:
-            self.say(f"wandb is off for this run: {e}")
+            self.say(f"warning: wandb is off for this run: {e}")
             return run_id
 
     def log(self, row: dict[str, Any], **summary: Any) -> None:
-        """Add a row; floats are written so that they read back as the same bits. The `summary` is
-        of the whole run, for wandb.
+        """Add a row; its floats read back bit for bit. wandb's summary of the run gets `summary`.
 
-        A disk that takes no more stops nothing: the rows wait, and no bundle is saved before them.
+        A full disk stops nothing: the rows are kept and written later, and no checkpoint is saved
+        before them.
         """
         if self.path:
             with self.lock:
-                self.rows += json.dumps(row).encode() + b"\n"
+                self.pending += json.dumps(row).encode() + b"\n"
                 try:
                     self._write()
                 except OSError as e:
-                    self.say(f"metrics.jsonl: {e.strerror.lower()}; its rows wait")
+                    self.say(f"warning: metrics.jsonl: {describe(e)[0]}; buffering rows and "
+                             "retrying")
         if self.wandb:
             try:
                 self.wandb.log(row, step=row["step"])
                 self.wandb.summary.update(summary)
             except Exception as e:
-                self.say(f"wandb is off from here on: {e}")
+                self.say(f"warning: wandb is off from here on: {e}")
                 self.wandb = None
 
-    def sync(self) -> None:
-        """Make the rows so far survive a power cut, before the bundle that counts on them.
+    def log_evaluation(self, evaluation: dict[str, Any], best: bool, best_val_loss: float) -> None:
+        """Log the losses of an evaluation; `best`: the lowest validation loss so far."""
+        self.log(evaluation, best_val_loss=best_val_loss)
+        self.say(f"step {evaluation['step']}: train loss {evaluation['train_loss']:.4f}, "
+                 f"val loss {evaluation['val_loss']:.4f}" + (", the best so far" if best else ""))
 
-        Raises OSError if the disk does not take them. After a failed fsync the kernel calls pages
-        clean that are not on the disk: the next sync writes another file, and the lost part again.
-        """
-        with self.lock:
-            if self.suspect:
-                with open(self.path, "rb") as old:
-                    return self._renew(old.read(self.safe) + self.rows)
-            self._write()
-            try:
-                self.disk.fsync(self.file)
-            except OSError:
-                self.suspect = True
-                raise
-            self.safe, self.rows, self.written = self.safe + len(self.rows), b"", 0
-
-    def _write(self) -> None:
-        while self.written < len(self.rows):
-            self.written += self.disk.write(self.file, memoryview(self.rows)[self.written:])
-
-    def close(self) -> None:
-        """The run has ended."""
-        os.close(self.file)
-        if self.wandb:
-            self.wandb.finish()
-
-    def say_progress(self, row: dict[str, Any], max_iters: int, seconds_left: float) -> None:
-        """The line of a logged step."""
-        minutes, seconds = divmod(round(seconds_left), 60)
+    def log_step(self, row: dict[str, Any], max_iters: int, tokens_per_step: int) -> None:
+        """Log a training step, with the time that is left until max_iters on the terminal."""
+        self.log(row)
+        left = (max_iters - row["step"]) * tokens_per_step / row["tokens_per_s"]
+        minutes, seconds = divmod(round(left), 60)
         self.say(f"step {row['step']}/{max_iters}: loss {row['loss']:.4f}, lr {row['lr']:.2e}, "
                  f"{row['tokens_per_s']:,.0f} tokens/s"
                  + (f", MFU {row['mfu']:.1%}" if "mfu" in row else "")
                  + f", {minutes // 60}:{minutes % 60:02}:{seconds:02} left", live=True)
 
+    def sync(self) -> None:
+        """Make the rows so far durable, before the checkpoint that counts on them. Raises OSError:
+        that save then fails."""
+        with self.lock:
+            self._write()
+            os.fsync(self.file)
+
+    def _write(self) -> None:
+        while self.pending:
+            self.pending = self.pending[os.write(self.file, self.pending):]
+
+    def close(self) -> None:
+        """Close the file and end the wandb run."""
+        os.close(self.file)
+        if self.wandb:
+            self.wandb.finish()
+
     def say(self, text: str, live: bool = False) -> None:
-        """Print a line; on a terminal, the next one takes the place of a `live` one."""
+        """Print a line. On a terminal the next line replaces a `live` one."""
         if self.quiet:
             return
         tty = sys.stdout.isatty()
@@ -152,8 +147,8 @@ class Metrics:
 
 
 def _is_before(line: bytes, step: int, evaluated: bool) -> bool:
-    """Whether a line of metrics.jsonl is of the run as it was saved at `step`. One that a crash
-    has cut short is not."""
+    """Return True if a line of metrics.jsonl belongs to the run as it was saved at `step`. A line
+    that a crash has cut short does not."""
     try:
         row = json.loads(line)
         repeated = row["step"] == step and "val_loss" in row and not evaluated

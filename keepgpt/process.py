@@ -12,21 +12,41 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import Any, NoReturn
 
-# the command, a file or the machine must be changed first: trying again would not help
-EXIT_MISTAKE = 2
 EXIT_FAILED = 1  # a crash, a full disk or a failed last save: trying again may help
+EXIT_MISTAKE = 2  # the command, a file or the machine must be changed first
+EXIT_NOT_FINITE = 3  # trying again would meet the same numbers
+EXIT_STOPPED = 75  # by a signal, everything saved: the same command with init_from=auto resumes
+EXIT_INTERRUPTED = 130  # by a second Ctrl-C
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
 
 
-def fail(message: str, code: int = EXIT_MISTAKE, any_rank: bool = False) -> NoReturn:
-    """End the program with one line on stderr. Of several ranks on a host only the first one
-    prints it, unless `any_rank`: then the error is this rank's alone."""
-    if any_rank or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
-    sys.exit(code)
+class UserError(Exception):
+    """A mistake in the command, a file or the machine; the text is one line that says how to fix
+    it. `local`: on this rank alone, not on all of them."""
+
+    def __init__(self, message: str, code: int = EXIT_MISTAKE, local: bool = False) -> None:
+        super().__init__(message, code, local)
+        self.message, self.code, self.local = message, code, local
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def exit_with(error: UserError) -> NoReturn:
+    """Print an error in one line and exit with its code."""
+    if error.local or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr, flush=True)
+    else:
+        time.sleep(1)  # torchrun kills all ranks as soon as one ends: let the first one print
+    sys.exit(error.code)
+
+
+def fail(message: str) -> NoReturn:
+    """Print a mistake in one line and exit."""
+    exit_with(UserError(message))
 
 
 def describe(error: OSError) -> tuple[str, int]:
@@ -75,40 +95,63 @@ def prepare_process() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-# stopped by a signal with everything saved: the same command, with init_from=auto, goes on
-EXIT_STOPPED = 75
-EXIT_INTERRUPTED = 130  # by a second Ctrl-C
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace a file durably: after a crash it holds the old or the new content. Raises
+    OSError."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync(path.parent)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
-def lock(out_dir: Path, patience: float) -> TextIO:
-    """Lock out_dir for this process, until it ends; return the lock's file, at its beginning.
+def lock_out_dir(out_dir: Path, patience: float) -> None:
+    """Make out_dir and lock it until this process ends; wait up to `patience` seconds for another
+    process that is ending.
 
-    Waits up to `patience` seconds for another process that is ending, then raises BlockingIOError.
-    Folders made here are removed when the program ends if nothing was written to them.
+    Folders made here are removed at exit if nothing was written to them. Raises UserError.
     """
+    try:
+        new = [folder for folder in (out_dir, *out_dir.parents) if not folder.exists()]
+        out_dir.mkdir(parents=True, exist_ok=True)
+        for folder in new:  # what is saved in it must not be lost with it
+            sync(folder.parent)
+        if new:
+            atexit.register(remove_unused, new)
+        lock_file(out_dir / ".lock", patience)
+    except BlockingIOError:
+        raise UserError(f"another run is writing to {out_dir}. Try: wait for its end, or another "
+                        "--out_dir") from None
+    except OSError as e:
+        reason, code = describe(e)
+        raise UserError(f"out_dir={out_dir} can't be used: {reason}", code) from None
+
+
+def lock_file(path: Path, patience: float) -> None:
+    """Lock a file, which is made if need be, until this process ends. Raises BlockingIOError if
+    another process still holds it after `patience` seconds."""
     deadline, waiting = time.monotonic() + patience, False
-    new = [folder for folder in (out_dir, *out_dir.parents) if not folder.exists()]
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for folder in new:  # what is saved in it must not be lost with it
-        sync(folder.parent)
-    if new:
-        atexit.register(remove_unused, new)
     while True:
-        file = open(out_dir / ".lock", "a+")
-        file.seek(0)
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # stays open: closing it unlocks
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
-                return file
+            if os.path.samestat(os.fstat(file), os.stat(path)):
+                return
         except (BlockingIOError, FileNotFoundError):  # held, or removed by a run that has ended
             if time.monotonic() > deadline:
                 raise BlockingIOError from None
             if not waiting:
-                print(f"another run is still writing to {out_dir}; waiting up to {patience} s for "
-                      "its end", flush=True)
+                print(f"another run is still writing to {path.parent}; waiting up to {patience} s "
+                      "for its end", flush=True)
             waiting = True
             time.sleep(0.1)
-        file.close()
+        os.close(file)
 
 
 def remove_unused(folders: list[Path]) -> None:
@@ -126,7 +169,7 @@ def host_memory() -> int:
 
 
 class Stopped(BaseException):
-    """A signal has come while work was done that may be broken off."""
+    """A signal has come during work that can be interrupted."""
 
 
 class Signals:
@@ -136,52 +179,50 @@ class Signals:
     """
 
     def __init__(self) -> None:
-        self.came, self.breakable = False, True
+        self.came, self.interruptible = False, True
         numbers, wake = os.pipe()
         os.set_blocking(wake, False)
-        threading.Thread(target=self._leave_at_second, args=(numbers,), daemon=True).start()
+        threading.Thread(target=self._exit_at_second, args=(numbers,), daemon=True).start()
         signal.set_wakeup_fd(wake)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
+            signal.signal(number, self._handle)
 
-    def _leave_at_second(self, numbers: int) -> None:
-        """A thread, since `_note` is called only when Python is back from a collective or a
-        kernel."""
+    def _exit_at_second(self, numbers: int) -> None:
+        """Exit at a second Ctrl-C. A thread does it, because Python calls `_handle` only once it
+        is back from a collective or a kernel."""
         first_at = None
         while True:
             number = os.read(numbers, 1)[0]
             if first_at is None:
                 first_at = time.monotonic()
-            # torchrun passes on the Ctrl-C that the terminal has sent already: no second one
+            # torchrun passes on the Ctrl-C that the terminal has sent already: not a second one
             elif number == signal.SIGINT and ("RANK" not in os.environ
                                               or time.monotonic() - first_at > 1):
                 os._exit(EXIT_INTERRUPTED)
 
-    def _note(self, _number: int, _frame: Any) -> None:
+    def _handle(self, _number: int, _frame: Any) -> None:
         self.came = True
-        if self.breakable:
-            self.breakable = False
+        if self.interruptible:
+            self.interruptible = False
             raise Stopped
 
     def unless_one_comes(self, work: Callable[[], Any], world_size: int, nothing_new: bool) -> Any:
-        """What `work` returns; None if a signal came, which ends it at once, even where it waits,
-        reads or compiles.
+        """Return what `work` returns, or None if a signal came. With one rank the signal interrupts
+        it, even where it waits, reads or compiles.
 
-        One process among several can't leave a step by itself; but with `nothing_new` since the
-        last save it can leave the run.
+        One rank of several can't leave a step alone; with `nothing_new` since the last save it can
+        leave the run.
         """
         alone = world_size == 1
         if self.came and nothing_new and not alone:
             os._exit(EXIT_STOPPED)
         try:
             try:  # whenever the signal comes, it is caught below: it raises once, and only here
-                self.breakable = (alone or nothing_new) and not self.came
+                self.interruptible = (alone or nothing_new) and not self.came
                 return work()
             finally:
-                self.breakable = False
+                self.interruptible = False
         except Stopped:
             if not alone:
                 os._exit(EXIT_STOPPED)
-
-
-
+            return None

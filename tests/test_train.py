@@ -187,12 +187,12 @@ def test_a_full_disk_at_a_start_exits_1(dataset, tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for where, name in (("keepgpt.process", "sync"), ("keepgpt.metrics", "Disk.create")):
+    for where, name in (("keepgpt.process", "sync"), ("keepgpt.metrics", "write_atomically")):
         monkeypatch.setattr(f"{where}.{name}", full)
         flags = [f"--{key}={value}" for key, value in
                  (TINY | {"out_dir": tmp_path / where, "dataset": dataset}).items()]
         with pytest.raises(SystemExit) as e:
-            script.begin(*configurator.parse(configurator.TrainConfig, "", flags)[:2])
+            script.main(*configurator.parse(configurator.TrainConfig, "", flags)[:2])
         assert e.value.code == 1 and capsys.readouterr().err.startswith("error: ")
         monkeypatch.undo()
 

@@ -11,7 +11,7 @@ import torch
 from keepgpt import checkpoint
 from keepgpt.distributed import pick_device
 from tools.bench.common import SHAPES, BenchConfig, host_memory, new_run, seconds
-from train import Run, gradient, update
+from train import Run, compute_gradient, update
 
 # how many times the rounds: what a small save adds is a few per cent of the block it is measured in
 ROWS = {"6 layers, 384 wide": 4, "GPT-2 124M": 1}
@@ -33,10 +33,10 @@ def measure(name: str, run: Run, folder: Path, rounds: int) -> dict[str, str]:
 
     def steps(count: int) -> None:
         for _ in range(count):
-            update(run, saver, gradient(run))
+            update(run, saver, compute_gradient(run))
 
     def save() -> None:
-        saver.save(run.bundle(), best=False)
+        saver.save(run.bundle(9.0), best=False)
 
     def save_and_wait() -> None:
         save()
@@ -54,7 +54,7 @@ def measure(name: str, run: Run, folder: Path, rounds: int) -> dict[str, str]:
     step = median(seconds(lambda: steps(1), device) for _ in range(5))
     count = 2 + round(1.5 * seconds(save_and_wait, device) / step)
     kinds = {"none": lambda: None, "keepGPT": save,
-             "plain": lambda: torch.save(run.bundle(), folder / "plain.pt")}
+             "plain": lambda: torch.save(run.bundle(9.0), folder / "plain.pt")}
     times: dict[str, list[float]] = {kind: [] for kind in (*kinds, "write", "disk")}
     for _ in range(rounds):
         for kind, begin in kinds.items():

@@ -20,7 +20,7 @@ from keepgpt.config import TrainConfig, knob
 from keepgpt.distributed import Ranks, pick_dtype
 from keepgpt.loader import Loader, Split
 from model import GPT, ModelArgs
-from train import Run, assemble
+from train import Run, build_run
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -133,8 +133,8 @@ def new_run(shape: Shape, device: torch.device, **settings: Any) -> Run:
         shifted, fixed = (Split(Path(folder), "train", meta, args.block_size, 0, shift)
                           for shift in (True, False))
     loader = Loader(shifted, shape.batch_size, 1, range(1), device)
-    return assemble(config, Ranks(0, 1, device), {}, loader, {"train": fixed, "val": fixed},
-                    GPT(args).to(device), None)
+    return build_run(config, Ranks(0, 1, device), {}, loader, {"train": fixed, "val": fixed},
+                     GPT(args))
 
 
 class Ended(Exception):

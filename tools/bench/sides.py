@@ -17,7 +17,7 @@ from keepgpt.distributed import be_deterministic, pick_device, pick_dtype
 from model import generate
 from sample import make_fast
 from tools.bench.common import SHAPES, new_run, seconds
-from train import Run, gradient, update
+from train import Run, compute_gradient, update
 
 
 def steps(step: Callable[[], object], device: torch.device) -> Callable[[], float]:
@@ -34,7 +34,7 @@ def steps(step: Callable[[], object], device: torch.device) -> Callable[[], floa
 def steps_of(run: Run) -> Callable[[], float]:
     """Steps of train.py itself: loader, gradient and update."""
     saver = Saver(None, 2, 0.0, lambda: None, run.ranks.device)
-    return steps(lambda: update(run, saver, gradient(run)), run.ranks.device)
+    return steps(lambda: update(run, saver, compute_gradient(run)), run.ranks.device)
 
 
 def train_ours(name: str, device: str) -> Callable[[], float]:
@@ -80,7 +80,7 @@ def train_in_a_way(way: str, name: str, device: str) -> Callable[[], float]:
     if way.startswith("DDP"):
         dist.init_process_group("nccl" if run.ranks.device.type == "cuda" else "gloo",
                                 store=dist.HashStore(), rank=0, world_size=1)
-        run.net = DistributedDataParallel(run.fast)
+        run.train_model = DistributedDataParallel(run.compiled_model)
     return steps_of(run)
 
 
