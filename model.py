@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from keepgpt.kernels import LinearCrossEntropy, attend, dropout
-from keepgpt.optim import AdamW
 
 
 @dataclass(frozen=True)
@@ -177,18 +176,6 @@ class GPT(nn.Module):
         appendix B."""
         n = sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
         return 6 * n + 12 * self.args.n_layer * self.args.n_embd * self.args.block_size
-
-    def optimizer(self, learning_rate: float, betas: tuple[float, float],
-                  weight_decay: float) -> AdamW:
-        """AdamW that decays matrices and embeddings, but no biases and norms."""
-        decay = [p for p in self.parameters() if p.dim() >= 2]
-        rest = [p for p in self.parameters() if p.dim() < 2]
-        assert {id(p) for p in decay + rest} == {id(p) for p in self.parameters()}
-        assert len(decay + rest) == len(list(self.parameters())), \
-            "a parameter would be updated twice or not at all"
-        groups = [{"params": decay, "weight_decay": weight_decay},
-                  {"params": rest, "weight_decay": 0.0}]
-        return AdamW(groups, lr=learning_rate, betas=betas, fused=True)
 
     def new_cache(self, batch: int) -> Cache:
         """An empty cache for `batch` sequences of up to block_size tokens.

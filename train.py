@@ -39,7 +39,7 @@ from keepgpt.distributed import (
 )
 from keepgpt.loader import BadData, BadToken, Loader, Split, dataset_folder, read_meta, seed_of
 from keepgpt.metrics import Metrics
-from keepgpt.optim import learning_rate
+from keepgpt.optim import get_lr, make_optimizer
 from keepgpt.pretrained import crop_weights, read_weights
 from keepgpt.process import (
     EXIT_FAILED,
@@ -169,9 +169,8 @@ def assemble(config: TrainConfig, ranks: Ranks, data: dict[str, Any], loader: Lo
     autocast = (torch.autocast(ranks.device.type, dtype) if dtype != torch.float32
                 else nullcontext())
     fast, net = as_it_runs(model, config, ranks, autocast, splits["train"])
-    betas = config.beta1, config.beta2
     return Run(config, ranks, data, loader, splits, model, fast, net, dtype, autocast,
-               model.optimizer(config.learning_rate, betas, config.weight_decay),
+               make_optimizer(model, config),
                torch.amp.GradScaler(ranks.device.type, enabled=dtype == torch.float16),
                lock, secrets.token_hex(8))
 
@@ -532,7 +531,7 @@ def update(run: Run, saver: Saver, losses: Tensor) -> tuple[Tensor, Tensor]:
         # read on the device by the fused AdamW, which then changes nothing
         optimizer.found_inf = 1 - run.healthy
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(run.step, config)
+        group["lr"] = get_lr(run.step, config)
     saver.wait_for_copy()
     # on MPS AdamW does not read found_inf: the host does
     if run.ranks.device.type != "mps" or run.healthy:
@@ -553,7 +552,7 @@ def halt_unless_healthy(run: Run, metrics: Metrics, saver: Saver) -> None:
         return
     saver.wait()
     step, out_dir = int(run.applied), Path(run.config.out_dir)
-    metrics.say(NOT_FINITE.format(step=step + 1, lr=learning_rate(step, run.config))
+    metrics.say(NOT_FINITE.format(step=step + 1, lr=get_lr(step, run.config))
                 + OVERFLOW * (run.scaler.get_scale() < 1)
                 + (GO_BACK.format(out_dir=out_dir) if has_run(out_dir)
                    else "Nothing was saved before it."))
@@ -632,7 +631,7 @@ def train(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
         if run.step % config.log_interval == 0:
             seconds, speed = pace.since_last(run)
             row = {"step": run.step, "tokens": run.step * pace.tokens_per_step, "loss": loss.item(),
-                   "lr": learning_rate(run.step - 1, config), "grad_norm": grad_norm.item(),
+                   "lr": get_lr(run.step - 1, config), "grad_norm": grad_norm.item(),
                    **speed}
             metrics.log(row)
             metrics.say_progress(row, config.max_iters, seconds * (config.max_iters - run.step))

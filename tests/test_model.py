@@ -15,8 +15,10 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from keepgpt import kernels
+from keepgpt.config import TrainConfig
 from keepgpt.distributed import pick_dtype
 from keepgpt.kernels import LinearCrossEntropy, attend, dropout, kept, pack
+from keepgpt.optim import make_optimizer
 from keepgpt.pretrained import crop_weights, read_weights
 from model import GPT, Cache, ModelArgs, generate, load_model, pick
 
@@ -350,7 +352,7 @@ def test_dropout_acts_on_the_embedding_the_attention_and_both_branches():
 def test_a_batch_is_learned_by_heart():
     torch.manual_seed(0)
     model, idx = GPT(ARGS), tokens(4, 17)
-    optimizer = model.optimizer(1e-2, (0.9, 0.95), 0.0)
+    optimizer = make_optimizer(model, TrainConfig(learning_rate=1e-2, weight_decay=0.0))
     for _ in range(120):
         loss = model(idx[:, :-1], idx[:, 1:])
         optimizer.zero_grad()
@@ -397,7 +399,8 @@ def test_padding_the_vocabulary_changes_neither_loss_nor_gradients(monkeypatch):
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_optimizer_updates_every_parameter_once_and_decays_no_bias_or_norm(bias):
     model = GPT(replace(ARGS, bias=bias))
-    optimizer = model.optimizer(3e-4, (0.8, 0.9), 0.1)
+    config = TrainConfig(learning_rate=3e-4, beta1=0.8, beta2=0.9, weight_decay=0.1)
+    optimizer = make_optimizer(model, config)
     groups = optimizer.param_groups
     decay = [(id(p), group["weight_decay"]) for group in groups for p in group["params"]]
     assert sorted(decay) == sorted((id(p), 0.0 if name.endswith("bias") or "ln_" in name else 0.1)
@@ -408,7 +411,7 @@ def test_the_optimizer_updates_every_parameter_once_and_decays_no_bias_or_norm(b
 def test_a_step_moves_every_parameter():
     model = wild()
     before = copy.deepcopy(model.state_dict())
-    optimizer = model.optimizer(1e-2, (0.9, 0.95), 0.1)
+    optimizer = make_optimizer(model, TrainConfig(learning_rate=1e-2))
     model(tokens(4, 16), tokens(4, 16, seed=2)).backward()
     optimizer.step()
     assert all((tensor != before[name]).any() for name, tensor in model.state_dict().items())

@@ -13,7 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import model as model_module
 from keepgpt.checkpoint import Saver
+from keepgpt.config import TrainConfig
 from keepgpt.distributed import be_deterministic, pick_device, pick_dtype
+from keepgpt.optim import make_optimizer
 from model import generate
 from sample import make_fast
 from tools.bench.common import SHAPES, new_run, seconds
@@ -120,7 +122,7 @@ def train_plain(name: str, device: str) -> Callable[[], float]:
         args = replace(args, vocab_size=-(-args.vocab_size // 64) * 64)
     network = model_module.GPT(args).to(where)
     if where.type == "cuda":
-        optimizer = network.optimizer(1e-3, (0.9, 0.95), 0.1)  # fused, as nanoGPT's
+        optimizer = make_optimizer(network, TrainConfig())  # fused, as nanoGPT's
 
     def loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         logits = network(x)
