@@ -49,7 +49,7 @@ import torch
 from keepgpt import tokenizer
 from keepgpt.checkpoint import BadBundle, best_bundle, find_foreign, has_run, newest_bundle
 from keepgpt.distributed import pick_device, pick_dtype
-from keepgpt.kernels import pack
+from keepgpt.kernels import pack_linear_layers
 from keepgpt.loader import BadData, dataset_folder, read_meta
 from keepgpt.pretrained import crop_weights, read_weights
 from keepgpt.process import host_memory
@@ -122,7 +122,7 @@ def make_fast(model: GPT, dtype_name: str, device: torch.device) -> None:
         dtype = torch.float32
     model.to(device, dtype)
     if device.type == "cpu" and dtype == fast == torch.bfloat16:
-        pack(model)
+        pack_linear_layers(model)
 
 
 def read_prompt(start: str, vocabulary: tokenizer.Tokenizer) -> list[int]:

@@ -11,7 +11,7 @@ import torch
 from conftest import REPO, complaint
 
 import tools.gpu as gpu
-from model import Cache
+from model import KVCache
 from tools.bench import sides
 from tools.bench.common import SHAPES, Ended, Side, started, take_turns
 
@@ -90,9 +90,9 @@ def test_a_check_of_the_gpu_tool_passes_on_a_cpu(check):
 
 def test_a_step_recorded_at_another_position_does_not_pass(monkeypatch):
     def late(layers, at):
-        return Cache(layers, at + 1 if torch.is_tensor(at) else at)
+        return KVCache(layers, at + 1 if torch.is_tensor(at) else at)
 
-    monkeypatch.setattr(gpu, "Cache", late)
+    monkeypatch.setattr(gpu, "KVCache", late)
     with pytest.raises(SystemExit, match="of the largest"):
         gpu.record("cpu")
 

@@ -19,7 +19,7 @@ from keepgpt.checkpoint import Disk, Saver, read_bundle
 from keepgpt.kernels import LinearCrossEntropy
 from keepgpt.loader import Loader
 from keepgpt.optim import AdamW
-from model import GPT, Cache, ModelArgs, generate
+from model import GPT, KVCache, ModelArgs, generate
 from tools.bench.common import Shape, new_run
 from train import EXIT_NOT_FINITE, evaluate, gradient, halt_unless_healthy, update
 
@@ -347,12 +347,12 @@ def test_a_loss_and_its_gradients_on_cuda_mix_no_devices(fake):
 
 def test_generation_on_cuda_mixes_no_devices(fake):
     fake.eval()
-    idx, cache = torch.zeros(3, 5, dtype=torch.long, device=CUDA), fake.new_cache(3)
+    idx, cache = torch.zeros(3, 5, dtype=torch.long, device=CUDA), fake.make_cache(3)
     assert {kv.device.type for kv in cache.layers} == {"cuda"}
     assert cache.layers[0].dtype == torch.bfloat16
     logits = fake(idx, cache=cache)
     plain = fake(idx[:, :1], cache=cache)
-    recorded = fake(idx[:, :1], cache=Cache(cache.layers, torch.full((1,), 6, device=CUDA)))
+    recorded = fake(idx[:, :1], cache=KVCache(cache.layers, torch.full((1,), 6, device=CUDA)))
     for x in (logits, plain, recorded):
         assert x.shape == (3, 1, 61) and x.device.type == "cuda" and x.dtype == torch.bfloat16
 

@@ -17,10 +17,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from keepgpt import kernels
 from keepgpt.config import TrainConfig
 from keepgpt.distributed import pick_dtype
-from keepgpt.kernels import LinearCrossEntropy, attend, dropout, kept, pack
+from keepgpt.kernels import LinearCrossEntropy, attend, dropout, dropout_mask, pack_linear_layers
 from keepgpt.optim import make_optimizer
 from keepgpt.pretrained import crop_weights, read_weights
-from model import GPT, Cache, ModelArgs, generate, load_model, pick
+from model import GPT, KVCache, ModelArgs, generate, load_model, sample_token
 
 torch.set_num_threads(1)  # models this small are slower on two
 ARGS = ModelArgs(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=61,
@@ -444,7 +444,7 @@ def made_without_cache(model, prompt, n, temperature=1.0, top_k=0, top_p=1.0, se
         if len(text) - start > size:
             start = len(text) - (size - size // 4)
         logits = model(torch.tensor([text[start:]]))[:, -1]
-        text.append(pick(logits, temperature, top_k, top_p, rng).item())
+        text.append(sample_token(logits, temperature, top_k, top_p, rng).item())
     return text[len(prompt):]
 
 
@@ -452,7 +452,7 @@ def test_the_cache_gives_the_logits_of_the_whole():
     model, idx = talker(), tokens(3, 16)
     whole = model(idx)
     for begin in (1, 5, 16):
-        cache = model.new_cache(3)
+        cache = model.make_cache(3)
         parts = [model(idx[:, :begin], cache=cache)]
         parts += [model(idx[:, i:i + 1], cache=cache) for i in range(begin, 16)]
         assert cache.length == 16
@@ -461,12 +461,12 @@ def test_the_cache_gives_the_logits_of_the_whole():
 
 def test_a_step_that_finds_its_position_on_the_device_gives_the_same_logits():
     model, idx = talker(), tokens(3, 16)
-    whole, cache = model(idx), model.new_cache(3)
+    whole, cache = model(idx), model.make_cache(3)
     model(idx[:, :5], cache=cache)
     for kv in cache.layers:
         kv[:, :, :, 5:] = 1e4  # what is not filled yet takes no part
     for i in range(5, 16):
-        step = Cache(cache.layers, torch.tensor([i]))
+        step = KVCache(cache.layers, torch.tensor([i]))
         agree(model(idx[:, i:i + 1], cache=step), whole[:, i:i + 1], 1e-5)
         assert step.length == i + 1
 
@@ -495,7 +495,7 @@ def test_cached_generation_equals_uncached_also_past_the_block(length, how):
 def test_packed_weights_generate_the_same(bias):
     plain = wild(replace(ARGS, bias=bias)).bfloat16()
     packed = copy.deepcopy(plain)
-    pack(packed)
+    pack_linear_layers(packed)
     x = tokens(3, ARGS.block_size)
     with torch.inference_mode():
         agree(packed(x), plain(x), 2**-6)
@@ -564,7 +564,7 @@ SHARES = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15])  # in an order that is not th
 def drawn(n=20000, **how):
     """How often each of five tokens is drawn, of which SHARES are the probabilities."""
     how = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | how
-    picked = pick((SHARES.log() + 7).expand(n, -1), rng=torch.Generator().manual_seed(0), **how)
+    picked = sample_token((SHARES.log() + 7).expand(n, -1), rng=torch.Generator().manual_seed(0), **how)
     return torch.bincount(picked, minlength=5) / n
 
 
@@ -600,7 +600,7 @@ def test_top_p_looks_at_what_temperature_and_top_k_have_left():
 def test_each_row_is_cut_by_its_own_probabilities():
     rows = torch.stack([SHARES.log(), SHARES.roll(1).log() - 5]).repeat(500, 1)
     for how in ({"top_k": 2, "top_p": 1.0}, {"top_k": 0, "top_p": 0.69}):
-        picked = pick(rows, 1.0, rng=torch.Generator().manual_seed(0), **how).view(500, 2)
+        picked = sample_token(rows, 1.0, rng=torch.Generator().manual_seed(0), **how).view(500, 2)
         assert [set(column.tolist()) for column in picked.T] == [{1, 3}, {2, 4}]
 
 
@@ -624,10 +624,10 @@ def test_attention_with_dropout_agrees_with_float64(dtype, most, monkeypatch):
     masks = []
 
     def remembered(weights, p):
-        masks.append(kept(weights, p))
+        masks.append(dropout_mask(weights, p))
         return masks[-1]
 
-    monkeypatch.setattr(kernels, "kept", remembered)
+    monkeypatch.setattr(kernels, "dropout_mask", remembered)
     torch.manual_seed(0)
     T = 300  # two blocks of rows
     ours = [torch.randn(2, 3, T, 16).to(dtype).requires_grad_() for _ in range(3)]
@@ -671,7 +671,7 @@ def test_dropout_drops_at_its_rate_and_passes_the_gradient_where_it_does_not(dty
 
 @pytest.mark.parametrize("columns", [50, 64])
 def test_the_loss_by_parts_is_the_cross_entropy(columns, monkeypatch):
-    monkeypatch.setattr(kernels, "LOGITS", 20 * columns)  # 20 rows at a time, of 70
+    monkeypatch.setattr(kernels, "MAX_LOGITS", 20 * columns)  # 20 rows at a time, of 70
     torch.manual_seed(0)
     x = torch.randn(70, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(columns, 8, dtype=torch.float64, requires_grad=True)
@@ -687,7 +687,7 @@ def test_the_loss_by_parts_is_the_cross_entropy(columns, monkeypatch):
 
 
 def test_the_loss_by_parts_in_bfloat16_agrees_with_float64(monkeypatch):
-    monkeypatch.setattr(kernels, "LOGITS", 20 * 50)  # 20 rows at a time, of 4,000
+    monkeypatch.setattr(kernels, "MAX_LOGITS", 20 * 50)  # 20 rows at a time, of 4,000
     torch.manual_seed(0)
     x, weight = torch.randn(4000, 64), torch.randn(50, 64) / 8
     x, weight = x.bfloat16().float().requires_grad_(), weight.bfloat16().float().requires_grad_()

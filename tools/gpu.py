@@ -38,7 +38,7 @@ from keepgpt.checkpoint import generation_of, read_bundle
 from keepgpt.config import knob, parse
 from keepgpt.distributed import be_deterministic, peak_flops, pick_device, pick_dtype
 from keepgpt.process import fail
-from model import GPT, Cache, ModelArgs, RecordedStep, disable_cudnn_attention
+from model import GPT, KVCache, ModelArgs, RecordedStep, disable_cudnn_attention
 from tools.bench import checkpoint, sides
 from tools.bench.common import REPO, SHAPES, machine, new_run, report, seconds
 from tools.crash.common import digest, ends, exit_code, prepare, start
@@ -190,7 +190,7 @@ def record(device: str) -> dict[str, str]:
     for p in model.parameters():  # what is wrong must show
         torch.nn.init.normal_(p, std=0.1)
     tokens = torch.randint(512, (3, 60), device=where)
-    plain, other, largest, off = model.new_cache(3), model.new_cache(3), 0.0, 0.0
+    plain, other, largest, off = model.make_cache(3), model.make_cache(3), 0.0, 0.0
     with disable_cudnn_attention():
         for cache in (plain, other):
             model(tokens[:, :10], cache=cache)
@@ -200,7 +200,7 @@ def record(device: str) -> dict[str, str]:
             def step(new: torch.Tensor) -> torch.Tensor:
                 other.length += 1
                 at = torch.tensor([other.length - 1])
-                return model(new, cache=Cache(other.layers, at))
+                return model(new, cache=KVCache(other.layers, at))
         for i in range(10, 60):
             expected = model(tokens[:, i:i + 1], cache=plain)
             off = max(off, (step(tokens[:, i:i + 1]) - expected).abs().max().item())
