@@ -5,7 +5,7 @@ positions, tanh GELU, token embedding tied to the output layer. Parameter names 
 Letters for shapes: B sequences, T tokens, C width, H heads, D = C / H, V vocabulary.
 """
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -212,34 +212,21 @@ def load_model(args: dict[str, Any], state: dict[str, Tensor]) -> GPT:
     return model
 
 
-class RecordedStep:
-    """One more token for each sequence on CUDA, as a CUDA graph: one launch in place of hundreds,
-    which take the host longer than the GPU needs for a small model."""
+def compile_decode(model: GPT, cache: KVCache) -> Callable[[Tensor], Tensor]:
+    """Return a function that appends tokens (B, 1) to the cache and returns logits (B, 1, V), like
+    `model(tokens, cache=cache)`. It is compiled; on CUDA each call replays one CUDA graph, as the
+    launches of a small model's kernels take longer than the kernels."""
+    compiled = torch.compile(model, mode="reduce-overhead", dynamic=False)
+    for kv in cache.layers:
+        kv[:, :, :, cache.length:] = 0  # the mask would let NaN pass
+        torch._dynamo.mark_static_address(kv)  # otherwise a graph may not write to it
 
-    def __init__(self, model: GPT, cache: KVCache) -> None:
-        self.cache, device = cache, cache.layers[0].device
-        self.tokens = torch.zeros(cache.layers[0].size(1), 1, dtype=torch.long, device=device)
-        self.at = torch.full((1,), cache.length, device=device)
-        for kv in cache.layers:
-            kv[:, :, :, cache.length:] = 0  # the mask would not stop a NaN in what is not filled
-        side = torch.cuda.Stream(device)  # libraries allocate at their first calls
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                model(self.tokens, cache=KVCache(cache.layers, self.at))
-        torch.cuda.current_stream(device).wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.logits = model(self.tokens, cache=KVCache(cache.layers, self.at))
+    def decode(tokens: Tensor) -> Tensor:
+        past = torch.full((1,), cache.length, device=tokens.device)
+        cache.length += 1
+        return compiled(tokens, cache=KVCache(cache.layers, past))
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Logits (B, 1, V) after `tokens` (B, 1), which continue the cache; good until the next
-        call."""
-        self.tokens.copy_(tokens)
-        self.at.fill_(self.cache.length)
-        self.graph.replay()
-        self.cache.length += 1
-        return self.logits
+    return decode
 
 
 @contextmanager
@@ -257,13 +244,13 @@ def disable_cudnn_attention() -> Iterator[None]:
 @torch.inference_mode()
 def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0,
              top_k: int = 0, top_p: float = 1.0, stop: int | None = None, seed: int = 1337,
-             record: bool = False) -> Iterator[list[int | None]]:
+             compile: bool = False) -> Iterator[list[int | None]]:
     """Continue each prompt (token ids, at least one). Yield each sequence's next token per step.
 
     None stands for a sequence without a new token: its prompt is longer than another's and still
     being read, or it has finished, by the `stop` token (not yielded) or after `max_new_tokens`.
     Past block_size the window slides by a quarter of it, so that the cache is refilled only once in
-    block_size / 4 tokens.
+    block_size / 4 tokens. `compile` compiles the step of one token, which pays for long texts.
     """
     device, block_size = model.transformer.wte.weight.device, model.args.block_size
     rng = torch.Generator().manual_seed(seed)
@@ -274,15 +261,15 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, temperat
         row[:len(prompt)] = torch.tensor(prompt, device=device)
     finished = torch.zeros_like(lengths, dtype=torch.bool)
     end = int(lengths.min())  # the position of the next token; longer prompts are in `tokens`
-    cache, recorded = model.make_cache(len(prompts)), None
+    cache, decode = model.make_cache(len(prompts)), None
     new = tokens[:, max(0, end - block_size):end]
     while end < tokens.size(1) and not finished.all():
         if cache.length + new.size(1) > block_size:
             cache.length, new = 0, tokens[:, end - (block_size - block_size // 4):end]
         with disable_cudnn_attention():
-            if record and cache.length > 0:
-                recorded = recorded or RecordedStep(model, cache)
-                logits = recorded(new)
+            if compile and cache.length > 0:
+                decode = decode or compile_decode(model, cache)
+                logits = decode(new)  # (B, 1, V)
             else:
                 logits = model(new, cache=cache)  # (B, 1, V)
         sampled = sample_token(logits[:, -1], temperature, top_k, top_p, rng)  # (B,)

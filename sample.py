@@ -29,7 +29,7 @@ class SampleConfig:
     device: str = knob("auto", "auto | cpu | cuda | cuda:1 | mps")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto",
         "of the weights: auto = what is fast")
-    compile: bool = knob(False, "nanoGPT's; changes nothing here")
+    compile: bool = knob(False, "compile the step of one token, which pays for long texts")
 
 
 if __name__ == "__main__":  # before torch is loaded
@@ -114,14 +114,16 @@ def find_meta(config: SampleConfig, origin: str, vocab_size: int, data: dict[str
     return meta
 
 
-def make_fast(model: GPT, dtype_name: str, device: torch.device) -> None:
-    """Move the model to the device, in the dtype that was asked for or the one that is fast."""
-    fast, dtype = pick_dtype("auto", device), pick_dtype(dtype_name, device)
+def prepare_model(model: GPT, device: torch.device, dtype_name: str = "auto",
+                  compile: bool = False) -> None:
+    """Move the model to the device in the given or the fastest dtype, and pack its linear layers
+    if that makes it faster."""
+    fastest, dtype = pick_dtype("auto", device), pick_dtype(dtype_name, device)
     size = sum(p.numel() for p in model.parameters())
     if dtype_name == "auto" and device.type == "cpu" and size < SMALL:
         dtype = torch.float32
     model.to(device, dtype)
-    if device.type == "cpu" and dtype == fast == torch.bfloat16:
+    if device.type == "cpu" and dtype == fastest == torch.bfloat16 and not compile:
         pack_linear_layers(model)
 
 
@@ -143,7 +145,7 @@ def main(config: SampleConfig) -> None:
     """Show the first sample as it is made, then the others, which were made beside it."""
     device = pick_device(config.device)
     model, vocabulary, origin = load(config)
-    make_fast(model, config.dtype, device)
+    prepare_model(model, device, config.dtype, config.compile)
     prompt = read_prompt(config.start, vocabulary)
     if config.stop_at_eot and vocabulary.eot is None:
         fail("--stop_at_eot=True: the vocabulary of this model has no end-of-text token")
@@ -160,7 +162,7 @@ def main(config: SampleConfig) -> None:
     for new in generate(model, [prompt] * config.num_samples, config.max_new_tokens,
                         config.temperature, config.top_k, config.top_p,
                         vocabulary.eot if config.stop_at_eot else None, config.seed,
-                        record=device.type == "cuda"):
+                        config.compile):
         for i, token in enumerate(new):
             if token is not None:
                 # a character may be several tokens
