@@ -38,7 +38,7 @@ from keepgpt.distributed import (
 )
 from keepgpt.loader import Loader, Split, dataset_folder, read_meta, seed_of
 from keepgpt.metrics import Metrics, Throughput
-from keepgpt.optim import learning_rate
+from keepgpt.optim import get_lr, make_optimizer
 from keepgpt.pretrained import crop_weights, read_weights
 from keepgpt.process import (
     EXIT_FAILED,
@@ -182,8 +182,7 @@ def build_run(config: TrainConfig, ranks: Ranks, data: dict[str, Any], loader: L
             loss = train_model(x.to(device), y.to(device))
         loss.backward()
         model.zero_grad(set_to_none=True)
-    optimizer = model.optimizer(config.learning_rate, (config.beta1, config.beta2),
-                                config.weight_decay)
+    optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     return Run(config, ranks, data, loader, splits, model, compiled_model, train_model, dtype,
                autocast, optimizer, scaler, secrets.token_hex(8))
@@ -387,7 +386,7 @@ def update(run: Run, saver: checkpoint.Saver, losses: Tensor) -> tuple[Tensor, T
         # the fused AdamW reads this on the device, and then changes nothing
         optimizer.found_inf = 1 - run.healthy
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(run.step, config)
+        group["lr"] = get_lr(run.step, config)
     saver.wait_for_copy()
     # on MPS AdamW does not read found_inf: the host does
     if run.ranks.device.type != "mps" or run.healthy:
@@ -411,7 +410,7 @@ def halt_unless_healthy(run: Run, metrics: Metrics, saver: checkpoint.Saver) -> 
     step, out_dir = int(run.applied), Path(run.config.out_dir)
     metrics.say(f"step {step + 1}: the loss or the gradient is not finite; that update was not "
                 "made, and the run ends here.\nLikely causes: a learning rate that is too high (it "
-                f"was {learning_rate(step, run.config):.2e}), too little warm-up, float16, or "
+                f"was {get_lr(step, run.config):.2e}), too little warm-up, float16, or "
                 "corrupt data.")
     if run.scaler.get_scale() < 1:
         metrics.say("GradScaler's scale fell below 1: float16 gradients overflow at every scale. "
@@ -482,7 +481,7 @@ def train(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
         if log:
             metrics.log_step({
                 "step": run.step, "tokens": run.step * config.tokens_per_step,
-                "loss": loss.item(), "lr": learning_rate(run.step - 1, config),
+                "loss": loss.item(), "lr": get_lr(run.step - 1, config),
                 "grad_norm": grad_norm.item(), **throughput.measure(run.step)},
                 config.max_iters, config.tokens_per_step)
 

@@ -11,7 +11,7 @@ import torch
 from conftest import REPO, complaint
 
 import tools.gpu as gpu
-from model import Cache
+from model import KVCache
 from tools.bench import sides
 from tools.bench.common import SHAPES, Ended, Side, started, take_turns
 
@@ -82,19 +82,21 @@ def test_a_save_is_measured():
     assert stall["keepGPT's save adds"].split()[1] == "ms" and stall["bundle"] == "10 MB"
 
 
-@pytest.mark.parametrize("check", ["record", "branches", "blow_up", "snapshots"])
-def test_a_check_of_the_gpu_tool_passes_on_a_cpu(check):
+@pytest.mark.parametrize("check", ["compare_decode", "branches", "blow_up", "snapshots"])
+def test_a_check_of_the_gpu_tool_passes_on_a_cpu(check, monkeypatch):
+    compile = torch.compile  # without waiting for a compiler
+    monkeypatch.setattr(torch, "compile", lambda f, **_: compile(f, backend="eager"))
     with get_context("fork").Pool(1) as pool:  # it may set what only its process should have
         assert pool.apply(getattr(gpu, check), ("cpu",))["result"]
 
 
-def test_a_step_recorded_at_another_position_does_not_pass(monkeypatch):
-    def late(layers, at):
-        return Cache(layers, at + 1 if torch.is_tensor(at) else at)
+def test_a_decode_step_at_another_position_does_not_pass(monkeypatch):
+    def late(model, cache):
+        return lambda tokens: model(tokens, cache=KVCache(cache.layers, torch.tensor([12])))
 
-    monkeypatch.setattr(gpu, "Cache", late)
+    monkeypatch.setattr(gpu, "compile_decode", late)
     with pytest.raises(SystemExit, match="of the largest"):
-        gpu.record("cpu")
+        gpu.compare_decode("cpu")
 
 
 def test_runs_that_differ_or_fail_do_not_pass(monkeypatch):

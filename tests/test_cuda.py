@@ -20,7 +20,7 @@ from keepgpt.kernels import LinearCrossEntropy
 from keepgpt.loader import Loader
 from keepgpt.optim import AdamW
 from keepgpt.process import EXIT_NOT_FINITE
-from model import GPT, Cache, ModelArgs, generate
+from model import GPT, KVCache, ModelArgs, generate
 from tools.bench.common import Shape, new_run
 from train import compute_gradient, evaluate, halt_unless_healthy, update
 
@@ -348,12 +348,12 @@ def test_a_loss_and_its_gradients_on_cuda_mix_no_devices(fake):
 
 def test_generation_on_cuda_mixes_no_devices(fake):
     fake.eval()
-    idx, cache = torch.zeros(3, 5, dtype=torch.long, device=CUDA), fake.new_cache(3)
+    idx, cache = torch.zeros(3, 5, dtype=torch.long, device=CUDA), fake.make_cache(3)
     assert {kv.device.type for kv in cache.layers} == {"cuda"}
     assert cache.layers[0].dtype == torch.bfloat16
     logits = fake(idx, cache=cache)
     plain = fake(idx[:, :1], cache=cache)
-    recorded = fake(idx[:, :1], cache=Cache(cache.layers, torch.full((1,), 6, device=CUDA)))
+    recorded = fake(idx[:, :1], cache=KVCache(cache.layers, torch.full((1,), 6, device=CUDA)))
     for x in (logits, plain, recorded):
         assert x.shape == (3, 1, 61) and x.device.type == "cuda" and x.dtype == torch.bfloat16
 

@@ -15,10 +15,12 @@ from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from keepgpt import kernels
+from keepgpt.config import TrainConfig
 from keepgpt.distributed import pick_dtype
-from keepgpt.kernels import LinearCrossEntropy, attend, dropout, kept, pack
+from keepgpt.kernels import LinearCrossEntropy, attend, dropout, dropout_mask, pack_linear_layers
+from keepgpt.optim import make_optimizer
 from keepgpt.pretrained import crop_weights, read_weights
-from model import GPT, Cache, ModelArgs, generate, load_model, pick
+from model import GPT, KVCache, ModelArgs, generate, load_model, sample_token
 
 torch.set_num_threads(1)  # models this small are slower on two
 ARGS = ModelArgs(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=61,
@@ -350,7 +352,7 @@ def test_dropout_acts_on_the_embedding_the_attention_and_both_branches():
 def test_a_batch_is_learned_by_heart():
     torch.manual_seed(0)
     model, idx = GPT(ARGS), tokens(4, 17)
-    optimizer = model.optimizer(1e-2, (0.9, 0.95), 0.0)
+    optimizer = make_optimizer(model, TrainConfig(learning_rate=1e-2, weight_decay=0.0))
     for _ in range(120):
         loss = model(idx[:, :-1], idx[:, 1:])
         optimizer.zero_grad()
@@ -397,7 +399,8 @@ def test_padding_the_vocabulary_changes_neither_loss_nor_gradients(monkeypatch):
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_optimizer_updates_every_parameter_once_and_decays_no_bias_or_norm(bias):
     model = GPT(replace(ARGS, bias=bias))
-    optimizer = model.optimizer(3e-4, (0.8, 0.9), 0.1)
+    config = TrainConfig(learning_rate=3e-4, beta1=0.8, beta2=0.9, weight_decay=0.1)
+    optimizer = make_optimizer(model, config)
     groups = optimizer.param_groups
     decay = [(id(p), group["weight_decay"]) for group in groups for p in group["params"]]
     assert sorted(decay) == sorted((id(p), 0.0 if name.endswith("bias") or "ln_" in name else 0.1)
@@ -408,7 +411,7 @@ def test_the_optimizer_updates_every_parameter_once_and_decays_no_bias_or_norm(b
 def test_a_step_moves_every_parameter():
     model = wild()
     before = copy.deepcopy(model.state_dict())
-    optimizer = model.optimizer(1e-2, (0.9, 0.95), 0.1)
+    optimizer = make_optimizer(model, TrainConfig(learning_rate=1e-2))
     model(tokens(4, 16), tokens(4, 16, seed=2)).backward()
     optimizer.step()
     assert all((tensor != before[name]).any() for name, tensor in model.state_dict().items())
@@ -441,7 +444,7 @@ def made_without_cache(model, prompt, n, temperature=1.0, top_k=0, top_p=1.0, se
         if len(text) - start > size:
             start = len(text) - (size - size // 4)
         logits = model(torch.tensor([text[start:]]))[:, -1]
-        text.append(pick(logits, temperature, top_k, top_p, rng).item())
+        text.append(sample_token(logits, temperature, top_k, top_p, rng).item())
     return text[len(prompt):]
 
 
@@ -449,7 +452,7 @@ def test_the_cache_gives_the_logits_of_the_whole():
     model, idx = talker(), tokens(3, 16)
     whole = model(idx)
     for begin in (1, 5, 16):
-        cache = model.new_cache(3)
+        cache = model.make_cache(3)
         parts = [model(idx[:, :begin], cache=cache)]
         parts += [model(idx[:, i:i + 1], cache=cache) for i in range(begin, 16)]
         assert cache.length == 16
@@ -458,21 +461,23 @@ def test_the_cache_gives_the_logits_of_the_whole():
 
 def test_a_step_that_finds_its_position_on_the_device_gives_the_same_logits():
     model, idx = talker(), tokens(3, 16)
-    whole, cache = model(idx), model.new_cache(3)
+    whole, cache = model(idx), model.make_cache(3)
     model(idx[:, :5], cache=cache)
     for kv in cache.layers:
         kv[:, :, :, 5:] = 1e4  # what is not filled yet takes no part
     for i in range(5, 16):
-        step = Cache(cache.layers, torch.tensor([i]))
+        step = KVCache(cache.layers, torch.tensor([i]))
         agree(model(idx[:, i:i + 1], cache=step), whole[:, i:i + 1], 1e-5)
         assert step.length == i + 1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("prompts", [[[1]], [[1, 2, 3], [4]], [list(range(20))]])
-def test_a_recorded_step_generates_the_same(prompts):
-    model = talker().cuda()
-    assert made(model, prompts, 50, temperature=0, record=True) == \
+def test_a_compiled_decode_step_generates_the_same(prompts, monkeypatch):
+    compile = torch.compile  # in one graph, and without waiting for a compiler
+    monkeypatch.setattr(torch, "compile", lambda model, mode, dynamic: compile(
+        model, backend="eager", fullgraph=True, dynamic=dynamic))
+    model = talker()
+    assert made(model, prompts, 50, temperature=0, compile=True) == \
         made(model, prompts, 50, temperature=0)
 
 
@@ -492,7 +497,7 @@ def test_cached_generation_equals_uncached_also_past_the_block(length, how):
 def test_packed_weights_generate_the_same(bias):
     plain = wild(replace(ARGS, bias=bias)).bfloat16()
     packed = copy.deepcopy(plain)
-    pack(packed)
+    pack_linear_layers(packed)
     x = tokens(3, ARGS.block_size)
     with torch.inference_mode():
         agree(packed(x), plain(x), 2**-6)
@@ -561,7 +566,7 @@ SHARES = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15])  # in an order that is not th
 def drawn(n=20000, **how):
     """How often each of five tokens is drawn, of which SHARES are the probabilities."""
     how = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | how
-    picked = pick((SHARES.log() + 7).expand(n, -1), rng=torch.Generator().manual_seed(0), **how)
+    picked = sample_token((SHARES.log() + 7).expand(n, -1), rng=torch.Generator().manual_seed(0), **how)
     return torch.bincount(picked, minlength=5) / n
 
 
@@ -597,7 +602,7 @@ def test_top_p_looks_at_what_temperature_and_top_k_have_left():
 def test_each_row_is_cut_by_its_own_probabilities():
     rows = torch.stack([SHARES.log(), SHARES.roll(1).log() - 5]).repeat(500, 1)
     for how in ({"top_k": 2, "top_p": 1.0}, {"top_k": 0, "top_p": 0.69}):
-        picked = pick(rows, 1.0, rng=torch.Generator().manual_seed(0), **how).view(500, 2)
+        picked = sample_token(rows, 1.0, rng=torch.Generator().manual_seed(0), **how).view(500, 2)
         assert [set(column.tolist()) for column in picked.T] == [{1, 3}, {2, 4}]
 
 
@@ -621,10 +626,10 @@ def test_attention_with_dropout_agrees_with_float64(dtype, most, monkeypatch):
     masks = []
 
     def remembered(weights, p):
-        masks.append(kept(weights, p))
+        masks.append(dropout_mask(weights, p))
         return masks[-1]
 
-    monkeypatch.setattr(kernels, "kept", remembered)
+    monkeypatch.setattr(kernels, "dropout_mask", remembered)
     torch.manual_seed(0)
     T = 300  # two blocks of rows
     ours = [torch.randn(2, 3, T, 16).to(dtype).requires_grad_() for _ in range(3)]
@@ -668,7 +673,7 @@ def test_dropout_drops_at_its_rate_and_passes_the_gradient_where_it_does_not(dty
 
 @pytest.mark.parametrize("columns", [50, 64])
 def test_the_loss_by_parts_is_the_cross_entropy(columns, monkeypatch):
-    monkeypatch.setattr(kernels, "LOGITS", 20 * columns)  # 20 rows at a time, of 70
+    monkeypatch.setattr(kernels, "MAX_LOGITS", 20 * columns)  # 20 rows at a time, of 70
     torch.manual_seed(0)
     x = torch.randn(70, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(columns, 8, dtype=torch.float64, requires_grad=True)
@@ -684,7 +689,7 @@ def test_the_loss_by_parts_is_the_cross_entropy(columns, monkeypatch):
 
 
 def test_the_loss_by_parts_in_bfloat16_agrees_with_float64(monkeypatch):
-    monkeypatch.setattr(kernels, "LOGITS", 20 * 50)  # 20 rows at a time, of 4,000
+    monkeypatch.setattr(kernels, "MAX_LOGITS", 20 * 50)  # 20 rows at a time, of 4,000
     torch.manual_seed(0)
     x, weight = torch.randn(4000, 64), torch.randn(50, 64) / 8
     x, weight = x.bfloat16().float().requires_grad_(), weight.bfloat16().float().requires_grad_()

@@ -142,7 +142,7 @@ def test_nothing_but_the_dataset_is_read_from_the_working_folder(dataset, tmp_pa
     ("--gradient_accumulation_steps=1e12", "gradient_accumulation_steps must be"),
     ("--gradient_accumulation_steps=2e9", "or gradient_accumulation_steps"),
     ("--backend=foo", "auto or nccl or gloo"),
-    ("--init_from=nosuch", "nor a name that is known"),
+    ("--init_from=nosuch", "no such file, folder or model"),
     ("--out_dir=/proc/nosuch", "can't be used"),
     ("config/nosuch.py", "no such file"),
 ])

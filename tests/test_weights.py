@@ -75,4 +75,4 @@ def test_gpt_2_without_network_and_cache_is_one_line_at_once(dataset, tmp_path):
     done = run("train.py", "config/eval_gpt2.py", dataset=dataset, code=2,
                env={"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "0",
                     "HF_ENDPOINT": "http://127.0.0.1:9"})
-    assert "gpt2 can't be fetched" in complaint(done) and "--init_from=FOLDER" in done.stderr
+    assert "gpt2: can't be downloaded" in complaint(done) and "--init_from=FOLDER" in done.stderr

@@ -1,7 +1,7 @@
 """All that needs a GPU: `python -m tools.gpu [--parts=checks,train] [--json=rows.jsonl]`.
 
     machine  the device, its clock, what a matrix product reaches, the kernel that attention takes
-    checks   resumed, killed and blown-up runs; snapshots; recorded steps; two ranks; sums as a tree
+    checks   resumed, killed and blown-up runs; snapshots; compiled decode steps; two ranks; sums as a tree
     train    a step of GPT-2 124M and 350M, beside nanoGPT's and Transformers' in bfloat16
     save     how long training stalls for a save
     sample   tokens of one sequence, beside Transformers
@@ -38,7 +38,7 @@ from keepgpt.checkpoint import generation_of, read_bundle
 from keepgpt.config import knob, parse
 from keepgpt.distributed import be_deterministic, peak_flops, pick_device, pick_dtype
 from keepgpt.process import fail
-from model import GPT, Cache, ModelArgs, RecordedStep, disable_cudnn_attention
+from model import GPT, ModelArgs, compile_decode, disable_cudnn_attention
 from tools.bench import checkpoint, sides
 from tools.bench.common import REPO, SHAPES, machine, new_run, report, seconds
 from tools.crash.common import digest, ends, exit_code, prepare, start
@@ -76,7 +76,7 @@ def rows_of(device: str) -> dict[str, dict[str, str]]:
     trained = {"keepGPT": "train_ours", "nanoGPT's step": "train_plain",
                "Transformers": "train_transformers"}
     sampled = {"keepGPT": ("sample_ours",), "Transformers": ("sample_transformers",),
-               "keepGPT, steps not recorded": ("sample_ours", ", record=False")}
+               "keepGPT, compiled": ("sample_ours", ", compile=True")}
     shared = device if device == "cpu" else f"{device}:0"  # by two ranks
     return {
         "machine": {"": f"capabilities({device!r})"},
@@ -85,7 +85,7 @@ def rows_of(device: str) -> dict[str, dict[str, str]]:
             "snapshots while training": f"snapshots({device!r})",
             "a loss that is not finite": f"blow_up({device!r})",
             "kill -9": f"kill({device!r})",
-            "recorded steps, bfloat16": f"record({device!r})",
+            "compiled decode steps, bfloat16": f"compare_decode({device!r})",
             "resume, two ranks": f"resume({shared!r}, ranks=2, backend='gloo')",
             "resume, elastic": f"resume({device!r}, elastic=True)",
             "a tree in 1, 2, 4 branches": f"branches({device!r})",
@@ -182,31 +182,25 @@ def kill(device: str) -> dict[str, str]:
 
 
 @torch.inference_mode()
-def record(device: str) -> dict[str, str]:
-    """Logits of 50 tokens by recorded steps, beside plain ones; heads are 64 wide."""
+def compare_decode(device: str) -> dict[str, str]:
+    """Compare the logits of 50 compiled decode steps with those of plain ones; D is 64."""
     torch.manual_seed(0)
     where, args = pick_device(device), ModelArgs(4, 4, 256, 128, 512, bias=True, dropout=0.0)
     model = GPT(args).to(where, torch.bfloat16).eval()
-    for p in model.parameters():  # what is wrong must show
+    for p in model.parameters():  # large values, so that errors show
         torch.nn.init.normal_(p, std=0.1)
     tokens = torch.randint(512, (3, 60), device=where)
-    plain, other, largest, off = model.new_cache(3), model.new_cache(3), 0.0, 0.0
+    plain, cache, largest, error = model.make_cache(3), model.make_cache(3), 0.0, 0.0
     with disable_cudnn_attention():
-        for cache in (plain, other):
-            model(tokens[:, :10], cache=cache)
-        if where.type == "cuda":
-            step = RecordedStep(model, other)
-        else:  # what would be recorded
-            def step(new: torch.Tensor) -> torch.Tensor:
-                other.length += 1
-                at = torch.tensor([other.length - 1])
-                return model(new, cache=Cache(other.layers, at))
+        model(tokens[:, :10], cache=plain)
+        model(tokens[:, :10], cache=cache)
+        decode = compile_decode(model, cache)
         for i in range(10, 60):
             expected = model(tokens[:, i:i + 1], cache=plain)
-            off = max(off, (step(tokens[:, i:i + 1]) - expected).abs().max().item())
+            error = max(error, (decode(tokens[:, i:i + 1]) - expected).abs().max().item())
             largest = max(largest, expected.abs().max().item())
-    verdict = f"logits differ by {off / largest:.1e} of the largest"
-    if not off < 0.03 * largest:
+    verdict = f"logits differ by {error / largest:.1e} of the largest"
+    if not error < 0.03 * largest:
         sys.exit(verdict)
     return {"result": verdict}
 

@@ -23,8 +23,8 @@ words = [word for word in sys.argv if word.startswith(("--out_dir", "--device"))
 from keepgpt.config import parse
 config = parse(sample.SampleConfig, "", words)[0]
 network = sample.load(config)[0]
-sample.make_fast(network, "auto", sample.pick_device(config.device))
-list(sample.generate(network, [[0]], 48, record=config.device.startswith("cuda")))"""}
+sample.prepare_model(network, sample.pick_device(config.device))
+list(sample.generate(network, [[0]], 48))"""}
 
 
 def bench(config: BenchConfig) -> Iterator[dict[str, str]]:

@@ -13,9 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import model as model_module
 from keepgpt.checkpoint import Saver
+from keepgpt.config import TrainConfig
 from keepgpt.distributed import be_deterministic, pick_device, pick_dtype
+from keepgpt.optim import make_optimizer
 from model import generate
-from sample import make_fast
+from sample import prepare_model
 from tools.bench.common import SHAPES, new_run, seconds
 from train import Run, compute_gradient, update
 
@@ -120,7 +122,7 @@ def train_plain(name: str, device: str) -> Callable[[], float]:
         args = replace(args, vocab_size=-(-args.vocab_size // 64) * 64)
     network = model_module.GPT(args).to(where)
     if where.type == "cuda":
-        optimizer = network.optimizer(1e-3, (0.9, 0.95), 0.1)  # fused, as nanoGPT's
+        optimizer = make_optimizer(network, TrainConfig())  # fused, as nanoGPT's
 
     def loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         logits = network(x)
@@ -155,17 +157,17 @@ def new_tokens(name: str, device: torch.device) -> int:
     return 48 if device.type == "cpu" else min(500, SHAPES[name].args.block_size - 16)
 
 
-def sample_ours(name: str, device: str, record: bool = True) -> Callable[[], float]:
+def sample_ours(name: str, device: str, compile: bool = False) -> Callable[[], float]:
     """Tokens of one sequence, as sample.py draws them; the seconds of one."""
     where = pick_device(device)
     count = new_tokens(name, where)
     network = model_module.GPT(SHAPES[name].args).eval()
-    make_fast(network, "auto", where)
+    prepare_model(network, where, compile=compile)
 
     def work() -> float:
         start = time.perf_counter()
         list(generate(network, [[0]], count, temperature=0.8, top_k=50,
-                      record=record and where.type == "cuda"))
+                      compile=compile))
         return (time.perf_counter() - start) / count
 
     return work
