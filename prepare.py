@@ -1,6 +1,6 @@
 """Text -> data/<name>/{train,val}.bin, raw little-endian token ids, and meta.json about them.
 
-    python prepare.py shakespeare_char
+    python prepare.py plays_char
     python prepare.py novels/ notes.md 'logs/*.jsonl' --name=mine --tokenizer=bpe:4096
     python prepare.py fineweb-edu
 

@@ -63,7 +63,7 @@ def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
     folder, origin = Path(config.out_dir), config.init_from
     if origin in ("best", "resume") and not has_run(folder):
         fail(f"there is no checkpoint in {folder}. Try: --out_dir=<the folder of a run>, or first: "
-             "python train.py config/train_shakespeare_char_cpu.py")
+             "python train.py config/train_plays_cpu.py")
     if origin in ("best", "resume") and (foreign := find_foreign(folder)):
         origin = str(foreign)
     try:

