@@ -65,7 +65,7 @@ def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
     from_run = origin in ("best", "resume")
     if from_run and not has_run(folder):
         fail(f"{folder}: no checkpoint. Try: --out_dir=<folder of a run>, or first: "
-             "python train.py config/train_shakespeare_char_cpu.py")
+             "python train.py config/train_plays_cpu.py")
     if from_run and (foreign := find_foreign(folder)):
         from_run, origin = False, str(foreign)
     try:

@@ -236,7 +236,7 @@ def read_config_file(settings: type, path: str) -> dict[str, Any]:
         code, nodes = compile(source, path, "exec"), list(ast.walk(ast.parse(source)))
     except OSError as e:
         fail(f"{path}: {e.strerror.lower()}; give the path of a config file, "
-             "e.g. config/train_shakespeare_char.py")
+             "e.g. config/train_plays_cpu.py")
     except (SyntaxError, ValueError) as e:
         fail(f"{path}:{getattr(e, 'lineno', None) or 1}: not Python: {getattr(e, 'msg', e)}")
     reads = {node.id for node in nodes
