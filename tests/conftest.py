@@ -1,11 +1,13 @@
-"""What the tests share: the real scripts as subprocesses, a small real text, and states compared to
-the bit."""
+"""Helpers of all tests: run the real scripts, prepare a small real text, compare states bit for
+bit."""
+import functools
 import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +27,58 @@ TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size":
         "log_interval": 5}
 
 
-def command(script: str, *words: str, ranks: int = 1, last: str = "", **flags: Any) -> list[str]:
-    """The command line of a script or a module, behind torchrun for several ranks, with one more
-    word at its end."""
+# what a script imports, for the server to import once
+IMPORTS = {"train.py": ["train"], "sample.py": ["sample"], "prepare.py": ["prepare"],
+           "tools.export": ["tools.export"], "tools.same": ["tools.same"],
+           "tools.plot": ["tools.plot.curves"]}
+
+
+def command(script: str, *args: str, ranks: int = 1, last: str = "", **flags: Any) -> list[str]:
+    """Return the command line of a script or module, behind torchrun for several ranks. `last` is
+    one more argument after the flags."""
     torchrun = (["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
                 if ranks > 1 else [])
     program = [str(REPO / script)] if str(script).endswith(".py") else ["-m", script]
-    return [sys.executable, *torchrun, *program, *map(str, words),
+    return [sys.executable, *torchrun, *program, *map(str, args),
             *(f"--{key}={value}" for key, value in flags.items()), *([last] if last else [])]
 
 
-def run(script: str, *words: str, ranks: int = 1, code: int | None = 0, cwd: Path = REPO,
-        env: dict | None = None, **flags: Any) -> subprocess.CompletedProcess:
-    """Run a script to its end and check its exit code."""
-    done = subprocess.run(command(script, *words, ranks=ranks, **flags), capture_output=True,
-                          text=True, cwd=cwd,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}), timeout=300)
+@functools.cache
+def fork_server() -> subprocess.Popen:
+    """Start this test process's fork server. It ends when its stdin closes."""
+    return subprocess.Popen([sys.executable, REPO / "tests/fork_server.py"], text=True, cwd=REPO,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE)
+
+
+def run_fork(script: str, args: list[str], cwd: Path, env: dict[str, str]
+             ) -> subprocess.CompletedProcess:
+    """Run a script in a fork of a process that has imported torch."""
+    with tempfile.TemporaryDirectory() as folder:
+        request = {"argv": args, "cwd": str(cwd), "env": env, "timeout": 300,
+                   "imports": IMPORTS.get(script, []),
+                   "stdout": f"{folder}/stdout", "stderr": f"{folder}/stderr"}
+        server = fork_server()
+        print(json.dumps(request), file=server.stdin, flush=True)
+        code = int(server.stdout.readline())
+        return subprocess.CompletedProcess(args, code, Path(folder, "stdout").read_text(),
+                                           Path(folder, "stderr").read_text())
+
+
+def run(script: str, *args: str, ranks: int = 1, code: int | None = 0, cwd: Path = REPO,
+        env: dict | None = None, fresh: bool = False, **flags: Any) -> subprocess.CompletedProcess:
+    """Run a script to its end and check its exit code.
+
+    One process is forked, unless it needs a `fresh` interpreter or `env` has what one reads.
+    """
+    words = command(script, *args, ranks=ranks, **flags)
+    full_env = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
+    fresh = fresh or any(key.startswith(("PYTHON", "OMP_")) for key in env or {})
+    if ranks == 1 and not fresh and sys.platform == "linux":
+        done = run_fork(script, words[2 - str(script).endswith(".py"):], cwd, full_env)
+    else:
+        done = subprocess.run(words, capture_output=True, text=True, cwd=cwd, env=full_env,
+                              timeout=300)
     assert code is None or done.returncode == code, \
         f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
