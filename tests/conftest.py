@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -51,11 +52,17 @@ def fork_server() -> subprocess.Popen:
                             stdout=subprocess.PIPE)
 
 
-def run_fork(script: str, args: list[str], cwd: Path, env: dict[str, str]
-             ) -> subprocess.CompletedProcess:
-    """Run a script in a fork of a process that has imported torch."""
-    with tempfile.TemporaryDirectory() as folder:
-        request = {"argv": args, "cwd": str(cwd), "env": env, "timeout": 300,
+def run_forks(script: str, args: list[str], ranks: int, cwd: Path, env: dict[str, str]
+              ) -> subprocess.CompletedProcess:
+    """Run a script in forks of a process that has imported torch, one for each rank."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        if ranks > 1:  # what torchrun sets
+            free.bind(("127.0.0.1", 0))
+            env |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+                    "GROUP_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(free.getsockname()[1])}
+            free.close()
+        request = {"argv": args, "ranks": ranks, "cwd": str(cwd), "env": env, "timeout": 300,
                    "imports": IMPORTS.get(script, []),
                    "stdout": f"{folder}/stdout", "stderr": f"{folder}/stderr"}
         server = fork_server()
@@ -66,19 +73,21 @@ def run_fork(script: str, args: list[str], cwd: Path, env: dict[str, str]
 
 
 def run(script: str, *args: str, ranks: int = 1, code: int | None = 0, cwd: Path = REPO,
-        env: dict | None = None, fresh: bool = False, **flags: Any) -> subprocess.CompletedProcess:
+        env: dict[str, str] | None = None, fresh: bool = False, **flags: Any
+        ) -> subprocess.CompletedProcess:
     """Run a script to its end and check its exit code.
 
-    One process is forked, unless it needs a `fresh` interpreter or `env` has what one reads.
+    Its processes are forks, which start in no time, unless `env` has what only a new interpreter
+    reads. `fresh` starts new ones, behind torchrun if there are several ranks.
     """
-    words = command(script, *args, ranks=ranks, **flags)
     full_env = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
     fresh = fresh or any(key.startswith(("PYTHON", "OMP_")) for key in env or {})
-    if ranks == 1 and not fresh and sys.platform == "linux":
-        done = run_fork(script, words[2 - str(script).endswith(".py"):], cwd, full_env)
+    if fresh or sys.platform != "linux":
+        done = subprocess.run(command(script, *args, ranks=ranks, **flags), capture_output=True,
+                              text=True, cwd=cwd, env=full_env, timeout=300)
     else:
-        done = subprocess.run(words, capture_output=True, text=True, cwd=cwd, env=full_env,
-                              timeout=300)
+        _, *words = command(script, *args, **flags)
+        done = run_forks(script, words[words[0] == "-m":], ranks, cwd, full_env)
     assert code is None or done.returncode == code, \
         f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done

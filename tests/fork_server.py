@@ -10,6 +10,8 @@ import os
 import runpy
 import signal
 import sys
+import time
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,32 @@ def wait_for_request() -> dict[str, Any]:
             importlib.import_module(module)
         assert len(os.listdir("/proc/self/task")) == 1  # threads
         gc.freeze()  # a fork that ends would look through all of torch's objects
-        pid = os.fork()
-        if pid == 0:
-            return request
-        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+        children = []
+        for rank in range(request["ranks"]):
+            children.append(os.fork())
+            if children[-1] == 0:
+                if request["ranks"] > 1:
+                    request["env"] |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                return request
+        print(wait_for_exit(children), flush=True)
     sys.exit()
+
+
+def wait_for_exit(children: list[int]) -> int:
+    """Return the exit code of the only child, or of several as torchrun does: 1 if any fails. Then
+    the others have 5 seconds to end."""
+    code, several, deadline = 0, len(children) > 1, inf
+    while children:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            children.remove(pid)
+        if pid and status:
+            code = 1 if several else os.waitstatus_to_exitcode(status)
+            deadline = time.monotonic() + 5
+        for child in children if time.monotonic() > deadline else []:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.005)
+    return code
 
 
 def become(request: dict[str, Any]) -> None:
@@ -37,7 +60,7 @@ def become(request: dict[str, Any]) -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     for fd, path in enumerate((os.devnull, request["stdout"], request["stderr"])):
-        file = os.open(path, os.O_RDWR | os.O_CREAT)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         os.dup2(file, fd)
         os.close(file)
     signal.alarm(request["timeout"])
