@@ -50,26 +50,26 @@ sys.exit(machine.main(config, words))"""
 
 
 @pytest.mark.parametrize("part", FEW)
-def test_nothing_is_lost(part, tmp_path):
+def test_no_fault_loses_anything(part, tmp_path):
     done = crash(part, *FEW[part], f"--folder={tmp_path}")
     assert done.returncode == 0 and " 0 failures" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("part", BROKEN)
-def test_the_machine_sees_what_is_broken(part, tmp_path):
+def test_a_broken_build_fails_its_part(part, tmp_path):
     few = [word for word in FEW[part] if "torchrun" not in word]
     done = crash(part, *few, *["--torchrun_cases=0"] * (part == "kill"), f"--folder={tmp_path}",
                  broken=BROKEN[part])
     assert done.returncode == 1 and "FAILURE" in done.stdout, done.stdout + done.stderr
 
 
-def test_a_failure_is_repeated_by_its_number(tmp_path):
+def test_a_failure_repeats_with_the_printed_flags(tmp_path):
     words = ["rot", f"--folder={tmp_path}"]
     first = crash(*words, "--cases=20", "--seed=7", broken=BROKEN["rot"]).stdout.splitlines()[0]
     again = crash(*words, *first.split("again with ")[1].split(), broken=BROKEN["rot"])
     assert again.returncode == 1 and again.stdout.splitlines()[0] == first
 
 
-def test_an_unknown_part_is_one_line():
+def test_an_unknown_part_exits_2():
     done = crash("nosuch")
     assert done.returncode == 2 and done.stderr.startswith("error: there is no part 'nosuch'")

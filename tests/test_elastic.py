@@ -41,13 +41,13 @@ def alone(alone_out) -> tuple[str, list[dict]]:
     return outcome(alone_out)
 
 
-def test_any_power_of_two_of_ranks_gives_the_same_bits(train, tmp_path, alone):
+def test_1_2_and_4_ranks_are_bit_identical(train, tmp_path, alone):
     for ranks in (2, 4):
         train(out=str(ranks), ranks=ranks, elastic=True, **FLAGS)
         assert outcome(tmp_path / str(ranks)) == alone
 
 
-def test_the_states_of_two_runs_are_compared(train, tmp_path, alone_out):
+def test_tools_same_compares_the_states_of_runs(train, tmp_path, alone_out):
     train(out="other", elastic=True, **FLAGS | {"seed": 2})
     shutil.copytree(alone_out, tmp_path / "copy")
     same = run("tools.same", alone_out, tmp_path / "copy").stdout.splitlines()
@@ -58,7 +58,7 @@ def test_the_states_of_two_runs_are_compared(train, tmp_path, alone_out):
     assert "usage: " in complaint(run("tools.same", alone_out, code=2))
 
 
-def test_a_run_that_moves_between_them_gives_the_same_bits(train, tmp_path, alone):
+def test_a_run_may_change_ranks_bit_identical(train, tmp_path, alone):
     for ranks, steps in ((4, 5), (1, 10), (2, 15), (4, 20)):
         done = train(ranks=ranks, elastic=True, **FLAGS | {"max_iters": steps})
         if steps > 5:
@@ -66,13 +66,13 @@ def test_a_run_that_moves_between_them_gives_the_same_bits(train, tmp_path, alon
     assert outcome(tmp_path / "out") == alone
 
 
-def test_a_run_keeps_the_number_of_its_threads(train, tmp_path, alone):
+def test_a_resumed_run_keeps_its_number_of_threads(train, tmp_path, alone):
     train(elastic=True, **FLAGS | {"max_iters": 5})
     train(elastic=True, env={"OMP_NUM_THREADS": "2"}, **FLAGS)
     assert outcome(tmp_path / "out") == alone
 
 
-def test_ranks_take_the_number_of_threads_of_the_first(dataset, tmp_path, alone):
+def test_all_ranks_use_rank_0s_number_of_threads(dataset, tmp_path, alone):
     words = command("train.py", ranks=2, out_dir=tmp_path / "out", dataset=dataset, elastic=True,
                     **TINY | FLAGS)
     # in the place of python: one that gives each rank another number of threads
@@ -84,13 +84,13 @@ def test_ranks_take_the_number_of_threads_of_the_first(dataset, tmp_path, alone)
     assert outcome(tmp_path / "out") == alone
 
 
-def test_a_run_of_ddp_is_not_called_the_same_bits(train):
+def test_resuming_a_ddp_run_does_not_promise_equal_bits(train):
     train(**FLAGS | {"max_iters": 5})
     done = train(ranks=2, elastic=True, **FLAGS | {"max_iters": 6})
     assert "1 -> 2: the same batches, and the same losses but for rounding" in done.stdout
 
 
-def test_plain_ddp_rounds_otherwise_on_another_number_of_ranks(train, tmp_path):
+def test_plain_ddp_rounds_differently_on_two_ranks(train, tmp_path):
     """Else the tests above would show nothing."""
     for ranks in (1, 2):
         train(out=str(ranks), ranks=ranks, **FLAGS)
@@ -100,7 +100,7 @@ def test_plain_ddp_rounds_otherwise_on_another_number_of_ranks(train, tmp_path):
     assert all(abs(a["loss"] - b["loss"]) < 0.02 for a, b in zip(one, two))
 
 
-def test_what_would_round_otherwise_is_refused(train, tmp_path):
+def test_settings_that_change_rounding_are_refused(train, tmp_path):
     done = train(ranks=3, code=None, elastic=True, **FLAGS | {"gradient_accumulation_steps": 4})
     assert done.returncode and "start 1, 2, 4, 8, ... ranks, not 3" in done.stderr
     train(elastic=True, **FLAGS | {"max_iters": 2})

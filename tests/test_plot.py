@@ -51,7 +51,7 @@ def size(path: Path) -> tuple[int, int]:
     return struct.unpack(">II", head[16:])
 
 
-def test_what_is_read(tmp_path):
+def test_a_log_is_read_exactly(tmp_path):
     run = read_run(written(tmp_path / "run", ROWS))
     for key in STEPS[0]:
         assert getattr(run, key).tolist() == [row[key] for row in STEPS]
@@ -61,13 +61,13 @@ def test_what_is_read(tmp_path):
     assert np.allclose(val_at * 3600, [0, 6, 7])  # an evaluation takes none of the hours
 
 
-def test_a_cut_last_line_is_passed_over(tmp_path):
+def test_a_truncated_last_line_is_skipped(tmp_path):
     whole = read_run(written(tmp_path / "whole", ROWS))
     cut = read_run(written(tmp_path / "cut", ROWS, '{"step": 9, "tok'))
     assert cut.step.tolist() == whole.step.tolist() and cut.hours.tolist() == whole.hours.tolist()
 
 
-def test_tokens_of_older_files(tmp_path):
+def test_logs_without_tokens_plot_by_steps(tmp_path):
     mixed = read_run(written(tmp_path / "mixed", [*old(STEPS[:2]), STEPS[2]]))
     assert mixed.tokens.tolist() == [200, 400, 800] and np.allclose(mixed.hours * 3600, SECONDS)
     none = written(tmp_path / "none", old(ROWS))
@@ -76,12 +76,12 @@ def test_tokens_of_older_files(tmp_path):
         assert "--x=steps" in complaint(plot(none, f"--x={axis}", f"--to={tmp_path}/a.png"))
 
 
-def test_smooth_is_a_mean_of_neighbours():
+def test_smooth_averages_neighbours():
     assert np.allclose(smooth(np.array([0, 3, 6, 0.]), 3), [1.5, 3, 3, 3])
     assert np.allclose(smooth(np.array([4, 8.]), 1), [4, 8])
 
 
-def test_what_is_drawn(tmp_path):
+def test_the_curves_show_the_logged_values(tmp_path):
     figure = draw([read_run(written(tmp_path / "run", ROWS))], "tokens")
     loss, lr, norm, speed = figure.axes
     every, mean, val, star = [line.get_xydata().tolist() for line in loss.lines[:4]]
@@ -94,7 +94,7 @@ def test_what_is_drawn(tmp_path):
     assert loss.get_ylim()[0] < 2 and loss.get_ylim()[1] > 5.5  # nothing is cut off
 
 
-def test_pictures_of_runs_large_and_small(tmp_path):
+def test_long_and_short_runs_are_drawn(tmp_path):
     runs = [written(tmp_path / "run", ROWS), written(tmp_path / "step", STEPS[:1]),
             written(tmp_path / "evaluation", EVALUATIONS[:1])]
     for folders in (runs, runs[1:2], runs[2:]):
@@ -104,7 +104,7 @@ def test_pictures_of_runs_large_and_small(tmp_path):
         assert size(target) == (1400, 900)
 
 
-def test_mistakes_are_answered_with_a_line(tmp_path):
+def test_a_mistake_exits_2_with_one_line(tmp_path):
     run, to = written(tmp_path / "run", ROWS), f"--to={tmp_path}/a.png"
     assert "out_dir" in complaint(plot(to))
     assert "metrics.jsonl: no such file" in complaint(plot(tmp_path / "nothing", to))
@@ -133,7 +133,7 @@ def pieces(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return target, {name: rest for name, *rest in cells[2:-1]}
 
 
-def test_each_piece_is_missed(pieces):
+def test_a_run_resumed_without_a_piece_differs(pieces):
     target, table = pieces
     assert size(target) == (1400, 950)
     never = table.pop("never stopped")

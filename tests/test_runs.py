@@ -52,7 +52,7 @@ def until(reached, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-def test_the_loop_brings_a_killed_run_to_its_end(dataset, tmp_path, whole):
+def test_the_loop_finishes_a_killed_run(dataset, tmp_path, whole):
     out = tmp_path / "out"
     loop = subprocess.Popen(
         [REPO / "runs/loop.sh", *command("train.py", out_dir=out, dataset=dataset, **FLAGS)],
@@ -64,7 +64,7 @@ def test_the_loop_brings_a_killed_run_to_its_end(dataset, tmp_path, whole):
     assert bits(out / "ckpt.pt") == bits(whole / "ckpt.pt") and rows(out) == rows(whole)
 
 
-def test_the_loop_ends_with_a_signal_of_the_user_and_with_a_mistake(dataset, tmp_path):
+def test_the_loop_ends_on_a_signal_and_on_a_mistake(dataset, tmp_path):
     out = tmp_path / "out"
     loop = [REPO / "runs/loop.sh", *command("train.py", out_dir=out, dataset=dataset, **FLAGS)]
     process = subprocess.Popen(loop, env=ONE_THREAD)
@@ -79,7 +79,7 @@ def test_the_loop_ends_with_a_signal_of_the_user_and_with_a_mistake(dataset, tmp
     assert done.returncode == 2 and "again" not in done.stderr
 
 
-def test_torchrun_starts_a_killed_rank_again(dataset, tmp_path, whole):
+def test_torchrun_restarts_a_killed_rank(dataset, tmp_path, whole):
     out, flags = tmp_path / "out", FLAGS | {"gradient_accumulation_steps": 2, "dataset": dataset}
     run("train.py", ranks=2, out_dir=tmp_path / "whole", **flags)
     words = command("train.py", ranks=2, out_dir=out, **flags)
@@ -108,7 +108,7 @@ def test_ranks_do_not_outlive_torchrun(dataset, tmp_path):
     run("train.py", ranks=2, out_dir=out, **flags | {"max_iters": 100})
 
 
-def test_a_rank_that_is_told_to_stop_waits_for_the_last_save(dataset, tmp_path):
+def test_a_signalled_rank_waits_for_the_last_save(dataset, tmp_path):
     """torchrun kills the others half a minute after the first has ended."""
     slow, out = tmp_path / "slow.py", tmp_path / "out"
     slow.write_text("import sys, time\n"
@@ -145,7 +145,7 @@ def test_usr1_to_torchrun_and_ranks_saves(dataset, tmp_path):
     assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == logged(out) >= 10
 
 
-def test_a_rank_ends_though_destroying_its_groups_hangs(dataset, tmp_path):
+def test_a_rank_ends_without_destroying_its_groups(dataset, tmp_path):
     hangs, out = tmp_path / "hangs.py", tmp_path / "out"
     hangs.write_text("import sys, threading\n"
                      f"sys.path.insert(0, {str(REPO)!r})\n"
@@ -157,7 +157,7 @@ def test_a_rank_ends_though_destroying_its_groups_hangs(dataset, tmp_path):
     assert "done at step 2" in done.stdout and (out / "ckpt.pt").exists()
 
 
-def test_the_slurm_script_saves_and_queues_itself_again(dataset, tmp_path, whole):
+def test_the_slurm_script_saves_and_requeues(dataset, tmp_path, whole):
     """With stand-ins for Slurm's programs: Slurm itself is not here."""
     stubs, out = tmp_path / "bin", tmp_path / "out"
     stubs.mkdir()
