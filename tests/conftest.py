@@ -28,10 +28,11 @@ TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size":
         "log_interval": 5}
 
 
-# what a script imports, for the server to import once
+# modules that the fork server imports before it runs a script; any other script gets the last ones
 IMPORTS = {"train.py": ["train"], "sample.py": ["sample"], "prepare.py": ["prepare"],
            "tools.export": ["tools.export"], "tools.same": ["tools.same"],
-           "tools.plot": ["tools.plot.curves"]}
+           "tools.plot": ["tools.plot.curves", "matplotlib.pyplot"]}
+OTHER_IMPORTS = ["tools.crash.__main__"]  # train.py and all of the package with it
 
 
 def command(script: str, *args: str, ranks: int = 1, last: str = "", **flags: Any) -> list[str]:
@@ -62,8 +63,8 @@ def run_forks(script: str, args: list[str], ranks: int, cwd: Path, env: dict[str
                     "GROUP_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
                     "MASTER_PORT": str(free.getsockname()[1])}
             free.close()
-        request = {"argv": args, "ranks": ranks, "cwd": str(cwd), "env": env, "timeout": 300,
-                   "imports": IMPORTS.get(script, []),
+        request = {"argv": args, "ranks": ranks, "cwd": str(cwd), "env": env, "timeout": 600,
+                   "imports": IMPORTS.get(script, OTHER_IMPORTS),
                    "stdout": f"{folder}/stdout", "stderr": f"{folder}/stderr"}
         server = fork_server()
         print(json.dumps(request), file=server.stdin, flush=True)
@@ -84,7 +85,7 @@ def run(script: str, *args: str, ranks: int = 1, code: int | None = 0, cwd: Path
     fresh = fresh or any(key.startswith(("PYTHON", "OMP_")) for key in env or {})
     if fresh or sys.platform != "linux":
         done = subprocess.run(command(script, *args, ranks=ranks, **flags), capture_output=True,
-                              text=True, cwd=cwd, env=full_env, timeout=300)
+                              text=True, cwd=cwd, env=full_env, timeout=600)
     else:
         _, *words = command(script, *args, **flags)
         done = run_forks(script, words[words[0] == "-m":], ranks, cwd, full_env)

@@ -65,8 +65,7 @@ def become(request: dict[str, Any]) -> None:
         os.close(file)
     signal.alarm(request["timeout"])
     np.random.seed()  # Python's own generator is seeded at each fork
-    for module in request["imports"]:
-        del sys.modules[module]  # the script itself runs anew, what it imports does not
+    sys.modules.pop(request["imports"][0])  # the script itself, which runs as __main__
     sys.argv = request["argv"]
 
 

@@ -1,28 +1,27 @@
-"""Saving and reading, piece by piece: what the proving machine's five parts do not look at."""
+"""Saving and reading checkpoints: cases that tools.crash does not cover."""
 import errno
 import io
 import os
 import pickle
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, TINY, bits
+from conftest import REPO, TINY, bits, run
 
 from keepgpt import checkpoint
 from keepgpt.checkpoint import BadBundle, Disk, Saver, commit, newest_bundle, read_bundle
 from keepgpt.metrics import Metrics
 
 
-@pytest.fixture
-def bundle(train, tmp_path):
-    """A bundle of a real run."""
-    train(max_iters=2)
-    return read_bundle(tmp_path / "out/ckpt.pt")
+@pytest.fixture(scope="module")
+def bundle(dataset, tmp_path_factory):
+    """Return the bundle of a real run."""
+    out = tmp_path_factory.mktemp("run")
+    run("train.py", out_dir=out, dataset=dataset, **TINY | {"max_iters": 2})
+    return read_bundle(out / "ckpt.pt")
 
 
 class Faulty(Disk):
@@ -125,27 +124,26 @@ def test_rows_survive_a_failed_fsync(tmp_path):
 
 
 def test_the_last_save_is_retried_once(dataset, train, tmp_path):
-    program = """
-import sys, train
+    (tmp_path / "failing.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(REPO)!r})
+import train
 from keepgpt import checkpoint
 from keepgpt.config import TrainConfig, parse
 failures = int(sys.argv.pop())
 class Failing(checkpoint.Disk):
     def fsync(self, file):
         global failures
-        if failures and "ckpt-00000004" in __import__("os").readlink(f"/proc/self/fd/{file}"):
+        if failures and "ckpt-00000004" in __import__("os").readlink(f"/proc/self/fd/{{file}}"):
             failures -= 1
             raise OSError(5, "Input/output error")
         super().fsync(file)
 checkpoint.Disk = Failing
-sys.exit(train.main(*parse(TrainConfig, "", sys.argv[1:])[:2]))"""
+sys.exit(train.main(*parse(TrainConfig, "", sys.argv[1:])[:2]))""")
     for failures, code, said in ((1, 0, "saved in"), (2, 1, "NOT SAVED in")):
         flags = TINY | {"max_iters": 4, "dataset": dataset, "out_dir": tmp_path / str(failures)}
-        done = subprocess.run([sys.executable, "-c", program,
-                               *(f"--{key}={value}" for key, value in flags.items()),
-                               str(failures)], cwd=REPO, capture_output=True, text=True,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert done.returncode == code and said in done.stdout.splitlines()[-1], done.stderr
+        done = run(tmp_path / "failing.py", code=code, last=str(failures), **flags)
+        assert said in done.stdout.splitlines()[-1], done.stderr
         assert done.stderr.count("FAILED: [Errno 5]") == failures
         assert not list(tmp_path.glob(f"{failures}/*.tmp"))
     train(out="whole", max_iters=4)
