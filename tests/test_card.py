@@ -1,4 +1,4 @@
-"""The card of a run tells how it was made, well enough to make it again."""
+"""A run's README.md records how it was made, well enough to reproduce it."""
 import re
 import subprocess
 
@@ -8,7 +8,7 @@ from conftest import REPO, bits, run
 
 
 def starts(text: str) -> list[list[str]]:
-    """The cells of the table of starts."""
+    """Return the cells of the table of starts."""
     lines = text.split("## Starts")[1].strip().splitlines()[2:]
     return [line.strip("| ").split(" | ") for line in lines]
 

@@ -25,7 +25,7 @@ def bundle(dataset, tmp_path_factory):
 
 
 class Faulty(Disk):
-    """Does one operation as it is told."""
+    """Replace one operation of a Disk."""
 
     def __init__(self, name, instead):
         setattr(self, name, instead)
@@ -85,7 +85,7 @@ def test_a_checkpoint_with_wrong_types_is_refused(bundle, change, tmp_path):
 
 
 def test_any_malformed_pickle_is_refused(bundle, tmp_path):
-    """Files that someone has put together, with a right checksum."""
+    """The checksum of each file is right."""
     whole = pickle.dumps({"a": [1, 2.5, "x"]}, protocol=2)
     for content in (b"", b".", b"\x80\x02", whole[:-1], whole[5:], b"0" * 9, b"R."):
         memory = io.BytesIO()

@@ -1,4 +1,4 @@
-"""What configurator.py promises: types, precedence, files that leak nothing, one-line mistakes."""
+"""keepgpt/config.py: types, precedence, isolated config files, one-line errors, --help."""
 import builtins
 import io
 import os
@@ -18,12 +18,12 @@ DEFAULTS = TrainConfig()
 
 
 def read(*argv):
-    """The settings that a command line gives."""
+    """Return the settings of a command line."""
     return parse(TrainConfig, "", [str(a) for a in argv])[0]
 
 
 def mistake(*argv):
-    """The message of a command line that must be refused: in one line, with exit code 2."""
+    """Return the message of a command line that exits with 2 and one line."""
     err = io.StringIO()
     with redirect_stderr(err), pytest.raises(SystemExit) as end:
         read(*argv)
@@ -35,7 +35,7 @@ def mistake(*argv):
 
 @pytest.fixture
 def file(tmp_path):
-    """A function that writes a config file and gives its path."""
+    """Return a function that writes a config file and returns its path."""
     def write(text, name="x.py"):
         path = tmp_path / name
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -44,7 +44,7 @@ def file(tmp_path):
 
 
 def run(*argv):
-    """A script with these arguments, in a process of its own."""
+    """Run a script in a new interpreter."""
     command = [sys.executable, *map(str, argv)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
@@ -385,14 +385,17 @@ def test_files_in_nanogpts_style_are_valid(file, text):
 
 
 def test_every_nanogpt_key_is_known():
-    keys = """out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint
-        init_from wandb_log wandb_project wandb_run_name dataset gradient_accumulation_steps
-        batch_size block_size n_layer n_head n_embd dropout bias learning_rate max_iters
-        weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend
-        device dtype compile""".split()
+    keys = [
+        "out_dir", "eval_interval", "log_interval", "eval_iters", "eval_only",
+        "always_save_checkpoint", "init_from", "wandb_log", "wandb_project", "wandb_run_name",
+        "dataset", "gradient_accumulation_steps", "batch_size", "block_size", "n_layer", "n_head",
+        "n_embd", "dropout", "bias", "learning_rate", "max_iters", "weight_decay", "beta1",
+        "beta2", "grad_clip", "decay_lr", "warmup_iters", "lr_decay_iters", "min_lr", "backend",
+        "device", "dtype", "compile"]
     assert set(keys) <= {f.name for f in fields(TrainConfig)}
-    keys = """init_from out_dir start num_samples max_new_tokens temperature top_k seed device dtype
-        compile""".split()
+    keys = [
+        "init_from", "out_dir", "start", "num_samples", "max_new_tokens", "temperature", "top_k",
+        "seed", "device", "dtype", "compile"]
     assert set(keys) <= {f.name for f in fields(SampleConfig)}
 
 

@@ -52,11 +52,13 @@ sys.exit(machine.main(config, args))""")
         return run(program, *args, code=code)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", FEW)
 def test_no_fault_loses_anything(part, tmp_path):
     assert " 0 failures" in crash(part, *FEW[part], f"--folder={tmp_path}").stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", BROKEN)
 def test_a_broken_build_fails_its_part(part, tmp_path):
     few = [flag for flag in FEW[part] if "torchrun" not in flag]
@@ -65,6 +67,7 @@ def test_a_broken_build_fails_its_part(part, tmp_path):
     assert "FAILURE" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_failure_repeats_with_the_printed_flags(tmp_path):
     broken = {"broken": BROKEN["rot"], "code": 1}
     args = ["rot", f"--folder={tmp_path}"]

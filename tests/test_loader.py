@@ -1,4 +1,4 @@
-"""What loader.py promises: batches are a function of (seed, step); an epoch visits all windows."""
+"""keepgpt/loader.py: batches depend on (seed, step) alone; an epoch reads every window once."""
 import json
 import os
 import pickle
@@ -13,7 +13,8 @@ from keepgpt.loader import BadData, Loader, Split, mix, read_meta, seed_of, shuf
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    """A function that writes 0, 1, 2, ... as the training split of x: a token is its own place."""
+    """Return a function that writes 0, 1, 2, ... as the training split of x: a token is its
+    position."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x").mkdir()
 
@@ -23,7 +24,7 @@ def data(tmp_path, monkeypatch):
 
 
 def split(block_size, seed=1, shift=True, dtype="uint16", files=None):
-    """The training split of x: train.bin as it is, or `files` with the number of their tokens."""
+    """Return the training split of x: train.bin, or `files` as {name: number of tokens}."""
     path = Path("x/train.bin")
     files = files or {path.name: path.stat().st_size // np.dtype(dtype).itemsize}
     meta = {"dtype": dtype, "vocab_size": 2**32, "files": {"train": files}}
@@ -31,7 +32,7 @@ def split(block_size, seed=1, shift=True, dtype="uint16", files=None):
 
 
 def starts(a_split, epoch=0):
-    """Where each of an epoch's windows begins in the file, in the order that it is read."""
+    """Return the position in the file of each window of an epoch, in reading order."""
     x, _ = a_split.rows(epoch * a_split.windows, a_split.windows)
     return x[:, 0].tolist()
 
@@ -96,7 +97,7 @@ def test_every_epoch_visits_every_window_once(data, count, block_size):
     for epoch in range(5):
         places = sorted(starts(a_split, epoch))
         assert np.diff(places).tolist() == [block_size] * (a_split.windows - 1)  # side by side
-        assert 0 <= places[0] and places[-1] + block_size < count
+        assert places[0] >= 0 and places[-1] + block_size < count
 
 
 def test_each_epoch_has_its_own_order_and_offset(data):
@@ -158,7 +159,7 @@ def test_wide_tokens_are_read_from_uint32(data):
     data(200, "uint32", first=2**31)
     x, y = split(8, dtype="uint32").rows(0, 100)
     assert x.dtype == torch.int64 and (y == x + 1).all()
-    assert 2**31 <= x.min() and x.max() < 2**31 + 200
+    assert x.min() >= 2**31 and x.max() < 2**31 + 200
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
@@ -219,7 +220,7 @@ def test_an_id_outside_the_vocabulary_names_its_file(data):
 
 @pytest.fixture
 def nanogpt(data):
-    """A function that writes ids below `top` as both splits of x, and `meta` as its meta.pkl."""
+    """Return a function that writes ids below `top` as both splits of x, and `meta` as meta.pkl."""
     def write(top, meta=None, protocol=4):
         for name in ("train", "val"):
             (np.arange(5000) * 7 % top).astype("uint16").tofile(f"x/{name}.bin")
@@ -303,7 +304,7 @@ def test_offsets_beyond_4_gb_are_exact(data, tmp_path, monkeypatch):
 
 
 def in_parts(folder, *sizes, dtype="uint16"):
-    """Lay train.bin out in files of so many tokens, too. Returns the `files` of a Split."""
+    """Copy train.bin into files of the given numbers of tokens. Return the `files` of a Split."""
     tokens = np.fromfile(folder / "train.bin", dtype)
     assert sum(sizes) == len(tokens)
     files = {f"train-{k:05}.bin": size for k, size in enumerate(sizes)}
@@ -371,12 +372,12 @@ def test_memory_stays_flat_while_large_files_are_read(data, tmp_path):
 
 
 def batches(a_loader, step):
-    """A step's micro-batches as {m: (inputs, targets)} in plain lists."""
+    """Return a step's micro-batches as {m: (inputs, targets)} in plain lists."""
     return {m: (x.tolist(), y.tolist()) for m, x, y in a_loader.step(step)}
 
 
 def first_tokens(a_loader, steps):
-    """The first token of each row of these steps."""
+    """Return the first token of each row of these steps."""
     return [row[0] for step in steps for x, _ in batches(a_loader, step).values() for row in x]
 
 

@@ -1,4 +1,4 @@
-"""What nanoGPT's first tutorial leaves behind: train.bin, val.bin, meta.pkl and a checkpoint."""
+"""Files from nanoGPT's first tutorial work here: train.bin, val.bin, meta.pkl, a checkpoint."""
 import json
 import pickle
 import shutil
@@ -10,7 +10,7 @@ from conftest import TINY, complaint, rows, run
 
 @pytest.fixture(scope="module")
 def place(dataset, tmp_path_factory):
-    """A folder with a dataset `tutorial` as nanoGPT prepares it."""
+    """Return a folder with a dataset `tutorial` as nanoGPT prepares it."""
     place = tmp_path_factory.mktemp("nanogpt")
     (place / "tutorial").mkdir()
     for name in ("train.bin", "val.bin"):
@@ -23,7 +23,7 @@ def place(dataset, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkpoint(place):
-    """A checkpoint trained on it, with nanoGPT's keys: no vocabulary, a compiler's prefix."""
+    """Return a checkpoint trained on it with nanoGPT's keys: no vocabulary, compiled names."""
     run("train.py", **TINY | {"data_dir": place, "dataset": "tutorial", "out_dir": place / "out"})
     bundle = torch.load(place / "out/ckpt.pt", weights_only=True)
     state = {f"_orig_mod.{name}": tensor for name, tensor in bundle["model"].items()}

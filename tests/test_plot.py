@@ -22,7 +22,7 @@ ROWS = [EVALUATIONS[0], *STEPS[:2], EVALUATIONS[1], STEPS[2], EVALUATIONS[2]]
 
 
 def written(folder: Path, rows: list, more: str = "") -> Path:
-    """A run's folder with those rows in its log, and more after them."""
+    """Return a run's folder whose log has those rows and then `more`."""
     folder.mkdir(parents=True)
     text = "".join(json.dumps(row) + "\n" for row in rows) + more
     (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
@@ -30,7 +30,7 @@ def written(folder: Path, rows: list, more: str = "") -> Path:
 
 
 def old(rows: list[dict]) -> list[dict]:
-    """Rows as they were before `tokens` was logged."""
+    """Return rows without `tokens`."""
     return [{key: value for key, value in row.items() if key != "tokens"} for row in rows]
 
 
@@ -40,7 +40,7 @@ def plot(*args: object, code: int | None = None, **flags: object) -> subprocess.
 
 
 def size(path: Path) -> tuple[int, int]:
-    """Width and height of a PNG, by its header."""
+    """Return width and height from the header of a PNG."""
     head = path.read_bytes()[:24]
     assert head.startswith(b"\x89PNG\r\n\x1a\n")
     return struct.unpack(">II", head[16:])
@@ -126,7 +126,7 @@ def test_drawing_without_matplotlib_exits_2(tmp_path):
 
 @pytest.fixture(scope="module")
 def pieces(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    """A tiny run of `pieces`: its picture, and its table as {piece: [val loss, difference,
+    """Return the picture of a tiny run of `pieces` and its table as {piece: [val loss, difference,
     end]}."""
     target = tmp_path_factory.mktemp("pieces") / "pieces.png"
     done = plot("pieces", steps=4, dataset=dataset, to=target, code=0)
@@ -135,6 +135,7 @@ def pieces(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return target, {name: rest for name, *rest in cells[2:-1]}
 
 
+@pytest.mark.slow
 def test_a_run_resumed_without_a_piece_differs(pieces):
     target, table = pieces
     assert size(target) == (1400, 950)

@@ -1,4 +1,4 @@
-"""The training script: what it computes, what it logs, what it refuses."""
+"""train.py learns, logs its metrics, writes checkpoints and refuses mistakes."""
 import errno
 import fcntl
 import json
@@ -88,7 +88,7 @@ def test_eval_only_writes_nothing(train, tmp_path):
     assert "step 0: train loss" in done.stdout and not (tmp_path / "out").exists()
     train(max_iters=20)
     files = sorted(tmp_path.glob("out/*"))
-    loss = [row for row in rows(tmp_path / "out", "val_loss")][-1]["val_loss"]
+    loss = rows(tmp_path / "out", "val_loss")[-1]["val_loss"]
     done = train(eval_only=True, init_from=tmp_path / "out/ckpt.pt")
     assert f"val loss {loss:.4f}" in done.stdout and files == sorted(tmp_path.glob("out/*"))
 
@@ -219,13 +219,14 @@ def test_training_continues_when_stdout_is_full(dataset, tmp_path):
     assert rows(tmp_path / "out")[-1]["step"] == 40
 
 
+@pytest.mark.slow
 def test_out_dir_may_have_any_name_in_any_locale(dataset, tmp_path):
-    for name in ("жест", b"\xff\xfe".decode(errors="surrogateescape")):
-        flags = TINY | {"out_dir": tmp_path / name, "dataset": dataset, "max_iters": 2}
-        run("train.py", **flags, env={"PYTHONIOENCODING": "ascii"})
-        run("sample.py", out_dir=tmp_path / name, num_samples=1, max_new_tokens=2,
-            env={"PYTHONIOENCODING": "ascii"})
-        assert (tmp_path / name / "README.md").exists()
+    out = tmp_path / "жест" / b"\xff\xfe".decode(errors="surrogateescape")
+    flags = TINY | {"out_dir": out, "dataset": dataset, "max_iters": 2}
+    run("train.py", **flags, env={"PYTHONIOENCODING": "ascii"})
+    run("sample.py", out_dir=out, num_samples=1, max_new_tokens=2,
+        env={"PYTHONIOENCODING": "ascii"})
+    assert (out / "README.md").exists()
 
 
 def test_micro_batches_must_divide_evenly_among_ranks(train):
@@ -233,6 +234,7 @@ def test_micro_batches_must_divide_evenly_among_ranks(train):
     assert done.returncode != 0 and "make it a multiple of their number, 2" in done.stderr
 
 
+@pytest.mark.slow
 def test_progress_is_one_line_in_a_terminal_many_in_a_pipe(train, dataset, tmp_path):
     piped = train(out="piped").stdout
     ours, theirs = pty.openpty()
@@ -245,7 +247,7 @@ def test_progress_is_one_line_in_a_terminal_many_in_a_pipe(train, dataset, tmp_p
     try:
         while block := os.read(ours, 1 << 16):
             written += block
-    except OSError:  # how Linux says that the other side is closed
+    except OSError:  # Linux: the other side is closed
         pass
     assert process.wait() == 0
     lines = [line.split("\r\033[K") for line in written.decode().split("\r\n")]
@@ -253,7 +255,7 @@ def test_progress_is_one_line_in_a_terminal_many_in_a_pipe(train, dataset, tmp_p
     replaced = [live for line in lines for live in line[:-1]]
     steps = [f"step {step}/40:" for step in range(5, 41, 5)]
     assert [live[:len(step)] for live, step in zip(replaced, steps, strict=True)] == steps
-    assert max(map(len, replaced)) == 49  # it is cut to the terminal's width
+    assert max(map(len, replaced)) == 49  # the terminal's width less one
     lasting = [line for line in piped.splitlines() if not line.startswith(tuple(steps))]
     assert shown == [line.replace("piped", "tty") for line in lasting] + [""]
     assert [line.split(" loss")[0] for line in piped.splitlines() if "left" in line] == steps
@@ -270,8 +272,8 @@ def test_training_continues_when_stdout_closes(dataset, tmp_path):
 
 
 def wandb_records(path: Path) -> Iterator[pb.Record]:
-    """What wandb has written offline: records in the format of LevelDB's log, whole ones or in
-    parts that stay within blocks of 32 KiB, each behind a CRC32, its length and its kind."""
+    """Read the records that wandb wrote offline, in the format of LevelDB's log: blocks of 32 KiB
+    hold whole records or parts of them, each after a CRC32, a length and a type."""
     data, at, record = path.read_bytes(), 7, b""  # after wandb's own header
     while at < len(data):
         if 32768 - at % 32768 < 7:  # too short for a header: padding
@@ -279,11 +281,12 @@ def wandb_records(path: Path) -> Iterator[pb.Record]:
         size, kind = struct.unpack_from("<HB", data, at + 4)
         record += data[at + 7:at + 7 + size]
         at += 7 + size
-        if kind in (1, 4):  # a whole one, or the last part
+        if kind in (1, 4):  # a complete record, or the last part of one
             yield pb.Record.FromString(record)
             record = b""
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_its_wandb_id(train, tmp_path):
     env = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
     config, summary, ids, losses = {}, {}, set(), {}
@@ -326,6 +329,7 @@ def test_float16_and_compile_fall_back_with_a_note(train, tmp_path):
     assert bits(tmp_path / "half/ckpt.pt") == bits(tmp_path / "plain/ckpt.pt")
 
 
+@pytest.mark.slow
 def test_the_compiler_is_loaded_only_if_used(dataset, tmp_path):
     flags = TINY | {"dataset": dataset, "out_dir": tmp_path, "max_iters": 4}
     program = ("import sys, runpy\n"
@@ -333,5 +337,6 @@ def test_the_compiler_is_loaded_only_if_used(dataset, tmp_path):
                "finally:\n    print('torch._dynamo' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", program,
                            *(f"--{key}={value}" for key, value in flags.items())], cwd=REPO,
-                          env=os.environ | {"PYTHONPATH": str(REPO)}, capture_output=True, text=True)
+                          env=os.environ | {"PYTHONPATH": str(REPO)}, capture_output=True,
+                          text=True)
     assert "done at step 4" in done.stdout and done.stdout.endswith("False\n"), done.stderr
