@@ -1,11 +1,14 @@
-"""What the tests share: the real scripts as subprocesses, a small real text, and states compared to
-the bit."""
+"""Helpers of all tests: run the real scripts, prepare a small real text, compare states bit for
+bit."""
+import functools
 import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +28,67 @@ TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size":
         "log_interval": 5}
 
 
-def command(script: str, *words: str, ranks: int = 1, last: str = "", **flags: Any) -> list[str]:
-    """The command line of a script or a module, behind torchrun for several ranks, with one more
-    word at its end."""
+# modules that the fork server imports before it runs a script; any other script gets the last ones
+IMPORTS = {"train.py": ["train"], "sample.py": ["sample"], "prepare.py": ["prepare"],
+           "tools.export": ["tools.export"], "tools.same": ["tools.same"],
+           "tools.plot": ["tools.plot.curves", "matplotlib.pyplot"]}
+OTHER_IMPORTS = ["tools.crash.__main__"]  # train.py and all of the package with it
+
+
+def command(script: str, *args: str, ranks: int = 1, last: str = "", **flags: Any) -> list[str]:
+    """Return the command line of a script or module, behind torchrun for several ranks. `last` is
+    one more argument after the flags."""
     torchrun = (["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
                 if ranks > 1 else [])
     program = [str(REPO / script)] if str(script).endswith(".py") else ["-m", script]
-    return [sys.executable, *torchrun, *program, *map(str, words),
+    return [sys.executable, *torchrun, *program, *map(str, args),
             *(f"--{key}={value}" for key, value in flags.items()), *([last] if last else [])]
 
 
-def run(script: str, *words: str, ranks: int = 1, code: int | None = 0, cwd: Path = REPO,
-        env: dict | None = None, **flags: Any) -> subprocess.CompletedProcess:
-    """Run a script to its end and check its exit code."""
-    done = subprocess.run(command(script, *words, ranks=ranks, **flags), capture_output=True,
-                          text=True, cwd=cwd,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}), timeout=300)
+@functools.cache
+def fork_server() -> subprocess.Popen:
+    """Start this test process's fork server. It ends when its stdin closes."""
+    return subprocess.Popen([sys.executable, REPO / "tests/fork_server.py"], text=True, cwd=REPO,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE)
+
+
+def run_forks(script: str, args: list[str], ranks: int, cwd: Path, env: dict[str, str]
+              ) -> subprocess.CompletedProcess:
+    """Run a script in forks of a process that has imported torch, one for each rank."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        if ranks > 1:  # what torchrun sets
+            free.bind(("127.0.0.1", 0))
+            env |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+                    "GROUP_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(free.getsockname()[1])}
+            free.close()
+        request = {"argv": args, "ranks": ranks, "cwd": str(cwd), "env": env, "timeout": 600,
+                   "imports": IMPORTS.get(script, OTHER_IMPORTS),
+                   "stdout": f"{folder}/stdout", "stderr": f"{folder}/stderr"}
+        server = fork_server()
+        print(json.dumps(request), file=server.stdin, flush=True)
+        code = int(server.stdout.readline())
+        return subprocess.CompletedProcess(args, code, Path(folder, "stdout").read_text(),
+                                           Path(folder, "stderr").read_text())
+
+
+def run(script: str, *args: str, ranks: int = 1, code: int | None = 0, cwd: Path = REPO,
+        env: dict[str, str] | None = None, fresh: bool = False, **flags: Any
+        ) -> subprocess.CompletedProcess:
+    """Run a script to its end and check its exit code.
+
+    Its processes are forks, which start in no time, unless `env` has what only a new interpreter
+    reads. `fresh` starts new ones, behind torchrun if there are several ranks.
+    """
+    full_env = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
+    fresh = fresh or any(key.startswith(("PYTHON", "OMP_")) for key in env or {})
+    if fresh or sys.platform != "linux":
+        done = subprocess.run(command(script, *args, ranks=ranks, **flags), capture_output=True,
+                              text=True, cwd=cwd, env=full_env, timeout=600)
+    else:
+        _, *words = command(script, *args, **flags)
+        done = run_forks(script, words[words[0] == "-m":], ranks, cwd, full_env)
     assert code is None or done.returncode == code, \
         f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
