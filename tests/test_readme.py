@@ -44,3 +44,12 @@ def test_links_lead_to_files_and_headings(page):
         target = page.parent / name if name else page
         assert target.exists(), link
         assert not heading or heading in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_use_existing_keys(page):
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    keys = {f.name for f in fields(TrainConfig)}
+    for arguments in re.findall(r" train\.py(.*)", text):
+        given = re.findall(r"--(\w+)=", arguments.split("`")[0].split("#")[0])
+        assert set(given) <= keys
