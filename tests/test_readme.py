@@ -53,3 +53,19 @@ def test_commands_use_existing_keys(page):
     for arguments in re.findall(r" train\.py(.*)", text):
         given = re.findall(r"--(\w+)=", arguments.split("`")[0].split("#")[0])
         assert set(given) <= keys
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_said_to_be_in_a_file_are_in_it(page):
+    text = page.read_text(encoding="utf-8")
+    for names, file in re.findall(r"((?:`\w+`(?:, | and )?)+) in\s+`([\w/]+\.py)`", text):
+        code = (REPO / file).read_text(encoding="utf-8")
+        for name in re.findall(r"\w+", names.replace(" and ", " ")):
+            assert re.search(rf"^ *(def|class) {name}\b|^{name} = ", code, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page):
+    named = re.findall(r"\b(?:config|docs|keepgpt|runs|tests|tools)/\w+\.\w+",
+                       page.read_text(encoding="utf-8"))
+    assert [name for name in set(named) - {"config/x.py"} if not (REPO / name).exists()] == []
