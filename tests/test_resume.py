@@ -206,7 +206,7 @@ def test_a_signal_before_the_first_step_exits_75(dataset, tmp_path):
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75 and not err, err
-    assert "; go on with --init_from=auto" in out
+    assert "continue with --init_from=auto" in out
     run("train.py", **flags)
     run("train.py", **flags | {"out_dir": tmp_path / "whole"})
     assert bits(tmp_path / "out/ckpt.pt") == bits(tmp_path / "whole/ckpt.pt")
