@@ -47,16 +47,17 @@ class Metrics:
         """
         self.live = False  # the cursor stands at the end of a line that the next one replaces
         self.wandb, self.quiet, self.path = None, quiet, None
-        self.lock, self.pending = Lock(), b""  # rows that are not in the file yet
+        # rows since the last fsync that succeeded, the bytes of them that are in the file, and the
+        # bytes before them, which are on the disk for sure
+        self.lock, self.rows, self.written, self.safe = Lock(), b"", 0, 0
+        self.suspect = False  # an fsync has failed
         self.file = os.open(os.devnull, os.O_WRONLY)
         if out_dir is None:
             return
         self.path = out_dir / "metrics.jsonl"
         try:
             lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-            write_atomically(self.path, b"".join(
-                line for line in lines if _is_before(line, step, evaluated)))
-            self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+            self._replace(b"".join(line for line in lines if _is_before(line, step, evaluated)))
         except OSError as e:
             reason, code = describe(e)
             raise UserError(f"{self.path} can't be written: {reason}", code) from None
@@ -82,7 +83,7 @@ class Metrics:
         """
         if self.path:
             with self.lock:
-                self.pending += json.dumps(row).encode() + b"\n"
+                self.rows += json.dumps(row).encode() + b"\n"
                 try:
                     self._write()
                 except OSError as e:
@@ -113,15 +114,33 @@ class Metrics:
                  + f", {minutes // 60}:{minutes % 60:02}:{seconds:02} left", live=True)
 
     def sync(self) -> None:
-        """Make the rows so far durable, before the checkpoint that counts on them. Raises OSError:
-        that save then fails."""
+        """Make the rows so far durable, before the checkpoint that counts on them. Raises OSError.
+
+        After a failed fsync the kernel calls pages clean that are not on the disk. The next sync
+        therefore writes a new file.
+        """
         with self.lock:
+            if self.suspect:
+                self._replace(self.path.read_bytes()[:self.safe] + self.rows)
+                return
             self._write()
-            os.fsync(self.file)
+            try:
+                os.fsync(self.file)
+            except OSError:
+                self.suspect = True
+                raise
+            self.safe, self.rows, self.written = self.safe + len(self.rows), b"", 0
+
+    def _replace(self, content: bytes) -> None:
+        """Replace the file durably and continue with the new one. Raises OSError."""
+        write_atomically(self.path, content)
+        os.close(self.file)
+        self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+        self.rows, self.written, self.safe, self.suspect = b"", 0, len(content), False
 
     def _write(self) -> None:
-        while self.pending:
-            self.pending = self.pending[os.write(self.file, self.pending):]
+        while self.written < len(self.rows):
+            self.written += os.write(self.file, memoryview(self.rows)[self.written:])
 
     def close(self) -> None:
         """Close the file and end the wandb run."""

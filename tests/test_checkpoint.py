@@ -99,20 +99,19 @@ def test_any_malformed_pickle_is_refused(bundle, tmp_path):
             read_bundle(tmp_path / "x.pt")
 
 
-def test_rows_survive_a_failed_fsync(tmp_path):
-    disk = Disk()
-    metrics = Metrics(tmp_path, 0, False, disk)
+def test_rows_survive_a_failed_fsync(tmp_path, monkeypatch):
+    metrics = Metrics(tmp_path, 0, False)
     path = tmp_path / "metrics.jsonl"
     metrics.log({"step": 1})
     metrics.sync()
     metrics.log({"step": 2})
-    disk.fsync = refuse
+    monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(OSError):
         metrics.sync()
     first = path.stat().st_ino
     with pytest.raises(OSError):
         metrics.sync()
-    del disk.fsync
+    monkeypatch.undo()
     metrics.log({"step": 3})
     with open(path, "rb+") as file:  # the kernel has dropped what it could not write
         file.truncate(len('{"step": 1}\n'))
