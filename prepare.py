@@ -63,7 +63,7 @@ def find_hub_source(name: str, folder: str, val_fraction: float) -> Source:
         train, val = text.find_hub_files(name, folder)
         if folder:
             for path in train + val:
-                text.count_rows(path, "text")
+                text.open_parquet(path, "text").close()
         return [Shard(partial(text.read_documents, [path], "text"), share)
                 for files, share in ((train, val_fraction), (val, 1.0)) for path in files]
     identity = {"hub": hub.repo, "revision": hub.revision, "files": [hub.train, hub.val]}
@@ -83,9 +83,12 @@ def find_own_source(config: PrepareConfig, paths: list[str]) -> Source:
 
     def shards() -> list[Shard]:
         if len(files) > 1 and all(path.lower().endswith(".parquet") for path in files):
-            return [Shard(partial(text.read_documents, [path], config.text_key),
-                          config.val_fraction, text.count_rows(path, config.text_key))
-                    for path in files]
+            found = []
+            for path in files:
+                with text.open_parquet(path, config.text_key) as file:
+                    found.append(Shard(partial(text.read_documents, [path], config.text_key),
+                                       config.val_fraction, file.metadata.num_rows))
+            return found
         return [Shard(partial(text.read_documents, files, config.text_key), config.val_fraction)]
     return Source(identify, config.val_fraction, shards)
 
@@ -378,11 +381,11 @@ def prepare(config: PrepareConfig, given: dict, paths: list[str]) -> None:
         remove_ours(folder, keep=["meta.json", *files_of(meta)])  # of killed preparations
     tokens, size = meta["tokens"], meta["vocab_size"]
     short = tokenizer.startswith("bpe:") and size < int(tokenizer.removeprefix("bpe:"))
+    learned = f"{size:,} in the vocabulary{', all that this little text gives' if short else ''}"
+    took = "exists already" if exists else f"took {time.perf_counter() - started:.1f} s"
     try:
-        print(f"{folder}: {tokens['train']:,} train and {tokens['val']:,} val tokens of {tokenizer}"
-              f", {size:,} in the vocabulary{', all that this little text gives' if short else ''}: "
-              + ("exists already" if exists else f"took {time.perf_counter() - started:.1f} s"),
-              flush=True)
+        print(f"{folder}: {tokens['train']:,} train and {tokens['val']:,} val tokens of "
+              f"{tokenizer}, {learned}: {took}", flush=True)
     except OSError as e:
         leave_closed_output(e)
 

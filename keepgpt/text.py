@@ -177,28 +177,21 @@ def find_files(paths: list[str]) -> list[str]:
         skipped += not new
         return new
 
-    def walk(top: str) -> Iterator[str]:
-        for folder, folders, names in os.walk(top, onerror=stop, followlinks=True):
-            if is_new(folder):
-                folders[:] = sorted(name for name in folders if not name.startswith("."))
-                yield from (os.path.join(folder, name) for name in names
-                            if name.lower().endswith(tuple(SUFFIXES.split())) and not name.startswith("."))
-            else:
-                folders.clear()
-
     def stop(error: OSError) -> None:
         raise error
     for path in paths:
         before = skipped
-        if os.path.isdir(path):
-            found = list(walk(path))
-            missing = f"no text in this folder; looked for {SUFFIXES}"
-        else:
-            found = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
-            found = [path for path in found if not os.path.isdir(path)]
-            missing = f"no such file, folder or dataset ({', '.join([*DATASETS, *HUB])})"
+        found = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
+        found = [path for path in found if not os.path.isdir(path)]
+        tree = os.walk(path, onerror=stop, followlinks=True) if os.path.isdir(path) else ()
+        for folder, folders, names in tree:
+            visible = is_new(folder)
+            folders[:] = sorted(name for name in folders if visible and name[0] != ".")
+            found += [os.path.join(folder, name) for name in names if visible
+                      and name.lower().endswith(tuple(SUFFIXES.split())) and name[0] != "."]
         if not found and skipped == before:
-            fail(f"{path}: {missing}")
+            fail(f"{path}: no text in this folder; looked for {SUFFIXES}" if os.path.isdir(path)
+                 else f"{path}: no such file, folder or dataset ({', '.join([*DATASETS, *HUB])})")
         files += [path for path in sorted(found) if is_new(path)]
     if skipped:
         warn(f"skipping {skipped} paths to files or folders that others of these lead to")
@@ -240,11 +233,14 @@ def open_parquet(path: str, text_key: str):
         import pyarrow.parquet as parquet
     except ImportError:
         fail("reading Parquet needs one more package. Try: pip install pyarrow")
-    if "://" in path:
-        from huggingface_hub import HfFileSystem
-        file = parquet.ParquetFile(HfFileSystem().open(path))
-    else:
-        file = parquet.ParquetFile(path)
+    try:
+        if "://" in path:
+            from huggingface_hub import HfFileSystem
+            file = parquet.ParquetFile(HfFileSystem().open(path))
+        else:
+            file = parquet.ParquetFile(path)
+    except Exception as e:  # of several packages
+        fail(f"{path}: cannot be read: {e}")
     kinds = {field.name: str(field.type) for field in file.schema_arrow}
     if kinds.get(text_key) not in ("string", "large_string", "string_view"):
         columns = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
@@ -252,28 +248,19 @@ def open_parquet(path: str, text_key: str):
     return file
 
 
-def count_rows(path: str, text_key: str) -> int:
-    """Return how many rows a Parquet file has. End the program if it cannot be read."""
-    try:
-        with open_parquet(path, text_key) as file:
-            return file.metadata.num_rows
-    except Exception as e:  # pyarrow's are of many types
-        fail(f"{path}: cannot be read: {e}")
-
-
 def read_parquet(path: str, text_key: str) -> Iterator[str]:
     """Yield the texts of a Parquet file, in order."""
     row = 0
-    try:
-        with open_parquet(path, text_key) as file:
+    with open_parquet(path, text_key) as file:
+        try:
             for batch in file.iter_batches(ROWS, columns=[text_key]):
                 for text in batch.column(0).to_pylist():
                     row += 1
                     if text is None:
                         fail(f"{path}: row {row} has no text under {text_key!r}")
                     yield text
-    except Exception as e:  # of several packages
-        fail(f"{path}: cannot be read: {e}. Try: the same command, which keeps complete shards")
+        except Exception as e:  # of several packages
+            fail(f"{path}: cannot be read: {e}. Try: the same command, which keeps complete shards")
 
 
 def read_documents(files: list[str], text_key: str) -> Documents:
