@@ -1,4 +1,4 @@
-"""GPT-2 in one file: the network, its loss, and generation with a key-value cache.
+"""GPT-2 in one file: the network, its loss, and sampling with a key-value cache.
 
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners": pre-norm blocks, learned
 positions, tanh GELU, token embedding tied to the output layer. Parameter names are GPT-2's.
@@ -173,8 +173,8 @@ class GPT(nn.Module):
         return F.pad(wte, (0, 0, 0, -wte.size(0) % 64)) if wte.is_cuda else wte
 
     def flops_per_token(self) -> int:
-        """Return the FLOPs of forward and backward per token of a full block (PaLM, Chowdhery et al.
-        2022, appendix B)."""
+        """Return the FLOPs of forward and backward per token of a full block (Chowdhery et al.
+        2022, PaLM, appendix B)."""
         n = sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
         return 6 * n + 12 * self.args.n_layer * self.args.n_embd * self.args.block_size
 
@@ -249,7 +249,7 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, temperat
 
     None stands for a sequence without a new token: its prompt is longer than another's and still
     being read, or it has finished, by the `stop` token (not yielded) or after `max_new_tokens`.
-    Past block_size the window slides by a quarter of it, so that the cache is refilled only once in
+    Past block_size the window slides by a quarter of it, so the cache is refilled once in
     block_size / 4 tokens. `compile` compiles the step of one token, which pays for long texts.
     """
     device, block_size = model.transformer.wte.weight.device, model.args.block_size

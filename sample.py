@@ -33,9 +33,9 @@ class SampleConfig:
 
 
 if __name__ == "__main__":  # before torch is imported
-    CONFIG, _, WORDS = command_line(SampleConfig, "python sample.py [--key=value ...]")
-    if WORDS:
-        fail(f"{WORDS[0]}: expected --key=value. Try: --help")
+    CONFIG, _, ARGS = command_line(SampleConfig, "python sample.py [--key=value ...]")
+    if ARGS:
+        fail(f"{ARGS[0]}: expected --key=value. Try: --help")
 
 import codecs
 import signal

@@ -52,7 +52,7 @@ def dropout_mask(x: Tensor, p: float) -> Tensor:
 
 class LinearCrossEntropy(torch.autograd.Function):
     """F.cross_entropy(F.linear(x, weight[:V]), targets), MAX_LOGITS logits at a time. The forward
-    pass computes the gradients as well, so that the logits of all tokens are never in memory."""
+    pass computes the gradients as well, so the logits of all tokens are never in memory."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, V: int) -> Tensor:
@@ -109,7 +109,7 @@ class PackedLinear(nn.Module):
 
 def pack_linear_layers(model: nn.Module) -> None:
     """Replace the linear layers of a bfloat16 GPT on a CPU by packed ones: sampling gets 1.5x
-    faster, and training is no longer possible."""
+    faster, and can't be trained any more."""
     for parent in list(model.modules()):
         for name, layer in parent.named_children():
             if isinstance(layer, nn.Linear):

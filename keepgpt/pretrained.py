@@ -1,5 +1,5 @@
 """Read weights from Hugging Face folders, the hub, and checkpoints of keepGPT and nanoGPT, as plain
-dicts: the ModelArgs, the state dict, and what the source says about its tokens."""
+dicts: the ModelArgs, the state dict, and a description of the tokens."""
 import json
 import pickle
 import zipfile

@@ -134,14 +134,14 @@ def weights(place: Path) -> Path:
     return path
 
 
-def test_damaged_weights_are_refused(tmp_path):
+def test_corrupt_weights_are_refused(tmp_path):
     path = weights(tmp_path)
     assert read_weights(str(path))[0]["n_embd"] == 32
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     done = run("tools.export", init_from=path, to=tmp_path / "to", code=2)
-    assert "it is damaged" in complaint(done)
+    assert "is corrupt" in complaint(done)
 
 
 def test_mistakes_are_answered_with_one_line(tmp_path):
@@ -152,12 +152,12 @@ def test_mistakes_are_answered_with_one_line(tmp_path):
     assert "python train.py" in told(out_dir=tmp_path, to=tmp_path / "to")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
-    assert "give a new folder" in told(out_dir=tmp_path, to=tmp_path / "full")
+    assert "expected a new or empty folder" in told(out_dir=tmp_path, to=tmp_path / "full")
     assert (tmp_path / "full/file").exists()
     words = command("tools.export", init_from=weights(tmp_path), to=tmp_path / "to")
     full = subprocess.run(["bash", "-c", 'ulimit -f 30; exec "$@"', "bash", *words],
                           capture_output=True, text=True, cwd=REPO)
     assert f"--to={tmp_path / 'to'} can't be written: file too large" in complaint(full)
     torch.save({"model": {}}, tmp_path / "no.pt")
-    assert "no checkpoint" in told(init_from=tmp_path / "no.pt", to=tmp_path / "to")
+    assert "expected a checkpoint" in told(init_from=tmp_path / "no.pt", to=tmp_path / "to")
     assert not (tmp_path / "to").exists()

@@ -1,4 +1,4 @@
-"""memory: the most that GPT-2 124M takes while it is trained, saved, resumed and sampled from."""
+"""memory: peak memory of GPT-2 124M during training, saving, resuming and sampling."""
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,16 +19,16 @@ WORKS = {
     "sampling": """
 import sample, types
 sample.tokenizer.from_meta = lambda meta: types.SimpleNamespace(vocab_size=meta["vocab_size"])
-words = [word for word in sys.argv if word.startswith(("--out_dir", "--device"))]
+args = [arg for arg in sys.argv if arg.startswith(("--out_dir", "--device"))]
 from keepgpt.config import parse
-config = parse(sample.SampleConfig, "", words)[0]
+config = parse(sample.SampleConfig, "", args)[0]
 network = sample.load(config)[0]
 sample.prepare_model(network, sample.pick_device(config.device))
 list(sample.generate(network, [[0]], 48))"""}
 
 
 def bench(config: BenchConfig) -> Iterator[dict[str, str]]:
-    """A row a kind of work, each in a process of its own."""
+    """Yield a row per kind of work, each in a new process."""
     device, shape = pick_device(config.device), SHAPES["GPT-2 124M"]
     with tempfile.TemporaryDirectory(dir=config.folder or None) as folder:
         for split in ("train", "val"):

@@ -1,4 +1,4 @@
-"""The works that are compared, each to be run in a process of its own. See common.Side."""
+"""The sides of the comparisons, each for its own process. See common.Side."""
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -23,7 +23,7 @@ from train import Run, compute_gradient, update
 
 
 def steps(step: Callable[[], object], device: torch.device) -> Callable[[], float]:
-    """Some steps, enough for a second or so; returns the seconds of one."""
+    """Return a function that takes about a second of steps and returns the seconds per step."""
     def some(count: int) -> None:
         for _ in range(count):
             step()
@@ -34,18 +34,18 @@ def steps(step: Callable[[], object], device: torch.device) -> Callable[[], floa
 
 
 def steps_of(run: Run) -> Callable[[], float]:
-    """Steps of train.py itself: loader, gradient and update."""
+    """Return `steps` of train.py: loader, gradient and update."""
     saver = Saver(None, 2, 0.0, lambda: None, run.ranks.device)
     return steps(lambda: update(run, saver, compute_gradient(run)), run.ranks.device)
 
 
 def train_ours(name: str, device: str) -> Callable[[], float]:
-    """A step of train.py."""
+    """Time steps of train.py."""
     return steps_of(new_run(SHAPES[name], pick_device(device)))
 
 
 def attention_by(backend: str) -> None:
-    """Let no other kernel do it, so that it fails where this one can't."""
+    """Allow only one attention kernel, so a step fails without it."""
     cuda = torch.backends.cuda
     for name, enable in {"flash": cuda.enable_flash_sdp, "cudnn": cuda.enable_cudnn_sdp,
                          "efficient": cuda.enable_mem_efficient_sdp,
@@ -54,16 +54,16 @@ def attention_by(backend: str) -> None:
 
 
 def compile_by(mode: str) -> None:
-    """Let torch.compile work in another mode."""
+    """Set the mode of torch.compile."""
     torch.compile = partial(torch.compile, mode=mode)
 
 
 def reduce_once() -> None:
-    """Let DDP reduce after the whole backward pass, and the compiler see it in one piece."""
+    """Let DDP reduce after the backward pass, which is then compiled in one graph."""
     torch._dynamo.config.optimize_ddp = False
 
 
-WAYS = {  # what is called before
+WAYS = {  # name: function to call first
     "as train.py does it": lambda: None,
     "deterministic=True": be_deterministic,
     "attention by cuDNN": partial(attention_by, "cudnn"),
@@ -76,7 +76,7 @@ WAYS = {  # what is called before
 
 
 def train_in_a_way(way: str, name: str, device: str) -> Callable[[], float]:
-    """A step of train.py, but for one thing."""
+    """Time steps of train.py with one thing changed."""
     WAYS[way]()
     run = new_run(SHAPES[name], pick_device(device))
     if way.startswith("DDP"):
@@ -89,13 +89,13 @@ def train_in_a_way(way: str, name: str, device: str) -> Callable[[], float]:
 def train_peer(network: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
                parameters: Iterable[nn.Parameter], name: str, device: torch.device,
                optimizer: torch.optim.Optimizer | None = None) -> Callable[[], float]:
-    """A step of another program: `network(x, y)` gives the loss of a micro-batch of random tokens,
-    which lies on the device already."""
+    """Time steps of another program: `network(x, y)` returns the loss of a micro-batch of random
+    tokens, already on the device."""
     shape, parameters = SHAPES[name], list(parameters)
     optimizer = optimizer or torch.optim.AdamW(parameters, lr=1e-3)
     batch = torch.randint(shape.args.vocab_size, (2, shape.batch_size, shape.args.block_size),
                           device=device)
-    # on a CPU float32, as they come
+    # float32 on a CPU, the default
     autocast = torch.autocast(device.type, pick_dtype("auto", device), device.type == "cuda")
 
     def step() -> None:
@@ -110,8 +110,8 @@ def train_peer(network: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 
 
 def train_plain(name: str, device: str) -> Callable[[], float]:
-    """A step of the same model, float32 on a CPU, by PyTorch's own functions; on CUDA compiled,
-    loss and all, and bfloat16, with all logits in float32: what nanoGPT does."""
+    """Time steps of the same model in plain PyTorch, as in nanoGPT: float32 on a CPU; on CUDA
+    bfloat16, compiled, with all logits in float32."""
     model_module.dropout = F.dropout
     model_module.attend = lambda q, k, v, p: F.scaled_dot_product_attention(
         q, k, v, dropout_p=p, is_causal=True)
@@ -134,7 +134,7 @@ def train_plain(name: str, device: str) -> Callable[[], float]:
 
 
 def gpt2_of_transformers(name: str) -> torch.nn.Module:
-    """Transformers' GPT-2 of a shape."""
+    """Return Transformers' GPT-2 of a shape."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     from transformers import GPT2Config, GPT2LMHeadModel
     a = SHAPES[name].args
@@ -145,7 +145,7 @@ def gpt2_of_transformers(name: str) -> torch.nn.Module:
 
 
 def train_transformers(name: str, device: str) -> Callable[[], float]:
-    """A step of Transformers' GPT-2, as it comes."""
+    """Time steps of Transformers' GPT-2 with its defaults."""
     where = pick_device(device)
     torch.set_float32_matmul_precision("high")
     network = gpt2_of_transformers(name).to(where).train()
@@ -153,12 +153,12 @@ def train_transformers(name: str, device: str) -> Callable[[], float]:
 
 
 def new_tokens(name: str, device: torch.device) -> int:
-    """How many are drawn: on CUDA more, for they are fast, and recording a step is in the time."""
+    """Return the number of tokens to sample: more on CUDA, which is fast."""
     return 48 if device.type == "cpu" else min(500, SHAPES[name].args.block_size - 16)
 
 
 def sample_ours(name: str, device: str, compile: bool = False) -> Callable[[], float]:
-    """Tokens of one sequence, as sample.py draws them; the seconds of one."""
+    """Time sample.py's tokens of one sequence; return the seconds per token."""
     where = pick_device(device)
     count = new_tokens(name, where)
     network = model_module.GPT(SHAPES[name].args).eval()
@@ -174,7 +174,7 @@ def sample_ours(name: str, device: str, compile: bool = False) -> Callable[[], f
 
 
 def sample_transformers(name: str, device: str) -> Callable[[], float]:
-    """The same by Transformers' `generate`, with its cache; on CUDA in our dtype too."""
+    """Time Transformers' `generate` with its cache; on CUDA in the same dtype."""
     where = pick_device(device)
     dtype = pick_dtype("auto", where) if where.type == "cuda" else torch.float32
     network, count = gpt2_of_transformers(name).to(where, dtype).eval(), new_tokens(name, where)
