@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, TINY, bits, command, complaint, rows, run
+from conftest import REPO, TINY, bits, command, complaint, rows, run, start
 
 from keepgpt import checkpoint
 
@@ -199,14 +199,13 @@ def test_a_run_resumes_bit_identical_after_a_signal(dataset, tmp_path, uninterru
 @pytest.mark.slow
 def test_a_signal_before_the_first_step_exits_75(dataset, tmp_path):
     flags = {"dataset": dataset, **TINY, "out_dir": tmp_path / "out", "init_from": "auto"}
-    process = subprocess.Popen(command("train.py", **flags), stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+    process = start("train.py", **flags)
     while not (tmp_path / "out/.lock").exists():
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 75 and not err, err
-    assert "; go on with --init_from=auto" in out
+    assert "--init_from=auto" in out
     run("train.py", **flags)
     run("train.py", **flags | {"out_dir": tmp_path / "whole"})
     assert bits(tmp_path / "out/ckpt.pt") == bits(tmp_path / "whole/ckpt.pt")
@@ -216,13 +215,12 @@ def test_a_signal_before_the_first_step_exits_75(dataset, tmp_path):
 def test_a_second_run_in_the_same_folder_is_refused(dataset, tmp_path):
     flags = {"dataset": dataset, **TINY, "max_iters": 100000, "out_dir": tmp_path / "out",
              "init_from": "auto"}
-    first = subprocess.Popen(command("train.py", **flags), stdout=subprocess.PIPE, text=True)
+    first = start("train.py", **flags)
     while "step 5/" not in first.stdout.readline():
         pass
     assert "another run" in complaint(run("train.py", code=None, **flags | {"init_from": "resume"}))
     # a restart loop's command waits for a run that is ending
-    second = subprocess.Popen(command("train.py", **flags | {"max_iters": 40}),
-                              stdout=subprocess.PIPE, text=True)
+    second = start("train.py", **flags | {"max_iters": 40})
     assert "is still writing to" in second.stdout.readline()
     first.kill()
     first.wait()
@@ -312,8 +310,7 @@ def test_a_changed_number_of_ranks_is_printed(train, tmp_path):
 def test_a_second_ctrl_c_ends_a_waiting_rank(dataset, tmp_path):
     flags = TINY | {"dataset": dataset, "out_dir": tmp_path / "out", "max_iters": 100000,
                     "eval_interval": 100000}
-    launcher = subprocess.Popen(command("train.py", ranks=2, **flags), stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True)
+    launcher = start("train.py", ranks=2, **flags)
     while "step 5/" not in launcher.stdout.readline():
         pass
     ranks = {int(rank): int(pid) for pid in subprocess.run(
@@ -336,8 +333,7 @@ def test_a_second_ctrl_c_ends_a_waiting_rank(dataset, tmp_path):
 def test_a_signal_interrupts_evaluation_and_compilation(dataset, tmp_path, ranks, flags):
     flags = TINY | {"dataset": dataset, "out_dir": tmp_path / "out", "n_layer": 6, "n_embd": 64,
                     "init_from": "auto", "max_iters": 6, **flags}
-    process = subprocess.Popen(command("train.py", ranks=ranks, **flags), stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+    process = start("train.py", ranks=ranks, **flags)
     while "parameters" not in process.stdout.readline():  # an evaluation of seconds follows
         pass
     time.sleep(0.5)
@@ -351,8 +347,7 @@ def test_a_signal_interrupts_evaluation_and_compilation(dataset, tmp_path, ranks
 def test_ranks_leave_an_evaluation_together(dataset, tmp_path):
     flags = TINY | {"dataset": dataset, "out_dir": tmp_path / "out", "n_layer": 6, "n_embd": 64,
                     "eval_iters": 400, "eval_interval": 5, "max_iters": 10}
-    process = subprocess.Popen(command("train.py", ranks=2, **flags), stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+    process = start("train.py", ranks=2, **flags)
     while "step 5/" not in process.stdout.readline():  # an evaluation of seconds follows
         pass
     time.sleep(0.3)

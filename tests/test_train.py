@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, TINY, bits, command, complaint, rows, run
+from conftest import REPO, TINY, bits, command, complaint, rows, run, start
 from wandb.proto import wandb_internal_pb2 as pb
 
 import train as script
@@ -262,8 +262,7 @@ def test_progress_is_one_line_in_a_terminal_many_in_a_pipe(train, dataset, tmp_p
 
 
 def test_training_continues_when_stdout_closes(dataset, tmp_path):
-    words = command("train.py", out_dir=tmp_path / "out", dataset=dataset, **TINY)
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start("train.py", out_dir=tmp_path / "out", dataset=dataset, **TINY)
     process.stdout.readline()
     process.stdout.close()
     assert process.wait() == 0 and process.stderr.read() == ""
