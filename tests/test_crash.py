@@ -1,4 +1,4 @@
-"""tools.crash finds no failure in this program, and does find what a test breaks on purpose."""
+"""tools.crash finds no failure in this program, and finds those that a test makes on purpose."""
 import subprocess
 import tempfile
 from pathlib import Path
