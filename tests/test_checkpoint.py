@@ -113,7 +113,7 @@ def test_rows_survive_a_failed_fsync(tmp_path, monkeypatch):
         metrics.sync()
     monkeypatch.undo()
     metrics.log({"step": 3})
-    with open(path, "rb+") as file:  # the kernel has dropped what it could not write
+    with open(path, "rb+") as file:  # the kernel dropped the page that it could not write
         file.truncate(len('{"step": 1}\n'))
     metrics.sync()
     assert path.stat().st_ino != first

@@ -131,8 +131,7 @@ def test_a_wrong_value_in_a_file_names_key_and_file(file, line, says):
 
 
 def test_no_arguments_give_the_defaults():
-    config, given, words = parse(TrainConfig, "", [])
-    assert config == DEFAULTS and given == {} and words == []
+    assert parse(TrainConfig, "", []) == (DEFAULTS, {}, [])
 
 
 def test_flags_override_files_and_files_override_defaults(file):

@@ -61,7 +61,7 @@ def test_a_run_may_change_ranks_bit_identical(train, tmp_path, alone):
     for ranks, steps in ((4, 5), (1, 10), (2, 15), (4, 20)):
         done = train(ranks=ranks, elastic=True, **FLAGS | {"max_iters": steps})
         if steps > 5:
-            assert f"-> {ranks}: the same bits" in done.stdout
+            assert f"-> {ranks}: " in done.stdout and "rounding" not in done.stdout
     assert outcome(tmp_path / "out") == alone
 
 
@@ -87,7 +87,7 @@ def test_all_ranks_use_rank_0s_number_of_threads(dataset, tmp_path, alone):
 def test_resuming_a_ddp_run_does_not_promise_equal_bits(train):
     train(**FLAGS | {"max_iters": 5})
     done = train(ranks=2, elastic=True, **FLAGS | {"max_iters": 6})
-    assert "1 -> 2: the same batches, and the same losses but for rounding" in done.stdout
+    assert "1 -> 2: " in done.stdout and "rounding" in done.stdout
 
 
 def test_plain_ddp_rounds_differently_on_two_ranks(train, tmp_path):
@@ -102,8 +102,8 @@ def test_plain_ddp_rounds_differently_on_two_ranks(train, tmp_path):
 
 def test_settings_that_change_rounding_are_refused(train, tmp_path):
     done = train(ranks=3, code=None, elastic=True, **FLAGS | {"gradient_accumulation_steps": 4})
-    assert done.returncode and "start 1, 2, 4, 8, ... ranks, not 3" in done.stderr
+    assert done.returncode and "1, 2, 4, 8" in done.stderr
     train(elastic=True, **FLAGS | {"max_iters": 2})
     done = train(code=2, elastic=True,
                  **FLAGS | {"batch_size": 4, "gradient_accumulation_steps": 6})
-    assert "batch_size stays 2" in complaint(done)
+    assert "batch_size" in complaint(done)

@@ -66,6 +66,7 @@ def cl100k(monkeypatch, text: str) -> dict:
     return describe("cl100k_base", parts["pat_str"], ranks, parts["special_tokens"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, bias", [("char", False), ("gpt2", True), ("bpe", False),
                                         ("cl100k", True)])
 def test_transformers_reads_the_same_model_and_tokenizer(kind, bias, text, tmp_path, monkeypatch):
@@ -105,6 +106,7 @@ def test_transformers_reads_the_same_model_and_tokenizer(kind, bias, text, tmp_p
     assert all(torch.equal(state[name], p.float()) for name, p in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_transformers_continues_a_trained_model_as_sample_py_does(train, tmp_path):
     train(max_iters=40, block_size=64)
     out, folder = tmp_path / "out", tmp_path / "exported"
