@@ -134,10 +134,16 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks
         config, changes = resume_config(config, given, bundle, data)
         if ranks.rank == 0:
             print(f"resuming {config.out_dir} at step {bundle['step']}", *changes, sep=", ")
-        model = load_model(bundle["model_args"] | {"dropout": config.dropout}, bundle["model"])
+        try:
+            model = load_model(bundle["model_args"] | {"dropout": config.dropout}, bundle["model"])
+        except (TypeError, ValueError) as e:
+            raise UserError(f"the checkpoint in {config.out_dir}: {e}") from None
     elif (source := config.init_from.removeprefix("auto:")) in ("scratch", "auto"):
-        args = ModelArgs(config.n_layer, config.n_head, config.n_embd, config.block_size,
-                         data["vocab_size"], config.bias, config.dropout)
+        try:
+            args = ModelArgs(config.n_layer, config.n_head, config.n_embd, config.block_size,
+                             data["vocab_size"], config.bias, config.dropout)
+        except ValueError as e:
+            raise UserError(str(e)) from None
         check_memory(config, data["vocab_size"])
         torch.manual_seed(config.seed)
         model = GPT(args)
@@ -239,7 +245,7 @@ def load_pretrained(source: str, config: TrainConfig, given: dict[str, Any],
                                    min(config.block_size, args["block_size"]))
         return load_model(args | {"dropout": config.dropout}, state)
     except (TypeError, ValueError) as e:
-        raise UserError(f"init_from={source}: {e}") from None
+        raise UserError(f"init_from: {e}") from None
 
 
 def open_data(folder: Path, config: TrainConfig, data: dict[str, Any],

@@ -12,6 +12,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from keepgpt.config import TrainConfig
 from keepgpt.process import write_atomically
 
@@ -63,8 +65,9 @@ def commit() -> str:
 
 def packages() -> str:
     """The versions of what computes."""
-    found = [f"Python {platform.python_version()}"]
-    for package in ("torch", "numpy", "tiktoken"):
+    # torch's own version also names its build (+cpu, +cu124), which its package's does not always
+    found = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
+    for package in ("numpy", "tiktoken"):
         try:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:

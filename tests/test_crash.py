@@ -78,3 +78,11 @@ def test_a_failure_repeats_with_the_printed_flags(tmp_path):
 
 def test_an_unknown_part_exits_2():
     assert "'nosuch'" in complaint(run("tools.crash", "nosuch", code=2))
+
+
+@pytest.mark.slow
+def test_an_uninterrupted_run_that_hangs_is_an_error(tmp_path):
+    impatient = "from tools.crash import common\ncommon.exit_code.__defaults__ = (0.01,)"
+    done = crash("kill", "--cases=1", "--torchrun_cases=0", f"--folder={tmp_path}",
+                 broken=impatient, code=2)
+    assert "hangs" in done.stderr

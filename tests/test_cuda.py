@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 import model as model_module
@@ -304,9 +305,15 @@ def test_the_host_copy_of_a_bundle_is_one_block_of_its_size(tmp_path):
 
 
 class SliceByOperators(TorchFunctionMode):
-    """Python's own slicing asks for the real device."""
+    """Python's own slicing asks for the real device. In a CUDA build of torch 2.6 so do an
+    embedding, and a LayerNorm of what is not contiguous."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.embedding:
+            idx, weight = args[:2]
+            return weight.index_select(0, idx.flatten()).unflatten(0, idx.shape)
+        if function is torch.nn.functional.layer_norm:
+            args = (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
         if function not in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
             return function(*args, **(kwargs or {}))
         part, index, dim = args[0], args[1] if isinstance(args[1], tuple) else (args[1],), 0
@@ -325,7 +332,9 @@ class SliceByOperators(TorchFunctionMode):
 def fake():
     """A model on a GPU that is not there: shapes, dtypes and devices are right, values are none.
     Without CUDA it can't have gradients."""
-    with FakeTensorMode(), SliceByOperators(), torch.inference_mode():
+    # the choice among the other kernels asks torch 2.6's CUDA build for a real device
+    math_alone = sdpa_kernel(SDPBackend.MATH)
+    with FakeTensorMode(), SliceByOperators(), torch.inference_mode(), math_alone:
         with torch.device("meta"):
             model = GPT(replace(ARGS, n_head=1, n_embd=64, block_size=32))
         for module in model.modules():

@@ -6,6 +6,7 @@ import random
 import resource
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -125,9 +126,14 @@ def exit_code(pid: int, seconds: float = HANGS) -> int | None:
 
 def undisturbed(settings: dict[str, Any], ranks: int) -> tuple[dict[str, Any], float]:
     """What a run ends in that nobody disturbs, and the seconds it takes."""
-    clock = time.perf_counter()
-    if code := exit_code(start(settings, ranks)):
-        fail(f"even an undisturbed run ends with exit code {code}; see {settings['out_dir']}.log")
+    clock, pid = time.perf_counter(), start(settings, ranks)
+    code = exit_code(pid)
+    if code is None:
+        os.kill(pid, signal.SIGKILL)  # the ranks of a torchrun die with it
+        fail(f"even an uninterrupted run hangs; see {settings['out_dir']}.log")
+    if code:
+        fail(f"even an uninterrupted run ends with exit code {code}; see "
+             f"{settings['out_dir']}.log")
     return ends(settings["out_dir"]), time.perf_counter() - clock
 
 

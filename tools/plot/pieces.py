@@ -32,7 +32,8 @@ class PiecesConfig:
     """The settings of `tools.plot pieces`."""
     to: str = knob("pieces.png", "the picture's file")
     steps: int = knob(500, "the bundle is of this step; the runs have twice as many", least=2)
-    dataset: str = knob("plays_char", "data/<dataset>, made by prepare.py")
+    dataset: str = knob("plays_char", "its folder in data_dir, made by prepare.py")
+    data_dir: str = knob("data", "the folder of all datasets, as in train.py")
 
 
 def no_moments(at: int) -> None:
