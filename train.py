@@ -317,7 +317,7 @@ def record_evaluation(run: Run, saver: checkpoint.Saver, losses: dict[str, float
     """Store an evaluation's losses. Return True if its validation loss is lower than best.pt's."""
     run.evaluation = {"step": run.step, **losses}
     saver.wait()  # a save in progress may replace best.pt
-    return run.ranks.from_first(0 < run.step and losses["val_loss"] < saver.best_val_loss)
+    return run.ranks.from_first(run.step > 0 and losses["val_loss"] < saver.best_val_loss)
 
 
 def generate_sample(run: Run) -> str:

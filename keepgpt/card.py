@@ -6,8 +6,9 @@ import platform
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -68,10 +69,8 @@ def packages() -> str:
     # torch's own version also names its build (+cpu, +cu124), which its package's does not always
     found = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
     for package in ("numpy", "tiktoken"):
-        try:
+        with suppress(PackageNotFoundError):
             found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            pass
     return ", ".join(found)
 
 
@@ -93,7 +92,7 @@ def write_card(config: TrainConfig, data: dict[str, Any], parameters: int, step:
         _, ours, before = path.read_text(encoding="utf-8", errors="replace").partition(STARTS)
         if not ours:
             raise FileExistsError(errno.EEXIST, "it is not about a run")
-    start = [f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}", str(step),
+    start = [f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}", str(step),
              f"`{command()}`", commit(), machine, packages()]
     settings = asdict(config)
     source = data.get("source", {})

@@ -14,7 +14,8 @@ from keepgpt.pretrained import read_weights
 from keepgpt.tokenizer import describe, from_meta, train_bpe
 from model import GPT, ModelArgs, load_model
 
-PIECES = ["abcdefgh ſstredml'’", "0123456789 ab", "日本語漢字 かな", "\n\t \r\x0b\x1c\x85\u00a0\u2003a",
+PIECES = ["abcdefgh ſstredml'’", "0123456789 ab", "日本語漢字 かな",
+          "\n\t \r\x0b\x1c\x85\u00a0\u2003a",
           "😀👨‍👩‍👧é̀", " aA!?.,/\n", "ааяжб Ж", "aAßŉ'S", ".\n/_a1 "]
 # in a process and a folder where nothing of this repository is to be found
 READ = """

@@ -58,8 +58,8 @@ def theirs(tmp_path_factory):
     model = GPT2LMHeadModel(GPT2Config(
         n_layer=3, n_head=4, n_embd=64, n_positions=32, vocab_size=101, initializer_range=0.2,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="eager"))
-    for name, p in model.named_parameters():
-        if p.dim() == 1:  # biases and norms begin as exact 0 and 1, which would hide a fault
+    for p in model.parameters():
+        if p.dim() == 1:  # biases and norms start as exact 0 and 1, which would hide a fault
             p.data += 0.2 * torch.randn_like(p)
     folder = tmp_path_factory.mktemp("gpt2")
     model.eval().save_pretrained(folder)
@@ -204,7 +204,8 @@ def test_a_pytorch_model_bin_never_runs_code(theirs, tmp_path):
 
 @pytest.mark.parametrize("name, content", [
     ("tokenizer.json", "{"), ("tokenizer.json", "[]"), ("tokenizer.json", '{"model": {}}'),
-    ("tokenizer.json", '{"model": {"vocab": [3]}}'), ("vocab.json", '{"a": [1]}'), ("vocab.json", "3"), ("keepgpt.json", "[]"),
+    ("tokenizer.json", '{"model": {"vocab": [3]}}'), ("vocab.json", '{"a": [1]}'),
+    ("vocab.json", "3"), ("keepgpt.json", "[]"),
 ])
 def test_a_spoiled_tokenizer_is_refused(theirs, tmp_path, name, content):
     folder = copy_folder(theirs[1], tmp_path / "folder")
@@ -566,7 +567,8 @@ SHARES = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15])  # in an order that is not th
 def drawn(n=20000, **how):
     """How often each of five tokens is drawn, of which SHARES are the probabilities."""
     how = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | how
-    picked = sample_token((SHARES.log() + 7).expand(n, -1), rng=torch.Generator().manual_seed(0), **how)
+    picked = sample_token((SHARES.log() + 7).expand(n, -1),
+                          rng=torch.Generator().manual_seed(0), **how)
     return torch.bincount(picked, minlength=5) / n
 
 

@@ -125,4 +125,5 @@ def test_a_nanogpt_checkpoint_is_loaded_safely(trained, tmp_path):
     line = complaint(run("sample.py", code=None, init_from=tmp_path / "ckpt.pt"))
     assert "--dataset=" in line
     torch.save({"model": print}, tmp_path / "ckpt.pt")
-    assert "expected only plain values" in complaint(run("sample.py", code=None, init_from=tmp_path / "ckpt.pt"))
+    done = run("sample.py", code=None, init_from=tmp_path / "ckpt.pt")
+    assert "expected only plain values" in complaint(done)

@@ -39,7 +39,8 @@ def test_gpt2_is_what_tiktoken_makes_of_both_files(monkeypatch):
     assert {GPT2.token_bytes(i): i for i in range(50256)} == ranks
 
 
-@pytest.mark.parametrize("text", ["", " It's 1603.\r\n\tFine!\n", "naïve 東京 🎭🏴‍☠️ \u2028 e\u0301"])
+@pytest.mark.parametrize("text", [
+    "", " It's 1603.\r\n\tFine!\n", "naïve 東京 🎭🏴‍☠️ \u2028 e\u0301"])
 def test_gpt2_round_trip(text):
     ids = GPT2.encode(text)
     assert GPT2.decode(ids) == text

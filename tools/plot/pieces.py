@@ -113,8 +113,8 @@ def measure(config: PiecesConfig, place: Path) -> tuple[History, dict[str, Histo
     name, and whether the whole one has ended in the same bits."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices too small to share out
     at, end = config.steps, 2 * config.steps
-    settings = RUN | {"dataset": config.dataset, "data_dir": config.data_dir, "max_iters": end, "lr_decay_iters": end,
-                      "warmup_iters": at // 5, "eval_interval": at}
+    settings = RUN | {"dataset": config.dataset, "data_dir": config.data_dir, "max_iters": end,
+                      "lr_decay_iters": end, "warmup_iters": at // 5, "eval_interval": at}
     print(f"| bundle of step {at} | val loss at {end} | largest difference of train loss, "
           f"{NEAR} steps | end |\n|---|---|---|---|")
     undisturbed, others = trained(place / "undisturbed", settings), {}
