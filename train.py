@@ -130,6 +130,7 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks
     data = read_meta(folder)
 
     # model
+    torch.manual_seed(config.seed)
     if bundle:
         config, changes = resume_config(config, given, bundle, data)
         if ranks.rank == 0:
@@ -145,7 +146,6 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks
         except ValueError as e:
             raise UserError(str(e)) from None
         check_memory(config, data["vocab_size"])
-        torch.manual_seed(config.seed)
         model = GPT(args)
     else:
         model = load_pretrained(source, config, given, data)
