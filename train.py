@@ -240,7 +240,11 @@ def load_pretrained(source: str, config: TrainConfig, given: dict[str, Any],
             if value is not None and value != have and not (key == "block_size" and value < have):
                 raise ValueError(f"it has {key}={have}, not {value}. Try: leave --{key} out")
         ModelArgs(**args)  # raises ValueError for impossible sizes
-        check_tokenizer(source, args["vocab_size"], tokens, data)
+        try:
+            check_tokenizer(source, args["vocab_size"], tokens, data)
+        except ValueError as e:
+            raise ValueError(f"{e}. Try: prepare the text with the tokenizer of those weights"
+                             ) from None
         args, state = crop_weights(args, state, data["vocab_size"],
                                    min(config.block_size, args["block_size"]))
         return load_model(args | {"dropout": config.dropout}, state)
@@ -257,8 +261,8 @@ def open_data(folder: Path, config: TrainConfig, data: dict[str, Any],
         raise UserError("elastic=True needs backend=nccl on CUDA. Try: --backend=auto")
     per_rank, rest = divmod(config.gradient_accumulation_steps, ranks.world_size)
     if rest:
-        raise UserError("gradient_accumulation_steps counts over all ranks: expected a multiple of "
-                        f"{ranks.world_size}, got {config.gradient_accumulation_steps}")
+        raise UserError(f"gradient_accumulation_steps={config.gradient_accumulation_steps} counts "
+                        f"over all ranks: expected a multiple of {ranks.world_size}")
     mine = range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)
 
     def split(name: str, shift: bool) -> Split:

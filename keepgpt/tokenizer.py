@@ -223,7 +223,7 @@ def check_tokenizer(source: str, vocab_size: int, data: dict, meta: dict) -> Non
     elif "token_of_id" in data:
         for token, i in from_meta(meta).token_ids().items():
             if data["token_of_id"].get(i) != token:
-                got = f"{data['token_of_id'].get(i)!r} for token {i}, {token!r}"
+                got = f"{data['token_of_id'].get(i)!r} as token {i} instead of {token!r}"
     else:
         warn(f"{source} does not say which tokens it was trained on; only their number was "
              f"compared with {name}")

@@ -81,9 +81,9 @@ def test_a_folder_with_the_dataset_s_tokenizer_is_trained_on(exported, dataset, 
 def test_a_folder_with_another_tokenizer_is_refused(name, exported, dataset, tmp_path):
     other = swap_two_ids(exported, tmp_path / "other", name)
     line = complaint(train(other, dataset, tmp_path / "out", code=None))
-    assert "is 'b', not 'a'" in line
+    assert "instead of 'b'" in line
     line = complaint(run("sample.py", init_from=other, dataset=dataset, code=None))
-    assert "is 'b', not 'a'" in line
+    assert "instead of 'b'" in line
 
 
 def test_a_folder_without_a_tokenizer_is_noted(exported, dataset, tmp_path):

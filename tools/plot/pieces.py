@@ -51,8 +51,8 @@ def no_moments(at: int) -> None:
 
 def no_step(at: int) -> None:
     """The schedule begins anew."""
-    schedule = train.learning_rate
-    train.learning_rate = lambda step, config: schedule(step - at, config)
+    schedule = train.get_lr
+    train.get_lr = lambda step, config: schedule(step - at, config)
 
 
 def no_rng(at: int) -> None:
