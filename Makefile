@@ -1,5 +1,6 @@
-# make demo: watch a GPT learn Shakespeare, lose its plug, and go on.   make test: all tests.
-# make elastic: stop on four ranks, go on with one, the same bits.
+# make demo     train a GPT on Shakespeare, kill it, resume it
+# make elastic  stop on four ranks, continue on one: bit-identical
+# make test     run all tests; make quick: those under 5 seconds; make lint: check the style
 PYTHON ?= python3
 
 demo: .venv/ready
@@ -9,7 +10,13 @@ elastic: .venv/ready
 	PATH=$(CURDIR)/.venv/bin:$$PATH runs/elastic.sh
 
 test: .venv/ready-dev
-	.venv/bin/python -m pytest -n auto tests
+	.venv/bin/python -m pytest -n auto --dist worksteal tests
+
+quick: .venv/ready-dev
+	.venv/bin/python -m pytest -n auto --dist worksteal -m "not slow" tests
+
+lint: .venv/ready-dev
+	.venv/bin/ruff check .
 
 .venv/ready: requirements.txt requirements-data.txt
 	$(PYTHON) -m venv .venv
@@ -21,4 +28,4 @@ test: .venv/ready-dev
 	.venv/bin/python -m pip install -q -r requirements-dev.txt
 	touch $@
 
-.PHONY: demo elastic test
+.PHONY: demo elastic test quick lint

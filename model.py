@@ -1,32 +1,25 @@
-"""GPT-2 as one file: the network, its optimizer groups, generation with a key-value cache, and
-weights from elsewhere.
+"""GPT-2 in one file: the network, its loss, and sampling with a key-value cache.
 
 Radford et al. 2019, "Language Models are Unsupervised Multitask Learners": pre-norm blocks, learned
 positions, tanh GELU, token embedding tied to the output layer. Parameter names are GPT-2's.
 Letters for shapes: B sequences, T tokens, C width, H heads, D = C / H, V vocabulary.
 """
-import inspect
-import json
 import math
-import pickle
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-LOGITS = 1 << 25  # so many logits are held at a time, on a GPU eight times as many
+from keepgpt.kernels import LinearCrossEntropy, attend, dropout
 
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """What fixes the network: saved with the weights, and enough to build it again."""
+    """The architecture, saved with the weights: all that is needed to build the network again."""
     n_layer: int
     n_head: int
     n_embd: int
@@ -36,7 +29,7 @@ class ModelArgs:
     dropout: float
 
     def __post_init__(self) -> None:
-        """Raises ValueError for sizes that no network has."""
+        """Raise ValueError for impossible sizes."""
         for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
             size = getattr(self, key)
             if type(size) is not int or size < 1:
@@ -46,15 +39,15 @@ class ModelArgs:
 
 
 @dataclass
-class Cache:
-    """Keys and values of the tokens seen so far: one (2, B, H, block_size, D) tensor a layer,
-    `length` of it filled; a recorded step has that number on the device, (1,)."""
+class KVCache:
+    """Keys and values of the first `length` tokens: a (2, B, H, block_size, D) tensor per layer.
+    A compiled step has `length` on the device, as a tensor (1,)."""
     layers: list[Tensor]
     length: int | Tensor = 0
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm with an optional bias, under the names that GPT-2 gives them."""
+    """LayerNorm with an optional bias."""
 
     def __init__(self, width: int, bias: bool) -> None:
         super().__init__()
@@ -70,70 +63,33 @@ class Attention(nn.Module):
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        # queries, keys, values in one product
+        # queries, keys and values in one matrix product
         self.c_attn = nn.Linear(args.n_embd, 3 * args.n_embd, bias=args.bias)
         self.c_proj = nn.Linear(args.n_embd, args.n_embd, bias=args.bias)
         self.n_head, self.dropout = args.n_head, args.dropout
 
-    def forward(self, x: Tensor, kv: Tensor | None, seen: int | Tensor) -> Tensor:
+    def forward(self, x: Tensor, kv: Tensor | None, past: int | Tensor) -> Tensor:
+        """Attend from x (B, T, C) to itself and, if T is 1, to the `past` tokens in `kv`."""
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
         q, k, v = qkv  # each (B, H, T, D)
-        if torch.is_tensor(seen):  # no shape may depend on it
-            kv.index_copy_(3, seen, qkv[1:].to(kv.dtype))
-            mask = torch.arange(kv.size(3), device=x.device) <= seen.unsqueeze(1)  # (1, block_size)
-            y = F.scaled_dot_product_attention(q.to(kv.dtype), *kv, attn_mask=mask)
+        if torch.is_tensor(past):  # no shape may depend on its value
+            kv.index_copy_(3, past, qkv[1:].to(kv.dtype))
+            mask = torch.arange(kv.size(3), device=x.device) <= past.unsqueeze(1)  # (1, block_size)
+            y = F.scaled_dot_product_attention(q.to(kv.dtype), *kv, attn_mask=mask)  # (B, H, T, D)
         else:
             if kv is not None:
-                kv[:, :, :, seen:seen + T] = qkv[1:]
+                kv[:, :, :, past:past + T] = qkv[1:]
                 if T == 1:
-                    q, (k, v) = q.to(kv.dtype), kv[:, :, :, :seen + 1]  # k, v: (B, H, seen + 1, D)
+                    q, (k, v) = q.to(kv.dtype), kv[:, :, :, :past + 1]  # k, v: (B, H, past + 1, D)
             y = attend(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, C).to(x.dtype)
+        y = y.transpose(1, 2).reshape(B, T, C).to(x.dtype)  # (B, T, C)
         return dropout(self.c_proj(y), self.dropout, self.training)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
-    """Causal attention of the last T positions, (B, H, T, D), over all S positions, (B, H, S, D);
-    T is S or 1. Weights are dropped with probability `p`."""
-    T, D = q.shape[2:]
-    if T == 1 or q.device.type != "cpu" or not p and q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=T > 1)
-    # On a CPU the library's kernel is slow in bfloat16, and slower with dropout. Rows in blocks:
-    # what lies behind a block's last row is never computed.
-    blocks, q = [], q * D ** -0.5
-    for start in range(0, T, 256):
-        rows = q[:, :, start:start + 256]  # (B, H, R, D)
-        end = k.size(2) - T + start + rows.size(2)
-        weights = rows @ k[:, :, :end].transpose(2, 3)  # (B, H, R, end)
-        weights += torch.full(weights.shape[2:], -math.inf, dtype=q.dtype).triu(start + 1)
-        weights = weights.softmax(-1)
-        blocks.append((weights * kept(weights, p) if p else weights) @ v[:, :, :end])
-    y = torch.cat(blocks, 2) if len(blocks) > 1 else blocks[0]
-    return y * (1 / (1 - p)) if p else y
-
-
-def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
-    """Zero each element with probability `p`, scale the others by 1 / (1 - p) (Srivastava et al.
-    2014); nothing unless `training`."""
-    if not training or not p:
-        return x
-    return F.dropout(x, p) if x.device.type != "cpu" else x * kept(x, p) * (1 / (1 - p))
-
-
-def kept(x: Tensor, p: float) -> Tensor:
-    """What dropout keeps of x, on a CPU: 1 with probability 1 - p, else 0, for each element."""
-    if torch.compiler.is_compiling():
-        return (F.dropout(torch.ones_like(x), p) > 0).to(x.dtype)
-    # 16 random bits an element: a fourteenth of the time that bernoulli_ takes
-    seed = torch.empty((), dtype=torch.int64).random_().item()
-    bits = np.random.SFC64(seed).random_raw(-(-x.numel() // 4)).view(np.int16)
-    drawn = torch.from_numpy(bits)[:x.numel()].view(x.shape)
-    return torch.ge(drawn, round(p * 2**16) - 2**15, out=torch.empty_like(x, requires_grad=False))
-
-
 class MLP(nn.Module):
-    """Two layers, four times as wide in between."""
+    """Two linear layers with a GELU between them, 4C wide inside."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -147,7 +103,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One transformer block: each half adds to the residual stream."""
+    """A pre-norm transformer block: attention and MLP both add to the residual stream."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -156,76 +112,18 @@ class Block(nn.Module):
         self.ln_2 = LayerNorm(args.n_embd, args.bias)
         self.mlp = MLP(args)
 
-    def forward(self, x: Tensor, kv: Tensor | None, seen: int | Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x), kv, seen)
+    def forward(self, x: Tensor, kv: Tensor | None, past: int | Tensor) -> Tensor:
+        x = x + self.attn(self.ln_1(x), kv, past)
         return x + self.mlp(self.ln_2(x))
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """The last layer and the loss in one, LOGITS of the logits at a time.
-
-    The gradient of the logits is made while they are there, so that neither it nor they are ever
-    held for all tokens.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, V: int) -> Tensor:
-        """The mean cross-entropy in nats of `targets` (N,) under the first V columns of x (N, C)
-        times weight (V or more, C) transposed."""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        rows = max(1, LOGITS * (1 if device == "cpu" else 8) // weight.size(0))
-        if dtype == torch.float16:
-            rows = min(rows, 2048)  # the gradient of a frequent token, a sum over them, must fit
-        learning = any(ctx.needs_input_grad)
-        with torch.autocast(device, enabled=False):
-            half, weight_half = x.to(dtype), weight.to(dtype)
-            loss, dx = torch.zeros((), dtype=wide, device=x.device), []
-            dweight = torch.zeros_like(weight) if learning else None
-            for part, target in zip(half.split(rows), targets.split(rows)):
-                logits = (part @ weight_half.T).to(wide)  # (R, V or more)
-                logits[:, V:] = -math.inf  # the padding takes no part
-                total, target = logits.logsumexp(1, keepdim=True), target.unsqueeze(1)  # (R, 1)
-                loss += (total - logits.gather(1, target)).sum()
-                if learning:
-                    logits.sub_(total).exp_()  # now the probabilities
-                    if torch.compiler.is_compiling():  # scatter_ would need all of them in memory
-                        hit = torch.arange(logits.size(1), device=x.device) == target  # (R, V)
-                        logits = torch.where(hit, logits - 1, logits)
-                    else:
-                        logits.scatter_(1, target, logits.gather(1, target) - 1)
-                    dlogits = logits.to(dtype)
-                    dx.append(dlogits @ weight_half)
-                    dweight += dlogits.T @ part
-        if learning:
-            ctx.save_for_backward(torch.cat(dx), dweight)
-        return loss / len(x)
-
-    @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple:
-        """Gradients of x and weight."""
-        dx, dweight = ctx.saved_tensors
-        scale = dloss / len(dx)
-        return dx * scale, dweight * scale, None, None
-
-
-class AdamW(torch.optim.AdamW):
-    """AdamW (Loshchilov and Hutter 2019). PyTorch's own keeps torch.compile out of these methods,
-    and loads all of it for that: half of the seconds that a start takes."""
-    add_param_group, zero_grad, state_dict, load_state_dict = (
-        inspect.unwrap(getattr(torch.optim.AdamW, name))
-        for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"))
-    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
-
-
 class GPT(nn.Module):
-    """The language model. `model(idx)` gives logits, `model(idx, targets)` the mean loss."""
+    """The language model: `model(idx)` returns logits, `model(idx, targets)` the mean loss."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         self.args = args
-        self.head = None  # the output layer, where it is not the token embedding as it lies
+        self.head = None  # a packed copy of the output layer, for sampling on a CPU
         self.transformer = nn.ModuleDict({
             "wte": nn.Embedding(args.vocab_size, args.n_embd),
             "wpe": nn.Embedding(args.block_size, args.n_embd),
@@ -234,7 +132,7 @@ class GPT(nn.Module):
         })
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
-                # 2 n_layer of these add up on the residual stream (GPT-2, section 2.3)
+                # the residual stream is a sum of 2 * n_layer of these (GPT-2, section 2.3)
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * args.n_layer))
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
@@ -242,125 +140,99 @@ class GPT(nn.Module):
                 nn.init.zeros_(p)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None,
-                cache: Cache | None = None) -> Tensor:
-        """Logits (B, T, V) after each of the tokens `idx` (B, T), or their mean cross-entropy in
-        nats with `targets`.
+                cache: KVCache | None = None) -> Tensor:
+        """Return logits (B, T, V) for the tokens `idx` (B, T), or with `targets` (B, T) the mean
+        cross-entropy in nats.
 
-        With a `cache`, idx continues what the cache holds (one token at a time once it is not
-        empty), and only the logits after the last token come back, (B, 1, V).
+        With a `cache`, idx continues the tokens in it (one token at a time unless it is empty), and
+        the result is the last token's logits, (B, 1, V).
         """
-        seen = cache.length if cache else 0
+        past = cache.length if cache else 0
         wte, wpe, blocks, ln_f = self.transformer.values()
-        positions = torch.arange(idx.size(1), device=idx.device) + seen
+        positions = torch.arange(idx.size(1), device=idx.device) + past  # (T,)
         x = wte(idx) + wpe(positions)  # (B, T, C)
         x = dropout(x, self.args.dropout, self.training)
         for i, block in enumerate(blocks):
-            x = block(x, cache.layers[i] if cache else None, seen)
+            x = block(x, cache.layers[i] if cache else None, past)
         if cache:
-            cache.length = seen + idx.size(1)
-            x = x[:, -1:]
+            cache.length = past + idx.size(1)
+            x = x[:, -1:]  # (B, 1, C)
         x = ln_f(x)
         if targets is None:
             return self.head(x) if self.head else F.linear(x, wte.weight)
         weight = self.output_weight()
         if not torch.is_grad_enabled():
-            weight = weight.detach()  # else its gradient would be made as well
+            weight = weight.detach()  # otherwise the loss computes gradients as well
         return LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.reshape(-1),
                                         self.args.vocab_size)
 
     def output_weight(self) -> Tensor:
-        """The tied output layer, (V, C); on CUDA with zero rows up to a multiple of 64, which its
-        kernels want."""
+        """Return the tied output layer, (V, C); on CUDA padded with zero rows to a multiple of 64,
+        for fast matrix products."""
         wte = self.transformer.wte.weight
         return F.pad(wte, (0, 0, 0, -wte.size(0) % 64)) if wte.is_cuda else wte
 
     def flops_per_token(self) -> int:
-        """Forward and backward for one token of a full block: Chowdhery et al. 2022 (PaLM),
-        appendix B."""
+        """Return the FLOPs of forward and backward per token of a full block (Chowdhery et al.
+        2022, PaLM, appendix B)."""
         n = sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
         return 6 * n + 12 * self.args.n_layer * self.args.n_embd * self.args.block_size
 
-    def optimizer(self, learning_rate: float, betas: tuple[float, float],
-                  weight_decay: float) -> AdamW:
-        """AdamW that decays matrices and embeddings, but no biases and norms."""
-        decay = [p for p in self.parameters() if p.dim() >= 2]
-        rest = [p for p in self.parameters() if p.dim() < 2]
-        assert {id(p) for p in decay + rest} == {id(p) for p in self.parameters()}
-        assert len(decay + rest) == len(list(self.parameters())), \
-            "a parameter would be updated twice or not at all"
-        groups = [{"params": decay, "weight_decay": weight_decay},
-                  {"params": rest, "weight_decay": 0.0}]
-        return AdamW(groups, lr=learning_rate, betas=betas, fused=True)
-
-    def new_cache(self, batch: int) -> Cache:
-        """An empty cache for `batch` sequences of up to block_size tokens.
-
-        On a CPU it is float32: attention of one query over 512 keys is nine times as slow in
-        bfloat16.
-        """
+    def make_cache(self, batch_size: int) -> KVCache:
+        """Return an empty cache for sequences of up to block_size tokens. On a CPU it is float32:
+        attention of one query over 512 keys is nine times slower in bfloat16."""
         wte = self.transformer.wte.weight
         dtype = torch.float32 if wte.device.type == "cpu" else wte.dtype
-        shape = (2, batch, self.args.n_head, self.args.block_size,
+        shape = (2, batch_size, self.args.n_head, self.args.block_size,
                  self.args.n_embd // self.args.n_head)
-        return Cache([wte.new_empty(shape, dtype=dtype) for _ in range(self.args.n_layer)])
+        return KVCache([wte.new_empty(shape, dtype=dtype) for _ in range(self.args.n_layer)])
 
 
-class PackedLinear(nn.Module):
-    """A bfloat16 Linear for a CPU, its weights in the order in which oneDNN reads them."""
+def load_model(args: dict[str, Any], state: dict[str, Tensor]) -> GPT:
+    """Return the network of these ModelArgs with these weights. Raises ValueError if they do not
+    fit."""
+    args = ModelArgs(**args)
+    # compare sizes first: an absurd one must not allocate a network
+    shapes = {key: tuple(state[name].shape) for key in ("wte", "wpe")
+              if (name := f"transformer.{key}.weight") in state}
+    blocks = {name.split(".")[2] for name in state if name.startswith("transformer.h.")}
+    found = {"n_layer": len(blocks), **shapes}
+    expected = {"n_layer": args.n_layer, "wte": (args.vocab_size, args.n_embd),
+                "wpe": (args.block_size, args.n_embd)}
+    for key, size in expected.items():
+        if found.get(key) != size:
+            raise ValueError(f"the weights do not fit the network: {key}: expected {size}, "
+                             f"got {found.get(key)}")
+    model = GPT(args)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as e:
+        raise ValueError("the weights do not fit the network: "
+                         f"{str(e).splitlines()[1].strip()}") from None
+    return model
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
-        self.bias = bias
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+def compile_decode(model: GPT, cache: KVCache) -> Callable[[Tensor], Tensor]:
+    """Return a function that appends tokens (B, 1) to the cache and returns logits (B, 1, V), like
+    `model(tokens, cache=cache)`. It is compiled; on CUDA each call replays one CUDA graph, as the
+    launches of a small model's kernels take longer than the kernels."""
+    compiled = torch.compile(model, mode="reduce-overhead", dynamic=False)
+    for kv in cache.layers:
+        kv[:, :, :, cache.length:] = 0  # the mask would let NaN pass
+        torch._dynamo.mark_static_address(kv)  # otherwise a graph may not write to it
 
+    def decode(tokens: Tensor) -> Tensor:
+        past = torch.full((1,), cache.length, device=tokens.device)
+        cache.length += 1
+        return compiled(tokens, cache=KVCache(cache.layers, past))
 
-def pack(model: GPT) -> None:
-    """Make a bfloat16 model on a CPU generate half as fast again; it can't be trained any more."""
-    for block in model.transformer.h:
-        for part, name in ((block.attn, "c_attn"), (block.attn, "c_proj"), (block.mlp, "c_fc"),
-                           (block.mlp, "c_proj")):
-            linear = getattr(part, name)
-            setattr(part, name, PackedLinear(linear.weight, linear.bias))
-    model.head = PackedLinear(model.transformer.wte.weight, None)
-
-
-class RecordedStep:
-    """One more token for each sequence on CUDA, as a CUDA graph: one launch in place of hundreds,
-    which take the host longer than the GPU needs for a small model."""
-
-    def __init__(self, model: GPT, cache: Cache) -> None:
-        self.cache, device = cache, cache.layers[0].device
-        self.tokens = torch.zeros(cache.layers[0].size(1), 1, dtype=torch.long, device=device)
-        self.at = torch.full((1,), cache.length, device=device)
-        for kv in cache.layers:
-            kv[:, :, :, cache.length:] = 0  # the mask would not stop a NaN in what is not filled
-        side = torch.cuda.Stream(device)  # libraries allocate at their first calls
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                model(self.tokens, cache=Cache(cache.layers, self.at))
-        torch.cuda.current_stream(device).wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.logits = model(self.tokens, cache=Cache(cache.layers, self.at))
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Logits (B, 1, V) after `tokens` (B, 1), which continue the cache; good until the next
-        call."""
-        self.tokens.copy_(tokens)
-        self.at.fill_(self.cache.length)
-        self.graph.replay()
-        self.cache.length += 1
-        return self.logits
+    return decode
 
 
 @contextmanager
 def disable_cudnn_attention() -> Iterator[None]:
-    """Leave attention to the other kernels: cuDNN's plans anew for each key length, which takes
-    tens of milliseconds a token."""
+    """Disable cuDNN's attention: it builds a plan for each new key length, which takes tens of
+    milliseconds per token."""
     enabled = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
     try:
@@ -372,240 +244,64 @@ def disable_cudnn_attention() -> Iterator[None]:
 @torch.inference_mode()
 def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0,
              top_k: int = 0, top_p: float = 1.0, stop: int | None = None, seed: int = 1337,
-             record: bool = False) -> Iterator[list[int | None]]:
-    """Continue each prompt (token ids, at least one); yields each sequence's next token as it is
-    made.
+             compile: bool = False) -> Iterator[list[int | None]]:
+    """Continue each prompt (token ids, at least one). Yield each sequence's next token per step.
 
-    None stands for a sequence that has nothing new: its prompt is longer than another's and still
-    being read, or it has ended, by the `stop` token (not yielded) or after `max_new_tokens`. Past
-    block_size the window slides by a quarter of it at a time, so that the cache is filled anew only
-    once in so many tokens. With `record`, on CUDA, a step is recorded once and played again.
+    None stands for a sequence without a new token: its prompt is longer than another's and still
+    being read, or it has finished, by the `stop` token (not yielded) or after `max_new_tokens`.
+    Past block_size the window slides by a quarter of it, so the cache is refilled once in
+    block_size / 4 tokens. `compile` compiles the step of one token, which pays for long texts.
     """
     device, block_size = model.transformer.wte.weight.device, model.args.block_size
     rng = torch.Generator().manual_seed(seed)
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    lengths = torch.tensor([len(p) for p in prompts], device=device)  # (B,)
     tokens = torch.zeros(len(prompts), int(lengths.max()) + max_new_tokens, dtype=torch.long,
                          device=device)
     for row, prompt in zip(tokens, prompts):
         row[:len(prompt)] = torch.tensor(prompt, device=device)
-    ended = torch.zeros_like(lengths, dtype=torch.bool)
-    # every sequence has so many tokens; prompts that are longer wait in `tokens`
-    known = int(lengths.min())
-    cache, recorded = model.new_cache(len(prompts)), None
-    new = tokens[:, max(0, known - block_size):known]
-    while known < tokens.size(1) and not ended.all():
+    finished = torch.zeros_like(lengths, dtype=torch.bool)
+    end = int(lengths.min())  # the position of the next token; longer prompts are in `tokens`
+    cache, decode = model.make_cache(len(prompts)), None
+    new = tokens[:, max(0, end - block_size):end]
+    while end < tokens.size(1) and not finished.all():
         if cache.length + new.size(1) > block_size:
-            cache.length, new = 0, tokens[:, known - (block_size - block_size // 4):known]
+            cache.length, new = 0, tokens[:, end - (block_size - block_size // 4):end]
         with disable_cudnn_attention():
-            if record and cache.length > 0:
-                recorded = recorded or RecordedStep(model, cache)
-                logits = recorded(new)
+            if compile and cache.length > 0:
+                decode = decode or compile_decode(model, cache)
+                logits = decode(new)  # (B, 1, V)
             else:
-                logits = model(new, cache=cache)
-        picked = pick(logits[:, -1], temperature, top_k, top_p, rng)  # (B,)
-        in_prompt = known < lengths
-        tokens[:, known] = torch.where(in_prompt, tokens[:, known], picked)
-        ended |= (~in_prompt & (picked == (-1 if stop is None else stop))
-                  | (known >= lengths + max_new_tokens))
-        new = tokens[:, known:known + 1]
-        known += 1
+                logits = model(new, cache=cache)  # (B, 1, V)
+        sampled = sample_token(logits[:, -1], temperature, top_k, top_p, rng)  # (B,)
+        in_prompt = end < lengths
+        tokens[:, end] = torch.where(in_prompt, tokens[:, end], sampled)
+        if stop is not None:
+            finished |= ~in_prompt & (sampled == stop)
+        finished |= end >= lengths + max_new_tokens
+        new = tokens[:, end:end + 1]  # (B, 1)
+        end += 1
         yield [None if silent else token
-               for silent, token in zip((ended | in_prompt).tolist(), picked.tolist())]
+               for silent, token in zip((finished | in_prompt).tolist(), sampled.tolist())]
 
 
-def pick(logits: Tensor, temperature: float, top_k: int, top_p: float,
-         rng: torch.Generator) -> Tensor:
-    """Draw a token, (B,), from logits, (B, V), among the `top_k` likeliest (0 = all) that hold
-    `top_p` of the probability (Holtzman et al. 2020); temperature 0 takes the likeliest. `rng` is a
-    generator of the CPU, which draws."""
-    if temperature < 1e-9:  # in float32 its inverse could overflow
+def sample_token(logits: Tensor, temperature: float, top_k: int, top_p: float,
+                 rng: torch.Generator) -> Tensor:
+    """Sample a token (B,) from logits (B, V): among the `top_k` likeliest (0 = all), then among the
+    likeliest that hold `top_p` of the probability (Holtzman et al. 2020). Temperature 0 takes the
+    likeliest. `rng` is a CPU generator."""
+    if temperature < 1e-9:  # its inverse could overflow in float32
         return logits.argmax(-1)
     ids, device = None, logits.device
     if 0 < top_k < logits.size(-1) or top_p < 1:
-        logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # likeliest first
-    logits = logits.float().cpu()  # cumsum does not repeat on CUDA
-    # at most 0: it can't overflow
-    chances = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)
+        logits, ids = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # in order
+    logits = logits.float().cpu()  # cumsum is not reproducible on CUDA
+    # subtract the maximum before dividing: the quotient could overflow
+    probs = ((logits - logits.amax(-1, keepdim=True)) / temperature).softmax(-1)  # (B, K)
     if top_p < 1:
-        # what the likelier ones hold suffices without these
-        chances[:, 1:] *= (chances.cumsum(-1)[:, :-1] < top_p)
-    # inverse transform sampling: torch.multinomial draws a number for each of the tokens
-    reached = chances.cumsum(-1)
-    drawn = torch.rand(len(logits), 1, generator=rng) * reached[:, -1:]
-    place = torch.searchsorted(reached, drawn, right=True)
-    return (place if ids is None else ids.cpu().gather(-1, place)).squeeze(-1).to(device)
-
-
-def read_hugging_face(folder: Path) -> tuple[ModelArgs, dict[str, Tensor]]:
-    """A GPT-2 in Hugging Face's format as (ModelArgs, state dict). Raises ValueError for another
-    architecture."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ValueError(f"{folder}/config.json can't be read: {e}") from None
-    ours = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-            "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-            "add_cross_attention": False, "tie_word_embeddings": True}
-    sizes = ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size")
-    if not isinstance(config, dict) or any(key not in config for key in sizes):
-        raise ValueError(f"{folder}/config.json does not describe a GPT-2")
-    try:
-        args = ModelArgs(*(config[key] for key in sizes), bias=True,
-                         dropout=config.get("resid_pdrop", 0.0))
-    except ValueError as e:
-        raise ValueError(f"{folder}/config.json: {e}") from None
-    if config.get("n_inner") is not None:  # absent or null means four times the width
-        ours["n_inner"] = 4 * args.n_embd
-    for key, value in ours.items():
-        if config.get(key, value) != value:
-            raise ValueError(f"{folder}/config.json: {key} is {config[key]!r}; "
-                             f"only {value!r} can be loaded")
-    state = {}
-    # a sharded model's index is not needed: each file holds the names of its tensors
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    for file in files:
-        for name, tensor in load_tensors(file).items():
-            name = "transformer." + name.removeprefix("transformer.")
-            if name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
-                continue  # the causal mask, and the twin of wte
-            if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-                # Conv1D keeps (in, out) where Linear keeps (out, in)
-                tensor = tensor.t().contiguous()
-            state[name] = tensor.float()
-    if not state:
-        raise ValueError(f"{folder} has no *.safetensors and no pytorch_model*.bin")
-    return args, state
-
-
-def load_tensors(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a .safetensors or a .bin file by name. Raises ValueError."""
-    try:
-        if file.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            return load_file(file)
-        tensors = dict(load_intact(file))
-        if not all(torch.is_tensor(tensor) for tensor in tensors.values()):
-            raise ValueError("it holds more than tensors")
-        return tensors
-    except ImportError:
-        raise ValueError(f"{file} needs one more package: pip install safetensors") from None
-    except pickle.UnpicklingError:
-        raise ValueError(f"{file} can't be read: it holds more than tensors") from None
-    except Exception as e:  # safetensors and torch.load raise many kinds
-        raise ValueError(f"{file} can't be read: {str(e).partition(chr(10))[0]}") from None
-
-
-def load_intact(path: Path) -> Any:
-    """torch.load a file of plain values and tensors, after checking the CRC32s that torch.load
-    ignores. Raises ValueError for a corrupt file, and whatever torch.load raises."""
-    if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):
-        raise ValueError(f"it is damaged, in {damaged}")
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def read_data(folder: Path) -> dict[str, Any]:
-    """Return what a folder in Hugging Face's format says about its tokens: the "tokenizer" that
-    tools.export has described, the "token_of_id" of its tokenizer's file, or nothing. Raises
-    ValueError."""
-    for name in ("keepgpt.json", "tokenizer.json", "vocab.json"):
-        path = folder / name
-        if not path.exists():
-            continue
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if name == "keepgpt.json":
-                return {"tokenizer": content["tokenizer"]}
-            if name == "vocab.json":
-                return {"token_of_id": {i: token for token, i in content.items()}}
-            vocabulary = content["model"]["vocab"]
-            if isinstance(vocabulary, list):  # a Unigram model's: [token, score], by id
-                tokens = {i: token for i, (token, _) in enumerate(vocabulary)}
-            else:
-                tokens = {i: token for token, i in vocabulary.items()}
-            added = {token["id"]: token["content"] for token in content.get("added_tokens", [])}
-            return {"token_of_id": tokens | added}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-            raise ValueError(f"{path} can't be read: {type(e).__name__}: {e}") from None
-    return {}
-
-
-def cropped(args: ModelArgs, state: dict[str, Tensor], vocab_size: int,
-            block_size: int) -> tuple[ModelArgs, dict]:
-    """The same network for fewer tokens (what only pads the vocabulary goes) and a shorter
-    block."""
-    sizes = {"transformer.wte.weight": vocab_size, "transformer.wpe.weight": block_size}
-    state = {name: tensor[:sizes[name]] if name in sizes else tensor
-             for name, tensor in state.items()}
-    return replace(args, vocab_size=vocab_size, block_size=block_size), state
-
-
-def with_weights(args: ModelArgs, state: dict[str, Tensor]) -> GPT:
-    """The network with these weights. Raises ValueError if they are not the ones it needs."""
-    # an absurd size is found here, before the network is built in it
-    blocks = {name.split(".")[2] for name in state if name.startswith("transformer.h.")}
-    expected = {"n_layer": args.n_layer, "wte": (args.vocab_size, args.n_embd),
-                "wpe": (args.block_size, args.n_embd)}
-    found = {"n_layer": len(blocks)} | {
-        key: tuple(getattr(state.get(f"transformer.{key}.weight"), "shape", ()))
-        for key in ("wte", "wpe")}
-    for key, size in expected.items():
-        if found[key] != size:
-            raise ValueError(f"the weights do not fit the network: {key}: expected {size}, "
-                             f"got {found[key]}")
-    model = GPT(args)
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as e:
-        raise ValueError("the weights do not fit the network: "
-                         f"{str(e).splitlines()[1].strip()}") from None
-    return model
-
-
-def read_weights(source: str) -> tuple[ModelArgs, dict[str, Tensor], dict[str, Any]]:
-    """Weights to begin from: gpt2, gpt2-medium, gpt2-large or gpt2-xl; a folder in Hugging Face's
-    format; or a checkpoint file of keepGPT or nanoGPT. Returns them with what the source says of
-    its data: the "tokenizer", the "token_of_id", the name of the "dataset" (nanoGPT's) or nothing.
-
-    Raises ValueError, with the mend, for anything else.
-    """
-    if source in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"):
-        return *read_hugging_face(download(f"openai-community/{source}")), {
-            "tokenizer": {"kind": "gpt2"}}
-    path = Path(source)
-    if (path / "ckpt.pt").exists():
-        best = path / ("best.pt" if (path / "best.pt").exists() else "ckpt.pt")
-        raise ValueError(f"init_from={source} is the folder of a run; give {best}")
-    if path.is_dir():
-        return *read_hugging_face(path), read_data(path)
-    if not path.exists():
-        raise ValueError(f"init_from={source}: neither a file or folder that is there nor a name "
-                         "that is known; --help lists them")
-    try:
-        saved = load_intact(path)
-        args = ModelArgs(**saved["model_args"])
-        data = saved.get("data") or {"dataset": saved.get("config", {}).get("dataset")}
-        state = {name.removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()
-                 if not name.endswith(".attn.bias")}
-    except pickle.UnpicklingError:
-        raise ValueError(f"init_from={source} is no checkpoint of keepGPT or nanoGPT: it is not of "
-                         "plain values and tensors") from None
-    except (RuntimeError, ValueError, EOFError, LookupError, TypeError, AttributeError, OSError,
-            zipfile.BadZipFile) as e:
-        raise ValueError(f"init_from={source} is no checkpoint of keepGPT or nanoGPT: {e}"
-                         .splitlines()[0]) from None
-    state.pop("lm_head.weight", None)  # the twin of wte
-    return args, state, data
-
-
-def download(name: str) -> Path:
-    """The folder of a model on the Hugging Face hub, from the local cache if it is there."""
-    try:
-        from huggingface_hub import snapshot_download
-        return Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors"]))
-    except ImportError:
-        raise ValueError("GPT-2's weights need two more packages: "
-                         "pip install huggingface_hub safetensors") from None
-    except Exception as e:
-        raise ValueError(f"{name} can't be fetched ({type(e).__name__}); without a network give "
-                         "a folder that holds its config.json and model.safetensors: "
-                         "--init_from=FOLDER") from None
+        # zero the tokens after the first ones that hold top_p
+        probs[:, 1:] *= (probs.cumsum(-1)[:, :-1] < top_p)
+    # inverse transform sampling: torch.multinomial would draw V random numbers
+    cumulative = probs.cumsum(-1)
+    drawn = torch.rand(len(logits), 1, generator=rng) * cumulative[:, -1:]  # (B, 1)
+    index = torch.searchsorted(cumulative, drawn, right=True)  # (B, 1)
+    return (index if ids is None else ids.cpu().gather(-1, index)).squeeze(-1).to(device)  # (B,)

@@ -1,88 +1,301 @@
-"""Train a GPT: `python train.py config/x.py --key=value`, or the same behind torchrun; --help lists
+"""Train a GPT: `python train.py config/x.py --key=value`, or the same under torchrun; --help lists
 every key.
 
-Kill it at any time: with --init_from=auto the same command goes on from the newest bundle in
+Kill it at any time: with --init_from=auto the same command resumes from the newest checkpoint in
 out_dir.
 """
-from configurator import EXIT_FAILED, TrainConfig, command_line, fail
+from keepgpt.config import TrainConfig, command_line
 
-if __name__ == "__main__":  # before torch is loaded
+if __name__ == "__main__":  # before torch is loaded, so that --help and mistakes answer at once
     CONFIG, GIVEN, _ = command_line(TrainConfig, "python train.py [config/x.py] [--key=value ...]")
 
 import math
 import os
+import secrets
 import sys
-import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
-import tokenizer
-from checkpoint import Saver, has_run
-from loader import BadData, BadToken, seed_of
-from metrics import Metrics
-from model import GPT, generate
-from runtime import EXIT_STOPPED, Signals, Stopped, peak_flops
-from start import Run, begin
+from keepgpt import checkpoint
+from keepgpt.card import write_card
+from keepgpt.config import check_memory, resume_config
+from keepgpt.distributed import (
+    Ranks,
+    device_name,
+    find_compiler_problem,
+    join_ranks,
+    peak_flops,
+    pick_dtype,
+    restore_rng,
+    rng_state,
+)
+from keepgpt.loader import Loader, Split, dataset_folder, read_meta, seed_of
+from keepgpt.metrics import Metrics, Throughput
+from keepgpt.optim import get_lr, make_optimizer
+from keepgpt.pretrained import crop_weights, read_weights
+from keepgpt.process import (
+    EXIT_FAILED,
+    EXIT_NOT_FINITE,
+    EXIT_STOPPED,
+    Signals,
+    Stopped,
+    UserError,
+    describe,
+    exit_with,
+    lock_out_dir,
+    warn,
+)
+from keepgpt.tokenizer import check_tokenizer, from_meta
+from model import GPT, ModelArgs, generate, load_model
 
-EXIT_NOT_FINITE = 3  # trying again would meet the same numbers: look first
-NOT_FINITE = (
-    "step {step}: the loss or the gradient is not finite; that update was not made, "
-    "and the run ends here.\n"
-    "Likely causes: a learning rate that is too high (it was {lr:.2e}), too little warm-up, "
-    "float16, or damaged data.\n")
-OVERFLOW = ("GradScaler's scale fell below 1: float16 gradients overflow at every scale. "
-            "Try: --dtype=bfloat16\n")
-GO_BACK = ("{out_dir}/ckpt.pt is from before it: go on from there with --init_from=resume and a "
-           "lower --learning_rate.")
+ARCHITECTURE = ("n_layer", "n_head", "n_embd", "block_size", "bias")
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """The rate of the update that follows `step`: linear warm-up, then a cosine (Loshchilov and
-    Hutter 2017)."""
-    if not config.decay_lr:
-        return config.learning_rate
-    if step < config.warmup_iters:
-        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
-    span = max(1, config.lr_decay_iters - config.warmup_iters)
-    progress = min(1.0, (step - config.warmup_iters) / span)
-    return (config.min_lr
-            + (config.learning_rate - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2)
+@dataclass
+class Run:
+    """A run in this process: its settings, its data, its model, and how far it has come."""
+    config: TrainConfig
+    ranks: Ranks
+    data: dict[str, Any]  # the dataset's description, see loader.read_meta
+    loader: Loader
+    splits: dict[str, Split]
+    model: GPT
+    compiled_model: Any  # the model itself where it is not compiled
+    train_model: Any  # that one in DDP, if there are several ranks
+    dtype: torch.dtype  # of the matrix products
+    autocast: Any
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    id: str
+    step: int = 0  # updates done
+    evaluation: dict[str, Any] = field(default_factory=dict)  # the last one: step and losses
+    wandb_run_id: str | None = None
+    healthy: Tensor = field(init=False)  # 1, and 0 from the first non-finite number on
+    applied: Tensor = field(init=False)  # updates made; stays behind `step` once not healthy
+
+    def __post_init__(self) -> None:
+        self.healthy = torch.ones((), device=self.ranks.device)
+        self.applied = torch.zeros((), device=self.ranks.device)
+
+    def bundle(self, best_val_loss: float) -> dict[str, Any]:
+        """Return what a checkpoint holds (checkpoint.SCHEMA), with the live tensors. Every rank
+        must call it."""
+        return {"format": checkpoint.FORMAT, "run": self.id, "step": self.step,
+                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "rng": self.ranks.gather(rng_state(self.ranks.device)),
+                "threads": torch.get_num_threads(),
+                "config": asdict(self.config), "model_args": asdict(self.model.args),
+                "data": self.data, "evaluation": self.evaluation,
+                "best_val_loss": best_val_loss, "wandb_run_id": self.wandb_run_id}
+
+    def restore(self, bundle: dict[str, Any]) -> None:
+        """Load the state of a checkpoint whose weights the model has already. The optimizer's
+        settings stay those of this command."""
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": bundle["optimizer"]["state"],
+                                        "param_groups": groups})
+        if self.scaler.is_enabled() and bundle["scaler"]:
+            self.scaler.load_state_dict(bundle["scaler"])
+        if len(bundle["rng"]) == self.ranks.world_size:
+            restore_rng(bundle["rng"][self.ranks.rank], self.ranks.device)
+        elif self.ranks.rank == 0:
+            repeats = self.ranks.device.type == "cpu" or self.config.deterministic
+            exact = self.config.elastic and bundle["config"].get("elastic") and repeats
+            print(f"ranks {len(bundle['rng'])} -> {self.ranks.world_size}: "
+                  + ("bit-identical" if exact else
+                     "the same batches, and the same losses up to rounding"))
+        self.id = bundle["run"]
+        for key in ("step", "evaluation", "wandb_run_id"):
+            setattr(self, key, bundle[key])
+        self.applied.fill_(self.step)
 
 
-class Pace:
-    """How fast a run trains, between two logged steps and apart from evaluations."""
+def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks
+          ) -> tuple[Run, checkpoint.Saver, Metrics]:
+    """Start the run that a command asks for, or resume it. Raises UserError."""
+    out_dir = Path(config.out_dir) if ranks.rank == 0 and not config.eval_only else None
+    bundle = ranks.on_first(lambda: find_checkpoint(config))
 
-    def __init__(self, run: Run) -> None:
-        config = run.config
-        self.tokens_per_step = (config.gradient_accumulation_steps * config.batch_size
-                                * config.block_size)
-        self.peak = peak_flops(run.ranks.device)
-        self.restart(run)
+    # data
+    where = {"data_dir": config.data_dir} | (bundle["config"] | given if bundle else asdict(config))
+    folder = dataset_folder(where["data_dir"], where["dataset"])
+    data = read_meta(folder)
 
-    def restart(self, run: Run) -> None:
-        """Begin to measure here."""
-        self.step, self.clock = run.step, time.perf_counter()
+    # model
+    torch.manual_seed(config.seed)
+    if bundle:
+        config, changes = resume_config(config, given, bundle, data)
+        if ranks.rank == 0:
+            print(f"resuming {config.out_dir} at step {bundle['step']}", *changes, sep=", ")
+        try:
+            model = load_model(bundle["model_args"] | {"dropout": config.dropout}, bundle["model"])
+        except (TypeError, ValueError) as e:
+            raise UserError(f"the checkpoint in {config.out_dir}: {e}") from None
+    elif (source := config.init_from.removeprefix("auto:")) in ("scratch", "auto"):
+        try:
+            args = ModelArgs(config.n_layer, config.n_head, config.n_embd, config.block_size,
+                             data["vocab_size"], config.bias, config.dropout)
+        except ValueError as e:
+            raise UserError(str(e)) from None
+        check_memory(config, data["vocab_size"])
+        model = GPT(args)
+    else:
+        model = load_pretrained(source, config, given, data)
+        config = replace(config, **{key: getattr(model.args, key) for key in ARCHITECTURE})
+    if config.elastic:  # how many threads share a sum is part of its order
+        threads = ranks.from_first(torch.get_num_threads())
+        torch.set_num_threads(bundle.get("threads", threads) if bundle else threads)
+    loader, splits = open_data(folder, config, data, ranks)
+    run = build_run(config, ranks, data, loader, splits, model)
 
-    def since_last(self, run: Run) -> tuple[float, dict[str, float]]:
-        """Seconds a step; tokens_per_s and, where the device's peak is known, mfu (PaLM, appendix
-        B)."""
-        seconds = (time.perf_counter() - self.clock) / (run.step - self.step)
-        pace = {"tokens_per_s": self.tokens_per_step / seconds}
-        if self.peak:
-            pace["mfu"] = (run.model.flops_per_token() * pace["tokens_per_s"]
-                           / (self.peak * run.ranks.world_size))
-        self.restart(run)
-        return seconds, pace
+    # resume
+    if bundle:
+        run.restore(bundle)
+    metrics = Metrics(out_dir, run.step, run.evaluation.get("step") == run.step,
+                      quiet=ranks.rank > 0)
+    saver = checkpoint.Saver(out_dir, config.keep_checkpoints,
+                             bundle["best_val_loss"] if bundle else math.inf, metrics.sync,
+                             ranks.device)
+    announce(run, metrics, out_dir)
+    return run, saver, metrics
+
+
+def build_run(config: TrainConfig, ranks: Ranks, data: dict[str, Any], loader: Loader,
+              splits: dict[str, Split], model: GPT) -> Run:
+    """Compile the model, wrap it in DDP, and make its optimizer."""
+    device = ranks.device
+    model.to(device)
+    dtype = pick_dtype(config.dtype, device)
+    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    # static shapes: else the training graph depends on which batch sizes came before it
+    compiled_model = (torch.compile(model, dynamic=False) if should_compile(config, device)
+                      else model)
+    train_model = compiled_model
+    if ranks.world_size > 1 and not config.elastic:
+        train_model = DistributedDataParallel(compiled_model)
+        # DDP fixes the order of its buckets at the first backward pass. Run one now and discard
+        # it, so that a resumed run adds gradients in the same order as an uninterrupted one.
+        with autocast:
+            x, y = splits["train"].rows(0, config.batch_size)
+            loss = train_model(x.to(device), y.to(device))
+        loss.backward()
+        model.zero_grad(set_to_none=True)
+    optimizer = make_optimizer(model, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    return Run(config, ranks, data, loader, splits, model, compiled_model, train_model, dtype,
+               autocast, optimizer, scaler, secrets.token_hex(8))
+
+
+def should_compile(config: TrainConfig, device: torch.device) -> bool:
+    """Return True if the model is to be compiled; print what the machine lacks for it."""
+    wanted = config.compile is True or config.compile == "auto" and device.type == "cuda"
+    problem = find_compiler_problem(device, config.deterministic) if wanted else ""
+    if problem:
+        warn(f"torch.compile needs {problem}; continuing without it")
+    return wanted and not problem
+
+
+def find_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
+    """Lock out_dir, unless with eval_only. Return the checkpoint to resume from, or None to start
+    a run. Raises UserError where the folder's content and init_from do not fit."""
+    out_dir, auto = Path(config.out_dir), config.init_from.partition(":")[0] == "auto"
+    if not config.eval_only:
+        # a restart loop comes back while the ranks of a dead launcher may still be ending
+        lock_out_dir(out_dir, patience=30 if auto else 0)
+        checkpoint.remove_leftovers(out_dir, checkpoint.Disk())
+    has_run, foreign = checkpoint.has_run(out_dir), checkpoint.find_foreign(out_dir)
+    resume = config.init_from == "resume" or auto and has_run
+    if foreign and (resume or not config.eval_only):
+        raise UserError(f"{foreign} was not written by keepGPT; its weights can be loaded, its "
+                        f"optimizer and step cannot. Try: --init_from={foreign} "
+                        "--out_dir=<new folder>")
+    if resume:
+        try:
+            return checkpoint.newest_bundle(out_dir)
+        except checkpoint.BadBundle as e:
+            raise UserError(f"nothing to resume: {e}. Try: --init_from=scratch "
+                            "--out_dir=<new folder>") from None
+    if has_run and not config.eval_only:
+        raise UserError(f"{out_dir} already holds a run. Try: --init_from=resume to continue it, "
+                        "or --out_dir=<new folder>")
+    return None
+
+
+def load_pretrained(source: str, config: TrainConfig, given: dict[str, Any],
+                    data: dict[str, Any]) -> GPT:
+    """Return a model with the weights of `source` (see pretrained.read_weights), cropped to the
+    dataset's vocabulary and the config's block_size. Raises UserError."""
+    try:
+        args, state, tokens = read_weights(source)
+        for key in ARCHITECTURE:
+            value, have = given.get(key), args[key]
+            if value is not None and value != have and not (key == "block_size" and value < have):
+                raise ValueError(f"it has {key}={have}, not {value}. Try: leave --{key} out")
+        ModelArgs(**args)  # raises ValueError for impossible sizes
+        try:
+            check_tokenizer(source, args["vocab_size"], tokens, data)
+        except ValueError as e:
+            raise ValueError(f"{e}. Try: prepare the text with the tokenizer of those weights"
+                             ) from None
+        args, state = crop_weights(args, state, data["vocab_size"],
+                                   min(config.block_size, args["block_size"]))
+        return load_model(args | {"dropout": config.dropout}, state)
+    except (TypeError, ValueError) as e:
+        raise UserError(f"init_from: {e}") from None
+
+
+def open_data(folder: Path, config: TrainConfig, data: dict[str, Any],
+              ranks: Ranks) -> tuple[Loader, dict[str, Split]]:
+    """Return this rank's share of the training batches, and both splits for evaluations."""
+    if config.elastic and ranks.world_size & (ranks.world_size - 1):
+        raise UserError(f"elastic=True: expected 1, 2, 4, 8, ... ranks, got {ranks.world_size}")
+    if config.elastic and config.backend == "gloo" and ranks.device.type == "cuda":
+        raise UserError("elastic=True needs backend=nccl on CUDA. Try: --backend=auto")
+    per_rank, rest = divmod(config.gradient_accumulation_steps, ranks.world_size)
+    if rest:
+        raise UserError(f"gradient_accumulation_steps={config.gradient_accumulation_steps} counts "
+                        f"over all ranks: expected a multiple of {ranks.world_size}")
+    mine = range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)
+
+    def split(name: str, shift: bool) -> Split:
+        return Split(folder, name, data, config.block_size, config.seed, shift)
+
+    loader = Loader(split("train", shift=True), config.batch_size,
+                    config.gradient_accumulation_steps, mine, ranks.device)
+    return loader, {"train": split("train", shift=False), "val": split("val", shift=False)}
+
+
+def announce(run: Run, metrics: Metrics, out_dir: Path | None) -> None:
+    """Print what is trained on what; tell it to out_dir's README.md and to wandb."""
+    config, data = run.config, run.data
+    parameters = sum(p.numel() for p in run.model.parameters())
+    machine = (f"{run.ranks.world_size} x {device_name(run.ranks.device)}, "
+               + str(run.dtype).removeprefix("torch.")
+               + (", compiled" if run.compiled_model is not run.model else ""))
+    metrics.say(f"{parameters / 1e6:.2f}M parameters, {config.tokens_per_step:,} tokens/step, "
+                f"{data['tokens']['train']:,} of {data['name']}; {machine}")
+    if out_dir is None:
+        return
+    try:
+        write_card(config, data, parameters, run.step, machine)
+    except OSError as e:
+        warn(f"{out_dir}/README.md is left as it is: {describe(e)[0]}")
+    if config.wandb_log:
+        run.wandb_run_id = metrics.start_wandb(asdict(config), run.wandb_run_id)
 
 
 @torch.no_grad()
 def evaluate(run: Run, signals: Signals) -> dict[str, float] | None:
-    """Mean loss over the first windows of each split, always the same ones, shared among the ranks;
-    None if a signal came."""
+    """Return the mean loss over the first windows of each split, always the same ones, which the
+    ranks share; None if a signal came."""
     run.model.eval()
     config, ranks, losses = run.config, run.ranks, {}
     for name, split in run.splits.items():
@@ -96,7 +309,7 @@ def evaluate(run: Run, signals: Signals) -> dict[str, float] | None:
             if (i := turn + ranks.rank) < len(batches):
                 x, y = (t.to(ranks.device) for t in split.rows(*batches[i]))
                 # a smaller last batch would compile a graph of its own
-                model = run.fast if len(x) == config.batch_size else run.model
+                model = run.compiled_model if len(x) == config.batch_size else run.model
                 with run.autocast:
                     means[i] = model(x, y)
         rows = torch.tensor([rows for _, rows in batches], dtype=torch.float64)
@@ -104,42 +317,39 @@ def evaluate(run: Run, signals: Signals) -> dict[str, float] | None:
     return losses
 
 
-def take_note(run: Run, saver: Saver, losses: dict[str, float]) -> bool:
-    """Let the run know an evaluation; whether it is the best so far."""
+def record_evaluation(run: Run, saver: checkpoint.Saver, losses: dict[str, float]) -> bool:
+    """Store an evaluation's losses. Return True if its validation loss is lower than best.pt's."""
     run.evaluation = {"step": run.step, **losses}
-    # a save that failed has taken its word back
-    best_val_loss = run.ranks.from_first(saver.best_val_loss)
-    best = 0 < run.step and losses["val_loss"] < best_val_loss
-    run.best_val_loss = losses["val_loss"] if best else best_val_loss
-    return best
+    saver.wait()  # a save in progress may replace best.pt
+    return run.ranks.from_first(run.step > 0 and losses["val_loss"] < saver.best_val_loss)
 
 
-def show_sample(run: Run) -> str:
-    """A little text by the model as it is: from the end-of-text token, or from the first character
-    it knows."""
-    vocabulary = tokenizer.from_meta(run.data)
+def generate_sample(run: Run) -> str:
+    """Return a little text of the current model, after the end-of-text token or the first
+    character of its vocabulary."""
+    vocabulary = from_meta(run.data)
     run.model.eval()
-    made = [row[0] for row in generate(run.model, [[vocabulary.eot or 0]], run.config.sample_tokens,
-                                       temperature=0.8, top_k=200)]
-    return vocabulary.decode([token for token in made if token is not None])
+    tokens = [row[0] for row in generate(run.model, [[vocabulary.eot or 0]],
+                                         run.config.sample_tokens, temperature=0.8, top_k=200)]
+    return vocabulary.decode([token for token in tokens if token is not None])
 
 
-def gradient(run: Run) -> Tensor:
-    """Let .grad hold the mean gradient of a step's micro-batches. Returns the losses of this
-    rank's, (M,), 0 for the others'."""
+def compute_gradient(run: Run) -> Tensor:
+    """Set .grad to the mean gradient of a step's micro-batches. Return this rank's losses, (M,),
+    0 for micro-batches of other ranks."""
     run.model.train()
     mine, elastic = run.loader.mine, run.config.elastic
     losses = torch.zeros(run.config.gradient_accumulation_steps, device=run.ranks.device)
-    parts = len(losses) if elastic else len(mine)  # DDP takes the mean over the ranks
+    count = len(losses) if elastic else len(mine)  # DDP takes the mean over the ranks
     batches = run.loader.step(run.step)
 
     def add_gradient(m: int) -> None:
         _, x, y = next(batches)
         torch.manual_seed(seed_of(run.config.seed, run.step, m))  # dropout depends on nothing else
         with run.autocast:
-            loss = run.net(x, y)
+            loss = run.train_model(x, y)
         losses[m] = loss.detach()
-        run.scaler.scale(loss / parts).backward()
+        run.scaler.scale(loss / count).backward()
 
     if elastic:
         total = sum_as_tree(run.model, add_gradient, mine.start, mine.stop)
@@ -148,30 +358,30 @@ def gradient(run: Run) -> Tensor:
             p.grad = grad
     else:
         for m in mine:
-            run.net.require_backward_grad_sync = m == mine[-1]  # DDP reduces once a step
+            run.train_model.require_backward_grad_sync = m == mine[-1]  # DDP reduces once a step
             add_gradient(m)
     return losses
 
 
 def sum_as_tree(model: GPT, add_gradient: Callable[[int], None], first: int, end: int
                 ) -> list[Tensor]:
-    """The gradients of micro-batches first ... end - 1, each half summed apart: what a rank of
-    many computes is a branch of what one alone does, and the rounding is the same."""
+    """Return the gradient of micro-batches first ... end - 1, added in a binary tree. A rank of
+    many computes a branch of what one rank alone computes, so they round alike."""
     if end - first > 2:
         middle = (first + end) // 2
         total = sum_as_tree(model, add_gradient, first, middle)
         torch._foreach_add_(total, sum_as_tree(model, add_gradient, middle, end))
         return total
-    for m in range(first, end):  # two are a + b in any case: backward adds them in passing
+    for m in range(first, end):  # a + b in any case: backward adds the second to the first
         add_gradient(m)
     total = [p.grad for p in model.parameters()]
     model.zero_grad(set_to_none=True)
     return total
 
 
-def update(run: Run, saver: Saver, losses: Tensor) -> tuple[Tensor, Tensor]:
-    """One step of AdamW, unless a number is not finite. Returns the mean loss and the norm of the
-    gradient, of all ranks."""
+def update(run: Run, saver: checkpoint.Saver, losses: Tensor) -> tuple[Tensor, Tensor]:
+    """Take one step of the optimizer, unless a number is not finite. Return the mean loss and the
+    norm of the gradient over all ranks, before clipping."""
     config, optimizer, scaler = run.config, run.optimizer, run.scaler
     loss = run.ranks.sum(losses).mean()
     scaler.unscale_(optimizer)
@@ -183,10 +393,10 @@ def update(run: Run, saver: Saver, losses: Tensor) -> tuple[Tensor, Tensor]:
         run.healthy *= torch.isfinite(loss)
     else:
         run.healthy *= torch.isfinite(loss + grad_norm)
-        # read on the device by the fused AdamW, which then changes nothing
+        # the fused AdamW reads this on the device, and then changes nothing
         optimizer.found_inf = 1 - run.healthy
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate(run.step, config)
+        group["lr"] = get_lr(run.step, config)
     saver.wait_for_copy()
     # on MPS AdamW does not read found_inf: the host does
     if run.ranks.device.type != "mps" or run.healthy:
@@ -201,59 +411,51 @@ def update(run: Run, saver: Saver, losses: Tensor) -> tuple[Tensor, Tensor]:
     return loss, grad_norm
 
 
-def halt_unless_healthy(run: Run, metrics: Metrics, saver: Saver) -> None:
-    """End a run whose numbers are not finite; its last update was not made. Waits for the GPU."""
+def halt_unless_healthy(run: Run, metrics: Metrics, saver: checkpoint.Saver) -> None:
+    """End a run whose loss or gradient is not finite; its last update was not made. Waits for the
+    GPU."""
     if run.healthy:
         return
     saver.wait()
     step, out_dir = int(run.applied), Path(run.config.out_dir)
-    metrics.say(NOT_FINITE.format(step=step + 1, lr=learning_rate(step, run.config))
-                + OVERFLOW * (run.scaler.get_scale() < 1)
-                + (GO_BACK.format(out_dir=out_dir) if has_run(out_dir)
-                   else "Nothing was saved before it."))
+    metrics.say(f"step {step + 1}: the loss or the gradient is not finite; that update was not "
+                "made, and the run ends here.\nLikely causes: a learning rate that is too high (it "
+                f"was {get_lr(step, run.config):.2e}), too little warm-up, float16, or "
+                "corrupt data.")
+    if run.scaler.get_scale() < 1:
+        metrics.say("GradScaler's scale fell below 1: float16 gradients overflow at every scale. "
+                    "Try: --dtype=bfloat16")
+    metrics.say(f"{out_dir}/ckpt.pt is older. Try: --init_from=resume with a lower --learning_rate."
+                if checkpoint.has_run(out_dir) else "Nothing was saved before it.")
     sys.exit(EXIT_NOT_FINITE)
 
 
-def main(config: TrainConfig, given: dict[str, Any]) -> int:
-    """Train; returns the exit code."""
-    try:
-        return train(config, given, Signals())
-    except Stopped:
-        if os.environ.get("RANK", "0") == "0":
-            print("stopped while starting, with nothing new to save; "
-                  "continue with --init_from=auto")
-        return EXIT_STOPPED
-    except BadData as e:
-        fail(str(e), any_rank=isinstance(e, BadToken))
-    except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(e):
-            raise
-        fail(f"out of memory: {str(e).strip()}. Try: a smaller --batch_size and as much larger "
-             "--gradient_accumulation_steps", EXIT_FAILED, any_rank=True)
-
-
 def train(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
-    """The run, from where it stands to max_iters; returns the exit code."""
-    run, metrics, saver = begin(config, given)
-    config, ranks, begun_at, unsaved = run.config, run.ranks, run.step, False
-    pace = Pace(run)
+    """Train from the step of the newest checkpoint, or from step 0, to max_iters. Return the exit
+    code. Raises UserError."""
+    ranks = join_ranks(config)
+    run, saver, metrics = start(config, given, ranks)
+    config, first_step, unsaved = run.config, run.step, False
+    peak = peak_flops(ranks.device)
+    throughput = Throughput(config.tokens_per_step, run.model.flops_per_token(),
+                            peak and peak * ranks.world_size)
+    throughput.restart(run.step)
     while True:
         ending = run.step >= config.max_iters
 
-        # once in a while: look
+        # once in a while: evaluate
         best, due = False, ending or run.step % config.eval_interval == 0
         if config.eval_only or due and run.evaluation.get("step") != run.step:
             halt_unless_healthy(run, metrics, saver)
-            losses = signals.unless_one_comes(lambda: evaluate(run, signals), ranks,
-                                              nothing_new=run.step == begun_at)
-            if losses:  # else a signal came: the run that goes on from here evaluates again
-                best, unsaved = take_note(run, saver, losses), run.step > 0
-                metrics.log(run.evaluation, best_val_loss=run.best_val_loss)
-                metrics.say(f"step {run.step}: train loss {losses['train_loss']:.4f}, "
-                            f"val loss {losses['val_loss']:.4f}" + ", the best so far" * best)
+            losses = signals.unless_one_comes(lambda: evaluate(run, signals), ranks.world_size,
+                                              nothing_new=run.step == first_step)
+            if losses:  # else a signal came: the resumed run evaluates at this step
+                best, unsaved = record_evaluation(run, saver, losses), run.step > 0
+                metrics.log_evaluation(run.evaluation, best, min(saver.best_val_loss,
+                                                                 losses["val_loss"]))
                 if config.sample_tokens and ranks.rank == 0:
-                    metrics.say(show_sample(run) + "\n")
-            pace.restart(run)
+                    metrics.say(generate_sample(run) + "\n")
+            throughput.restart(run.step)
         if config.eval_only:
             break
 
@@ -261,35 +463,37 @@ def train(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
         stopped = ranks.any(signals.came)
         due = run.step % (config.checkpoint_interval or config.eval_interval) == 0
         if (ending := ending or stopped) and ranks.any(not saver.wait()):
-            unsaved = True  # the last save failed: one more try
+            unsaved = True  # the last save failed: try once more
         if unsaved and (due or best or ending):
             halt_unless_healthy(run, metrics, saver)
-            saver.save(bundle := run.bundle(), best)
+            saver.wait()
+            bundle = run.bundle(run.evaluation["val_loss"] if best else saver.best_val_loss)
+            saver.save(bundle, best)
             if ending and not saver.wait():
-                saver.save(bundle, best)  # it was the last one: once more, to a new file
+                saver.save(bundle, best)  # the last one: try once more, to a new file
             unsaved = False
         if ending:
             break
 
         # a step: the gradient of all micro-batches, then one update
-        losses = signals.unless_one_comes(lambda: gradient(run), ranks,
-                                          nothing_new=run.step == begun_at)
-        if losses is None:  # a signal came, and has broken it off
+        losses = signals.unless_one_comes(lambda: compute_gradient(run), ranks.world_size,
+                                          nothing_new=run.step == first_step)
+        if losses is None:  # a signal came and interrupted it
             run.optimizer.zero_grad(set_to_none=True)
             continue
         loss, grad_norm = update(run, saver, losses)
         unsaved = True
 
         # once in a while: log
-        if run.step % config.log_interval == 0 or ranks.device.type == "cpu":
+        log = run.step % config.log_interval == 0
+        if log or ranks.device.type == "cpu":
             halt_unless_healthy(run, metrics, saver)
-        if run.step % config.log_interval == 0:
-            seconds, speed = pace.since_last(run)
-            row = {"step": run.step, "tokens": run.step * pace.tokens_per_step, "loss": loss.item(),
-                   "lr": learning_rate(run.step - 1, config), "grad_norm": grad_norm.item(),
-                   **speed}
-            metrics.log(row)
-            metrics.say_progress(row, config.max_iters, seconds * (config.max_iters - run.step))
+        if log:
+            metrics.log_step({
+                "step": run.step, "tokens": run.step * config.tokens_per_step,
+                "loss": loss.item(), "lr": get_lr(run.step - 1, config),
+                "grad_norm": grad_norm.item(), **throughput.measure(run.step)},
+                config.max_iters, config.tokens_per_step)
 
     # all ranks wait for the last save: torchrun kills the others when one has ended
     saved = ranks.from_first(saver.wait())
@@ -298,11 +502,29 @@ def train(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
         metrics.say(f"{'stopped' if stopped else 'done'} at step {run.step}, "
                     + ("with nothing to save yet" if not run.step else
                        f"{'saved' if saved else 'NOT SAVED'} in {config.out_dir}")
-                    + "; go on with --init_from=auto" * stopped)
+                    + ("; continue with --init_from=auto" if stopped else ""))
     code = (EXIT_FAILED if not saved else
             EXIT_STOPPED if not config.eval_only and stopped else 0)
     ranks.leave(code)
     return code
+
+
+def main(config: TrainConfig, given: dict[str, Any]) -> int:
+    """Train. Return the exit code, or exit with one line for a mistake."""
+    try:
+        return train(config, given, Signals())
+    except Stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print("stopped while starting, with nothing new to save; "
+                  "continue with --init_from=auto")
+        return EXIT_STOPPED
+    except UserError as e:
+        exit_with(e)
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(e):
+            raise
+        exit_with(UserError(f"out of memory: {str(e).strip()}. Try: a smaller --batch_size and as "
+                            "much larger --gradient_accumulation_steps", EXIT_FAILED, local=True))
 
 
 if __name__ == "__main__":

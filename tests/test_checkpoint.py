@@ -1,32 +1,31 @@
-"""Saving and reading, piece by piece: what the proving machine's five parts do not look at."""
+"""Saving and reading checkpoints: cases that tools.crash does not cover."""
 import errno
 import io
 import os
 import pickle
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, TINY, bits
+from conftest import REPO, TINY, bits, run
 
-import checkpoint
-from checkpoint import BadBundle, Disk, Saver, commit, newest_bundle, read_bundle
-from metrics import Metrics
+from keepgpt import checkpoint
+from keepgpt.checkpoint import BadBundle, Disk, Saver, commit, newest_bundle, read_bundle
+from keepgpt.metrics import Metrics
 
 
-@pytest.fixture
-def bundle(train, tmp_path):
-    """A bundle of a real run."""
-    train(max_iters=2)
-    return read_bundle(tmp_path / "out/ckpt.pt")
+@pytest.fixture(scope="module")
+def bundle(dataset, tmp_path_factory):
+    """Return the bundle of a real run."""
+    out = tmp_path_factory.mktemp("run")
+    run("train.py", out_dir=out, dataset=dataset, **TINY | {"max_iters": 2})
+    return read_bundle(out / "ckpt.pt")
 
 
 class Faulty(Disk):
-    """Does one operation as it is told."""
+    """Replace one operation of a Disk."""
 
     def __init__(self, name, instead):
         setattr(self, name, instead)
@@ -36,7 +35,7 @@ def refuse(*_):
     raise OSError(errno.EIO, "Input/output error")
 
 
-def test_what_was_written_otherwise_is_never_committed(bundle, tmp_path):
+def test_a_corrupted_write_is_never_committed(bundle, tmp_path):
     def flipping(file, data):
         return os.write(file, bytes(data)[:-1] + bytes([bytes(data)[-1] ^ 1]))
 
@@ -48,7 +47,7 @@ def test_what_was_written_otherwise_is_never_committed(bundle, tmp_path):
     assert {p.name for p in tmp_path.glob("*.pt*")} == {"ckpt.pt", "ckpt-00000001.pt"}
 
 
-def test_an_old_bundle_that_cannot_be_removed_does_not_undo_the_save(bundle, tmp_path, capsys):
+def test_a_checkpoint_that_cannot_be_removed_is_no_failure(bundle, tmp_path, capsys):
     saver = Saver(tmp_path, 2, 9.0, lambda: None, torch.device("cpu"), Faulty("remove", refuse))
     for step in (1, 2, 3):
         saver.save(bundle | {"step": step, "best_val_loss": 9.0 - step}, best=True)
@@ -57,7 +56,7 @@ def test_an_old_bundle_that_cannot_be_removed_does_not_undo_the_save(bundle, tmp
     assert read_bundle(tmp_path / "best.pt")["step"] == 3
 
 
-def test_the_best_loss_counts_at_once_and_not_after_a_failure(bundle, tmp_path):
+def test_a_failed_save_restores_best_val_loss(bundle, tmp_path):
     saver = Saver(tmp_path, 2, 9.0, lambda: None, torch.device("cpu"), Faulty("fsync", refuse))
     saver.save(bundle | {"best_val_loss": 5.0}, best=True)
     saver.wait()
@@ -77,16 +76,16 @@ def test_a_file_system_without_links(bundle, tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    {"step": "x"}, {"config": None}, {"rng": {}}, {"model_args": {}}, {"optimizer": []},
-    {"model": {}}, {"format": 2}])
-def test_a_bundle_with_other_parts_is_no_bundle(bundle, change, tmp_path):
+    {"step": "x"}, {"config": None}, {"rng": {}}, {"model_args": None}, {"optimizer": []},
+    {"model": []}, {"format": 2}, {"wandb_run_id": 1}])
+def test_a_checkpoint_with_wrong_types_is_refused(bundle, change, tmp_path):
     checkpoint.write_bundle(bundle | change, tmp_path / "x.pt", Disk())
     with pytest.raises(BadBundle):
         read_bundle(tmp_path / "x.pt")
 
 
-def test_whatever_the_pickle_is_it_is_refused_in_order(bundle, tmp_path):
-    """Files that someone has put together, with a right checksum."""
+def test_any_malformed_pickle_is_refused(bundle, tmp_path):
+    """The checksum of each file is right."""
     whole = pickle.dumps({"a": [1, 2.5, "x"]}, protocol=2)
     for content in (b"", b".", b"\x80\x02", whole[:-1], whole[5:], b"0" * 9, b"R."):
         memory = io.BytesIO()
@@ -100,22 +99,21 @@ def test_whatever_the_pickle_is_it_is_refused_in_order(bundle, tmp_path):
             read_bundle(tmp_path / "x.pt")
 
 
-def test_rows_whose_fsync_failed_go_to_another_file(tmp_path):
-    disk = Disk()
-    metrics = Metrics(tmp_path, 0, False, disk)
+def test_rows_survive_a_failed_fsync(tmp_path, monkeypatch):
+    metrics = Metrics(tmp_path, 0, False)
     path = tmp_path / "metrics.jsonl"
     metrics.log({"step": 1})
     metrics.sync()
     metrics.log({"step": 2})
-    disk.fsync = refuse
+    monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(OSError):
         metrics.sync()
     first = path.stat().st_ino
     with pytest.raises(OSError):
         metrics.sync()
-    del disk.fsync
+    monkeypatch.undo()
     metrics.log({"step": 3})
-    with open(path, "rb+") as file:  # the kernel has dropped what it could not write
+    with open(path, "rb+") as file:  # the kernel dropped the page that it could not write
         file.truncate(len('{"step": 1}\n'))
     metrics.sync()
     assert path.stat().st_ino != first
@@ -124,27 +122,27 @@ def test_rows_whose_fsync_failed_go_to_another_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_the_last_save_is_tried_twice(dataset, train, tmp_path):
-    program = """
-import sys, checkpoint, train
-from configurator import TrainConfig, parse
+def test_the_last_save_is_retried_once(dataset, train, tmp_path):
+    (tmp_path / "failing.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(REPO)!r})
+import train
+from keepgpt import checkpoint
+from keepgpt.config import TrainConfig, parse
 failures = int(sys.argv.pop())
 class Failing(checkpoint.Disk):
     def fsync(self, file):
         global failures
-        if failures and "ckpt-00000004" in __import__("os").readlink(f"/proc/self/fd/{file}"):
+        if failures and "ckpt-00000004" in __import__("os").readlink(f"/proc/self/fd/{{file}}"):
             failures -= 1
             raise OSError(5, "Input/output error")
         super().fsync(file)
 checkpoint.Disk = Failing
-sys.exit(train.main(*parse(TrainConfig, "", sys.argv[1:])[:2]))"""
+sys.exit(train.main(*parse(TrainConfig, "", sys.argv[1:])[:2]))""")
     for failures, code, said in ((1, 0, "saved in"), (2, 1, "NOT SAVED in")):
         flags = TINY | {"max_iters": 4, "dataset": dataset, "out_dir": tmp_path / str(failures)}
-        done = subprocess.run([sys.executable, "-c", program,
-                               *(f"--{key}={value}" for key, value in flags.items()),
-                               str(failures)], cwd=REPO, capture_output=True, text=True,
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})
-        assert done.returncode == code and said in done.stdout.splitlines()[-1], done.stderr
+        done = run(tmp_path / "failing.py", code=code, last=str(failures), **flags)
+        assert said in done.stdout.splitlines()[-1], done.stderr
         assert done.stderr.count("FAILED: [Errno 5]") == failures
         assert not list(tmp_path.glob(f"{failures}/*.tmp"))
     train(out="whole", max_iters=4)
@@ -152,7 +150,7 @@ sys.exit(train.main(*parse(TrainConfig, "", sys.argv[1:])[:2]))"""
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
-def test_an_ordinary_user_of_a_low_priority_can_save(bundle):
+def test_a_user_without_privileges_can_save(bundle):
     with tempfile.TemporaryDirectory() as name:  # not in pytest's own, which is root's alone
         os.chown(name, 65534, 65534)
         pid = os.fork()

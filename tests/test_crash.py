@@ -1,15 +1,16 @@
-"""The proving machine finds nothing wrong here, and does find what is broken on purpose."""
+"""tools.crash finds no failure in this program, and finds those that a test makes on purpose."""
 import subprocess
-import sys
+import tempfile
+from pathlib import Path
 
 import pytest
-from conftest import REPO
+from conftest import REPO, complaint, run
 
-FEW = {"kill": ("--cases=8", "--torchrun_cases=1"), "nth": ("--cases=120",),
+FEW = {"kill": ("--cases=5", "--torchrun_cases=1"), "nth": ("--cases=120",),
        "power": ("--cases=400",), "rot": ("--cases=150",), "full": ("--cases=4",),
        "elastic": ("--cases=1",), "prepare": ("--cases=60",)}
 BROKEN = {
-    "kill": "import model\nmodel.AdamW.load_state_dict = lambda *args: None",
+    "kill": "from keepgpt import optim\noptim.AdamW.load_state_dict = lambda *args: None",
     "nth": "checkpoint.remove_leftovers = lambda *args: None",
     "power": """
 write = checkpoint.write_bundle
@@ -35,48 +36,53 @@ train.sum_as_tree = sum_in_a_row""",
     "prepare": "import prepare\nprepare.mark_incomplete = lambda folder: None"}
 
 
-def crash(*words: str, broken: str = "") -> subprocess.CompletedProcess:
-    """Run the machine in a process of its own, after the statements that break something."""
-    program = f"""
+def crash(*args: str, broken: str = "", code: int = 0) -> subprocess.CompletedProcess:
+    """Run tools.crash after the statements `broken`."""
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder, "crash.py")
+        program.write_text(f"""
 import sys
+sys.path.insert(0, {str(REPO)!r})
 from types import SimpleNamespace
-import checkpoint
+from keepgpt import checkpoint
 {broken}
 from tools.crash import __main__ as machine
-config, _, words = machine.parse(machine.CrashConfig, "", sys.argv[1:])
-sys.exit(machine.main(config, words))"""
-    return subprocess.run([sys.executable, "-c", program, *words], cwd=REPO, capture_output=True,
-                          text=True, timeout=600)
+config, _, args = machine.parse(machine.CrashConfig, "", sys.argv[1:])
+sys.exit(machine.main(config, args))""")
+        return run(program, *args, code=code)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", FEW)
-def test_nothing_is_lost(part, tmp_path):
-    done = crash(part, *FEW[part], f"--folder={tmp_path}")
-    assert done.returncode == 0 and " 0 failures" in done.stdout, done.stdout + done.stderr
+def test_no_fault_loses_anything(part, tmp_path):
+    assert " 0 failures" in crash(part, *FEW[part], f"--folder={tmp_path}").stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", BROKEN)
-def test_the_machine_sees_what_is_broken(part, tmp_path):
-    few = [word for word in FEW[part] if "torchrun" not in word]
+def test_a_broken_build_fails_its_part(part, tmp_path):
+    few = [flag for flag in FEW[part] if "torchrun" not in flag]
     done = crash(part, *few, *["--torchrun_cases=0"] * (part == "kill"), f"--folder={tmp_path}",
-                 broken=BROKEN[part])
-    assert done.returncode == 1 and "FAILURE" in done.stdout, done.stdout + done.stderr
+                 broken=BROKEN[part], code=1)
+    assert "FAILURE" in done.stdout, done.stdout + done.stderr
 
 
-def test_a_failure_is_repeated_by_its_number(tmp_path):
-    words = ["rot", f"--folder={tmp_path}"]
-    first = crash(*words, "--cases=20", "--seed=7", broken=BROKEN["rot"]).stdout.splitlines()[0]
-    again = crash(*words, *first.split("again with ")[1].split(), broken=BROKEN["rot"])
-    assert again.returncode == 1 and again.stdout.splitlines()[0] == first
+@pytest.mark.slow
+def test_a_failure_repeats_with_the_printed_flags(tmp_path):
+    broken = {"broken": BROKEN["rot"], "code": 1}
+    args = ["rot", f"--folder={tmp_path}"]
+    first = crash(*args, "--cases=20", "--seed=7", **broken).stdout.splitlines()[0]
+    again = crash(*args, *first.split("again with ")[1].split(), **broken)
+    assert again.stdout.splitlines()[0] == first
 
 
+def test_an_unknown_part_exits_2():
+    assert "'nosuch'" in complaint(run("tools.crash", "nosuch", code=2))
+
+
+@pytest.mark.slow
 def test_an_uninterrupted_run_that_hangs_is_an_error(tmp_path):
     impatient = "from tools.crash import common\ncommon.exit_code.__defaults__ = (0.01,)"
     done = crash("kill", "--cases=1", "--torchrun_cases=0", f"--folder={tmp_path}",
-                 broken=impatient)
-    assert done.returncode == 2 and "hangs" in done.stderr
-
-
-def test_an_unknown_part_is_one_line():
-    done = crash("nosuch")
-    assert done.returncode == 2 and done.stderr.startswith("error: there is no part 'nosuch'")
+                 broken=impatient, code=2)
+    assert "hangs" in done.stderr

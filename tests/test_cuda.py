@@ -12,15 +12,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-import checkpoint
 import model as model_module
-import runtime
-import start
-from checkpoint import Disk, Saver, read_bundle
-from loader import Loader
-from model import GPT, AdamW, Cache, LinearCrossEntropy, ModelArgs, generate
+import train as script
+from keepgpt import checkpoint
+from keepgpt import distributed as runtime
+from keepgpt.checkpoint import Disk, Saver, read_bundle
+from keepgpt.kernels import LinearCrossEntropy
+from keepgpt.loader import Loader
+from keepgpt.optim import AdamW
+from keepgpt.process import EXIT_NOT_FINITE
+from model import GPT, KVCache, ModelArgs, generate
 from tools.bench.common import Shape, new_run
-from train import EXIT_NOT_FINITE, evaluate, gradient, halt_unless_healthy, update
+from train import compute_gradient, evaluate, halt_unless_healthy, update
 
 ARGS = ModelArgs(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=61, bias=True,
                  dropout=0.0)
@@ -55,16 +58,16 @@ def test_graphs_are_static_whichever_is_compiled_first(evaluated_first, monkeypa
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", lambda *a, **how: compile(*a, backend=backend, **how))
-    monkeypatch.setattr(start, "compiler_lacks", lambda *_: "")
+    monkeypatch.setattr(script, "find_compiler_problem", lambda *_: "")
     torch._dynamo.reset()
     run, signals = tiny_run(compile=True, eval_iters=3), SimpleNamespace(came=False)
     run.splits["train"].windows = run.splits["val"].windows = 4 + 4 + 1  # the last batch is smaller
-    works = [lambda: evaluate(run, signals), lambda: gradient(run)]
+    works = [lambda: evaluate(run, signals), lambda: compute_gradient(run)]
     for work in works if evaluated_first else reversed(works):
         work()
     assert graphs == [False, False]  # an evaluation's and a step's
     with torch.no_grad():
-        run.fast(*run.splits["val"].rows(0, 3))
+        run.compiled_model(*run.splits["val"].rows(0, 3))
     assert graphs == [False] * 3
 
 
@@ -110,10 +113,11 @@ def test_the_compiled_loss_keeps_no_float32_logits():
 
 def test_deterministic_is_compiled_only_where_the_compiler_repeats(monkeypatch):
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.9.1+cu128"))
-    assert "2.10" in runtime.compiler_lacks(CUDA, True)
-    assert "2.10" not in runtime.compiler_lacks(CUDA, False) + runtime.compiler_lacks(CPU, True)
+    assert "2.10" in runtime.find_compiler_problem(CUDA, True)
+    assert "2.10" not in runtime.find_compiler_problem(CUDA, False)
+    assert "2.10" not in runtime.find_compiler_problem(CPU, True)
     monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.10.0+cu128"))
-    assert "2.10" not in runtime.compiler_lacks(CUDA, True)
+    assert "2.10" not in runtime.find_compiler_problem(CUDA, True)
 
 
 def test_deterministic_sums_over_gpus_leave_the_switch_out(monkeypatch):
@@ -132,10 +136,10 @@ def test_deterministic_sums_over_gpus_leave_the_switch_out(monkeypatch):
 def test_float16_that_overflows_at_every_scale_ends_the_run(capsys):
     run, saver = tiny_run(), no_saver()
     run.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    update(run, saver, gradient(run))
+    update(run, saver, compute_gradient(run))
     before = copy.deepcopy(run.model.state_dict())
     for _ in range(5):  # 4, 2, 1, 0.5: the third is one too many
-        losses = gradient(run)
+        losses = compute_gradient(run)
         run.model.transformer.wte.weight.grad[0, 0] = math.inf
         update(run, saver, losses)
     metrics = SimpleNamespace(say=print)
@@ -149,7 +153,7 @@ def test_float16_that_overflows_now_and_then_goes_on():
     run, saver = tiny_run(), no_saver()
     run.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)
     for i in range(8):
-        losses = gradient(run)
+        losses = compute_gradient(run)
         if i % 2:
             run.model.transformer.wte.weight.grad[0, 0] = math.inf
         update(run, saver, losses)
@@ -177,7 +181,7 @@ def test_mps_makes_no_update_that_is_not_finite():
 def gradient_on_cpu(run):
     """Its gradient, while it is no run on MPS."""
     device = run.ranks.device
-    losses = gradient(on(run, CPU))
+    losses = compute_gradient(on(run, CPU))
     on(run, device)
     return losses
 
@@ -265,10 +269,10 @@ class WatchedDisk(Disk):
 
 def test_a_snapshot_is_ordered_between_two_updates_and_before_its_write(tmp_path, monkeypatch):
     run = tiny_run()
-    update(run, no_saver(), gradient(run))
+    update(run, no_saver(), compute_gradient(run))
     cuda = Streams(monkeypatch)
     saver = Saver(tmp_path, 2, 0.0, lambda: None, CUDA, WatchedDisk(cuda.log))
-    bundle = run.bundle()
+    bundle = run.bundle(9.0)
     saver.save(bundle, best=False)
     saver.wait_for_copy()
     assert saver.wait()
@@ -286,9 +290,9 @@ def test_a_snapshot_is_ordered_between_two_updates_and_before_its_write(tmp_path
 
 def test_the_host_copy_of_a_bundle_is_one_block_of_its_size(tmp_path):
     run = tiny_run()
-    update(run, no_saver(), gradient(run))
+    update(run, no_saver(), compute_gradient(run))
     saver = Saver(tmp_path, 2, 0.0, lambda: None, CPU)
-    saver.save(run.bundle(), best=False)
+    saver.save(run.bundle(9.0), best=False)
     assert saver.wait()
     copies = sorted(saver.copies.values(), key=torch.Tensor.data_ptr)
     size = sum(t.nbytes for t in copies)
@@ -323,6 +327,7 @@ class SliceByOperators(TorchFunctionMode):
             return part
         if isinstance(args[2], torch.Tensor):
             assert args[2].device == part.device and args[2].expand(part.shape) is not None
+        return None
 
 
 @pytest.fixture
@@ -354,12 +359,12 @@ def test_a_loss_and_its_gradients_on_cuda_mix_no_devices(fake):
 
 def test_generation_on_cuda_mixes_no_devices(fake):
     fake.eval()
-    idx, cache = torch.zeros(3, 5, dtype=torch.long, device=CUDA), fake.new_cache(3)
+    idx, cache = torch.zeros(3, 5, dtype=torch.long, device=CUDA), fake.make_cache(3)
     assert {kv.device.type for kv in cache.layers} == {"cuda"}
     assert cache.layers[0].dtype == torch.bfloat16
     logits = fake(idx, cache=cache)
     plain = fake(idx[:, :1], cache=cache)
-    recorded = fake(idx[:, :1], cache=Cache(cache.layers, torch.full((1,), 6, device=CUDA)))
+    recorded = fake(idx[:, :1], cache=KVCache(cache.layers, torch.full((1,), 6, device=CUDA)))
     for x in (logits, plain, recorded):
         assert x.shape == (3, 1, 61) and x.device.type == "cuda" and x.dtype == torch.bfloat16
 

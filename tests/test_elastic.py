@@ -1,5 +1,4 @@
-"""With elastic=True a run has the same bits on any power of two of ranks, also if it moves between
-them."""
+"""With elastic=True a run is bit-identical on 1, 2, 4, ... ranks, also if their number changes."""
 import os
 import shutil
 import subprocess
@@ -18,8 +17,8 @@ FLAGS = {"dtype": "bfloat16", "dropout": 0.2, "gradient_accumulation_steps": 12,
 
 
 def outcome(out: Path) -> tuple[str, list[dict]]:
-    """sha256 of a run's weights, moments and last evaluation, and its metrics, but for the
-    evaluations that it makes where it ends too early."""
+    """Return the sha256 of a run's weights, moments and last evaluation, and its metrics without
+    the evaluations at the ends of shorter runs."""
     bundle = torch.load(out / "ckpt.pt", weights_only=True)
     return digest({key: bundle[key] for key in ("model", "optimizer", "step", "evaluation",
                                                 "best_val_loss", "scaler")}), [
@@ -28,7 +27,7 @@ def outcome(out: Path) -> tuple[str, list[dict]]:
 
 @pytest.fixture(scope="module")
 def alone_out(dataset, tmp_path_factory) -> Path:
-    """The folder of a run on one rank."""
+    """Return the folder of a run on one rank."""
     out = tmp_path_factory.mktemp("runs") / "alone"
     run("train.py", out_dir=out, dataset=dataset, elastic=True, **TINY | FLAGS)
     assert len(rows(out, "loss")) == 20
@@ -37,61 +36,62 @@ def alone_out(dataset, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def alone(alone_out) -> tuple[str, list[dict]]:
-    """Its outcome."""
+    """Return its outcome."""
     return outcome(alone_out)
 
 
-def test_any_power_of_two_of_ranks_gives_the_same_bits(train, tmp_path, alone):
+def test_1_2_and_4_ranks_are_bit_identical(train, tmp_path, alone):
     for ranks in (2, 4):
         train(out=str(ranks), ranks=ranks, elastic=True, **FLAGS)
         assert outcome(tmp_path / str(ranks)) == alone
 
 
-def test_the_states_of_two_runs_are_compared(train, tmp_path, alone_out):
+def test_tools_same_compares_the_states_of_runs(train, tmp_path, alone_out):
     train(out="other", elastic=True, **FLAGS | {"seed": 2})
     shutil.copytree(alone_out, tmp_path / "copy")
     same = run("tools.same", alone_out, tmp_path / "copy").stdout.splitlines()
     other = run("tools.same", alone_out, tmp_path / "other", code=1).stdout.splitlines()
-    assert same[-1] == "the same bits" and other[-1] == "OTHER BITS"
-    assert same[0] == other[0] and "step 20, sha256 " in same[0]
-    assert "no whole bundle" in complaint(run("tools.same", tmp_path, alone_out, code=2))
+    hashes = [line.split("sha256 ")[1] for line in (*same[:2], *other[:2])]
+    assert hashes[0] == hashes[1] == hashes[2] != hashes[3]
+    complaint(run("tools.same", tmp_path, alone_out, code=2))
     assert "usage: " in complaint(run("tools.same", alone_out, code=2))
 
 
-def test_a_run_that_moves_between_them_gives_the_same_bits(train, tmp_path, alone):
+def test_a_run_may_change_ranks_bit_identical(train, tmp_path, alone):
     for ranks, steps in ((4, 5), (1, 10), (2, 15), (4, 20)):
         done = train(ranks=ranks, elastic=True, **FLAGS | {"max_iters": steps})
         if steps > 5:
-            assert f"-> {ranks}: the same bits" in done.stdout
+            assert f"-> {ranks}: " in done.stdout and "rounding" not in done.stdout
     assert outcome(tmp_path / "out") == alone
 
 
-def test_a_run_keeps_the_number_of_its_threads(train, tmp_path, alone):
+def test_a_resumed_run_keeps_its_number_of_threads(train, tmp_path, alone):
     train(elastic=True, **FLAGS | {"max_iters": 5})
     train(elastic=True, env={"OMP_NUM_THREADS": "2"}, **FLAGS)
     assert outcome(tmp_path / "out") == alone
 
 
-def test_ranks_take_the_number_of_threads_of_the_first(dataset, tmp_path, alone):
-    words = command("train.py", ranks=2, out_dir=tmp_path / "out", dataset=dataset, elastic=True,
-                    **TINY | FLAGS)
-    # in the place of python: one that gives each rank another number of threads
+@pytest.mark.slow
+def test_all_ranks_use_rank_0s_number_of_threads(dataset, tmp_path, alone):
+    args = command("train.py", ranks=2, out_dir=tmp_path / "out", dataset=dataset, elastic=True,
+                   **TINY | FLAGS)
+    # torchrun starts this instead of python: each rank gets a different number of threads
     (tmp_path / "python").write_text(
         f'#!/bin/sh\nOMP_NUM_THREADS=$((RANK + 1)) exec {sys.executable} "$@"\n')
     (tmp_path / "python").chmod(0o755)
-    subprocess.run(words, check=True, env=os.environ | {"PYTHON_EXEC": str(tmp_path / "python")},
+    subprocess.run(args, check=True, env=os.environ | {"PYTHON_EXEC": str(tmp_path / "python")},
                    capture_output=True)
     assert outcome(tmp_path / "out") == alone
 
 
-def test_a_run_of_ddp_is_not_called_the_same_bits(train):
+def test_resuming_a_ddp_run_does_not_promise_equal_bits(train):
     train(**FLAGS | {"max_iters": 5})
     done = train(ranks=2, elastic=True, **FLAGS | {"max_iters": 6})
-    assert "1 -> 2: the same batches, and the same losses but for rounding" in done.stdout
+    assert "1 -> 2: " in done.stdout and "rounding" in done.stdout
 
 
-def test_plain_ddp_rounds_otherwise_on_another_number_of_ranks(train, tmp_path):
-    """Else the tests above would show nothing."""
+def test_plain_ddp_rounds_differently_on_two_ranks(train, tmp_path):
+    """Without a difference here the tests above would show nothing."""
     for ranks in (1, 2):
         train(out=str(ranks), ranks=ranks, **FLAGS)
     one, two = (rows(tmp_path / str(ranks), "loss") for ranks in (1, 2))
@@ -100,10 +100,10 @@ def test_plain_ddp_rounds_otherwise_on_another_number_of_ranks(train, tmp_path):
     assert all(abs(a["loss"] - b["loss"]) < 0.02 for a, b in zip(one, two))
 
 
-def test_what_would_round_otherwise_is_refused(train, tmp_path):
+def test_settings_that_change_rounding_are_refused(train, tmp_path):
     done = train(ranks=3, code=None, elastic=True, **FLAGS | {"gradient_accumulation_steps": 4})
-    assert done.returncode and "start 1, 2, 4, 8, ... ranks, not 3" in done.stderr
+    assert done.returncode and "1, 2, 4, 8" in done.stderr
     train(elastic=True, **FLAGS | {"max_iters": 2})
     done = train(code=2, elastic=True,
                  **FLAGS | {"batch_size": 4, "gradient_accumulation_steps": 6})
-    assert "batch_size stays 2" in complaint(done)
+    assert "batch_size" in complaint(done)

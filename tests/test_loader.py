@@ -1,4 +1,4 @@
-"""What loader.py promises: batches are a function of (seed, step); an epoch visits all windows."""
+"""keepgpt/loader.py: batches depend on (seed, step) alone; an epoch reads every window once."""
 import json
 import os
 import pickle
@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from loader import BadData, Loader, Split, mix, read_meta, seed_of, shuffled
+from keepgpt.loader import BadData, Loader, Split, mix, read_meta, seed_of, shuffled
+
 
 @pytest.fixture
 def data(tmp_path, monkeypatch):
-    """A function that writes 0, 1, 2, ... as the training split of x: a token is its own place."""
+    """Return a function that writes 0, 1, 2, ... as the training split of x: a token is its
+    position."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "x").mkdir()
 
@@ -22,7 +24,7 @@ def data(tmp_path, monkeypatch):
 
 
 def split(block_size, seed=1, shift=True, dtype="uint16", files=None):
-    """The training split of x: train.bin as it is, or `files` with the number of their tokens."""
+    """Return the training split of x: train.bin, or `files` as {name: number of tokens}."""
     path = Path("x/train.bin")
     files = files or {path.name: path.stat().st_size // np.dtype(dtype).itemsize}
     meta = {"dtype": dtype, "vocab_size": 2**32, "files": {"train": files}}
@@ -30,7 +32,7 @@ def split(block_size, seed=1, shift=True, dtype="uint16", files=None):
 
 
 def starts(a_split, epoch=0):
-    """Where each of an epoch's windows begins in the file, in the order that it is read."""
+    """Return the position in the file of each window of an epoch, in reading order."""
     x, _ = a_split.rows(epoch * a_split.windows, a_split.windows)
     return x[:, 0].tolist()
 
@@ -44,14 +46,14 @@ def permutation(n, key):
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 63, 64, 65, 100, 1000,
                                1023, 1024, 1025, 4097, 30_011])
-def test_shuffled_is_a_permutation_and_another_for_another_key(n):
+def test_shuffled_is_a_permutation_that_depends_on_the_key(n):
     orders = [permutation(n, key) for key in range(20)]
     assert all(sorted(order) == list(range(n)) for order in orders)
     assert len(set(map(tuple, orders))) >= (1, 1, 2, 4, 8)[n] if n < 5 else 15
 
 
 @pytest.mark.parametrize("n", [2**31, 2**40 + 7, 2**62 - 1])
-def test_shuffled_maps_a_huge_range_onto_itself_without_an_array_of_it(n):
+def test_shuffled_permutes_huge_ranges(n):
     index = np.concatenate([np.arange(20_000), n - 1 - np.arange(20_000)]).astype(np.uint64)
     to = shuffled(index, n, np.zeros(40_000, np.uint64))
     assert (to < n).all() and len(np.unique(to)) == 40_000
@@ -59,26 +61,26 @@ def test_shuffled_maps_a_huge_range_onto_itself_without_an_array_of_it(n):
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 6, 16])
-def test_every_place_is_sent_everywhere_about_equally_often(n):
+def test_shuffled_is_uniform(n):
     keys = mix(np.arange(8000, dtype=np.uint64))
     for i in range(n):
         to = np.bincount(shuffled(np.full(8000, i, np.uint64), n, keys).astype(int), minlength=n)
         assert (abs(to - 8000 / n) < 0.15 * 8000 / n + 60).all(), to
 
 
-def test_neighbours_do_not_stay_neighbours():
+def test_shuffled_separates_neighbours():
     order = np.array(permutation(10_000, 3))
     assert (abs(np.diff(order)) < 10).mean() < 0.01  # 0.002 by chance
     assert abs(np.corrcoef(order, np.arange(10_000))[0, 1]) < 0.05
 
 
-def test_shuffled_does_not_change_what_it_is_given():
+def test_shuffled_does_not_change_its_argument():
     index = np.arange(10, dtype=np.uint64)
     shuffled(index, 10, np.zeros(10, np.uint64))
     assert index.tolist() == list(range(10))
 
 
-def test_seed_of_tells_its_numbers_and_their_order_apart():
+def test_seed_of_depends_on_all_numbers_and_their_order():
     seeds = [seed_of(a, b, c) for a in range(10) for b in range(10) for c in range(10)]
     assert len(set(seeds)) == 1000 and all(0 <= seed < 2**63 for seed in seeds)
     assert seed_of(1337, 5, 0) == seed_of(1337, 5, 0) != seed_of(1337, 0, 5)
@@ -95,10 +97,10 @@ def test_every_epoch_visits_every_window_once(data, count, block_size):
     for epoch in range(5):
         places = sorted(starts(a_split, epoch))
         assert np.diff(places).tolist() == [block_size] * (a_split.windows - 1)  # side by side
-        assert 0 <= places[0] and places[-1] + block_size < count
+        assert places[0] >= 0 and places[-1] + block_size < count
 
 
-def test_each_epoch_has_an_order_and_an_offset_of_its_own(data):
+def test_each_epoch_has_its_own_order_and_offset(data):
     data(1000)
     epochs = [starts(split(8), epoch) for epoch in range(100)]
     orders = {tuple(np.argsort(places).tolist()) for places in epochs}
@@ -106,7 +108,7 @@ def test_each_epoch_has_an_order_and_an_offset_of_its_own(data):
 
 
 @pytest.mark.parametrize("count", [9, 12, 16, 17, 23, 24, 31, 100])
-def test_over_the_epochs_every_token_is_read(data, count):
+def test_every_token_is_read_over_the_epochs(data, count):
     data(count)
     a_split = split(8)
     x, y = a_split.rows(0, 400 * a_split.windows)
@@ -114,21 +116,21 @@ def test_over_the_epochs_every_token_is_read(data, count):
     assert set(y.flatten().tolist()) == set(range(1, count))
 
 
-def test_an_epoch_leaves_out_less_than_two_windows(data):
+def test_an_epoch_omits_less_than_two_windows(data):
     for count in range(9, 100):
         data(count)
         a_split = split(8)
         assert count - a_split.windows * 8 < 16
 
 
-def test_targets_are_the_inputs_one_token_on(data):
+def test_targets_are_the_inputs_shifted_by_one(data):
     data(1000)
     x, y = split(16).rows(123, 50)
     assert x.shape == y.shape == (50, 16) and x.dtype == y.dtype == torch.int64
     assert (x == x[:, :1] + torch.arange(16)).all() and (y == x + 1).all()
 
 
-def test_rows_are_the_same_however_they_are_asked_for(data):
+def test_rows_do_not_depend_on_how_they_are_requested(data):
     data(1000)
     x, y = split(8).rows(100, 300)  # across the ends of epochs
     for first, count in ((100, 1), (170, 7), (399, 1), (240, 20)):
@@ -137,14 +139,14 @@ def test_rows_are_the_same_however_they_are_asked_for(data):
         assert torch.equal(a, x[part]) and torch.equal(b, y[part])
 
 
-def test_a_seed_gives_an_order_that_repeats_and_another_seed_another(data):
+def test_the_seed_determines_the_order(data):
     data(1000)
     orders = [tuple(starts(split(8, seed=seed))) for seed in range(20)]
     assert len(set(orders)) == 20
     assert orders == [tuple(starts(split(8, seed=seed))) for seed in range(20)]
 
 
-def test_evaluation_windows_cover_the_split_and_never_move(data):
+def test_evaluation_windows_are_fixed_and_cover_the_split(data):
     for count in (9, 16, 17, 100, 1001):
         data(count)
         for seed in (1, 2):
@@ -157,11 +159,11 @@ def test_wide_tokens_are_read_from_uint32(data):
     data(200, "uint32", first=2**31)
     x, y = split(8, dtype="uint32").rows(0, 100)
     assert x.dtype == torch.int64 and (y == x + 1).all()
-    assert 2**31 <= x.min() and x.max() < 2**31 + 200
+    assert x.min() >= 2**31 and x.max() < 2**31 + 200
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
-def test_a_file_too_short_for_one_window_is_refused_with_the_mend(data, dtype):
+def test_a_file_shorter_than_one_window_is_refused(data, dtype):
     for count in (0, 1, 8):
         data(count, dtype)
         for shift in (True, False):
@@ -173,7 +175,7 @@ def test_a_file_too_short_for_one_window_is_refused_with_the_mend(data, dtype):
     assert x.tolist() == [list(range(8))] * 3 and y.tolist() == [list(range(1, 9))] * 3
 
 
-def test_a_dataset_that_is_not_there_is_named_with_the_mend(data, tmp_path):
+def test_a_missing_dataset_is_refused_with_the_command(data, tmp_path):
     with pytest.raises(BadData, match="python prepare.py none"):
         read_meta(Path("none"))
     with pytest.raises(BadData, match="train.bin: no such file"):
@@ -218,7 +220,7 @@ def test_an_id_outside_the_vocabulary_names_its_file(data):
 
 @pytest.fixture
 def nanogpt(data):
-    """A function that writes ids below `top` as both splits of x, and `meta` as its meta.pkl."""
+    """Return a function that writes ids below `top` as both splits of x, and `meta` as meta.pkl."""
     def write(top, meta=None, protocol=4):
         for name in ("train", "val"):
             (np.arange(5000) * 7 % top).astype("uint16").tofile(f"x/{name}.bin")
@@ -246,13 +248,13 @@ class Evil:
 @pytest.mark.parametrize("meta", [
     {"itos": {0: "a"}, "stoi": Evil()}, Evil(), {"itos": {0: "a", 2: "b"}}, {"itos": ["a", "a"]},
     {"itos": {0: "ab"}}, {"itos": {0: 1}}, {"itos": np.array(["a"])}, {"vocab_size": 5}, [1]])
-def test_any_other_meta_pkl_is_refused(nanogpt, meta):
+def test_a_malformed_meta_pkl_is_refused(nanogpt, meta):
     with pytest.raises(BadData, match="x/meta.pkl is not nanoGPT's vocabulary"):
         nanogpt(6, meta)
     assert not Path("ran").exists()
 
 
-def test_a_cut_meta_pkl_is_refused(nanogpt):
+def test_a_truncated_meta_pkl_is_refused(nanogpt):
     whole = pickle.dumps({"itos": {0: "a", 1: "b"}})
     for size in range(len(whole)):
         Path("x/meta.pkl").write_bytes(whole[:size])
@@ -260,7 +262,7 @@ def test_a_cut_meta_pkl_is_refused(nanogpt):
             nanogpt(2)
 
 
-def test_gpt2_is_assumed_with_a_line(nanogpt, capsys):
+def test_gpt2_tokens_are_assumed_with_a_note(nanogpt, capsys):
     assert nanogpt(50257)["tokenizer"] == {"kind": "gpt2"}
     assert "GPT-2" in capsys.readouterr().err
 
@@ -277,7 +279,7 @@ def test_half_a_dataset_is_refused(nanogpt):
         read_meta(Path("x"))
 
 
-def test_a_meta_json_that_cannot_be_read_is_no_guess(nanogpt):
+def test_an_unreadable_meta_json_is_refused(nanogpt):
     nanogpt(50257)
     Path("x/meta.json").touch()
     with pytest.raises(BadData, match="the preparation was interrupted"):
@@ -288,7 +290,7 @@ def test_a_meta_json_that_cannot_be_read_is_no_guess(nanogpt):
         read_meta(Path("x"))
 
 
-def test_places_beyond_4_gb_are_exact(data, tmp_path, monkeypatch):
+def test_offsets_beyond_4_gb_are_exact(data, tmp_path, monkeypatch):
     with open(tmp_path / "x" / "train.bin", "wb") as f:
         f.truncate(2**34)  # no byte of it is on the disk
     places, pread = [], os.pread
@@ -302,7 +304,7 @@ def test_places_beyond_4_gb_are_exact(data, tmp_path, monkeypatch):
 
 
 def in_parts(folder, *sizes, dtype="uint16"):
-    """Lay train.bin out in files of so many tokens, too. Returns the `files` of a Split."""
+    """Copy train.bin into files of the given numbers of tokens. Return the `files` of a Split."""
     tokens = np.fromfile(folder / "train.bin", dtype)
     assert sum(sizes) == len(tokens)
     files = {f"train-{k:05}.bin": size for k, size in enumerate(sizes)}
@@ -324,7 +326,7 @@ def test_several_files_are_read_as_one(data, tmp_path, sizes, shift):
             assert torch.equal(a, b)
 
 
-def test_batches_of_several_files_are_those_of_one(data, tmp_path):
+def test_batches_do_not_depend_on_the_number_of_files(data, tmp_path):
     data(5000, "uint32", first=2**31)
     files = in_parts(tmp_path / "x", 1234, 2345, 1421, dtype="uint32")
     loaders = [Loader(split(16, 7, dtype="uint32", files=files), 3, 4, range(4),
@@ -333,7 +335,7 @@ def test_batches_of_several_files_are_those_of_one(data, tmp_path):
         assert batches(loaders[0], step) == batches(loaders[1], step)
 
 
-def test_a_file_that_is_missing_or_short_is_named(data, tmp_path):
+def test_a_missing_or_truncated_file_is_named(data, tmp_path):
     data(1000)
     files = in_parts(tmp_path / "x", 400, 0, 600)
     for size in (1198, 1202, 0):
@@ -370,12 +372,12 @@ def test_memory_stays_flat_while_large_files_are_read(data, tmp_path):
 
 
 def batches(a_loader, step):
-    """A step's micro-batches as {m: (inputs, targets)} in plain lists."""
+    """Return a step's micro-batches as {m: (inputs, targets)} in plain lists."""
     return {m: (x.tolist(), y.tolist()) for m, x, y in a_loader.step(step)}
 
 
 def first_tokens(a_loader, steps):
-    """The first token of each row of these steps."""
+    """Return the first token of each row of these steps."""
     return [row[0] for step in steps for x, _ in batches(a_loader, step).values() for row in x]
 
 
@@ -385,7 +387,7 @@ def share(rank=0, ranks=1, micro_batches=4, batch_size=3, seed=1):
     return Loader(split(8, seed), batch_size, micro_batches, mine, torch.device("cpu"))
 
 
-def test_a_step_has_the_same_rows_whatever_number_of_ranks_shares_them(data):
+def test_a_step_has_the_same_rows_on_any_number_of_ranks(data):
     data(1000)
     for step in (0, 1, 57):
         alone = batches(share(), step)
@@ -396,7 +398,7 @@ def test_a_step_has_the_same_rows_whatever_number_of_ranks_shares_them(data):
             assert {m: rows for part in shared for m, rows in part.items()} == alone
 
 
-def test_the_steps_of_an_epoch_read_every_window_once(data):
+def test_steps_of_an_epoch_read_every_window_once(data):
     data(8 * 25)  # 24 windows: two steps of 4 x 3
     a_loader = share()
     for epoch in range(3):
@@ -404,7 +406,7 @@ def test_the_steps_of_an_epoch_read_every_window_once(data):
         assert len(set(rows)) == len(rows) == a_loader.split.windows == 24
 
 
-def test_a_step_is_the_same_whether_reached_from_0_or_asked_for_at_once(data):
+def test_a_step_does_not_depend_on_the_steps_before_it(data):
     data(1000)
     a_loader = share()
     reached = [batches(a_loader, step) for step in range(30)]
@@ -414,7 +416,7 @@ def test_a_step_is_the_same_whether_reached_from_0_or_asked_for_at_once(data):
     assert all(reached[i] != reached[i + 1] for i in range(29))
 
 
-def test_a_step_that_was_left_half_way_is_whole_the_next_time(data):
+def test_an_interrupted_step_is_complete_the_next_time(data):
     data(1000)
     a_loader = share()
     m, _, _ = next(a_loader.step(5))
@@ -423,7 +425,7 @@ def test_a_step_that_was_left_half_way_is_whole_the_next_time(data):
     assert batches(a_loader, 6) == batches(share(), 6)
 
 
-def test_each_micro_batch_is_read_once_and_the_next_one_ahead_of_time(data, monkeypatch):
+def test_micro_batches_are_read_once_and_one_ahead(data, monkeypatch):
     data(1000)
     a_loader, firsts = share(rank=1, ranks=2), []
     rows = a_loader.split.rows
@@ -434,19 +436,19 @@ def test_each_micro_batch_is_read_once_and_the_next_one_ahead_of_time(data, monk
     assert firsts == [3 * (4 * step + m) for step in range(3) for m in (2, 3)] + [3 * (4 * 3 + 2)]
 
 
-def test_a_step_far_away_is_there_at_once(data):
+def test_a_distant_step_needs_no_scan(data):
     data(8 * 25)
     a_loader = share()
     rows = first_tokens(a_loader, (10**9, 10**9 + 1))
     assert np.diff(sorted(rows)).tolist() == [8] * 23
 
 
-def test_another_seed_gives_other_batches(data):
+def test_another_seed_gives_different_batches(data):
     data(1000)
     assert len({json.dumps(batches(share(seed=seed), 0)) for seed in range(10)}) == 10
 
 
-def test_what_a_gpu_fetches_is_pinned_and_in_one_piece(data, monkeypatch):
+def test_gpu_batches_are_pinned_and_contiguous(data, monkeypatch):
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: pinned.append(t) or t)
     data(1000)

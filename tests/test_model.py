@@ -14,10 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import GPT2Config, GPT2LMHeadModel
 
-import model as model_module
-from model import (GPT, Cache, LinearCrossEntropy, ModelArgs, attend, cropped, dropout, generate,
-                   kept, pack, pick, read_weights, with_weights)
-from runtime import pick_dtype
+from keepgpt import kernels
+from keepgpt.config import TrainConfig
+from keepgpt.distributed import pick_dtype
+from keepgpt.kernels import LinearCrossEntropy, attend, dropout, dropout_mask, pack_linear_layers
+from keepgpt.optim import make_optimizer
+from keepgpt.pretrained import crop_weights, read_weights
+from model import GPT, KVCache, ModelArgs, generate, load_model, sample_token
 
 torch.set_num_threads(1)  # models this small are slower on two
 ARGS = ModelArgs(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=61,
@@ -55,8 +58,8 @@ def theirs(tmp_path_factory):
     model = GPT2LMHeadModel(GPT2Config(
         n_layer=3, n_head=4, n_embd=64, n_positions=32, vocab_size=101, initializer_range=0.2,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="eager"))
-    for name, p in model.named_parameters():
-        if p.dim() == 1:  # biases and norms begin as exact 0 and 1, which would hide a fault
+    for p in model.parameters():
+        if p.dim() == 1:  # biases and norms start as exact 0 and 1, which would hide a fault
             p.data += 0.2 * torch.randn_like(p)
     folder = tmp_path_factory.mktemp("gpt2")
     model.eval().save_pretrained(folder)
@@ -74,10 +77,7 @@ def copy_folder(source, to, **settings):
 def loaded(source, vocab_size=101, block_size=32):
     """The model in a file or folder, as train.py builds it."""
     args, state, _ = read_weights(str(source))
-    args, state = cropped(args, state, vocab_size, block_size)
-    model = GPT(args)
-    model.load_state_dict(state)
-    return model.eval()
+    return load_model(*crop_weights(args, state, vocab_size, block_size)).eval()
 
 
 def test_logits_loss_and_every_gradient_are_those_of_transformers(theirs):
@@ -154,7 +154,7 @@ def test_impossible_sizes_in_config_json_are_refused_at_once(theirs, tmp_path, s
     folder = copy_folder(theirs[1], tmp_path / "folder", **settings)
     with pytest.raises(ValueError):
         args, state, _ = read_weights(str(folder))
-        with_weights(*cropped(args, state, args.vocab_size, args.block_size))
+        load_model(*crop_weights(args, state, args["vocab_size"], args["block_size"]))
 
 
 @pytest.mark.parametrize("shards", [1, 2])
@@ -204,7 +204,8 @@ def test_a_pytorch_model_bin_never_runs_code(theirs, tmp_path):
 
 @pytest.mark.parametrize("name, content", [
     ("tokenizer.json", "{"), ("tokenizer.json", "[]"), ("tokenizer.json", '{"model": {}}'),
-    ("tokenizer.json", '{"model": {"vocab": [3]}}'), ("vocab.json", '{"a": [1]}'), ("vocab.json", "3"), ("keepgpt.json", "[]"),
+    ("tokenizer.json", '{"model": {"vocab": [3]}}'), ("vocab.json", '{"a": [1]}'),
+    ("vocab.json", "3"), ("keepgpt.json", "[]"),
 ])
 def test_a_spoiled_tokenizer_is_refused(theirs, tmp_path, name, content):
     folder = copy_folder(theirs[1], tmp_path / "folder")
@@ -247,7 +248,7 @@ def test_a_checkpoint_of_ours_brings_the_description_of_its_data(tmp_path):
     weights, description = model.state_dict(), {"name": "x"}
     torch.save({"model": weights, "model_args": asdict(ARGS), "data": description}, path)
     args, state, data = read_weights(str(path))
-    assert args == ARGS and data == description
+    assert args == asdict(ARGS) and data == description
     assert state.keys() == weights.keys() and all(torch.equal(state[k], weights[k]) for k in state)
 
 
@@ -352,7 +353,7 @@ def test_dropout_acts_on_the_embedding_the_attention_and_both_branches():
 def test_a_batch_is_learned_by_heart():
     torch.manual_seed(0)
     model, idx = GPT(ARGS), tokens(4, 17)
-    optimizer = model.optimizer(1e-2, (0.9, 0.95), 0.0)
+    optimizer = make_optimizer(model, TrainConfig(learning_rate=1e-2, weight_decay=0.0))
     for _ in range(120):
         loss = model(idx[:, :-1], idx[:, 1:])
         optimizer.zero_grad()
@@ -399,7 +400,8 @@ def test_padding_the_vocabulary_changes_neither_loss_nor_gradients(monkeypatch):
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_optimizer_updates_every_parameter_once_and_decays_no_bias_or_norm(bias):
     model = GPT(replace(ARGS, bias=bias))
-    optimizer = model.optimizer(3e-4, (0.8, 0.9), 0.1)
+    config = TrainConfig(learning_rate=3e-4, beta1=0.8, beta2=0.9, weight_decay=0.1)
+    optimizer = make_optimizer(model, config)
     groups = optimizer.param_groups
     decay = [(id(p), group["weight_decay"]) for group in groups for p in group["params"]]
     assert sorted(decay) == sorted((id(p), 0.0 if name.endswith("bias") or "ln_" in name else 0.1)
@@ -410,7 +412,7 @@ def test_the_optimizer_updates_every_parameter_once_and_decays_no_bias_or_norm(b
 def test_a_step_moves_every_parameter():
     model = wild()
     before = copy.deepcopy(model.state_dict())
-    optimizer = model.optimizer(1e-2, (0.9, 0.95), 0.1)
+    optimizer = make_optimizer(model, TrainConfig(learning_rate=1e-2))
     model(tokens(4, 16), tokens(4, 16, seed=2)).backward()
     optimizer.step()
     assert all((tensor != before[name]).any() for name, tensor in model.state_dict().items())
@@ -443,7 +445,7 @@ def made_without_cache(model, prompt, n, temperature=1.0, top_k=0, top_p=1.0, se
         if len(text) - start > size:
             start = len(text) - (size - size // 4)
         logits = model(torch.tensor([text[start:]]))[:, -1]
-        text.append(pick(logits, temperature, top_k, top_p, rng).item())
+        text.append(sample_token(logits, temperature, top_k, top_p, rng).item())
     return text[len(prompt):]
 
 
@@ -451,7 +453,7 @@ def test_the_cache_gives_the_logits_of_the_whole():
     model, idx = talker(), tokens(3, 16)
     whole = model(idx)
     for begin in (1, 5, 16):
-        cache = model.new_cache(3)
+        cache = model.make_cache(3)
         parts = [model(idx[:, :begin], cache=cache)]
         parts += [model(idx[:, i:i + 1], cache=cache) for i in range(begin, 16)]
         assert cache.length == 16
@@ -460,21 +462,23 @@ def test_the_cache_gives_the_logits_of_the_whole():
 
 def test_a_step_that_finds_its_position_on_the_device_gives_the_same_logits():
     model, idx = talker(), tokens(3, 16)
-    whole, cache = model(idx), model.new_cache(3)
+    whole, cache = model(idx), model.make_cache(3)
     model(idx[:, :5], cache=cache)
     for kv in cache.layers:
         kv[:, :, :, 5:] = 1e4  # what is not filled yet takes no part
     for i in range(5, 16):
-        step = Cache(cache.layers, torch.tensor([i]))
+        step = KVCache(cache.layers, torch.tensor([i]))
         agree(model(idx[:, i:i + 1], cache=step), whole[:, i:i + 1], 1e-5)
         assert step.length == i + 1
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("prompts", [[[1]], [[1, 2, 3], [4]], [list(range(20))]])
-def test_a_recorded_step_generates_the_same(prompts):
-    model = talker().cuda()
-    assert made(model, prompts, 50, temperature=0, record=True) == \
+def test_a_compiled_decode_step_generates_the_same(prompts, monkeypatch):
+    compile = torch.compile  # in one graph, and without waiting for a compiler
+    monkeypatch.setattr(torch, "compile", lambda model, mode, dynamic: compile(
+        model, backend="eager", fullgraph=True, dynamic=dynamic))
+    model = talker()
+    assert made(model, prompts, 50, temperature=0, compile=True) == \
         made(model, prompts, 50, temperature=0)
 
 
@@ -494,7 +498,7 @@ def test_cached_generation_equals_uncached_also_past_the_block(length, how):
 def test_packed_weights_generate_the_same(bias):
     plain = wild(replace(ARGS, bias=bias)).bfloat16()
     packed = copy.deepcopy(plain)
-    pack(packed)
+    pack_linear_layers(packed)
     x = tokens(3, ARGS.block_size)
     with torch.inference_mode():
         agree(packed(x), plain(x), 2**-6)
@@ -563,7 +567,8 @@ SHARES = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15])  # in an order that is not th
 def drawn(n=20000, **how):
     """How often each of five tokens is drawn, of which SHARES are the probabilities."""
     how = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | how
-    picked = pick((SHARES.log() + 7).expand(n, -1), rng=torch.Generator().manual_seed(0), **how)
+    picked = sample_token((SHARES.log() + 7).expand(n, -1),
+                          rng=torch.Generator().manual_seed(0), **how)
     return torch.bincount(picked, minlength=5) / n
 
 
@@ -599,7 +604,7 @@ def test_top_p_looks_at_what_temperature_and_top_k_have_left():
 def test_each_row_is_cut_by_its_own_probabilities():
     rows = torch.stack([SHARES.log(), SHARES.roll(1).log() - 5]).repeat(500, 1)
     for how in ({"top_k": 2, "top_p": 1.0}, {"top_k": 0, "top_p": 0.69}):
-        picked = pick(rows, 1.0, rng=torch.Generator().manual_seed(0), **how).view(500, 2)
+        picked = sample_token(rows, 1.0, rng=torch.Generator().manual_seed(0), **how).view(500, 2)
         assert [set(column.tolist()) for column in picked.T] == [{1, 3}, {2, 4}]
 
 
@@ -623,10 +628,10 @@ def test_attention_with_dropout_agrees_with_float64(dtype, most, monkeypatch):
     masks = []
 
     def remembered(weights, p):
-        masks.append(kept(weights, p))
+        masks.append(dropout_mask(weights, p))
         return masks[-1]
 
-    monkeypatch.setattr(model_module, "kept", remembered)
+    monkeypatch.setattr(kernels, "dropout_mask", remembered)
     torch.manual_seed(0)
     T = 300  # two blocks of rows
     ours = [torch.randn(2, 3, T, 16).to(dtype).requires_grad_() for _ in range(3)]
@@ -670,7 +675,7 @@ def test_dropout_drops_at_its_rate_and_passes_the_gradient_where_it_does_not(dty
 
 @pytest.mark.parametrize("columns", [50, 64])
 def test_the_loss_by_parts_is_the_cross_entropy(columns, monkeypatch):
-    monkeypatch.setattr(model_module, "LOGITS", 20 * columns)  # 20 rows at a time, of 70
+    monkeypatch.setattr(kernels, "MAX_LOGITS", 20 * columns)  # 20 rows at a time, of 70
     torch.manual_seed(0)
     x = torch.randn(70, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(columns, 8, dtype=torch.float64, requires_grad=True)
@@ -686,7 +691,7 @@ def test_the_loss_by_parts_is_the_cross_entropy(columns, monkeypatch):
 
 
 def test_the_loss_by_parts_in_bfloat16_agrees_with_float64(monkeypatch):
-    monkeypatch.setattr(model_module, "LOGITS", 20 * 50)  # 20 rows at a time, of 4,000
+    monkeypatch.setattr(kernels, "MAX_LOGITS", 20 * 50)  # 20 rows at a time, of 4,000
     torch.manual_seed(0)
     x, weight = torch.randn(4000, 64), torch.randn(50, 64) / 8
     x, weight = x.bfloat16().float().requires_grad_(), weight.bfloat16().float().requires_grad_()

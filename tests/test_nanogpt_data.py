@@ -1,4 +1,4 @@
-"""What nanoGPT's first tutorial leaves behind: train.bin, val.bin, meta.pkl and a checkpoint."""
+"""Files from nanoGPT's first tutorial work here: train.bin, val.bin, meta.pkl, a checkpoint."""
 import json
 import pickle
 import shutil
@@ -10,7 +10,7 @@ from conftest import TINY, complaint, rows, run
 
 @pytest.fixture(scope="module")
 def place(dataset, tmp_path_factory):
-    """A folder with a dataset `tutorial` as nanoGPT prepares it."""
+    """Return a folder with a dataset `tutorial` as nanoGPT prepares it."""
     place = tmp_path_factory.mktemp("nanogpt")
     (place / "tutorial").mkdir()
     for name in ("train.bin", "val.bin"):
@@ -23,7 +23,7 @@ def place(dataset, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkpoint(place):
-    """A checkpoint trained on it, with nanoGPT's keys: no vocabulary, a compiler's prefix."""
+    """Return a checkpoint trained on it with nanoGPT's keys: no vocabulary, compiled names."""
     run("train.py", **TINY | {"data_dir": place, "dataset": "tutorial", "out_dir": place / "out"})
     bundle = torch.load(place / "out/ckpt.pt", weights_only=True)
     state = {f"_orig_mod.{name}": tensor for name, tensor in bundle["model"].items()}
@@ -34,12 +34,12 @@ def checkpoint(place):
     return place / "nanogpt.pt"
 
 
-def test_its_characters_are_those_of_our_own_dataset(place, checkpoint, dataset):
+def test_both_datasets_train_identically(place, checkpoint, dataset):
     run("train.py", **TINY | {"dataset": dataset, "out_dir": place / "ours"})
     assert rows(place / "ours") == rows(place / "out")
 
 
-def test_dataset_names_the_vocabulary_of_its_checkpoint(place, checkpoint):
+def test_dataset_supplies_a_checkpoints_vocabulary(place, checkpoint):
     told = complaint(run("sample.py", code=None, init_from=checkpoint))
     assert "--dataset" in told
     flags = {"init_from": checkpoint, "data_dir": place, "dataset": "tutorial"}
@@ -50,7 +50,7 @@ def test_dataset_names_the_vocabulary_of_its_checkpoint(place, checkpoint):
     assert run("sample.py", init_from=place / "exported", **sample).stdout == ours.stdout
 
 
-def test_its_checkpoint_is_trained_on(place, checkpoint):
+def test_a_nanogpt_checkpoint_can_be_fine_tuned(place, checkpoint):
     run("train.py", **TINY | {"data_dir": place, "dataset": "tutorial", "init_from": checkpoint,
                               "out_dir": place / "further"})
     before, after = rows(place / "out", "val_loss")[-1], rows(place / "further", "val_loss")

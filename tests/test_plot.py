@@ -1,14 +1,12 @@
-"""tools.plot: what is read from metrics.jsonl, what is drawn, what is refused, and the runs of
-`pieces`."""
+"""tools.plot: logs are read exactly, pictures show them, mistakes are refused, `pieces` runs."""
 import json
 import struct
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPO, complaint
+from conftest import REPO, complaint, run
 
 from tools.plot.curves import draw, read_run, smooth
 
@@ -24,7 +22,7 @@ ROWS = [EVALUATIONS[0], *STEPS[:2], EVALUATIONS[1], STEPS[2], EVALUATIONS[2]]
 
 
 def written(folder: Path, rows: list, more: str = "") -> Path:
-    """A run's folder with those rows in its log, and more after them."""
+    """Return a run's folder whose log has those rows and then `more`."""
     folder.mkdir(parents=True)
     text = "".join(json.dumps(row) + "\n" for row in rows) + more
     (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
@@ -32,26 +30,23 @@ def written(folder: Path, rows: list, more: str = "") -> Path:
 
 
 def old(rows: list[dict]) -> list[dict]:
-    """Rows as they were before `tokens` was logged."""
+    """Return rows without `tokens`."""
     return [{key: value for key, value in row.items() if key != "tokens"} for row in rows]
 
 
-def plot(*words: object, before: str = "") -> subprocess.CompletedProcess:
-    """`python -m tools.plot`, or the same in a Python where `before` has been executed."""
-    program = f"{before}\nimport runpy; runpy.run_module('tools.plot', {{}}, '__main__')"
-    start = ["-c", program] if before else ["-m", "tools.plot"]
-    return subprocess.run([sys.executable, *start, *map(str, words)], cwd=REPO, text=True,
-                          capture_output=True, timeout=300)
+def plot(*args: object, code: int | None = None, **flags: object) -> subprocess.CompletedProcess:
+    """Run `python -m tools.plot`."""
+    return run("tools.plot", *args, code=code, **flags)
 
 
 def size(path: Path) -> tuple[int, int]:
-    """Width and height of a PNG, by its header."""
+    """Return width and height from the header of a PNG."""
     head = path.read_bytes()[:24]
     assert head.startswith(b"\x89PNG\r\n\x1a\n")
     return struct.unpack(">II", head[16:])
 
 
-def test_what_is_read(tmp_path):
+def test_a_log_is_read_exactly(tmp_path):
     run = read_run(written(tmp_path / "run", ROWS))
     for key in STEPS[0]:
         assert getattr(run, key).tolist() == [row[key] for row in STEPS]
@@ -61,27 +56,27 @@ def test_what_is_read(tmp_path):
     assert np.allclose(val_at * 3600, [0, 6, 7])  # an evaluation takes none of the hours
 
 
-def test_a_cut_last_line_is_passed_over(tmp_path):
+def test_a_truncated_last_line_is_skipped(tmp_path):
     whole = read_run(written(tmp_path / "whole", ROWS))
     cut = read_run(written(tmp_path / "cut", ROWS, '{"step": 9, "tok'))
     assert cut.step.tolist() == whole.step.tolist() and cut.hours.tolist() == whole.hours.tolist()
 
 
-def test_tokens_of_older_files(tmp_path):
+def test_logs_without_tokens_plot_by_steps(tmp_path):
     mixed = read_run(written(tmp_path / "mixed", [*old(STEPS[:2]), STEPS[2]]))
     assert mixed.tokens.tolist() == [200, 400, 800] and np.allclose(mixed.hours * 3600, SECONDS)
     none = written(tmp_path / "none", old(ROWS))
-    assert plot(none, f"--to={tmp_path}/a.png").returncode == 0
+    plot(none, to=tmp_path / "a.png", code=0)
     for axis in ("tokens", "hours"):
         assert "--x=steps" in complaint(plot(none, f"--x={axis}", f"--to={tmp_path}/a.png"))
 
 
-def test_smooth_is_a_mean_of_neighbours():
+def test_smooth_averages_neighbours():
     assert np.allclose(smooth(np.array([0, 3, 6, 0.]), 3), [1.5, 3, 3, 3])
     assert np.allclose(smooth(np.array([4, 8.]), 1), [4, 8])
 
 
-def test_what_is_drawn(tmp_path):
+def test_the_curves_show_the_logged_values(tmp_path):
     figure = draw([read_run(written(tmp_path / "run", ROWS))], "tokens")
     loss, lr, norm, speed = figure.axes
     every, mean, val, star = [line.get_xydata().tolist() for line in loss.lines[:4]]
@@ -94,46 +89,54 @@ def test_what_is_drawn(tmp_path):
     assert loss.get_ylim()[0] < 2 and loss.get_ylim()[1] > 5.5  # nothing is cut off
 
 
-def test_pictures_of_runs_large_and_small(tmp_path):
+def test_long_and_short_runs_are_drawn(tmp_path):
     runs = [written(tmp_path / "run", ROWS), written(tmp_path / "step", STEPS[:1]),
             written(tmp_path / "evaluation", EVALUATIONS[:1])]
     for folders in (runs, runs[1:2], runs[2:]):
         target = tmp_path / f"{len(folders)}{folders[0].name}.png"
-        done = plot(*folders, "--x=hours", f"--to={target}")
-        assert (done.returncode, done.stdout, done.stderr) == (0, f"{target}\n", "")
+        done = plot(*folders, x="hours", to=target, code=0)
+        assert (done.stdout, done.stderr) == (f"{target}\n", "")
         assert size(target) == (1400, 900)
 
 
-def test_mistakes_are_answered_with_a_line(tmp_path):
-    run, to = written(tmp_path / "run", ROWS), f"--to={tmp_path}/a.png"
+def test_a_mistake_exits_2_with_one_line(tmp_path):
+    folder, to = written(tmp_path / "run", ROWS), f"--to={tmp_path}/a.png"
     assert "out_dir" in complaint(plot(to))
     assert "metrics.jsonl: no such file" in complaint(plot(tmp_path / "nothing", to))
     assert "no row yet" in complaint(plot(written(tmp_path / "empty", []), to))
     for number, line in enumerate(("}", '{"step": 1}', "7", json.dumps(STEPS[0] | {"lr": "x"}))):
         damaged = written(tmp_path / f"damaged{number}", ROWS, f"{line}\n")
         assert "metrics.jsonl:7 " in complaint(plot(damaged, to))
-    assert "did you mean to" in complaint(plot(run, "--too=a.png"))
-    assert "--x=miles" in complaint(plot(run, "--x=miles"))
-    assert "no such file" in complaint(plot(run, f"--to={tmp_path}/no/a.png"))
-    assert ".png" in complaint(plot(run, f"--to={tmp_path}/a.svg"))
-    hidden = "import sys; sys.modules['matplotlib'] = None"
-    assert "pip install matplotlib" in complaint(plot(run, to, before=hidden))
+    assert "did you mean to" in complaint(plot(folder, "--too=a.png"))
+    assert "--x=miles" in complaint(plot(folder, "--x=miles"))
+    assert "no such file" in complaint(plot(folder, f"--to={tmp_path}/no/a.png"))
+    assert ".png" in complaint(plot(folder, f"--to={tmp_path}/a.svg"))
     assert "prepare.py nowhere" in complaint(plot("pieces", "--dataset=nowhere", to))
     assert not (tmp_path / "a.png").exists()
 
 
+def test_drawing_without_matplotlib_exits_2(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(f"import sys\nsys.path.insert(0, {str(REPO)!r})\n"
+                       "sys.modules['matplotlib'] = None\n"
+                       "from tools.plot.__main__ import main\nmain(sys.argv[1:])\n")
+    folder = written(tmp_path / "run", ROWS)
+    assert "pip install matplotlib" in complaint(run(program, folder, code=2))
+
+
 @pytest.fixture(scope="module")
 def pieces(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    """A tiny run of `pieces`: its picture, and its table as {piece: [val loss, difference,
+    """Return the picture of a tiny run of `pieces` and its table as {piece: [val loss, difference,
     end]}."""
     target = tmp_path_factory.mktemp("pieces") / "pieces.png"
-    done = plot("pieces", "--steps=4", f"--dataset={dataset}", f"--to={target}")
-    assert (done.returncode, done.stderr) == (0, "")
+    done = plot("pieces", steps=4, dataset=dataset, to=target, code=0)
+    assert done.stderr == ""
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()]
     return target, {name: rest for name, *rest in cells[2:-1]}
 
 
-def test_each_piece_is_missed(pieces):
+@pytest.mark.slow
+def test_a_run_resumed_without_a_piece_differs(pieces):
     target, table = pieces
     assert size(target) == (1400, 950)
     never = table.pop("never stopped")

@@ -1,19 +1,71 @@
-"""The README keeps up with the program."""
+"""README.md, CONTRIBUTING.md and docs/ match the program."""
+import re
 from dataclasses import fields
 
+import pytest
 from conftest import REPO
-from configurator import TrainConfig
 
-README = (REPO / "README.md").read_text(encoding="utf-8")
+from keepgpt.config import TrainConfig
+
+PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
+README = PAGES[0].read_text(encoding="utf-8")
 
 
-def test_every_key_is_in_the_table_with_its_default_and_its_reason():
+def anchors(page):
+    """Return the anchors that GitHub makes from a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def test_keys_md_lists_every_key_with_its_default():
     table = (REPO / "docs" / "KEYS.md").read_text(encoding="utf-8")
     for f in fields(TrainConfig):
         why = f.metadata["why"].replace("|", "\\|")
         assert f"| `{f.name}` | `{f.default}` | {why} |" in table
 
 
-def test_every_file_at_the_top_is_in_the_table_of_files():
+def test_readme_maps_every_script_and_module():
     table = README.split("## The files")[1]
-    assert all(f"`{path.name}`" in table for path in REPO.glob("*.py"))
+    for path in [*REPO.glob("*.py"), *(REPO / "keepgpt").glob("[!_]*.py")]:
+        assert f"| `{path.relative_to(REPO)}` |" in table
+
+
+def test_readme_is_short_and_links_every_page():
+    assert len(README.splitlines()) <= 220
+    for path in (REPO / "docs").glob("*.md"):
+        assert f"(docs/{path.name})" in README
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_and_headings(page):
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\(([^)]+)\)", text):
+        name, _, heading = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not heading or heading in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_use_existing_keys(page):
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    keys = {f.name for f in fields(TrainConfig)}
+    for arguments in re.findall(r" train\.py(.*)", text):
+        given = re.findall(r"--(\w+)=", arguments.split("`")[0].split("#")[0])
+        assert set(given) <= keys
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_said_to_be_in_a_file_are_in_it(page):
+    text = page.read_text(encoding="utf-8")
+    for names, file in re.findall(r"((?:`\w+`(?:, | and )?)+) in\s+`([\w/]+\.py)`", text):
+        code = (REPO / file).read_text(encoding="utf-8")
+        for name in re.findall(r"\w+", names.replace(" and ", " ")):
+            assert re.search(rf"^ *(def|class) {name}\b|^{name} = ", code, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page):
+    named = re.findall(r"\b(?:config|docs|keepgpt|runs|tests|tools)/\w+\.\w+",
+                       page.read_text(encoding="utf-8"))
+    assert [name for name in set(named) - {"config/x.py"} if not (REPO / name).exists()] == []

@@ -1,4 +1,4 @@
-"""The training script: what it computes, what it logs, what it refuses."""
+"""train.py learns, logs its metrics, writes checkpoints and refuses mistakes."""
 import errno
 import fcntl
 import json
@@ -15,21 +15,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO, TINY, bits, command, complaint, rows, run
+from conftest import REPO, TINY, bits, command, complaint, rows, run, start
 from wandb.proto import wandb_internal_pb2 as pb
 
-import configurator
 import train as script
+from keepgpt import config as configurator
 
 
-def test_it_learns(train, tmp_path):
-    done = train(dropout=0.0, max_iters=200, lr_decay_iters=200, eval_interval=100, eval_iters=1000)
+def test_loss_falls(train, tmp_path):
+    train(dropout=0.0, max_iters=200, lr_decay_iters=200, eval_interval=100, eval_iters=1000)
     losses = [row["val_loss"] for row in rows(tmp_path / "out", "val_loss")]
     assert losses[0] > 3.9 and losses[-1] < 3.0
-    assert done.stdout.splitlines()[-1] == f"done at step 200, saved in {tmp_path / 'out'}"
+    assert torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["step"] == 200
 
 
-def test_the_bundle_is_what_the_contract_says(train, dataset, tmp_path):
+def test_a_checkpoint_has_the_documented_keys(train, dataset, tmp_path):
     train()
     bundle = torch.load(tmp_path / "out/ckpt.pt", map_location="cpu", weights_only=True)
     assert bundle["step"] == 40 and bundle["config"]["max_iters"] == 40
@@ -43,7 +43,7 @@ def test_the_bundle_is_what_the_contract_says(train, dataset, tmp_path):
     assert [row["step"] for row in rows(tmp_path / "out", "val_loss")] == [0, 20, 40]
 
 
-def test_an_evaluation_changes_no_bit_of_training(train, tmp_path):
+def test_evaluation_does_not_change_training(train, tmp_path):
     train(out="often", eval_interval=5, eval_iters=2, sample_tokens=5)
     train(out="seldom", eval_interval=40)
     often, seldom = (torch.load(tmp_path / out / "ckpt.pt", weights_only=True)
@@ -63,21 +63,20 @@ def test_one_and_two_ranks_agree_to_rounding(train, tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_weights_that_are_not_finite_stop_the_run_before_the_first_update(train, tmp_path, ranks):
+def test_nan_weights_stop_a_run_before_its_first_update(train, tmp_path, ranks):
     train(max_iters=1)
     bundle = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
     bundle["model"]["transformer.ln_f.weight"][3] = math.nan
     torch.save(bundle, tmp_path / "nan.pt")
     done = train(init_from=tmp_path / "nan.pt", out="nan", ranks=ranks, code=3 if ranks == 1 else 1)
-    assert "step 1: the loss or the gradient is not finite" in done.stdout
+    assert "step 1: " in done.stdout
     assert not list(tmp_path.glob("nan/*.pt"))
 
 
-def test_a_run_that_blows_up_keeps_finite_bundles(train, tmp_path):
+def test_a_diverging_run_keeps_finite_checkpoints(train, tmp_path):
     train(max_iters=20)
     done = train(init_from="resume", learning_rate=1e30, grad_clip=0, checkpoint_interval=1, code=3)
-    assert ("is not finite; that update was not made" in done.stdout
-            and "ckpt.pt is from before it" in done.stdout)
+    assert f"{tmp_path / 'out/ckpt.pt'}" in done.stdout
     bundles = [torch.load(path, weights_only=True) for path in tmp_path.glob("out/*.pt")]
     assert all(tensor.isfinite().all() for bundle in bundles for tensor in bundle["model"].values())
     assert max(row["step"] for row in rows(tmp_path / "out")) < 40
@@ -88,27 +87,27 @@ def test_eval_only_writes_nothing(train, tmp_path):
     assert "step 0: train loss" in done.stdout and not (tmp_path / "out").exists()
     train(max_iters=20)
     files = sorted(tmp_path.glob("out/*"))
-    loss = [row for row in rows(tmp_path / "out", "val_loss")][-1]["val_loss"]
+    loss = rows(tmp_path / "out", "val_loss")[-1]["val_loss"]
     done = train(eval_only=True, init_from=tmp_path / "out/ckpt.pt")
     assert f"val loss {loss:.4f}" in done.stdout and files == sorted(tmp_path.glob("out/*"))
 
 
-def test_eval_only_looks_at_a_finished_run_again(train, tmp_path):
+def test_eval_only_repeats_the_loss_of_a_finished_run(train, tmp_path):
     train(max_iters=20)
     loss = rows(tmp_path / "out", "val_loss")[-1]["val_loss"]
     assert f"val loss {loss:.4f}" in train(init_from="resume", eval_only=True, max_iters=20).stdout
 
 
-def test_weights_of_another_vocabulary_are_refused(train, play, tmp_path):
+def test_weights_with_another_vocabulary_are_refused(train, play, tmp_path):
     train(max_iters=1)
     (tmp_path / "other.txt").write_text(play.read_text().replace("z", "").replace("q", "k"))
     run("prepare.py", tmp_path / "other.txt", name="other", tokenizer="char", data_dir=tmp_path)
     done = train(init_from=tmp_path / "out/ckpt.pt", out="new", dataset=tmp_path / "other",
                  code=None)
-    assert "prepare the text with the tokenizer of those weights" in complaint(done)
+    assert "prepare" in complaint(done)
 
 
-def test_metrics_tell_the_schedule(train, tmp_path):
+def test_metrics_log_the_learning_rate_schedule(train, tmp_path):
     train(log_interval=1, learning_rate=1e-2, min_lr=1e-3, warmup_iters=9, lr_decay_iters=30)
     lr = {row["step"]: row["lr"] for row in rows(tmp_path / "out", "loss")}
     assert [round(lr[s], 9) for s in (1, 5, 10)] == [0.001, 0.005, 0.01]
@@ -116,14 +115,14 @@ def test_metrics_tell_the_schedule(train, tmp_path):
     assert lr[31] == lr[40] == 1e-3
 
 
-def test_float32_and_compiled_runs(train, tmp_path):
+def test_bfloat16_ends_close_to_float32(train, tmp_path):
     train(out="float32", dtype="float32", dropout=0.0)
     train(out="bfloat16", dtype="bfloat16", dropout=0.0)
     a, b = (rows(tmp_path / out, "val_loss")[-1]["val_loss"] for out in ("float32", "bfloat16"))
     assert a != b and abs(a - b) < 0.02
 
 
-def test_nothing_but_the_dataset_is_read_from_the_working_folder(dataset, tmp_path):
+def test_train_runs_from_any_working_folder(dataset, tmp_path):
     run("train.py", cwd=tmp_path, out_dir="here", dataset=dataset, **TINY | {"max_iters": 2})
     assert (tmp_path / "here/ckpt.pt").exists()
 
@@ -136,17 +135,17 @@ def test_nothing_but_the_dataset_is_read_from_the_working_folder(dataset, tmp_pa
     ("--device=cuda:99", "device=auto"),
     ("--device=toaster", "device=auto"), ("--device=meta", "device=auto"),
     ("--device=cpu:7", "device=auto"),
-    ("--n_layer=1e9", "lower n_layer, n_embd, batch_size"),
-    ("--batch_size=1e9", "lower n_layer, n_embd, batch_size"),
+    ("--n_layer=1e9", "smaller n_layer, n_embd, batch_size"),
+    ("--batch_size=1e9", "smaller n_layer, n_embd, batch_size"),
     ("--n_embd=1e300", "n_embd must be"), ("--batch_size=1e12", "batch_size must be"),
     ("--gradient_accumulation_steps=1e12", "gradient_accumulation_steps must be"),
     ("--gradient_accumulation_steps=2e9", "or gradient_accumulation_steps"),
     ("--backend=foo", "auto or nccl or gloo"),
-    ("--init_from=nosuch", "nor a name that is known"),
+    ("--init_from=nosuch", "nosuch"),
     ("--out_dir=/proc/nosuch", "can't be used"),
     ("config/nosuch.py", "no such file"),
 ])
-def test_a_mistake_is_answered_with_one_line(train, word, shown, tmp_path):
+def test_a_mistake_exits_2_with_one_line(train, word, shown, tmp_path):
     done = train(last=word, code=None)
     assert shown in complaint(done)
     assert not (tmp_path / "out").exists()
@@ -162,7 +161,7 @@ def test_prepare_and_train_share_data_dir(play, tmp_path):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_corrupt_id_ends_the_run_with_one_line(train, dataset, tmp_path, ranks):
+def test_a_corrupt_token_id_exits_with_one_line(train, dataset, tmp_path, ranks):
     shutil.copytree(dataset, tmp_path / "data")
     with open(tmp_path / "data/train.bin", "r+b") as f:
         f.write(b"\xff" * 40_000)
@@ -172,7 +171,7 @@ def test_a_corrupt_id_ends_the_run_with_one_line(train, dataset, tmp_path, ranks
     assert done.returncode and done.stderr.count("error: ") and "IndexError" not in done.stderr
 
 
-def test_nccl_without_cuda_is_refused_for_ranks_only(train):
+def test_nccl_without_cuda_is_refused_for_several_ranks(train):
     train(max_iters=1, device="cpu", backend="nccl")
     done = train(ranks=2, out="other", device="cpu", backend="nccl", code=None)
     assert done.returncode and "backend=nccl needs CUDA" in done.stderr
@@ -183,23 +182,23 @@ def test_a_folder_named_metrics_jsonl_is_refused(train, tmp_path):
     assert "metrics.jsonl" in complaint(train(code=None), silent=False)
 
 
-def test_a_full_disk_at_a_start_exits_1(dataset, tmp_path, monkeypatch, capsys):
+def test_a_full_disk_at_the_start_exits_1(dataset, tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for where, name in (("runtime", "sync"), ("metrics", "Disk.create")):
+    for where, name in (("keepgpt.process", "sync"), ("keepgpt.metrics", "write_atomically")):
         monkeypatch.setattr(f"{where}.{name}", full)
         flags = [f"--{key}={value}" for key, value in
                  (TINY | {"out_dir": tmp_path / where, "dataset": dataset}).items()]
         with pytest.raises(SystemExit) as e:
-            script.begin(*configurator.parse(configurator.TrainConfig, "", flags)[:2])
+            script.main(*configurator.parse(configurator.TrainConfig, "", flags)[:2])
         assert e.value.code == 1 and capsys.readouterr().err.startswith("error: ")
         monkeypatch.undo()
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
                                    RuntimeError("DefaultCPUAllocator: can't allocate memory")])
-def test_out_of_memory_is_one_line(monkeypatch, capsys, error):
+def test_out_of_memory_exits_1_with_one_line(monkeypatch, capsys, error):
     def fails(*_):
         raise error
 
@@ -219,21 +218,23 @@ def test_training_continues_when_stdout_is_full(dataset, tmp_path):
     assert rows(tmp_path / "out")[-1]["step"] == 40
 
 
-def test_any_locale_takes_any_out_dir(dataset, tmp_path):
-    for name in ("жест", b"\xff\xfe".decode(errors="surrogateescape")):
-        flags = TINY | {"out_dir": tmp_path / name, "dataset": dataset, "max_iters": 2}
-        run("train.py", **flags, env={"PYTHONIOENCODING": "ascii"})
-        run("sample.py", out_dir=tmp_path / name, num_samples=1, max_new_tokens=2,
-            env={"PYTHONIOENCODING": "ascii"})
-        assert (tmp_path / name / "README.md").exists()
+@pytest.mark.slow
+def test_out_dir_may_have_any_name_in_any_locale(dataset, tmp_path):
+    out = tmp_path / "жест" / b"\xff\xfe".decode(errors="surrogateescape")
+    flags = TINY | {"out_dir": out, "dataset": dataset, "max_iters": 2}
+    run("train.py", **flags, env={"PYTHONIOENCODING": "ascii"})
+    run("sample.py", out_dir=out, num_samples=1, max_new_tokens=2,
+        env={"PYTHONIOENCODING": "ascii"})
+    assert (out / "README.md").exists()
 
 
-def test_micro_batches_that_ranks_cannot_share(train):
+def test_micro_batches_must_divide_evenly_among_ranks(train):
     done = train(ranks=2, gradient_accumulation_steps=3, code=None)
-    assert done.returncode != 0 and "make it a multiple of their number, 2" in done.stderr
+    assert done.returncode != 0 and "gradient_accumulation_steps=3" in done.stderr
 
 
-def test_progress_is_one_line_on_a_terminal_and_many_in_a_pipe(train, dataset, tmp_path):
+@pytest.mark.slow
+def test_progress_is_one_line_in_a_terminal_many_in_a_pipe(train, dataset, tmp_path):
     piped = train(out="piped").stdout
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 50, 0, 0))
@@ -245,7 +246,7 @@ def test_progress_is_one_line_on_a_terminal_and_many_in_a_pipe(train, dataset, t
     try:
         while block := os.read(ours, 1 << 16):
             written += block
-    except OSError:  # how Linux says that the other side is closed
+    except OSError:  # Linux: the other side is closed
         pass
     assert process.wait() == 0
     lines = [line.split("\r\033[K") for line in written.decode().split("\r\n")]
@@ -253,15 +254,14 @@ def test_progress_is_one_line_on_a_terminal_and_many_in_a_pipe(train, dataset, t
     replaced = [live for line in lines for live in line[:-1]]
     steps = [f"step {step}/40:" for step in range(5, 41, 5)]
     assert [live[:len(step)] for live, step in zip(replaced, steps, strict=True)] == steps
-    assert max(map(len, replaced)) == 49  # it is cut to the terminal's width
+    assert max(map(len, replaced)) == 49  # the terminal's width less one
     lasting = [line for line in piped.splitlines() if not line.startswith(tuple(steps))]
     assert shown == [line.replace("piped", "tty") for line in lasting] + [""]
     assert [line.split(" loss")[0] for line in piped.splitlines() if "left" in line] == steps
 
 
-def test_a_reader_that_leaves_stops_nothing(dataset, tmp_path):
-    words = command("train.py", out_dir=tmp_path / "out", dataset=dataset, **TINY)
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def test_training_continues_when_stdout_closes(dataset, tmp_path):
+    process = start("train.py", out_dir=tmp_path / "out", dataset=dataset, **TINY)
     process.stdout.readline()
     process.stdout.close()
     assert process.wait() == 0 and process.stderr.read() == ""
@@ -270,8 +270,8 @@ def test_a_reader_that_leaves_stops_nothing(dataset, tmp_path):
 
 
 def wandb_records(path: Path) -> Iterator[pb.Record]:
-    """What wandb has written offline: records in the format of LevelDB's log, whole ones or in
-    parts that stay within blocks of 32 KiB, each behind a CRC32, its length and its kind."""
+    """Read the records that wandb wrote offline, in the format of LevelDB's log: blocks of 32 KiB
+    hold whole records or parts of them, each after a CRC32, a length and a type."""
     data, at, record = path.read_bytes(), 7, b""  # after wandb's own header
     while at < len(data):
         if 32768 - at % 32768 < 7:  # too short for a header: padding
@@ -279,12 +279,13 @@ def wandb_records(path: Path) -> Iterator[pb.Record]:
         size, kind = struct.unpack_from("<HB", data, at + 4)
         record += data[at + 7:at + 7 + size]
         at += 7 + size
-        if kind in (1, 4):  # a whole one, or the last part
+        if kind in (1, 4):  # a complete record, or the last part of one
             yield pb.Record.FromString(record)
             record = b""
 
 
-def test_wandb_offline_goes_on_with_the_same_run(train, tmp_path):
+@pytest.mark.slow
+def test_a_resumed_run_keeps_its_wandb_id(train, tmp_path):
     env = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
     config, summary, ids, losses = {}, {}, set(), {}
     for i, flags in enumerate([{"max_iters": 20}, {"init_from": "resume"}]):
@@ -307,31 +308,32 @@ def test_wandb_offline_goes_on_with_the_same_run(train, tmp_path):
     assert losses == {row["step"]: row["loss"] for row in rows(tmp_path / "out", "loss")}
 
 
-def test_wandb_that_fails_stops_nothing(train, tmp_path):
+def test_training_continues_when_wandb_fails(train, tmp_path):
     package = tmp_path / "wandb"
     package.mkdir()
     (package / "__init__.py").write_text(
         "def Settings(**_): pass\ndef init(**_): raise RuntimeError('no key')\n")
     done = train(wandb_log=True, max_iters=10, env={"PYTHONPATH": str(tmp_path)})
-    assert "wandb is off for this run: no key" in done.stdout and "done at step 10" in done.stdout
+    assert "no key" in done.stdout and rows(tmp_path / "out")[-1]["step"] == 10
 
 
-def test_what_a_machine_lacks_is_said_and_done_without(train, tmp_path):
+def test_float16_and_compile_fall_back_with_a_note(train, tmp_path):
     done = train(out="half", dtype="float16", compile=True, env={"CXX": "nosuch"})
     notes = done.stderr.splitlines()
     assert len(notes) == 2
-    assert notes[0].startswith("note: float16 works on CUDA alone; cpu takes ")
-    assert notes[1] == "note: torch.compile needs a compiler (nosuch); going on without it"
+    assert "float16" in notes[0] and "torch.compile" in notes[1] and "nosuch" in notes[1]
     train(out="plain")
     assert bits(tmp_path / "half/ckpt.pt") == bits(tmp_path / "plain/ckpt.pt")
 
 
-def test_a_start_that_compiles_nothing_does_not_load_the_compiler(dataset, tmp_path):
+@pytest.mark.slow
+def test_the_compiler_is_loaded_only_if_used(dataset, tmp_path):
     flags = TINY | {"dataset": dataset, "out_dir": tmp_path, "max_iters": 4}
     program = ("import sys, runpy\n"
                "try:\n    runpy.run_path('train.py', run_name='__main__')\n"
                "finally:\n    print('torch._dynamo' in sys.modules)")
     done = subprocess.run([sys.executable, "-c", program,
                            *(f"--{key}={value}" for key, value in flags.items())], cwd=REPO,
-                          env=os.environ | {"PYTHONPATH": str(REPO)}, capture_output=True, text=True)
+                          env=os.environ | {"PYTHONPATH": str(REPO)}, capture_output=True,
+                          text=True)
     assert "done at step 4" in done.stdout and done.stdout.endswith("False\n"), done.stderr

@@ -9,7 +9,7 @@ import torch
 from conftest import bits, complaint, rows, run
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from model import read_weights
+from keepgpt.pretrained import read_weights
 
 SMALL = {"batch_size": 2, "block_size": 32, "gradient_accumulation_steps": 2, "eval_iters": 2}
 
@@ -35,7 +35,7 @@ def test_fine_tuning_goes_on_from_every_kind_of_source(folder, dataset, tmp_path
     args, state, _ = read_weights(str(folder))
     nanogpt = tmp_path / "ckpt.pt"
     torch.save({"model": {"_orig_mod." + name: tensor for name, tensor in state.items()},
-                "model_args": vars(args), "iter_num": 5, "config": {}}, nanogpt)
+                "model_args": args, "iter_num": 5, "config": {}}, nanogpt)
 
     def tune(name: str, source: Path, steps: int) -> Path:
         run("train.py", "config/finetune_shakespeare.py", out_dir=tmp_path / name, dataset=dataset,
@@ -75,4 +75,4 @@ def test_gpt_2_without_network_and_cache_is_one_line_at_once(dataset, tmp_path):
     done = run("train.py", "config/eval_gpt2.py", dataset=dataset, code=2,
                env={"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "0",
                     "HF_ENDPOINT": "http://127.0.0.1:9"})
-    assert "gpt2 can't be fetched" in complaint(done) and "--init_from=FOLDER" in done.stderr
+    assert "gpt2: can't be downloaded" in complaint(done) and "--init_from=FOLDER" in done.stderr

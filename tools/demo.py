@@ -13,7 +13,7 @@ from pathlib import Path
 REPO = Path(__file__).parent.parent
 METRICS = REPO / "out-demo" / "metrics.jsonl"
 PULL_THE_PLUG_AT = 1250  # steps, of the 2800 in the config
-TRAIN = ["train.py", "config/train_shakespeare_char_cpu.py", "--out_dir=out-demo",
+TRAIN = ["train.py", "config/train_plays_cpu.py", "--out_dir=out-demo",
          "--init_from=auto"]
 
 
@@ -41,7 +41,7 @@ def finish(process: subprocess.Popen) -> None:
 
 
 def main() -> None:
-    finish(start(["prepare.py", "shakespeare_char"]))
+    finish(start(["prepare.py", "plays_char"]))
     begun_at, run = step(), start(TRAIN)
     while run.poll() is None and not begun_at < PULL_THE_PLUG_AT <= step():
         time.sleep(0.1)

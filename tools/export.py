@@ -1,7 +1,7 @@
-"""Weights for other programs: `python -m tools.export --out_dir=out --to=FOLDER`.
+"""Export weights to other programs: `python -m tools.export --out_dir=out --to=FOLDER`.
 
-FOLDER is a GPT-2 in Hugging Face's format, tokenizer included, which Transformers, vLLM and others
-load with nothing of this repository installed, and weights.pt, for PyTorch alone.
+FOLDER is a GPT-2 with its tokenizer in Hugging Face's format, which Transformers, vLLM and others
+load without this repository, and weights.pt for PyTorch.
 """
 import json
 import os
@@ -17,7 +17,8 @@ from typing import Any, Literal
 if __name__ == "__main__":  # from any folder: python PATH/tools/export.py
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configurator import command_line, describe, fail, knob
+from keepgpt.config import command_line, knob
+from keepgpt.process import describe, fail
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) there; (out, in) here
 
@@ -27,29 +28,29 @@ class ExportConfig:
     """The settings of tools.export."""
     out_dir: str = knob("out", "folder of the run")
     init_from: str = knob("best",
-        "best | resume (the newest) of out_dir's bundles | path of a checkpoint")
+        "best | resume (the newest) checkpoint of out_dir | path of a checkpoint")
     dataset: str = knob("",
-        "the dataset whose vocabulary a checkpoint of nanoGPT has; others know their own")
-    data_dir: str = knob("data", "the folder of that dataset, as in train.py")
+        "the dataset with the vocabulary of a nanoGPT checkpoint; others include their own")
+    data_dir: str = knob("data", "folder of that dataset, as in train.py")
     to: str = knob("", "the new folder to write")
     dtype: Literal["float32", "bfloat16", "float16"] = knob("float32", "of the weights")
 
 
 if __name__ == "__main__":  # before torch is loaded
-    CONFIG, _, WORDS = command_line(
+    CONFIG, _, ARGS = command_line(
         ExportConfig, "python -m tools.export --out_dir=out --to=FOLDER [--key=value ...]")
-    if WORDS:
-        fail(f"{WORDS[0]}: a flag is written --key=value; --help lists the keys")
+    if ARGS:
+        fail(f"{ARGS[0]}: expected --key=value. Try: --help")
     if not CONFIG.to:
-        fail("--to=FOLDER is missing: where the exported model goes")
+        fail("--to=FOLDER is missing: the new folder to write")
 
 import torch
 from torch import Tensor
 
-from checkpoint import Disk, write_bundle
+from keepgpt.checkpoint import Disk, write_bundle
+from keepgpt.tokenizer import BPETokenizer, Tokenizer
 from model import GPT, ModelArgs
 from sample import SampleConfig, load
-from tokenizer import BPETokenizer, Tokenizer
 
 CARD = """---
 library_name: transformers
@@ -67,19 +68,18 @@ print(tokenizer.decode(model.generate(**tokenizer({start!r}, return_tensors="pt"
 
 
 def to_hugging_face(state: dict[str, Tensor], args: ModelArgs) -> dict[str, Tensor]:
-    """The weights under GPT2LMHeadModel's names and in its shapes; where this model has no bias,
-    that one's is 0."""
-    theirs = {}
+    """Return the weights with GPT2LMHeadModel's names and shapes; a missing bias becomes 0."""
+    exported = {}
     for name, tensor in state.items():
-        theirs[name] = tensor.t().contiguous() if name.endswith(CONV1D) else tensor
+        exported[name] = tensor.t().contiguous() if name.endswith(CONV1D) else tensor
         bias = name.removesuffix("weight") + "bias"
         if not args.bias and not name.endswith(("wte.weight", "wpe.weight")):
-            theirs[bias] = tensor.new_zeros(tensor.size(0))
-    return theirs
+            exported[bias] = tensor.new_zeros(tensor.size(0))
+    return exported
 
 
 def gpt2_config(args: ModelArgs) -> dict[str, Any]:
-    """Transformers' GPT2Config of a model."""
+    """Return Transformers' GPT2Config as a dict."""
     return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2",
             "n_layer": args.n_layer, "n_head": args.n_head, "n_embd": args.n_embd, "n_inner": None,
             "n_positions": args.block_size, "n_ctx": args.block_size,
@@ -88,17 +88,16 @@ def gpt2_config(args: ModelArgs) -> dict[str, Any]:
             "embd_pdrop": args.dropout, "attn_pdrop": args.dropout}
 
 
-def merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Every pair of tokens that makes a third, in the order in which tiktoken joins them: by the
-    rank of what they make."""
+def list_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """Return all pairs of tokens that join to a token, in tiktoken's order: by the rank of the
+    result."""
     pairs = [(token[:i], token[i:]) for token in ranks for i in range(1, len(token))
              if token[:i] in ranks and token[i:] in ranks]
     return sorted(pairs, key=lambda pair: (ranks[pair[0] + pair[1]], ranks[pair[0]]))
 
 
 def to_tokenizers(vocabulary: Tokenizer) -> Any:
-    """The same tokenizer as one of Hugging Face's tokenizers.Tokenizer, which gives the same ids
-    for any text without special tokens in it."""
+    """Return a tokenizers.Tokenizer with the same ids for any text without special tokens."""
     import tokenizers
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
     if not isinstance(vocabulary, BPETokenizer):
@@ -108,10 +107,11 @@ def to_tokenizers(vocabulary: Tokenizer) -> Any:
         return made
     encoding = vocabulary.encoding
     ranks, special = encoding._mergeable_ranks, encoding._special_tokens
-    # special tokens are in the vocabulary too: else they would get the next free ids
+    # the vocabulary includes special tokens: otherwise they would get new ids
     names = {i: name for name, i in vocabulary.token_ids().items()}
     made = tokenizers.Tokenizer(models.BPE(
-        vocabulary.token_ids(), [(names[ranks[a]], names[ranks[b]]) for a, b in merges(ranks)]))
+        vocabulary.token_ids(),
+        [(names[ranks[a]], names[ranks[b]]) for a, b in list_merges(ranks)]))
     # its regular expressions are Oniguruma's, where {1,3}+ is not possessive but a repetition
     pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", encoding._pat_str)
     made.pre_tokenizer = pre_tokenizers.Sequence([
@@ -122,11 +122,11 @@ def to_tokenizers(vocabulary: Tokenizer) -> Any:
     return made
 
 
-def settings(args: ModelArgs, eot: int | None, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
-    """The JSON files that stand beside the weights."""
+def json_files(args: ModelArgs, eot: int | None, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    """Return the JSON files to write next to the weights."""
     ends = {"bos_token_id": eot, "eos_token_id": eot}
     tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": args.block_size,
-                 # no token_type_ids: GPT2LMHeadModel would add them up
+                 # no token_type_ids: GPT2LMHeadModel would add their embeddings
                  "model_input_names": ["input_ids", "attention_mask"],
                  "clean_up_tokenization_spaces": False}
     if eot is not None:
@@ -137,7 +137,7 @@ def settings(args: ModelArgs, eot: int | None, dtype: torch.dtype) -> dict[str, 
 
 
 def write(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str, dtype: torch.dtype) -> None:
-    """All files of an exported model. Raises what the libraries raise if the disk takes no more."""
+    """Write all files of an exported model. Raises the libraries' errors for a full disk."""
     from safetensors.torch import save_file
     args, data = model.args, {"tokenizer": vocabulary.description}
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
@@ -145,7 +145,7 @@ def write(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str, dtype: t
                  Disk())
     save_file(to_hugging_face(state, args), folder / "model.safetensors", {"format": "pt"})
     to_tokenizers(vocabulary).save(str(folder / "tokenizer.json"))
-    files = settings(args, vocabulary.eot, dtype) | {"keepgpt.json": data}
+    files = json_files(args, vocabulary.eot, dtype) | {"keepgpt.json": data}
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(CARD.format(
@@ -155,12 +155,12 @@ def write(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str, dtype: t
 
 
 def main(config: ExportConfig) -> None:
-    """Write beside the folder and rename: it is whole or not there."""
+    """Write a temporary folder and rename it: the target is complete or absent."""
     if not (find_spec("safetensors") and find_spec("tokenizers")):
-        fail("exporting needs two more packages: pip install safetensors tokenizers")
+        fail("export needs two more packages. Try: pip install safetensors tokenizers")
     folder = Path(config.to)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        fail(f"--to={folder} is there already; give a new folder")
+        fail(f"--to={folder}: expected a new or empty folder")
     model, vocabulary, origin = load(SampleConfig(
         out_dir=config.out_dir, init_from=config.init_from, dataset=config.dataset,
         data_dir=config.data_dir))
@@ -169,7 +169,7 @@ def main(config: ExportConfig) -> None:
         temporary.mkdir(parents=True)
         write(temporary, model, vocabulary, origin, getattr(torch, config.dtype))
         temporary.replace(folder)
-    except Exception as e:  # each library has its own for a full disk
+    except Exception as e:  # libraries raise many types for a full disk
         fail(f"--to={folder} can't be written: {describe(e)[0] if isinstance(e, OSError) else e}")
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

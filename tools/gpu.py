@@ -1,17 +1,17 @@
-"""All that needs a GPU: `python -m tools.gpu [--parts=checks,train] [--json=rows.jsonl]`.
+"""Check and measure on a GPU: `python -m tools.gpu [--parts=checks,train] [--json=rows.jsonl]`.
 
-    machine  the device, its clock, what a matrix product reaches, the kernel that attention takes
-    checks   resumed, killed and blown-up runs; snapshots; recorded steps; two ranks; sums as a tree
-    train    a step of GPT-2 124M and 350M, beside nanoGPT's and Transformers' in bfloat16
-    save     how long training stalls for a save
-    sample   tokens of one sequence, beside Transformers
+    machine  the device, its clock, the rate of a matrix product, the attention kernel
+    checks   resumed, killed and blown-up runs; snapshots; decode steps; two ranks; tree sums
+    train    a step of GPT-2 124M and 350M, against nanoGPT's and Transformers' in bfloat16
+    save     the cost of a save during training
+    sample   tokens of one sequence, against Transformers
     ways     a step with one thing changed
 
-Each part takes --minutes at most, and prints each row as soon as it has it, the most wanted first.
-A row has a process of its own: one that fails says so, and the others go on. Exit code 1 if one
-failed. Needs no network, and Transformers only for the rows of that name.
+Each part takes --minutes at most and prints a row when it is ready, the most important first. Each
+row has its own process; if one fails, the others continue and the exit code is 1. Needs no network,
+and Transformers only for the rows of that name.
 """
-from configurator import prepare_process
+from keepgpt.process import prepare_process
 
 if __name__ == "__main__":  # before torch is loaded
     prepare_process()
@@ -34,10 +34,11 @@ from statistics import median
 import torch
 from torch.nn.attention import SDPBackend
 
-from checkpoint import generation_of, read_bundle
-from configurator import fail, knob, parse
-from model import GPT, Cache, ModelArgs, RecordedStep, disable_cudnn_attention
-from runtime import be_deterministic, peak_flops, pick_device, pick_dtype
+from keepgpt.checkpoint import generation_of, read_bundle
+from keepgpt.config import knob, parse
+from keepgpt.distributed import be_deterministic, peak_flops, pick_device, pick_dtype
+from keepgpt.process import fail
+from model import GPT, ModelArgs, compile_decode, disable_cudnn_attention
 from tools.bench import checkpoint, sides
 from tools.bench.common import REPO, SHAPES, machine, new_run, report, seconds
 from tools.crash.common import digest, ends, exit_code, prepare, start
@@ -46,28 +47,28 @@ from train import sum_as_tree
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "batch_size": 8,
         "gradient_accumulation_steps": 2, "dropout": 0.1, "learning_rate": 3e-3, "warmup_iters": 4,
         "lr_decay_iters": 40, "max_iters": 40, "eval_interval": 20,
-        "eval_iters": 100,  # all windows, so that an evaluation's last batch is smaller
+        "eval_iters": 100,  # all windows, so an evaluation's last batch is smaller
         "log_interval": 5, "deterministic": True, "init_from": "auto"}
 
 
 @dataclass(frozen=True)
 class GpuConfig:
     """The settings."""
-    parts: str = knob("machine,checks,train,save,sample,ways", "what to do, in this order")
+    parts: str = knob("machine,checks,train,save,sample,ways", "the parts to run, in this order")
     only: str = knob("", "only rows whose name contains this")
-    minutes: float = knob(9.5, "of each part: begin no row later, and end those that run", least=0)
-    json: str = knob("", "append the rows to this file, a line a row")
-    device: str = knob("cuda", "cpu = try this program itself, with small models")
+    minutes: float = knob(9.5, "time limit of each part", least=0)
+    json: str = knob("", "append the rows to this file as JSON lines")
+    device: str = knob("cuda", "cpu = test this program with small models")
 
 
 def rows_of(device: str) -> dict[str, dict[str, str]]:
     """Return every part's rows by name, each as the call of this module that measures it."""
-    def step(name: str, function: str, *words: str) -> str:
-        call = f"sides.{function}({', '.join(map(repr, (*words, name, device)))})"
+    def step(name: str, function: str, *args: str) -> str:
+        call = f"sides.{function}({', '.join(map(repr, (*args, name, device)))})"
         return f"speed(lambda: {call}, {device!r}, {name!r})"
 
-    def token(name: str, function: str, words: str = "") -> str:
-        return f"speed(lambda: sides.{function}({name!r}, {device!r}{words}), {device!r})"
+    def token(name: str, function: str, args: str = "") -> str:
+        return f"speed(lambda: sides.{function}({name!r}, {device!r}{args}), {device!r})"
 
     gpt2, medium = (["4 layers, 128 wide"] * 3,) * 2 if device == "cpu" else (
         [f"GPT-2 124M, batch {rows}" for rows in (32, 64, 16)],
@@ -75,7 +76,7 @@ def rows_of(device: str) -> dict[str, dict[str, str]]:
     trained = {"keepGPT": "train_ours", "nanoGPT's step": "train_plain",
                "Transformers": "train_transformers"}
     sampled = {"keepGPT": ("sample_ours",), "Transformers": ("sample_transformers",),
-               "keepGPT, steps not recorded": ("sample_ours", ", record=False")}
+               "keepGPT, compiled": ("sample_ours", ", compile=True")}
     shared = device if device == "cpu" else f"{device}:0"  # by two ranks
     return {
         "machine": {"": f"capabilities({device!r})"},
@@ -84,7 +85,7 @@ def rows_of(device: str) -> dict[str, dict[str, str]]:
             "snapshots while training": f"snapshots({device!r})",
             "a loss that is not finite": f"blow_up({device!r})",
             "kill -9": f"kill({device!r})",
-            "recorded steps, bfloat16": f"record({device!r})",
+            "compiled decode steps, bfloat16": f"compare_decode({device!r})",
             "resume, two ranks": f"resume({shared!r}, ranks=2, backend='gloo')",
             "resume, elastic": f"resume({device!r}, elastic=True)",
             "a tree in 1, 2, 4 branches": f"branches({device!r})",
@@ -101,7 +102,7 @@ def rows_of(device: str) -> dict[str, dict[str, str]]:
         "ways": {way: step(gpt2[2], "train_in_a_way", way) for way in sides.WAYS}}
 
 
-# checks: each returns a row, or ends with what is wrong
+# checks: each returns a row, or exits with an error
 
 
 def train(out: Path, code: int = 0, ranks: int = 1, **flags: object) -> None:
@@ -113,15 +114,15 @@ def train(out: Path, code: int = 0, ranks: int = 1, **flags: object) -> None:
 
 
 def compare(same: bool, what: str = "") -> dict[str, str]:
-    """Return the verdict on two runs' bits."""
+    """Return the row of a comparison, or exit if the bits differ."""
     if not same:
         sys.exit(f"OTHER BITS {what}")
     return {"result": f"same bits {what}".strip()}
 
 
 def resume(device: str, **flags: object) -> dict[str, str]:
-    """40 steps, and 20 and 20 more. The first run evaluates before it trains, the resumed one
-    trains first."""
+    """Compare 40 steps with 20 steps and a resume. The first run evaluates before it trains, the
+    resumed one trains first."""
     with tempfile.TemporaryDirectory() as name:
         whole, parts = Path(name) / "whole", Path(name) / "parts"
         flags |= {"device": device, "dataset": prepare(Path(name))}
@@ -135,8 +136,8 @@ def resume(device: str, **flags: object) -> dict[str, str]:
 
 
 def snapshots(device: str) -> dict[str, str]:
-    """Bundles of a run that saves after each step, beside those of one that ends there: none may
-    hold values of a later step."""
+    """Compare checkpoints of a run that saves after each step with those of runs that end there:
+    none may hold values of a later step."""
     with tempfile.TemporaryDirectory() as name:
         often, seldom = Path(name) / "often", Path(name) / "seldom"
         flags = {"device": device, "dataset": prepare(Path(name)), "compile": False}
@@ -152,7 +153,7 @@ def snapshots(device: str) -> dict[str, str]:
 
 
 def blow_up(device: str) -> dict[str, str]:
-    """A learning rate of 1e30 in the middle of a run: exit code 3, and finite bundles."""
+    """Check that a learning rate of 1e30 gives exit code 3 and leaves finite checkpoints."""
     with tempfile.TemporaryDirectory() as name:
         out, flags = Path(name) / "out", {"device": device, "dataset": prepare(Path(name))}
         train(out, max_iters=20, **flags)
@@ -164,7 +165,7 @@ def blow_up(device: str) -> dict[str, str]:
 
 
 def kill(device: str) -> dict[str, str]:
-    """kill -9 after a save, and the same command again."""
+    """Run kill -9 after a save, then the same command again."""
     with tempfile.TemporaryDirectory() as name:
         whole, killed = Path(name) / "whole", Path(name) / "killed"
         flags = {"device": device, "dataset": prepare(Path(name)), "max_iters": 400,
@@ -181,38 +182,32 @@ def kill(device: str) -> dict[str, str]:
 
 
 @torch.inference_mode()
-def record(device: str) -> dict[str, str]:
-    """Logits of 50 tokens by recorded steps, beside plain ones; heads are 64 wide."""
+def compare_decode(device: str) -> dict[str, str]:
+    """Compare the logits of 50 compiled decode steps with those of plain ones; D is 64."""
     torch.manual_seed(0)
     where, args = pick_device(device), ModelArgs(4, 4, 256, 128, 512, bias=True, dropout=0.0)
     model = GPT(args).to(where, torch.bfloat16).eval()
-    for p in model.parameters():  # what is wrong must show
+    for p in model.parameters():  # large values, so that errors show
         torch.nn.init.normal_(p, std=0.1)
     tokens = torch.randint(512, (3, 60), device=where)
-    plain, other, largest, off = model.new_cache(3), model.new_cache(3), 0.0, 0.0
+    plain, cache, largest, error = model.make_cache(3), model.make_cache(3), 0.0, 0.0
     with disable_cudnn_attention():
-        for cache in (plain, other):
-            model(tokens[:, :10], cache=cache)
-        if where.type == "cuda":
-            step = RecordedStep(model, other)
-        else:  # what would be recorded
-            def step(new: torch.Tensor) -> torch.Tensor:
-                other.length += 1
-                at = torch.tensor([other.length - 1])
-                return model(new, cache=Cache(other.layers, at))
+        model(tokens[:, :10], cache=plain)
+        model(tokens[:, :10], cache=cache)
+        decode = compile_decode(model, cache)
         for i in range(10, 60):
             expected = model(tokens[:, i:i + 1], cache=plain)
-            off = max(off, (step(tokens[:, i:i + 1]) - expected).abs().max().item())
+            error = max(error, (decode(tokens[:, i:i + 1]) - expected).abs().max().item())
             largest = max(largest, expected.abs().max().item())
-    verdict = f"logits differ by {off / largest:.1e} of the largest"
-    if not off < 0.03 * largest:
+    verdict = f"logits differ by {error / largest:.1e} of the largest"
+    if not error < 0.03 * largest:
         sys.exit(verdict)
     return {"result": verdict}
 
 
 def branches(device: str) -> dict[str, str]:
-    """The gradient of 8 micro-batches as elastic=True sums it up, on one rank and as 2 and 4
-    would, one after the other."""
+    """Compare the elastic=True gradient of 8 micro-batches on one rank with that of 2 and 4 ranks,
+    simulated in turn."""
     be_deterministic()
     torch.manual_seed(0)
     where = pick_device(device)
@@ -229,7 +224,7 @@ def branches(device: str) -> dict[str, str]:
         share = 8 // ranks
         parts = [sum_as_tree(model, add_gradient, first, first + share)
                  for first in range(0, 8, share)]
-        while len(parts) > 1:  # what the exchanges do
+        while len(parts) > 1:  # as the exchanges between ranks do
             parts = [[a + b for a, b in zip(*pair)] for pair in zip(parts[::2], parts[1::2])]
         return parts[0]
 
@@ -243,11 +238,11 @@ def branches(device: str) -> dict[str, str]:
 def clocks(device: torch.device) -> Callable[[], str]:
     """Ask the driver for clock, power and temperature while other work is done; the call that
     returns them waits for its answer."""
-    words = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw,temperature.gpu",
-             "--format=csv,noheader",
-             "--id=" + os.environ.get("CUDA_VISIBLE_DEVICES", str(device.index or 0)).split(",")[0]]
+    args = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw,temperature.gpu",
+            "--format=csv,noheader",
+            "--id=" + os.environ.get("CUDA_VISIBLE_DEVICES", str(device.index or 0)).split(",")[0]]
     try:
-        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        process = subprocess.Popen(args, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                    text=True)
     except OSError:
         return lambda: "-"
@@ -255,11 +250,11 @@ def clocks(device: torch.device) -> Callable[[], str]:
 
 
 def speed(make: Callable[[], Callable[[], float]], device: str, name: str = "") -> dict[str, str]:
-    """The pace of one of `sides`: a training step of the model `name`, or a token. MFU counts our
-    model's FLOPs; until it runs, a compiler may be at work."""
-    where, begun = pick_device(device), time.perf_counter()
+    """Return the speed of one of `sides`: a training step of the model `name`, or a token. MFU
+    counts our model's FLOPs; the time until it runs includes compilation."""
+    where, start = pick_device(device), time.perf_counter()
     work = make()
-    ready = time.perf_counter() - begun
+    ready = time.perf_counter() - start
     clock = clocks(where)
     took = median(work() for _ in range(5))
     row = {"time": f"{took * 1e3:,.2f} ms"}
@@ -278,14 +273,14 @@ def speed(make: Callable[[], Callable[[], float]], device: str, name: str = "") 
 
 
 def stall(name: str, device: str) -> dict[str, str]:
-    """What a save adds to training."""
+    """Measure the cost of a save during training."""
     with tempfile.TemporaryDirectory() as folder:
         run = new_run(SHAPES[name], pick_device(device))
         return checkpoint.measure(name, run, Path(folder), rounds=3)
 
 
 def capabilities(device: str) -> dict[str, str]:
-    """What the results depend on, and the rate of one large matrix product."""
+    """Return versions, kernels, and the rate of one large matrix product."""
     where = pick_device(device)
     dtype, size = pick_dtype("auto", where), 8192 if where.type == "cuda" else 256
     a = torch.randn(size, size, dtype=dtype, device=where)
@@ -316,8 +311,8 @@ def ask(call: str, deadline: float, processes: list[subprocess.Popen]) -> dict[s
     """Make a row by a call of this module, in a process of its own."""
     left = deadline - time.monotonic()
     if left <= 0:
-        return {"result": "not begun: no time is left"}
-    program = ("import configurator\nconfigurator.prepare_process()\n"
+        return {"result": "not started: no time is left"}
+    program = ("from keepgpt.process import prepare_process\nprepare_process()\n"
                f"import json\nfrom tools.gpu import *\nprint(json.dumps({call}))")
     process = subprocess.Popen([sys.executable, "-c", program], cwd=REPO, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -327,14 +322,14 @@ def ask(call: str, deadline: float, processes: list[subprocess.Popen]) -> dict[s
         out, err = process.communicate(timeout=left)
     except subprocess.TimeoutExpired:
         kill_group(process)
-        return {"result": "not ended: no time is left"}
+        return {"result": "not finished: no time is left"}
     if process.returncode:
-        return {"result": "FAILED: " + (err.strip().splitlines() or ["without a word"])[-1]}
+        return {"result": "FAILED: " + (err.strip().splitlines() or ["no output"])[-1]}
     return json.loads(out.splitlines()[-1])
 
 
 def run_part(part: str, config: GpuConfig) -> Iterator[dict[str, str]]:
-    """Its rows as they come; checks are made side by side, for they wait for their compiler."""
+    """Yield the rows when they are ready; checks run in parallel, as they wait for compilers."""
     deadline, processes = time.monotonic() + 60 * config.minutes, []
     calls = {name: call for name, call in rows_of(config.device)[part].items()
              if config.only in name}
@@ -356,7 +351,7 @@ def main(config: GpuConfig) -> int:
     if set(parts) - known.keys():
         fail(f"--parts={config.parts}: expected names out of {','.join(known)}")
     if config.device != "cpu" and not torch.cuda.is_available():
-        fail("there is no CUDA device here; the CPU's benchmarks are python -m tools.bench")
+        fail("no CUDA device found. Try: python -m tools.bench")
     on, failed = machine(pick_device(config.device)), False
     print(on)
     for part in parts:
@@ -366,7 +361,7 @@ def main(config: GpuConfig) -> int:
 
 
 if __name__ == "__main__":
-    CONFIG, _, WORDS = parse(GpuConfig, "python -m tools.gpu [--key=value ...]", sys.argv[1:])
-    if WORDS:
-        fail(f"{WORDS[0]}: a flag is written --key=value; --help lists the keys")
+    CONFIG, _, ARGS = parse(GpuConfig, "python -m tools.gpu [--key=value ...]", sys.argv[1:])
+    if ARGS:
+        fail(f"{ARGS[0]}: expected --key=value. Try: --help")
     sys.exit(main(CONFIG))

@@ -6,8 +6,8 @@ all are the same, else 1.
 import sys
 from pathlib import Path
 
-from checkpoint import BadBundle, newest_bundle
-from configurator import fail
+from keepgpt.checkpoint import BadBundle, newest_bundle
+from keepgpt.process import fail
 from tools.crash.common import digest
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: settings, models, the clock, and processes that take turns."""
+"""Settings, models, timing and alternating processes for the benchmarks."""
 import json
 import os
 import platform
@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from configurator import TrainConfig, knob
-from loader import Loader, Split
+from keepgpt.config import TrainConfig, knob
+from keepgpt.distributed import Ranks, pick_dtype
+from keepgpt.loader import Loader, Split
 from model import GPT, ModelArgs
-from runtime import Ranks, pick_dtype
-from start import Run, assemble
+from train import Run, build_run
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -28,11 +28,11 @@ REPO = Path(__file__).resolve().parents[2]
 @dataclass(frozen=True)
 class BenchConfig:
     """The settings of the benchmarks."""
-    rounds: int = knob(5, "medians are taken over so many rounds", least=1)
-    folder: str = knob("", "where files are written; empty = a temporary folder")
+    rounds: int = knob(5, "number of rounds; tables show medians", least=1)
+    folder: str = knob("", "folder for files; empty = a temporary one")
     device: str = knob("auto", "auto | cpu | cuda")
     only: str = knob("", "only the row of this name")
-    json: str = knob("", "append what was measured to this file, a line a row")
+    json: str = knob("", "append the rows to this file as JSON lines")
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ SHAPES = {
 
 
 def machine(device: torch.device) -> str:
-    """What was measured on."""
+    """Describe the machine."""
     cpu = platform.processor() or platform.machine()
     if os.path.exists("/proc/cpuinfo"):
         cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo")
@@ -68,8 +68,8 @@ def machine(device: torch.device) -> str:
 
 def report(part: str, rows: Iterable[dict[str, str]], on: str, file: str
            ) -> Iterator[dict[str, str]]:
-    """Print each row of a table as it comes, append it to `file` if that has a name, and pass it
-    on."""
+    """Print each row of a table when it is ready, append it to `file` unless empty, and yield
+    it."""
     header = None
     for row in rows:
         if header != list(row):
@@ -83,7 +83,7 @@ def report(part: str, rows: Iterable[dict[str, str]], on: str, file: str
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
-    """How long it takes, the device's part included."""
+    """Return the seconds that `work` takes, including its work on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -94,7 +94,7 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
 
 
 def host_memory() -> int:
-    """Bytes of host memory that this process holds."""
+    """Return the bytes of host memory of this process."""
     return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -108,10 +108,10 @@ atexit.register(peaks)
 """
 
 
-def peak_memory(program: str, *words: object) -> tuple[int, int]:
-    """The most bytes of host and of device memory that a Python program holds, in a process of its
-    own. (Linux's ru_maxrss begins with what the parent holds.)"""
-    done = subprocess.run([sys.executable, "-c", PEAKS + program, *map(str, words)], cwd=REPO,
+def peak_memory(program: str, *args: object) -> tuple[int, int]:
+    """Run a Python program; return its peak bytes of host and of device memory. (Linux's ru_maxrss
+    includes the parent's.)"""
+    done = subprocess.run([sys.executable, "-c", PEAKS + program, *map(str, args)], cwd=REPO,
                           capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stdout + done.stderr)
@@ -120,7 +120,7 @@ def peak_memory(program: str, *words: object) -> tuple[int, int]:
 
 
 def new_run(shape: Shape, device: torch.device, **settings: Any) -> Run:
-    """A run of train.py on random tokens, one micro-batch a step, without a folder of its own."""
+    """Return a run of train.py on random tokens, with one micro-batch per step and no out_dir."""
     args = shape.args
     config = TrainConfig(batch_size=shape.batch_size, block_size=args.block_size,
                          gradient_accumulation_steps=1, **settings)
@@ -128,28 +128,27 @@ def new_run(shape: Shape, device: torch.device, **settings: Any) -> Run:
     torch.set_float32_matmul_precision("high")
     tokens = np.random.default_rng(0).integers(args.vocab_size, size=2**20, dtype=np.uint16)
     meta = {"dtype": "uint16", "vocab_size": args.vocab_size, "tokens": {"train": len(tokens)}}
-    with tempfile.TemporaryDirectory() as folder:  # an open file outlives its name
+    with tempfile.TemporaryDirectory() as folder:  # the file stays open
         tokens.tofile(f"{folder}/train.bin")
         shifted, fixed = (Split(Path(folder), "train", meta, args.block_size, 0, shift)
                           for shift in (True, False))
     loader = Loader(shifted, shape.batch_size, 1, range(1), device)
-    return assemble(config, Ranks(0, 1, device), {}, loader, {"train": fixed, "val": fixed},
-                    GPT(args).to(device), None)
+    return build_run(config, Ranks(0, 1, device), {}, loader, {"train": fixed, "val": fixed},
+                     GPT(args))
 
 
 class Ended(Exception):
-    """A process that should work has ended, after words of its own."""
+    """A side's process has ended with an error."""
 
 
 class Side:
-    """One side of a comparison, in a process of its own: `calls` is a Python expression for a
-    function that does the work and returns the seconds it took."""
+    """One side of a comparison, in its own process: `calls` is a Python expression that gives a
+    function; that does the work once and returns its seconds."""
 
-    def __init__(self, calls: str, as_a_script: bool) -> None:
-        """`as_a_script` prepares the process as keepGPT's scripts prepare theirs."""
-        program = ("import sys\n"
-                   + ("import configurator\nconfigurator.prepare_process()\n" if as_a_script
-                      else "")
+    def __init__(self, calls: str, as_script: bool) -> None:
+        """Start the process, prepared like keepGPT's scripts if `as_script`."""
+        prepare = "from keepgpt.process import prepare_process\nprepare_process()\n"
+        program = ("import sys\n" + (prepare if as_script else "")
                    + f"from tools.bench.sides import *\nwork = {calls}\n"
                    "print(0.0, flush=True)\n"
                    "for _ in sys.stdin:\n    print(work(), flush=True)\n")
@@ -159,34 +158,34 @@ class Side:
         self.answer()
 
     def answer(self) -> float:
-        """The next line that it prints. Raises Ended."""
+        """Return the next number it prints. Raises Ended."""
         if not (line := self.process.stdout.readline()):
             raise Ended(f"{self.calls} has ended with exit code {self.process.wait()}")
         return float(line)
 
     def turn(self) -> float:
-        """Let it work once; its seconds."""
+        """Let it work once; return its seconds."""
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         return self.answer()
 
     def end(self) -> None:
-        """Let the process end."""
+        """End the process."""
         self.process.stdin.close()
         self.process.wait()
 
 
-def started(ours: Side, **peers: str) -> dict[str, Side]:
-    """The sides of a comparison by name: ours, and those peers that can be had here."""
+def start_sides(ours: Side, **peers: str) -> dict[str, Side]:
+    """Return the sides by name: ours, and the peers that are installed."""
     sides = {"ours": ours}
     for name, calls in peers.items():
         with suppress(Ended):
-            sides[name] = Side(calls, as_a_script=False)
+            sides[name] = Side(calls, as_script=False)
     return sides
 
 
 def take_turns(sides: dict[str, Side], rounds: int) -> dict[str, float]:
-    """The median seconds of each side; they work one after the other, round after round."""
+    """Return each side's median seconds; the sides alternate."""
     try:
         for side in sides.values():
             side.turn()  # to warm up

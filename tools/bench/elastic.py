@@ -1,4 +1,4 @@
-"""elastic: train.py with elastic=True beside DDP, on 1, 2 and 4 ranks of one thread each."""
+"""elastic: elastic=True against DDP, on 1, 2 and 4 ranks of one thread each."""
 import json
 import os
 import statistics
@@ -9,14 +9,14 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from configurator import fail
+from keepgpt.process import fail
 from tools.bench.common import REPO, BenchConfig
 from tools.crash.common import prepare
 
 SETTINGS = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 2,
             "gradient_accumulation_steps": 8, "max_iters": 6, "eval_interval": 100, "eval_iters": 1,
             "log_interval": 1, "checkpoint_interval": 100, "warmup_iters": 1}
-# a rank's own process writes what it took at most, as Linux has it
+# each rank writes its peak memory to a file
 PEAK = """
 import runpy, re, os, sys
 from pathlib import Path
@@ -30,7 +30,7 @@ finally:
 
 
 def train(place: Path, ranks: int, elastic: bool) -> tuple[float, float]:
-    """The median seconds of a step, and the gigabytes of the rank that takes most."""
+    """Return the median seconds per step, and the peak memory of any rank in GB."""
     with tempfile.TemporaryDirectory(dir=place) as out:
         program = place / "measured.py"
         program.write_text(PEAK)
@@ -51,9 +51,9 @@ def train(place: Path, ranks: int, elastic: bool) -> tuple[float, float]:
 
 
 def bench(config: BenchConfig) -> Iterator[dict[str, str]]:
-    """A row for each number of ranks."""
+    """Yield a row per number of ranks."""
     if config.device not in ("auto", "cpu"):
-        fail("elastic is measured on a CPU: it has more ranks than a machine has GPUs")
+        fail(f"--device={config.device}: elastic needs cpu")
     with tempfile.TemporaryDirectory(dir=config.folder or None) as name:
         place = Path(name)
         prepare(place)

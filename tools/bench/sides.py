@@ -1,4 +1,4 @@
-"""The works that are compared, each to be run in a process of its own. See common.Side."""
+"""The sides of the comparisons, each for its own process. See common.Side."""
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -12,17 +12,18 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import model as model_module
-from checkpoint import Saver
+from keepgpt.checkpoint import Saver
+from keepgpt.config import TrainConfig
+from keepgpt.distributed import be_deterministic, pick_device, pick_dtype
+from keepgpt.optim import make_optimizer
 from model import generate
-from runtime import be_deterministic, pick_device, pick_dtype
-from sample import make_fast
-from start import Run
+from sample import prepare_model
 from tools.bench.common import SHAPES, new_run, seconds
-from train import gradient, update
+from train import Run, compute_gradient, update
 
 
 def steps(step: Callable[[], object], device: torch.device) -> Callable[[], float]:
-    """Some steps, enough for a second or so; returns the seconds of one."""
+    """Return a function that takes about a second of steps and returns the seconds per step."""
     def some(count: int) -> None:
         for _ in range(count):
             step()
@@ -33,18 +34,18 @@ def steps(step: Callable[[], object], device: torch.device) -> Callable[[], floa
 
 
 def steps_of(run: Run) -> Callable[[], float]:
-    """Steps of train.py itself: loader, gradient and update."""
+    """Return `steps` of train.py: loader, gradient and update."""
     saver = Saver(None, 2, 0.0, lambda: None, run.ranks.device)
-    return steps(lambda: update(run, saver, gradient(run)), run.ranks.device)
+    return steps(lambda: update(run, saver, compute_gradient(run)), run.ranks.device)
 
 
 def train_ours(name: str, device: str) -> Callable[[], float]:
-    """A step of train.py."""
+    """Time steps of train.py."""
     return steps_of(new_run(SHAPES[name], pick_device(device)))
 
 
 def attention_by(backend: str) -> None:
-    """Let no other kernel do it, so that it fails where this one can't."""
+    """Allow only one attention kernel, so a step fails without it."""
     cuda = torch.backends.cuda
     for name, enable in {"flash": cuda.enable_flash_sdp, "cudnn": cuda.enable_cudnn_sdp,
                          "efficient": cuda.enable_mem_efficient_sdp,
@@ -53,16 +54,16 @@ def attention_by(backend: str) -> None:
 
 
 def compile_by(mode: str) -> None:
-    """Let torch.compile work in another mode."""
+    """Set the mode of torch.compile."""
     torch.compile = partial(torch.compile, mode=mode)
 
 
 def reduce_once() -> None:
-    """Let DDP reduce after the whole backward pass, and the compiler see it in one piece."""
+    """Let DDP reduce after the backward pass, which is then compiled in one graph."""
     torch._dynamo.config.optimize_ddp = False
 
 
-WAYS = {  # what is called before
+WAYS = {  # name: function to call first
     "as train.py does it": lambda: None,
     "deterministic=True": be_deterministic,
     "attention by cuDNN": partial(attention_by, "cudnn"),
@@ -75,26 +76,26 @@ WAYS = {  # what is called before
 
 
 def train_in_a_way(way: str, name: str, device: str) -> Callable[[], float]:
-    """A step of train.py, but for one thing."""
+    """Time steps of train.py with one thing changed."""
     WAYS[way]()
     run = new_run(SHAPES[name], pick_device(device))
     if way.startswith("DDP"):
         dist.init_process_group("nccl" if run.ranks.device.type == "cuda" else "gloo",
                                 store=dist.HashStore(), rank=0, world_size=1)
-        run.net = DistributedDataParallel(run.fast)
+        run.train_model = DistributedDataParallel(run.compiled_model)
     return steps_of(run)
 
 
 def train_peer(network: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
                parameters: Iterable[nn.Parameter], name: str, device: torch.device,
                optimizer: torch.optim.Optimizer | None = None) -> Callable[[], float]:
-    """A step of another program: `network(x, y)` gives the loss of a micro-batch of random tokens,
-    which lies on the device already."""
+    """Time steps of another program: `network(x, y)` returns the loss of a micro-batch of random
+    tokens, already on the device."""
     shape, parameters = SHAPES[name], list(parameters)
     optimizer = optimizer or torch.optim.AdamW(parameters, lr=1e-3)
     batch = torch.randint(shape.args.vocab_size, (2, shape.batch_size, shape.args.block_size),
                           device=device)
-    # on a CPU float32, as they come
+    # float32 on a CPU, the default
     autocast = torch.autocast(device.type, pick_dtype("auto", device), device.type == "cuda")
 
     def step() -> None:
@@ -109,8 +110,8 @@ def train_peer(network: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 
 
 def train_plain(name: str, device: str) -> Callable[[], float]:
-    """A step of the same model, float32 on a CPU, by PyTorch's own functions; on CUDA compiled,
-    loss and all, and bfloat16, with all logits in float32: what nanoGPT does."""
+    """Time steps of the same model in plain PyTorch, as in nanoGPT: float32 on a CPU; on CUDA
+    bfloat16, compiled, with all logits in float32."""
     model_module.dropout = F.dropout
     model_module.attend = lambda q, k, v, p: F.scaled_dot_product_attention(
         q, k, v, dropout_p=p, is_causal=True)
@@ -121,7 +122,7 @@ def train_plain(name: str, device: str) -> Callable[[], float]:
         args = replace(args, vocab_size=-(-args.vocab_size // 64) * 64)
     network = model_module.GPT(args).to(where)
     if where.type == "cuda":
-        optimizer = network.optimizer(1e-3, (0.9, 0.95), 0.1)  # fused, as nanoGPT's
+        optimizer = make_optimizer(network, TrainConfig())  # fused, as nanoGPT's
 
     def loss(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         logits = network(x)
@@ -133,7 +134,7 @@ def train_plain(name: str, device: str) -> Callable[[], float]:
 
 
 def gpt2_of_transformers(name: str) -> torch.nn.Module:
-    """Transformers' GPT-2 of a shape."""
+    """Return Transformers' GPT-2 of a shape."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     from transformers import GPT2Config, GPT2LMHeadModel
     a = SHAPES[name].args
@@ -144,7 +145,7 @@ def gpt2_of_transformers(name: str) -> torch.nn.Module:
 
 
 def train_transformers(name: str, device: str) -> Callable[[], float]:
-    """A step of Transformers' GPT-2, as it comes."""
+    """Time steps of Transformers' GPT-2 with its defaults."""
     where = pick_device(device)
     torch.set_float32_matmul_precision("high")
     network = gpt2_of_transformers(name).to(where).train()
@@ -152,28 +153,28 @@ def train_transformers(name: str, device: str) -> Callable[[], float]:
 
 
 def new_tokens(name: str, device: torch.device) -> int:
-    """How many are drawn: on CUDA more, for they are fast, and recording a step is in the time."""
+    """Return the number of tokens to sample: more on CUDA, which is fast."""
     return 48 if device.type == "cpu" else min(500, SHAPES[name].args.block_size - 16)
 
 
-def sample_ours(name: str, device: str, record: bool = True) -> Callable[[], float]:
-    """Tokens of one sequence, as sample.py draws them; the seconds of one."""
+def sample_ours(name: str, device: str, compile: bool = False) -> Callable[[], float]:
+    """Time sample.py's tokens of one sequence; return the seconds per token."""
     where = pick_device(device)
     count = new_tokens(name, where)
     network = model_module.GPT(SHAPES[name].args).eval()
-    make_fast(network, "auto", where)
+    prepare_model(network, where, compile=compile)
 
     def work() -> float:
         start = time.perf_counter()
         list(generate(network, [[0]], count, temperature=0.8, top_k=50,
-                      record=record and where.type == "cuda"))
+                      compile=compile))
         return (time.perf_counter() - start) / count
 
     return work
 
 
 def sample_transformers(name: str, device: str) -> Callable[[], float]:
-    """The same by Transformers' `generate`, with its cache; on CUDA in our dtype too."""
+    """Time Transformers' `generate` with its cache; on CUDA in the same dtype."""
     where = pick_device(device)
     dtype = pick_dtype("auto", where) if where.type == "cuda" else torch.float32
     network, count = gpt2_of_transformers(name).to(where, dtype).eval(), new_tokens(name, where)

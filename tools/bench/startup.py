@@ -1,4 +1,4 @@
-"""startup: how long the first step, the first help and the first complaint take."""
+"""startup: the time to the first step, --help and an error message."""
 import subprocess
 import sys
 import tempfile
@@ -14,7 +14,7 @@ TINY = ["--n_layer=4", "--n_head=4", "--n_embd=128", "--block_size=64", "--batch
 
 
 def bench(config: BenchConfig) -> list[dict[str, str]]:
-    """A row a command."""
+    """Return a row per command."""
     with tempfile.TemporaryDirectory(dir=config.folder or None) as folder:
         place = Path(folder)
         (place / "text.txt").write_text(Path(__file__).read_text() * 20, encoding="utf-8")
@@ -31,10 +31,10 @@ def bench(config: BenchConfig) -> list[dict[str, str]]:
             "sample.py --temperature=warm": ["sample.py", "--temperature=warm"]}
         times: dict[str, list[float]] = {name: [] for name in commands}
         for i in range(config.rounds):
-            for name, words in commands.items():
+            for name, args in commands.items():
                 start = time.perf_counter()
-                out = [f"--out_dir={place / str(i)}"] * (len(words) > 2)
-                subprocess.run([sys.executable, *words, *out], cwd=REPO,
+                out = [f"--out_dir={place / str(i)}"] * (len(args) > 2)
+                subprocess.run([sys.executable, *args, *out], cwd=REPO,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
                 times[name].append(time.perf_counter() - start)
     return [{"command": name, "seconds": f"{median(values):.2f}"}

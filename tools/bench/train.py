@@ -1,34 +1,24 @@
-"""train: a training step, beside the same model by PyTorch's own functions and beside Transformers'
-GPT-2; on a CPU both in float32, as they come."""
+"""train: a training step, against the same model in plain PyTorch and Transformers' GPT-2, both in
+float32, their default."""
 from collections.abc import Iterator
 
-import torch
-
-from model import GPT
-from runtime import peak_flops, pick_device
-from tools.bench.common import SHAPES, BenchConfig, Side, started, take_turns
+from keepgpt.distributed import pick_device
+from tools.bench.common import SHAPES, BenchConfig, Side, start_sides, take_turns
 
 
 def bench(config: BenchConfig) -> Iterator[dict[str, str]]:
-    """A row a model."""
-    device = pick_device(config.device)
-    peak = peak_flops(device)
+    """Yield a row per model."""
+    device = str(pick_device(config.device))
     for name, shape in SHAPES.items():
-        if config.only not in ("", name) or shape.cuda and device.type != "cuda":
+        if config.only not in ("", name) or shape.cuda:
             continue
-        where = f"({name!r}, {str(device)!r})"
-        peers = {"plain": f"train_plain{where}"}
-        if not shape.cuda:  # a GPU would not hold the float32 logits of all
-            peers["peer"] = f"train_transformers{where}"
-        t = take_turns(started(Side(f"train_ours{where}", as_a_script=True), **peers),
+        args = f"({name!r}, {device!r})"
+        t = take_turns(start_sides(Side(f"train_ours{args}", as_script=True),
+                                   plain=f"train_plain{args}", peer=f"train_transformers{args}"),
                        config.rounds)
         rate = shape.batch_size * shape.args.block_size / t["ours"]
-        row = {"model": name, "micro-batch": f"{shape.batch_size} x {shape.args.block_size}",
+        yield {"model": name, "micro-batch": f"{shape.batch_size} x {shape.args.block_size}",
                "keepGPT": f"{t['ours'] * 1e3:,.1f} ms", "tokens/s": f"{rate:,.0f}",
                **{title: f"{t[side] * 1e3:,.1f} ms ({t[side] / t['ours']:.2f} x)"
                   if side in t else "-"
                   for title, side in (("plain PyTorch", "plain"), ("Transformers", "peer"))}}
-        if peak:
-            with torch.device("meta"):
-                row["MFU"] = f"{GPT(shape.args).flops_per_token() * rate / peak:.1%}"
-        yield row

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import torch
 
-from configurator import fail, parse
+from keepgpt.config import parse
+from keepgpt.process import fail
 from tools.crash.common import CrashConfig, Part
 from tools.crash.full import full
 from tools.crash.hosts import hosts

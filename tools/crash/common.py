@@ -18,10 +18,11 @@ from typing import Any
 import torch
 import torch._dynamo  # noqa: F401  an optimizer imports it: here once, not in each forked process
 
-import checkpoint
 import train
-from checkpoint import BadBundle
-from configurator import TrainConfig, fail, knob, parse
+from keepgpt import checkpoint
+from keepgpt.checkpoint import BadBundle
+from keepgpt.config import TrainConfig, knob, parse
+from keepgpt.process import fail
 
 REPO = Path(__file__).resolve().parents[2]
 KEEP, INTERVAL = 2, 2  # generations that are kept; steps between two saves

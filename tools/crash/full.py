@@ -5,10 +5,23 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import checkpoint
 import train
-from tools.crash.common import (HANGS, PAGE, RUN, Part, clone, difference, exit_code, half_written,
-                                newest, prepare, start, state_at, undisturbed)
+from keepgpt import checkpoint
+from tools.crash.common import (
+    HANGS,
+    PAGE,
+    RUN,
+    Part,
+    clone,
+    difference,
+    exit_code,
+    half_written,
+    newest,
+    prepare,
+    start,
+    state_at,
+    undisturbed,
+)
 
 WIDE = RUN | {"n_embd": 64, "eval_interval": 6, "max_iters": 42}  # a bundle of over a megabyte
 ROOM = 1 << 16  # bytes

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from configurator import fail
+from keepgpt.process import fail
 from tools.crash.common import HANGS, REPO, RUN, Part, difference, prepare, undisturbed
 
 FIRST, SECOND = "keepgpt1", "keepgpt2"  # their names; each calls its end of the cable `cable`

@@ -10,9 +10,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import checkpoint
-from tools.crash.common import (HANGS, INTERVAL, KEEP, RUN, Part, difference, exit_code, prepare,
-                                start, undisturbed)
+from keepgpt import checkpoint
+from tools.crash.common import (
+    HANGS,
+    INTERVAL,
+    KEEP,
+    RUN,
+    Part,
+    difference,
+    exit_code,
+    prepare,
+    start,
+    undisturbed,
+)
 
 LONG = {"max_iters": 400, "warmup_iters": 400}
 

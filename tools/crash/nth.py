@@ -10,10 +10,19 @@ from typing import Any
 
 import torch
 
-import checkpoint
-from checkpoint import Disk, Saver
-from tools.crash.common import (KEEP, Part, clone, exit_code, half_written, newest, real_bundles,
-                                state, wrong)
+from keepgpt import checkpoint
+from keepgpt.checkpoint import Disk, Saver
+from tools.crash.common import (
+    KEEP,
+    Part,
+    clone,
+    exit_code,
+    half_written,
+    newest,
+    real_bundles,
+    state,
+    wrong,
+)
 
 BEFORE = ((0, True), (KEEP, False), (KEEP, True))  # bundles before a save; whether it is the best
 # an error instead of the operation, after it (late), from it on (gone); or the process dies before

@@ -8,7 +8,7 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
-import checkpoint
+from keepgpt import checkpoint
 from tools.crash.common import KEEP, PAGE, Part, digest, real_bundles, state, wrong
 from tools.crash.nth import TappedDisk
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import prepare as script
-from configurator import fail
-from encode import Unit
-from loader import BadData, Split, read_meta
+from keepgpt.loader import BadData, Split, read_meta
+from keepgpt.process import fail
+from keepgpt.text import Shard
 from tools.crash.common import Part, exit_code
 
 NOTHING, SHARDS = [], ["to be\n" * 40, "or not\n" * 30, "to\n"]
@@ -36,8 +36,8 @@ def prepare_texts(data_dir: Path, texts: list[str], count: Count | None = None) 
             count(call.__name__)
 
     def find_source(*_args: Any) -> script.Source:
-        return script.Source({"texts": texts}, 0.25, lambda: [
-            Unit(lambda text=text: [[text]], 0.25, 1) for text in texts])
+        return script.Source(lambda: {"texts": texts}, 0.25, lambda: [
+            Shard(lambda text=text: [[text]], 0.25, 1) for text in texts])
     if pid := os.fork():
         return exit_code(pid)
     code = 1

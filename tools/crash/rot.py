@@ -5,8 +5,8 @@ import zipfile
 from contextlib import redirect_stderr
 from pathlib import Path
 
-import checkpoint
-from checkpoint import Disk
+from keepgpt import checkpoint
+from keepgpt.checkpoint import Disk
 from tools.crash.common import KEEP, PAGE, Part, newest, real_bundles, state, state_at
 
 

@@ -6,7 +6,8 @@
 import sys
 from pathlib import Path
 
-from configurator import fail, parse, prepare_process
+from keepgpt.config import parse
+from keepgpt.process import fail, prepare_process
 from tools.plot.curves import CurvesConfig, draw, read_run
 
 USAGE = "python -m tools.plot FOLDER ... | pieces [--key=value ...]"

@@ -6,7 +6,8 @@ from typing import Literal
 
 import numpy as np
 
-from configurator import fail, knob
+from keepgpt.config import knob
+from keepgpt.process import fail
 
 LOGGED = ("step", "loss", "lr", "grad_norm", "tokens_per_s")  # a logged step
 EVALUATED = ("step", "val_loss")

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
-import start
 import train
-from checkpoint import generation_of, read_bundle
-from configurator import TrainConfig, fail, knob, parse
-from loader import BadData, Loader, dataset_folder, read_meta
+from keepgpt.checkpoint import generation_of, read_bundle
+from keepgpt.config import TrainConfig, knob, parse
+from keepgpt.loader import BadData, Loader, dataset_folder, read_meta
+from keepgpt.process import fail
 from tools.crash.common import state
 from tools.plot.curves import COLOURS, History, read_run
 
@@ -32,27 +32,27 @@ class PiecesConfig:
     """The settings of `tools.plot pieces`."""
     to: str = knob("pieces.png", "the picture's file")
     steps: int = knob(500, "the bundle is of this step; the runs have twice as many", least=2)
+    dataset: str = knob("plays_char", "its folder in data_dir, made by prepare.py")
     data_dir: str = knob("data", "the folder of all datasets, as in train.py")
-    dataset: str = knob("shakespeare_char", "data/<dataset>, made by prepare.py")
 
 
 def no_moments(at: int) -> None:
     """AdamW begins anew: its moments and its count of updates are 0."""
-    restore = start.Run.restore
+    restore = train.Run.restore
 
-    def restore_less(run: start.Run, bundle: dict) -> None:
+    def restore_less(run: train.Run, bundle: dict) -> None:
         restore(run, bundle)
         for moments in run.optimizer.state.values():
             for tensor in moments.values():
                 tensor.zero_()
 
-    start.Run.restore = restore_less
+    train.Run.restore = restore_less
 
 
 def no_step(at: int) -> None:
     """The schedule begins anew."""
-    schedule = train.learning_rate
-    train.learning_rate = lambda step, config: schedule(step - at, config)
+    schedule = train.get_lr
+    train.get_lr = lambda step, config: schedule(step - at, config)
 
 
 def no_rng(at: int) -> None:
@@ -113,8 +113,8 @@ def measure(config: PiecesConfig, place: Path) -> tuple[History, dict[str, Histo
     name, and whether the whole one has ended in the same bits."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # matrices too small to share out
     at, end = config.steps, 2 * config.steps
-    settings = RUN | {"dataset": config.dataset, "data_dir": config.data_dir, "max_iters": end, "lr_decay_iters": end,
-                      "warmup_iters": at // 5, "eval_interval": at}
+    settings = RUN | {"dataset": config.dataset, "data_dir": config.data_dir, "max_iters": end,
+                      "lr_decay_iters": end, "warmup_iters": at // 5, "eval_interval": at}
     print(f"| bundle of step {at} | val loss at {end} | largest difference of train loss, "
           f"{NEAR} steps | end |\n|---|---|---|---|")
     undisturbed, others = trained(place / "undisturbed", settings), {}

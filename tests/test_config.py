@@ -1,4 +1,4 @@
-"""What configurator.py promises: types, precedence, files that leak nothing, one-line mistakes."""
+"""keepgpt/config.py: types, precedence, isolated config files, one-line errors, --help."""
 import builtins
 import io
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from configurator import TrainConfig, parse
+from keepgpt.config import TrainConfig, parse
 from sample import SampleConfig
 
 ROOT = Path(__file__).parents[1]
@@ -18,12 +18,12 @@ DEFAULTS = TrainConfig()
 
 
 def read(*argv):
-    """The settings that a command line gives."""
+    """Return the settings of a command line."""
     return parse(TrainConfig, "", [str(a) for a in argv])[0]
 
 
 def mistake(*argv):
-    """The message of a command line that must be refused: in one line, with exit code 2."""
+    """Return the message of a command line that exits with 2 and one line."""
     err = io.StringIO()
     with redirect_stderr(err), pytest.raises(SystemExit) as end:
         read(*argv)
@@ -35,7 +35,7 @@ def mistake(*argv):
 
 @pytest.fixture
 def file(tmp_path):
-    """A function that writes a config file and gives its path."""
+    """Return a function that writes a config file and returns its path."""
     def write(text, name="x.py"):
         path = tmp_path / name
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -44,7 +44,7 @@ def file(tmp_path):
 
 
 def run(*argv):
-    """A script with these arguments, in a process of its own."""
+    """Run a script in a new interpreter."""
     command = [sys.executable, *map(str, argv)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
@@ -65,7 +65,7 @@ def run(*argv):
     ("dtype", "bfloat16", "bfloat16"), ("dtype", "auto", "auto"),
     ("seed", "9007199254740993", 2**53 + 1),
 ])
-def test_a_flag_becomes_its_keys_type(key, spelling, value):
+def test_a_flag_is_converted_to_its_type(key, spelling, value):
     got = getattr(read(f"--{key}={spelling}"), key)
     assert got == value and type(got) is type(value)
 
@@ -76,7 +76,7 @@ def test_a_flag_becomes_its_keys_type(key, spelling, value):
     ("gradient_accumulation_steps", "5 * 8", 40), ("min_lr", "0.5 / 4", 0.125),
     ("out_dir", "'a' + 'b'", "ab"),
 ])
-def test_a_file_s_value_becomes_its_keys_type(file, key, spelling, value):
+def test_a_value_in_a_file_is_converted_to_its_type(file, key, spelling, value):
     got = getattr(read(file(f"{key} = {spelling}\n")), key)
     assert got == value and type(got) is type(value)
 
@@ -103,7 +103,7 @@ def test_a_file_s_value_becomes_its_keys_type(file, key, spelling, value):
     ("--seed=1e30", "seed must be"), ("--seed=-1", "seed must be"),
     ("--out_dir=", "out_dir must not be empty"),
 ])
-def test_a_value_of_the_wrong_kind_or_out_of_range_is_refused_with_what_would_be_right(flag, says):
+def test_a_wrong_value_of_a_flag_is_refused(flag, says):
     message = mistake(flag)
     assert says in message and flag in message
 
@@ -121,7 +121,7 @@ def test_a_value_of_the_wrong_kind_or_out_of_range_is_refused_with_what_would_be
     ("learning_rate = lambda step: 1e-3", "learning_rate takes a number"),
     ("n_layer = max", "n_layer takes a whole"),
 ])
-def test_a_wrong_value_in_a_file_names_the_key_and_the_file(file, line, says):
+def test_a_wrong_value_in_a_file_names_key_and_file(file, line, says):
     path = file(line)
     message = mistake(path)
     assert says in message and str(path) in message
@@ -130,37 +130,36 @@ def test_a_wrong_value_in_a_file_names_the_key_and_the_file(file, line, says):
 # precedence
 
 
-def test_without_arguments_the_defaults_hold():
-    config, given, words = parse(TrainConfig, "", [])
-    assert config == DEFAULTS and given == {} and words == []
+def test_no_arguments_give_the_defaults():
+    assert parse(TrainConfig, "", []) == (DEFAULTS, {}, [])
 
 
-def test_a_flag_beats_a_file_and_a_file_beats_the_default_whatever_the_order(file):
+def test_flags_override_files_and_files_override_defaults(file):
     path = file("n_layer = 3\nn_head = 3\n")
     for argv in ([path, "--n_layer=2"], ["--n_layer=2", path]):
         config = read(*argv)
         assert (config.n_layer, config.n_head, config.n_embd) == (2, 3, DEFAULTS.n_embd)
 
 
-def test_of_two_flags_or_two_files_the_later_one_holds(file):
+def test_the_later_of_two_flags_or_files_wins(file):
     one, two = file("n_layer = 3\nn_head = 3", "one.py"), file("n_layer = 4", "two.py")
     assert read("--n_layer=7", "--n_layer=8").n_layer == 8
     config = read(one, two)
     assert (config.n_layer, config.n_head) == (4, 3)
 
 
-def test_what_was_given_is_told_apart_from_the_defaults_even_where_it_is_the_same(file):
+def test_given_settings_include_those_equal_to_a_default(file):
     given = parse(TrainConfig, "", [str(file("n_head = 12")), "--seed=1337"])[1]
     assert given == {"n_head": 12, "seed": 1337}
 
 
 @pytest.mark.parametrize("settings", [TrainConfig, SampleConfig])
-def test_every_default_may_be_given_as_a_flag(settings):
+def test_every_default_is_valid_as_a_flag(settings):
     flags = [f"--{f.name}={f.default}" for f in fields(settings)]
     assert parse(settings, "", flags)[0] == settings()
 
 
-def test_the_settings_can_not_be_changed():
+def test_settings_are_immutable():
     with pytest.raises(AttributeError):
         DEFAULTS.n_layer = 3
 
@@ -204,7 +203,7 @@ n_head = wide()
     assert config.lr_decay_iters == DEFAULTS.max_iters and config.n_head == DEFAULTS.n_embd
 
 
-def test_a_file_sees_nothing_of_the_program_nor_of_another_file(file):
+def test_a_file_sees_neither_the_program_nor_another_file(file):
     one = file("_mine = 1\nn_layer = 3", "one.py")
     for name in ("TrainConfig", "fields", "settings", "path", "_mine"):
         assert f"NameError: name '{name}' is not defined" in mistake(one, file(f"_x = {name}"))
@@ -218,7 +217,7 @@ def test_a_file_sees_nothing_of_the_program_nor_of_another_file(file):
     "import sys as print, math as len\n",
     "__name__ = '__main__'\n__file__ = 'elsewhere'\n", "globals().update(print=max, len=min)\n",
 ])
-def test_what_a_file_does_to_its_names_does_not_reach_the_program(file, text):
+def test_a_file_cannot_change_the_programs_builtins(file, text):
     before = dict(vars(builtins))
     try:
         config = read(file(text + "n_layer = 3\n"))
@@ -228,7 +227,7 @@ def test_what_a_file_does_to_its_names_does_not_reach_the_program(file, text):
     assert config.n_layer == 3 and read() == DEFAULTS
 
 
-def test_a_file_may_hold_helpers_loops_files_and_modules(file, tmp_path, capsys):
+def test_a_file_may_use_helpers_loops_and_modules(file, tmp_path, capsys):
     (tmp_path / "width.txt").write_text("64")
     config = read(file(f"""
 width = 1
@@ -247,7 +246,7 @@ warmup_iters = int(warmup * max_steps)
     assert not capsys.readouterr().err
 
 
-def test_scalars_of_numpy_and_torch_and_paths_are_values(file):
+def test_numpy_and_torch_scalars_and_paths_are_values(file):
     config = read(file("""
 from pathlib import Path
 learning_rate, n_layer, bias = np.float32(0.5), np.int64(3), np.bool_(True)
@@ -264,7 +263,7 @@ max_iters, min_lr, out_dir = torch.tensor(7), np.logspace(-4, -3, 2)[0], Path("a
     ("import numpy as np\nweight_decays = np.float64(0.1)", "weight_decay"),
     ("for max_iter in (1, 2):\n    pass", "max_iters"),
 ])
-def test_a_misspelled_key_is_no_helper(file, text, near):
+def test_a_misspelled_key_is_refused(file, text, near):
     assert f"did you mean {near}?" in mistake(file(text))
 
 
@@ -275,12 +274,12 @@ def test_a_misspelled_key_is_no_helper(file, text, near):
     "max_iter = max_iters = 5\nlr_decay_iters = max_iter", "lr = 1\ndef f():\n    return lr",
     "class Sizes:\n    n_heads = 4\nn_head = Sizes.n_heads",
 ])
-def test_a_helper_close_to_a_key_is_no_mistake(file, text, capsys):
+def test_a_helper_named_like_a_key_is_allowed(file, text, capsys):
     read(file(text))
     assert not capsys.readouterr().err
 
 
-def test_names_that_a_file_never_reads_are_listed_in_one_line(file, capsys):
+def test_unused_names_in_a_file_are_listed_in_one_line(file, capsys):
     assert read(file("print = 3\nuse_rope = True\n_own = 1\nn_kv_head = n_head = 4")).n_head == 4
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and line.startswith("note: ")
@@ -289,10 +288,10 @@ def test_names_that_a_file_never_reads_are_listed_in_one_line(file, capsys):
 
 @pytest.mark.parametrize("theirs, spins", [
     ({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")])
-def test_how_long_threads_spin_is_set_unless_the_user_has(theirs, spins):
+def test_the_users_thread_spin_setting_is_kept(theirs, spins):
     env = {key: value for key, value in os.environ.items()
            if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | theirs
-    program = ("import os, configurator; configurator.prepare_process(); "
+    program = ("import os; from keepgpt.process import prepare_process; prepare_process(); "
                "print(os.getenv('GOMP_SPINCOUNT'))")
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True,
                           text=True)
@@ -300,7 +299,7 @@ def test_how_long_threads_spin_is_set_unless_the_user_has(theirs, spins):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.name)
-def test_the_repo_s_own_files_are_good(path):
+def test_files_in_config_are_valid(path):
     parse(TrainConfig, "", [str(path)])
 
 
@@ -375,7 +374,7 @@ init_from = '{}'
 @pytest.mark.parametrize("text", [CHARACTERS, SCRATCH, FINETUNE, *(
     EVALUATE.format(name) for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"))],
     ids=["characters", "scratch", "finetune", "gpt2", "medium", "large", "xl"])
-def test_files_in_nanogpt_s_manner_are_good(file, text):
+def test_files_in_nanogpts_style_are_valid(file, text):
     config, given, _ = parse(TrainConfig, "", [str(file(text))])
     for line in text.splitlines():
         key, equals, value = line.partition(" = ")
@@ -384,15 +383,18 @@ def test_files_in_nanogpt_s_manner_are_good(file, text):
     assert given.keys() <= {"wandb_run_name"}
 
 
-def test_every_key_of_nanogpt_is_known():
-    keys = """out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint
-        init_from wandb_log wandb_project wandb_run_name dataset gradient_accumulation_steps
-        batch_size block_size n_layer n_head n_embd dropout bias learning_rate max_iters
-        weight_decay beta1 beta2 grad_clip decay_lr warmup_iters lr_decay_iters min_lr backend
-        device dtype compile""".split()
+def test_every_nanogpt_key_is_known():
+    keys = [
+        "out_dir", "eval_interval", "log_interval", "eval_iters", "eval_only",
+        "always_save_checkpoint", "init_from", "wandb_log", "wandb_project", "wandb_run_name",
+        "dataset", "gradient_accumulation_steps", "batch_size", "block_size", "n_layer", "n_head",
+        "n_embd", "dropout", "bias", "learning_rate", "max_iters", "weight_decay", "beta1",
+        "beta2", "grad_clip", "decay_lr", "warmup_iters", "lr_decay_iters", "min_lr", "backend",
+        "device", "dtype", "compile"]
     assert set(keys) <= {f.name for f in fields(TrainConfig)}
-    keys = """init_from out_dir start num_samples max_new_tokens temperature top_k seed device dtype
-        compile""".split()
+    keys = [
+        "init_from", "out_dir", "start", "num_samples", "max_new_tokens", "temperature", "top_k",
+        "seed", "device", "dtype", "compile"]
     assert set(keys) <= {f.name for f in fields(SampleConfig)}
 
 
@@ -402,7 +404,7 @@ def test_every_key_of_nanogpt_is_known():
 @pytest.mark.parametrize("wrong, near", [
     ("n_layers", "n_layer"), ("learning_rte", "learning_rate"), ("n-head", "n_head"),
     ("lr_decay_steps", "lr_decay_iters"), ("batchsize", "batch_size")])
-def test_an_unknown_key_names_the_nearest_known_one_and_where_it_stands(file, wrong, near):
+def test_an_unknown_key_names_the_nearest_key_and_its_place(file, wrong, near):
     flag = mistake(f"--{wrong}=3")
     assert f"unknown key {wrong!r}; did you mean {near}?" in flag and f"--{wrong}=3" in flag
     if wrong.isidentifier():
@@ -410,17 +412,17 @@ def test_an_unknown_key_names_the_nearest_known_one_and_where_it_stands(file, wr
         assert f"{path}: unknown key {wrong!r}; did you mean {near}?" in mistake(path)
 
 
-def test_a_key_like_none_is_pointed_to_the_list():
+def test_an_unknown_key_unlike_any_other_points_to_help():
     assert "--help" in mistake("--zzzzzzzz=3")
 
 
 @pytest.mark.parametrize("flag", ["--n_layer", "-n_layer=3", "--", "-", "--compile"])
-def test_a_flag_that_is_not_key_equals_value_is_refused(flag):
+def test_a_flag_not_written_key_equals_value_is_refused(flag):
     message = mistake(flag)
     assert flag in message and "--key=value" in message
 
 
-def test_a_file_that_is_not_there_or_no_file_is_refused(tmp_path):
+def test_a_missing_file_or_a_folder_is_refused(tmp_path):
     assert f"{tmp_path}/none.py: no such file" in mistake(tmp_path / "none.py")
     assert "directory" in mistake(tmp_path) and str(tmp_path) in mistake(tmp_path)
     assert "n_layer=3" in mistake("n_layer=3")
@@ -431,7 +433,7 @@ def test_a_file_that_is_not_there_or_no_file_is_refused(tmp_path):
     ("n_layer = 3\0\n", 1),
     (b"n_layer = 3\nout_dir = '\xff'\n", None),
 ])
-def test_a_file_that_is_not_python_is_named_with_its_line(file, text, line):
+def test_a_syntax_error_in_a_file_names_its_line(file, text, line):
     path = file(text)
     message = mistake(path)
     assert f"{path}:{line}: " in message if line else f"{path}:" in message
@@ -446,7 +448,7 @@ def test_a_file_that_is_not_python_is_named_with_its_line(file, text, line):
     ("assert 1 > 2, 'no'\n", 1, "no"),
     ("\nn_layer = eval('1 +')\n", 2, "SyntaxError"),
 ])
-def test_an_exception_in_a_file_is_named_with_its_line(file, text, line, says):
+def test_an_exception_in_a_file_names_its_line(file, text, line, says):
     path = file(text)
     message = mistake(path)
     assert f"{path}:{line}: " in message and says in message
@@ -461,14 +463,14 @@ def test_an_exception_in_a_file_is_named_with_its_line(file, text, line, says):
     ("sample.py", ["--num_samples=0"], "at least 1"),
     ("sample.py", ["config/train_gpt2.py"], "--key=value"),
 ])
-def test_a_mistake_ends_the_script_with_one_line_and_code_2(file, script, argv, says):
+def test_a_mistake_exits_2_with_one_line(file, script, argv, says):
     path = file("n_layer = 3\nn_head = nothing\n")
     done = run(script, *(a.format(file=path) for a in argv))
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
     assert done.stderr.startswith("error: ") and says in done.stderr
 
 
-def test_of_several_ranks_on_a_host_only_the_first_one_speaks(monkeypatch, capsys):
+def test_only_the_first_rank_of_a_host_prints_an_error(monkeypatch, capsys):
     for rank, lines in (("0", 1), ("1", 0)):
         monkeypatch.setenv("LOCAL_RANK", rank)
         with pytest.raises(SystemExit) as end:
@@ -481,7 +483,7 @@ def test_of_several_ranks_on_a_host_only_the_first_one_speaks(monkeypatch, capsy
 
 @pytest.mark.parametrize("script, settings", [("train.py", TrainConfig),
                                               ("sample.py", SampleConfig)])
-def test_help_shows_every_key_with_its_default_and_reason_and_loads_no_torch(script, settings):
+def test_help_lists_every_key_and_loads_no_torch(script, settings):
     done = run("-X", "importtime", script, "--help")
     assert done.returncode == 0
     lines = [line.strip() for line in done.stdout.splitlines()]
@@ -489,4 +491,4 @@ def test_help_shows_every_key_with_its_default_and_reason_and_loads_no_torch(scr
         key, why = f"--{f.name}={f.default} ", f.metadata["why"]
         assert why and sum(line.startswith(key) and line.endswith(why) for line in lines) == 1
     loaded = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
-    assert "configurator" in loaded and not loaded & {"torch", "numpy", "tiktoken", "wandb"}
+    assert "keepgpt" in loaded and not loaded & {"torch", "numpy", "tiktoken", "wandb"}

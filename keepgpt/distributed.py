@@ -1,32 +1,23 @@
-"""The process that a run lives in: its device, the other ranks, signals, the lock on out_dir,
-random generators."""
-import atexit
-import fcntl
+"""Ranks, device, dtype, random number generators and reductions."""
 import importlib.util
 import os
 import random
 import shutil
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from configurator import TrainConfig, fail, sync, warn
+from keepgpt.config import TrainConfig
+from keepgpt.process import UserError, fail, warn
 
-# stopped by a signal with everything saved: the same command, with init_from=auto, goes on
-EXIT_STOPPED = 75
-EXIT_INTERRUPTED = 130  # by a second Ctrl-C
 # dense bfloat16 (float16 before Ampere) with float32 sums, from the data sheets, by what the
 # device's name contains; the longest match counts
 PEAK_TFLOPS = {
@@ -75,6 +66,20 @@ class Ranks:
             return tensor
 
         return map_tensors(travel, value if self.rank == 0 else outline[0])
+
+    def on_first(self, work: Callable[[], Any]) -> Any:
+        """Return what `work` returns on rank 0, on every rank. A UserError there is raised on every
+        rank."""
+        value, error = None, None
+        if self.rank == 0:
+            try:
+                value = work()
+            except UserError as e:
+                error = e
+        value, error = self.from_first((value, error))
+        if error:
+            raise error
+        return value
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is set on any rank."""
@@ -209,7 +214,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if bf16_cpu else torch.float32
 
 
-def compiler_lacks(device: torch.device, deterministic: bool) -> str:
+def find_compiler_problem(device: torch.device, deterministic: bool) -> str:
     """What this machine lacks for torch.compile, or ""."""
     if device.type == "cuda" and deterministic and torch.__version__ < (2, 10):
         return "torch 2.10 or newer for deterministic=True"  # older: kernels chosen by the clock
@@ -233,51 +238,6 @@ def peak_flops(device: torch.device) -> float | None:
     return 1e12 * PEAK_TFLOPS[max(matches, key=len)] if matches else None
 
 
-def lock(out_dir: Path, patience: float) -> TextIO:
-    """Lock out_dir for this process, until it ends; return the lock's file, at its beginning.
-
-    Waits up to `patience` seconds for another process that is ending, then raises BlockingIOError.
-    Folders made here are removed when the program ends if nothing was written to them.
-    """
-    deadline, waiting = time.monotonic() + patience, False
-    new = [folder for folder in (out_dir, *out_dir.parents) if not folder.exists()]
-    out_dir.mkdir(parents=True, exist_ok=True)
-    for folder in new:  # what is saved in it must not be lost with it
-        sync(folder.parent)
-    if new:
-        atexit.register(remove_unused, new)
-    while True:
-        file = open(out_dir / ".lock", "a+")
-        file.seek(0)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
-                return file
-        except (BlockingIOError, FileNotFoundError):  # held, or removed by a run that has ended
-            if time.monotonic() > deadline:
-                raise BlockingIOError from None
-            if not waiting:
-                print(f"another run is still writing to {out_dir}; waiting up to {patience} s for "
-                      "its end", flush=True)
-            waiting = True
-            time.sleep(0.1)
-        file.close()
-
-
-def remove_unused(folders: list[Path]) -> None:
-    """Remove the first of `folders` if it holds nothing but a lock, then its parents among them."""
-    with suppress(OSError):
-        if os.listdir(folders[0]) == [".lock"]:
-            (folders[0] / ".lock").unlink()
-        for folder in folders:
-            folder.rmdir()
-
-
-def host_memory() -> int:
-    """Return the bytes of memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def rng_state(device: torch.device) -> dict[str, Any]:
     """Every random generator of this process, as plain values."""
     numpy_state = np.random.get_state(legacy=False)
@@ -297,60 +257,4 @@ def restore_rng(state: dict[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
-class Stopped(BaseException):
-    """A signal has come while work was done that may be broken off."""
 
-
-class Signals:
-    """SIGINT, SIGTERM and SIGUSR1 ask the run to save and end; a second Ctrl-C ends it at once.
-
-    Until the first `unless_one_comes` has ended there is nothing to save: they raise Stopped.
-    """
-
-    def __init__(self) -> None:
-        self.came, self.breakable = False, True
-        numbers, wake = os.pipe()
-        os.set_blocking(wake, False)
-        threading.Thread(target=self._leave_at_second, args=(numbers,), daemon=True).start()
-        signal.set_wakeup_fd(wake)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
-
-    def _leave_at_second(self, numbers: int) -> None:
-        """A thread, since `_note` is called only when Python is back from a collective or a
-        kernel."""
-        first_at = None
-        while True:
-            number = os.read(numbers, 1)[0]
-            if first_at is None:
-                first_at = time.monotonic()
-            # torchrun passes on the Ctrl-C that the terminal has sent already: no second one
-            elif number == signal.SIGINT and ("RANK" not in os.environ
-                                              or time.monotonic() - first_at > 1):
-                os._exit(EXIT_INTERRUPTED)
-
-    def _note(self, _number: int, _frame: Any) -> None:
-        self.came = True
-        if self.breakable:
-            self.breakable = False
-            raise Stopped
-
-    def unless_one_comes(self, work: Callable[[], Any], ranks: Ranks, nothing_new: bool) -> Any:
-        """What `work` returns; None if a signal came, which ends it at once, even where it waits,
-        reads or compiles.
-
-        One process among several can't leave a step by itself; but with `nothing_new` since the
-        last save it can leave the run.
-        """
-        alone = ranks.world_size == 1
-        if self.came and nothing_new and not alone:
-            os._exit(EXIT_STOPPED)
-        try:
-            try:  # whenever the signal comes, it is caught below: it raises once, and only here
-                self.breakable = (alone or nothing_new) and not self.came
-                return work()
-            finally:
-                self.breakable = False
-        except Stopped:
-            if not alone:
-                os._exit(EXIT_STOPPED)

@@ -6,17 +6,19 @@ import platform
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import asdict
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from configurator import TrainConfig
+from keepgpt.config import TrainConfig
+from keepgpt.process import write_atomically
 
-REPO = Path(__file__).parent
+REPO = Path(__file__).parents[1]
 STARTS = """| when (UTC) | from step | command | commit | on | with |
 |---|---|---|---|---|---|
 """
@@ -67,10 +69,8 @@ def packages() -> str:
     # torch's own version also names its build (+cpu, +cu124), which its package's does not always
     found = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
     for package in ("numpy", "tiktoken"):
-        try:
+        with suppress(PackageNotFoundError):
             found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            pass
     return ", ".join(found)
 
 
@@ -92,7 +92,7 @@ def write_card(config: TrainConfig, data: dict[str, Any], parameters: int, step:
         _, ours, before = path.read_text(encoding="utf-8", errors="replace").partition(STARTS)
         if not ours:
             raise FileExistsError(errno.EEXIST, "it is not about a run")
-    start = [f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M:%S}", str(step),
+    start = [f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}", str(step),
              f"`{command()}`", commit(), machine, packages()]
     settings = asdict(config)
     source = data.get("source", {})
@@ -105,7 +105,9 @@ def write_card(config: TrainConfig, data: dict[str, Any], parameters: int, step:
         "vocab_size": data["vocab_size"], "fingerprint": data["fingerprint"],
         "source": "".join(f"\n- {key}: {value}" for key, value in source.items())})
     row = " | ".join(cell.replace("|", "\\|") for cell in start)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(f"{text}{STARTS}{before}| {row} |\n", encoding="utf-8",
-                         errors="surrogateescape")  # a path may hold bytes that are not UTF-8
-    temporary.replace(path)
+    content = f"{text}{STARTS}{before}| {row} |\n"
+    # a path may hold bytes that are not UTF-8
+    write_atomically(path, content.encode(errors="surrogateescape"))
+
+
+

@@ -1,7 +1,7 @@
-# The same for a laptop without a GPU: a smaller GPT that learns to write plays in minutes.
-# python prepare.py shakespeare_char && python train.py config/train_shakespeare_char_cpu.py
-out_dir = "out-shakespeare-char-cpu"
-dataset = "shakespeare_char"
+# For a laptop without a GPU: a small GPT that learns to write plays, letter by letter, in minutes.
+# python prepare.py plays_char && python train.py config/train_plays_cpu.py
+out_dir = "out-plays-cpu"
+dataset = "plays_char"
 
 eval_interval = 400
 eval_iters = 40

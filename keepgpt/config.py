@@ -6,60 +6,30 @@ mend.
 """
 import ast
 import builtins
-import ctypes
 import difflib
-import errno
 import importlib
 import inspect
 import os
-import platform
 import signal
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from math import inf
 from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-# the command, a file or the machine must be changed first: trying again would not help
-EXIT_MISTAKE = 2
-EXIT_FAILED = 1  # a crash, a full disk or a failed last save: trying again may help
-PR_SET_PDEATHSIG = 1  # from linux/prctl.h
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
+from keepgpt.process import (
+    UserError,
+    fail,
+    host_memory,
+    leave_closed_output,
+    prepare_process,
+    warn,
+)
+
 # what nanoGPT's train.py has imported before it runs a config file
 MODULES = {"os": "os", "time": "time", "math": "math", "pickle": "pickle", "np": "numpy",
            "torch": "torch"}
-
-
-def fail(message: str, code: int = EXIT_MISTAKE, any_rank: bool = False) -> NoReturn:
-    """End the program with one line on stderr. Of several ranks on a host only the first one
-    prints it, unless `any_rank`: then the error is this rank's alone."""
-    if any_rank or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {' '.join(message.splitlines())}", file=sys.stderr, flush=True)
-    sys.exit(code)
-
-
-def describe(error: OSError) -> tuple[str, int]:
-    """Return the reason and the exit code of a failed file operation: a full disk may have room
-    later."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return (error.strerror or str(error)).lower(), EXIT_FAILED if full else EXIT_MISTAKE
-
-
-def warn(message: str) -> None:
-    """Say on stderr what is not as it was asked for; of several ranks on a host, the first one
-    speaks."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"note: {message}", file=sys.stderr, flush=True)
-
-
-def sync(path: str | os.PathLike) -> None:
-    """See a file's bytes, or a folder's names, to the disk. Raises OSError."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def knob(default: Any, why: str, least: float = -inf, below: float = inf) -> Any:
@@ -138,6 +108,60 @@ class TrainConfig:
         "of torch.distributed, for several ranks: auto = nccl on CUDA, else gloo")
 
 
+    @property
+    def tokens_per_step(self) -> int:
+        """The tokens of a step, over all ranks."""
+        return self.gradient_accumulation_steps * self.batch_size * self.block_size
+
+
+FIXED = ("seed", "n_layer", "n_head", "n_embd", "block_size", "bias")  # see resume_config
+
+
+def resume_config(config: TrainConfig, given: dict[str, Any], bundle: dict[str, Any],
+                  data: dict[str, Any]) -> tuple[TrainConfig, list[str]]:
+    """Return the settings of a checkpoint's run with the `given` ones over them, and a line for
+    each that changed. `config` is the command's, `data` describes its dataset.
+
+    Raises UserError for what would make it another run.
+    """
+    known = {f.name for f in fields(TrainConfig)}
+    saved = {key: value for key, value in bundle["config"].items() if key in known}
+    resumed = TrainConfig(**saved | given)
+    changes = {key: (saved[key], value) for key, value in given.items()
+               if saved.get(key, value) != value}
+    fixed = FIXED + (("batch_size",) if resumed.elastic else ())  # sums of other sizes round apart
+    for key in fixed:
+        if key in changes:
+            raise UserError(f"this run has {key}={changes[key][0]}, not {changes[key][1]}: that "
+                            f"would be another run. Try: leave --{key} out, or another --out_dir")
+    rows, old_rows = (c["batch_size"] * c["gradient_accumulation_steps"]
+                      for c in (asdict(resumed), saved))
+    if rows != old_rows:
+        raise UserError(f"batch_size x gradient_accumulation_steps: expected {old_rows} as before, "
+                        f"got {rows}")
+    if data["fingerprint"] != bundle["data"]["fingerprint"]:
+        raise UserError(f"this run was trained on {bundle['data']['name']} "
+                        f"{bundle['data']['fingerprint'][:12]}, but {resumed.dataset} in data_dir="
+                        f"{resumed.data_dir} is {data['fingerprint'][:12]}. Try: prepare the same "
+                        "text again")
+    # the folder may have moved; what the run started from stays recorded
+    resumed = replace(resumed, out_dir=config.out_dir, init_from=bundle["config"]["init_from"])
+    return resumed, [f"{key} {old} -> {new}" for key, (old, new) in changes.items()
+                     if key != "init_from"]
+
+
+def check_memory(config: TrainConfig, vocab_size: int) -> None:
+    """Raise UserError at once for a run that this machine could only swap itself to death on."""
+    parameters = config.n_embd * (12 * config.n_layer * config.n_embd + vocab_size)
+    # float32 weights, gradients and two moments; int64 inputs and targets; losses
+    needed = 16 * max(parameters, config.batch_size * config.block_size,
+                      config.gradient_accumulation_steps)
+    if needed > host_memory():
+        raise UserError(f"this run needs more than {needed / 1e9:,.0f} GB, and the machine has "
+                        f"{host_memory() / 1e9:,.0f}. Try: smaller n_layer, n_embd, batch_size or "
+                        "gradient_accumulation_steps")
+
+
 def _convert(kind: Any, value: Any) -> Any:
     """`value` as a `kind`; a string may spell a number or a bool. Raises ValueError if it is
     none."""
@@ -212,7 +236,7 @@ def read_config_file(settings: type, path: str) -> dict[str, Any]:
         code, nodes = compile(source, path, "exec"), list(ast.walk(ast.parse(source)))
     except OSError as e:
         fail(f"{path}: {e.strerror.lower()}; give the path of a config file, "
-             "e.g. config/train_shakespeare_char.py")
+             "e.g. config/train_plays_cpu.py")
     except (SyntaxError, ValueError) as e:
         fail(f"{path}:{getattr(e, 'lineno', None) or 1}: not Python: {getattr(e, 'msg', e)}")
     reads = {node.id for node in nodes
@@ -261,13 +285,6 @@ def show_help(settings: type, usage: str) -> NoReturn:
     sys.exit(0)
 
 
-def leave_closed_output(error: OSError) -> NoReturn:
-    """End the program after stdout took no more: in silence if its reader has left (`| head`)."""
-    if not isinstance(error, BrokenPipeError):
-        print(f"error: stdout: {describe(error)[0]}", file=sys.stderr, flush=True)
-    os._exit(0 if isinstance(error, BrokenPipeError) else EXIT_FAILED)  # a flush would fail again
-
-
 def parse(settings: type, usage: str, argv: list[str]) -> tuple[Any, dict[str, Any], list[str]]:
     """Read a command line of words (`config/x.py` or whatever the script takes) and `--key=value`
     flags.
@@ -294,22 +311,6 @@ def parse(settings: type, usage: str, argv: list[str]) -> tuple[Any, dict[str, A
     return settings(**given), given, words
 
 
-def prepare_process() -> None:
-    """What helps this process and must come before torch is loaded."""
-    # threads that wait spin for some microseconds and then sleep: at once costs an idle machine
-    # half its speed on small models, and spinning on, the default, a busy one nine tenths
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    if platform.libc_ver()[0] == "glibc":
-        # keep freed memory for the next step: given back, it is zeroed page by page when it returns
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    if "RANK" in os.environ and sys.platform == "linux":
-        # a rank whose torchrun was killed dies too: it must hold neither GPU nor folder
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
 def command_line(settings: type, usage: str) -> tuple[Any, dict[str, Any], list[str]]:
     """`parse` this process's command line. A script calls it before it loads torch, so that --help
     and mistakes are answered at once."""
@@ -318,3 +319,6 @@ def command_line(settings: type, usage: str) -> tuple[Any, dict[str, Any], list[
         stream.reconfigure(errors="backslashreplace")  # a locale may lack a character
     prepare_process()
     return parse(settings, usage, sys.argv[1:])
+
+
+

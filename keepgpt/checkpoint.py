@@ -23,20 +23,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from configurator import sync
-from model import GPT, ModelArgs
-from runtime import map_tensors
+from keepgpt.distributed import map_tensors
+from keepgpt.process import UserError, sync
 
 FORMAT = 1
 # ends each bundle, with the CRC32 of all before it: torch.load does not look at the zip's own
 MAGIC = b"keepGPT\n"
 ALIGNMENT = 64  # bytes, a line of the cache
-KEYS = {"format", "run", "model", "optimizer", "step", "config", "model_args", "best_val_loss",
-        "evaluation", "rng", "scaler", "data", "wandb_run_id"}
+# what a checkpoint holds: every key with its type
+SCHEMA = {"format": int, "run": str, "step": int, "model": dict, "optimizer": dict, "scaler": dict,
+          "rng": list, "config": dict, "model_args": dict, "data": dict, "evaluation": dict,
+          "best_val_loss": float, "wandb_run_id": str | None}
 
 
-class BadBundle(Exception):
-    """A file that is no whole bundle; the text says what is wrong with it."""
+class BadBundle(UserError):
+    """A checkpoint that is not intact; the text says what is wrong with it."""
 
 
 class Disk:
@@ -217,62 +218,39 @@ def read_bundle(path: Path) -> dict[str, Any]:
         raise BadBundle("it holds more than plain values and tensors") from None
     except Exception as e:  # whatever torch.load makes of bytes that someone has put together
         raise BadBundle(f"torch cannot load it: {(str(e) or repr(e)).splitlines()[0]}") from None
-    if not isinstance(bundle, dict) or bundle.get("format") != FORMAT or KEYS - bundle.keys():
-        raise BadBundle("it is no bundle of this format")
-    kinds = {"step": int, "run": str, "config": dict, "best_val_loss": float, "evaluation": dict,
-             "rng": list, "scaler": dict, "data": dict}
-    if wrong := [key for key, kind in kinds.items() if not isinstance(bundle[key], kind)]:
-        raise BadBundle(f"its {wrong[0]} is of another kind")
-    check_shapes(bundle)
+    if not isinstance(bundle, dict) or bundle.get("format") != FORMAT:
+        raise BadBundle(f"expected a bundle of format {FORMAT}")
+    for key, kind in SCHEMA.items():
+        if key not in bundle or not isinstance(bundle[key], kind):
+            raise BadBundle(f"expected {key} to be of type {kind}, got {bundle.get(key)!r:.40}")
     return bundle
 
 
-def check_shapes(bundle: dict[str, Any]) -> None:
-    """Raises BadBundle unless weights and moments have the shapes that the bundle's own model_args
-    ask for."""
-    try:
-        with torch.device("meta"):
-            model = GPT(ModelArgs(**bundle["model_args"]))
-        shapes = {name: p.shape for name, p in model.named_parameters()}
-        moments = model.optimizer(0.0, (0.0, 0.0), 0.0).param_groups
-        right = {name: tensor.shape for name, tensor in bundle["model"].items()} == shapes and all(
-            bundle["optimizer"]["state"][i][key].shape == p.shape
-            for key in ("exp_avg", "exp_avg_sq")
-            for i, p in enumerate(p for group in moments for p in group["params"]))
-    except Exception as e:
-        raise BadBundle(f"its parts do not fit together: {type(e).__name__} {e}") from None
-    if not right:
-        raise BadBundle("its weights have not the shapes of its model_args")
-
-
-def newest_bundle(folder: Path, run: str = "") -> dict[str, Any]:
-    """The newest bundle that is whole, and of that run if one is named. Says which ones it passes
-    over; raises BadBundle if none is left."""
-    return first_whole([folder / "ckpt.pt", *generations(folder), folder / "best.pt"], run)
+def newest_bundle(folder: Path) -> dict[str, Any]:
+    """Return the newest intact checkpoint; print which ones are skipped. Raises BadBundle if none
+    is left."""
+    return first_intact([folder / "ckpt.pt", *generations(folder), folder / "best.pt"])
 
 
 def best_bundle(folder: Path) -> dict[str, Any]:
-    """The bundle with the lowest validation loss, or the newest if there is no such whole one."""
-    return first_whole([folder / "best.pt", folder / "ckpt.pt", *generations(folder)])
+    """Return the checkpoint with the lowest validation loss, or the newest one if that is corrupt.
+    Raises BadBundle if none is left."""
+    return first_intact([folder / "best.pt", folder / "ckpt.pt", *generations(folder)])
 
 
-def first_whole(paths: list[Path], run: str = "") -> dict[str, Any]:
-    """The first of several bundles, one at least, that is whole and not of another run."""
+def first_intact(paths: list[Path]) -> dict[str, Any]:
+    """Return the first of several checkpoints, one at least, that is intact."""
     tried, seen = [], set()
     for path in paths:
         if not path.exists() or (file := path.stat().st_ino) in seen:
             continue
-        seen.add(file)  # ckpt.pt is another name of a generation
+        seen.add(file)  # ckpt.pt is another name of a numbered checkpoint
         try:
-            bundle = read_bundle(path)
-            if run and bundle["run"] != run:
-                raise BadBundle("it is of another run; to go on with that one, give it a folder of "
-                                "its own")
-            return bundle
+            return read_bundle(path)
         except BadBundle as e:
             tried.append(f"{path.name}: {e}")
-            print(f"passing over {path}: {e}", file=sys.stderr)
-    raise BadBundle(f"no whole bundle in {paths[0].parent} "
+            print(f"skipping {path}: {e}", file=sys.stderr)
+    raise BadBundle(f"no intact checkpoint in {paths[0].parent} "
                     f"({'; '.join(tried) or 'there is none at all'})")
 
 
@@ -288,18 +266,18 @@ def check_finite(bundle: dict[str, Any]) -> None:
 
 
 class Saver:
-    """Saves in the background, one bundle at a time, while training goes on.
+    """Saves in the background, one checkpoint at a time, while training continues.
 
-    The copy that is written is filled anew by each save: a save costs one more copy of the bundle
-    on the host and none on the GPU. From CUDA a stream of its own makes it, into pinned memory;
+    The copy that is written is reused by each save: a save costs one more copy of the bundle on
+    the host and none on the GPU. From CUDA a stream of its own makes the copy, into pinned memory;
     elsewhere the thread does.
     """
 
     def __init__(self, folder: Path | None, keep: int, best_val_loss: float,
                  before_commit: Callable[[], None], device: torch.device,
                  disk: Disk | None = None) -> None:
-        """Without a folder, on all ranks but the first, nothing is saved. `best_val_loss` is
-        best.pt's; `before_commit` is called once the copy is made, before anything is written."""
+        """Without a folder, on all ranks but the first, nothing is saved. `best_val_loss` is that
+        of best.pt; `before_commit` is called once the copy is made, before anything is written."""
         self.folder, self.keep, self.best_val_loss, self.before_commit = (
             folder, keep, best_val_loss, before_commit)
         self.disk, self.copies, self.copied = disk or Disk(), {}, threading.Event()
@@ -307,42 +285,41 @@ class Saver:
         self.thread, self.failed = None, False
 
     def save(self, live: dict[str, Any], best: bool) -> None:
-        """Begin to save the live tensors of a bundle. They must not change before `wait_for_copy`
-        returns."""
+        """Start to save the live tensors of a bundle, as best.pt too if it is the `best`. They must
+        not change before `wait_for_copy` returns."""
         if not self.folder:
             return
         self.wait()
         self.copied.clear()
-        before, self.best_val_loss = self.best_val_loss, (live["best_val_loss"] if best
-                                                          else self.best_val_loss)
         if self.stream:
             self.stream.wait_stream(torch.cuda.current_stream())  # the last update comes first
-        self.thread = threading.Thread(target=self._run, args=(live, best, before))
+        self.thread = threading.Thread(target=self._run, args=(live, best))
         self.thread.start()
 
     def wait_for_copy(self) -> None:
-        """The live tensors may change after this: the loop calls it before each update."""
+        """Return once the live tensors may change: the loop calls it before each update."""
         if self.thread:
             self.copied.wait()
-            if self.stream:  # the copy is under way: the GPU waits for its end, the host does not
+            if self.stream:  # the GPU waits for the end of the copy, the host does not
                 torch.cuda.current_stream().wait_stream(self.stream)
 
     def wait(self) -> bool:
-        """Return once nothing is being saved; whether the last save succeeded."""
+        """Return once nothing is being saved: True if the last save succeeded. After it,
+        best_val_loss is that of best.pt."""
         if self.thread:
             self.thread.join()
             self.thread = None
         return not self.failed
 
-    def _run(self, live: dict[str, Any], best: bool, before: float) -> None:
-        """The thread. Whatever goes wrong here is said, and does not end the training."""
+    def _run(self, live: dict[str, Any], best: bool) -> None:
+        """Save, in the thread. A failure is printed and does not end the training."""
         try:
             with torch.cuda.stream(self.stream):
                 bundle = self._copy(live)
             self.copied.set()
             if self.stream:
                 self.stream.synchronize()
-            if sys.platform == "linux":  # what follows is in no hurry: training goes first
+            if sys.platform == "linux":  # the rest is in no hurry: training goes first
                 with suppress(OSError):  # it is lower already
                     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
             check_finite(bundle)
@@ -351,11 +328,12 @@ class Saver:
             self.failed = False
         except Exception as e:
             self.failed = True
-            if not is_best(self.folder, live["step"]):
-                self.best_val_loss = before
-            print(f"\nSAVING STEP {live['step']} FAILED: {e}. The older bundles are kept.",
+            best = best and is_best(self.folder, live["step"])
+            print(f"\nSAVING STEP {live['step']} FAILED: {e}. The older checkpoints are kept.",
                   file=sys.stderr, flush=True)
         finally:
+            if best:
+                self.best_val_loss = live["best_val_loss"]
             self.copied.set()
 
     def _copy(self, live: dict[str, Any]) -> dict[str, Any]:
@@ -382,3 +360,6 @@ def allocate(tensors: dict[str, Tensor], pinned: bool) -> dict[str, Tensor]:
     memory = block.numpy()
     return {path: torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=at).view(t.shape)
             for (path, t), at in zip(tensors.items(), starts)}
+
+
+

@@ -18,19 +18,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configurator import warn
+from keepgpt.process import UserError, warn
 
 META_TYPES = {"name": str, "tokenizer": dict, "vocab_size": int, "dtype": str, "tokens": dict,
               "fingerprint": str}
 FIRST = 1 << 20  # bytes of a .bin file without meta.json that identify it
 
 
-class BadData(Exception):
+class BadData(UserError):
     """A dataset that is missing, corrupt or too small; the text says how to fix it."""
 
 
 class BadToken(BadData):
     """An id outside the vocabulary, which one rank of several may read."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, local=True)
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -70,8 +73,8 @@ def shuffled(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
 
 
 def dataset_folder(data_dir: str, dataset: str) -> Path:
-    """Return a dataset's folder; a relative data_dir starts at the folder of this file."""
-    return Path(__file__).parent / data_dir / dataset
+    """Return a dataset's folder; a relative data_dir starts at the folder of the scripts."""
+    return Path(__file__).parents[1] / data_dir / dataset
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -267,3 +270,6 @@ class Loader:
             pinned = self.device.type == "cuda"  # from other memory a copy must be waited for
             x, y = (t.to(self.device, non_blocking=pinned) for t in ready.result())
             yield m, x, y
+
+
+

@@ -1,0 +1,117 @@
+"""The chunked loss and the CPU kernels of attention, dropout and linear layers, each with the plain
+PyTorch form that it equals. Letters for shapes are those of model.py."""
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+MAX_LOGITS = 1 << 25  # held in memory at a time; eight times as many on a GPU
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    """Return causal attention, (B, H, T, D), of the last T positions over all S positions of k and
+    v, (B, H, S, D); T is S or 1. Attention weights are dropped with probability `p`."""
+    T, D = q.shape[2:]
+    if T == 1 or q.device.type != "cpu" or not p and q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=T > 1)
+    # On a CPU that function is slow in bfloat16, and slower with dropout. Take 256 rows at a time,
+    # and skip the columns after a block's last row.
+    blocks, q = [], q * D ** -0.5
+    for start in range(0, T, 256):
+        rows = q[:, :, start:start + 256]  # (B, H, R, D)
+        end = k.size(2) - T + start + rows.size(2)
+        weights = rows @ k[:, :, :end].transpose(2, 3)  # (B, H, R, end)
+        weights += torch.full(weights.shape[2:], -math.inf, dtype=q.dtype).triu(start + 1)
+        weights = weights.softmax(-1)
+        blocks.append((weights * dropout_mask(weights, p) if p else weights) @ v[:, :, :end])
+    y = torch.cat(blocks, 2) if len(blocks) > 1 else blocks[0]  # (B, H, T, D)
+    return y * (1 / (1 - p)) if p else y
+
+
+def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
+    """Zero each element with probability `p` and scale the others by 1 / (1 - p) if `training`
+    (Srivastava et al. 2014), as F.dropout does."""
+    if not training or not p:
+        return x
+    return F.dropout(x, p) if x.device.type != "cpu" else x * dropout_mask(x, p) * (1 / (1 - p))
+
+
+def dropout_mask(x: Tensor, p: float) -> Tensor:
+    """Return a mask of x's shape and dtype, on a CPU: 0 with probability `p`, else 1."""
+    if torch.compiler.is_compiling():
+        return (F.dropout(torch.ones_like(x), p) > 0).to(x.dtype)
+    # 16 random bits per element take a fourteenth of bernoulli_'s time
+    seed = torch.empty((), dtype=torch.int64).random_().item()
+    bits = np.random.SFC64(seed).random_raw(-(-x.numel() // 4)).view(np.int16)
+    drawn = torch.from_numpy(bits)[:x.numel()].view(x.shape)
+    return torch.ge(drawn, round(p * 2**16) - 2**15, out=torch.empty_like(x, requires_grad=False))
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """F.cross_entropy(F.linear(x, weight[:V]), targets), MAX_LOGITS logits at a time. The forward
+    pass computes the gradients as well, so the logits of all tokens are never in memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, V: int) -> Tensor:
+        """Return the mean loss in nats for x (N, C), weight (V or more, C) and targets (N,)."""
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        rows = max(1, MAX_LOGITS * (1 if device == "cpu" else 8) // weight.size(0))
+        if dtype == torch.float16:
+            rows = min(rows, 2048)  # more rows could overflow the gradient of a frequent token
+        needs_grad = any(ctx.needs_input_grad)
+        with torch.autocast(device, enabled=False):
+            x_cast, weight_cast = x.to(dtype), weight.to(dtype)
+            loss, dx = torch.zeros((), dtype=wide, device=x.device), []
+            dweight = torch.zeros_like(weight) if needs_grad else None
+            for chunk, target in zip(x_cast.split(rows), targets.split(rows)):
+                logits = (chunk @ weight_cast.T).to(wide)  # (R, V or more)
+                logits[:, V:] = -math.inf  # ignore the padding of the vocabulary
+                total, target = logits.logsumexp(1, keepdim=True), target.unsqueeze(1)  # (R, 1)
+                loss += (total - logits.gather(1, target)).sum()
+                if needs_grad:
+                    logits.sub_(total).exp_()  # now probabilities
+                    if torch.compiler.is_compiling():  # scatter_ would keep all of them in memory
+                        hit = torch.arange(logits.size(1), device=x.device) == target  # (R, V)
+                        logits = torch.where(hit, logits - 1, logits)
+                    else:
+                        logits.scatter_(1, target, logits.gather(1, target) - 1)
+                    dlogits = logits.to(dtype)
+                    dx.append(dlogits @ weight_cast)  # (R, C)
+                    dweight += dlogits.T @ chunk
+        if needs_grad:
+            ctx.save_for_backward(torch.cat(dx), dweight)
+        return loss / len(x)
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple:
+        """Return the gradients of x and weight."""
+        dx, dweight = ctx.saved_tensors
+        scale = dloss / len(dx)
+        return dx * scale, dweight * scale, None, None
+
+
+class PackedLinear(nn.Module):
+    """F.linear(x, weight, bias) in bfloat16 on a CPU, with the weight in oneDNN's own layout."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+
+def pack_linear_layers(model: nn.Module) -> None:
+    """Replace the linear layers of a bfloat16 GPT on a CPU by packed ones: sampling gets 1.5x
+    faster, and can't be trained any more."""
+    for parent in list(model.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, nn.Linear):
+                setattr(parent, name, PackedLinear(layer.weight, layer.bias))
+    model.head = PackedLinear(model.transformer.wte.weight, None)

@@ -1,0 +1,80 @@
+"""Run scripts in forks of one process that has imported torch already: that takes two seconds.
+
+conftest.py writes one request per line to stdin and reads one exit code per line from stdout. The
+server imports and never computes, because a fork keeps only the thread that called it.
+"""
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import sys
+import time
+from math import inf
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def wait_for_request() -> dict[str, Any]:
+    """Fork for each request and answer with the exit code. Return the request in the fork."""
+    for line in sys.stdin:
+        request = json.loads(line)
+        for module in request["imports"]:
+            importlib.import_module(module)
+        assert len(os.listdir("/proc/self/task")) == 1  # threads
+        gc.freeze()  # a fork that ends would look through all of torch's objects
+        children = []
+        for rank in range(request["ranks"]):
+            children.append(os.fork())
+            if children[-1] == 0:
+                if request["ranks"] > 1:
+                    request["env"] |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                return request
+        print(wait_for_exit(children), flush=True)
+    sys.exit()
+
+
+def wait_for_exit(children: list[int]) -> int:
+    """Return the exit code of the only child, or of several as torchrun does: 1 if any fails. Then
+    the others have 5 seconds to end."""
+    code, several, deadline = 0, len(children) > 1, inf
+    while children:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            children.remove(pid)
+        if pid and status:
+            code = 1 if several else os.waitstatus_to_exitcode(status)
+            deadline = time.monotonic() + 5
+        for child in children if time.monotonic() > deadline else []:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.005)
+    return code
+
+
+def become(request: dict[str, Any]) -> None:
+    """Take the folder, environment, files and arguments that a new interpreter would get."""
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    for fd, path in enumerate((os.devnull, request["stdout"], request["stderr"])):
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, fd)
+        os.close(file)
+    signal.alarm(request["timeout"])
+    np.random.seed()  # Python's own generator is seeded at each fork
+    sys.modules.pop(request["imports"][0])  # the script itself, which runs as __main__
+    sys.argv = request["argv"]
+
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+become(wait_for_request())
+# at the top level: the interpreter itself handles sys.exit, exceptions and atexit
+if sys.argv[0].endswith(".py"):
+    sys.path[0] = os.path.dirname(sys.argv[0])
+    runpy.run_path(sys.argv[0], run_name="__main__")
+else:
+    sys.path[0] = os.getcwd()
+    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
