@@ -8,11 +8,15 @@ The text is read twice, in blocks: to check and count it, and to encode it on al
 of several Parquet files is read once, a file at a time: each becomes a shard of train and one of
 val, and an interrupted preparation continues with the next.
 """
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of loading in silence
+
 import hashlib
 import json
 import os
 import re
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -397,7 +401,8 @@ def ignore_stops() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a kill tidies up as Ctrl-C does
+    for number in (signal.SIGINT, signal.SIGTERM):  # a kill cleans up as Ctrl-C does
+        signal.signal(number, signal.default_int_handler)
     sys.stdout.reconfigure(errors="backslashreplace")  # a locale may lack a character
     settings, given, args = parse(PrepareConfig, USAGE, sys.argv[1:])
     try:

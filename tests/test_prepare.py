@@ -984,3 +984,13 @@ def test_help_imports_no_large_package():
     assert done.returncode == 0, done.stderr
     for key in ("usage: python prepare.py shakespeare_char | ", "--val_fraction=0.1"):
         assert key in done.stdout
+
+
+def test_a_stop_while_modules_are_loaded_is_silent(tmp_path):
+    (tmp_path / "glob.py").write_text("import time\nprint('loading', flush=True)\ntime.sleep(60)")
+    child = subprocess.Popen(command("prepare.py", "plays_char"), stdout=subprocess.PIPE,
+                             stderr=subprocess.PIPE, text=True,
+                             env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert child.stdout.readline() == "loading\n"
+    child.send_signal(signal.SIGINT)
+    assert child.communicate() == ("", "") and child.returncode == -signal.SIGINT
