@@ -187,9 +187,9 @@ class Split:
         Raises BadData if a file can't be read or has another number of tokens, or if all of them
         hold no window of block_size tokens and their targets.
         """
+        self.paths, self.files, self.ends = [], [], []  # a file's end is the start of the next
         self.dtype, self.block_size = np.dtype(meta["dtype"]), block_size
         self.vocab_size = meta["vocab_size"]
-        self.paths, self.files, self.ends = [], [], []  # a file's end is the start of the next
         tokens = 0
         for name, expected in split_files(meta, split).items():
             path = folder / name
@@ -211,6 +211,10 @@ class Split:
         self.windows = max(1, tokens // block_size - 1) if shift else (tokens - 1) // block_size
         self.offsets = tokens - self.windows * block_size if shift else 1
         self.key = np.uint64(seed_of(seed))
+
+    def __del__(self) -> None:
+        for file in self.files:
+            os.close(file)
 
     def read(self, start: int, count: int) -> bytes:
         """Tokens number start ... start + count - 1 of all the files'."""

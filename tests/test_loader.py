@@ -89,6 +89,13 @@ def test_seed_of_depends_on_all_numbers_and_their_order():
 # a split
 
 
+def test_a_split_that_is_no_longer_used_closes_its_files(data):
+    data(100)
+    file = split(8).files[0]
+    with pytest.raises(OSError):
+        os.fstat(file)
+
+
 @pytest.mark.parametrize("count, block_size", [(9, 8), (16, 8), (17, 8), (24, 8), (100, 8),
                                                (1000, 7), (4097, 64), (50, 1)])
 def test_every_epoch_visits_every_window_once(data, count, block_size):

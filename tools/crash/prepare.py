@@ -88,8 +88,6 @@ def opened(folder: Path) -> tuple[dict[str, Any], list[bytes]] | str:
         for name in ("train", "val"):
             split = Split(folder, name, meta, block_size=1, seed=1, shift=True)
             tokens.append(split.read(0, split.ends[-1]))
-            for file in split.files:
-                os.close(file)
         return meta, tokens
     except BadData as e:
         return str(e)
