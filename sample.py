@@ -48,7 +48,7 @@ import torch
 
 from keepgpt import tokenizer
 from keepgpt.checkpoint import BadBundle, best_bundle, find_foreign, has_run, newest_bundle
-from keepgpt.distributed import pick_device, pick_dtype
+from keepgpt.distributed import can_compile, pick_device, pick_dtype
 from keepgpt.kernels import pack_linear_layers
 from keepgpt.loader import BadData, dataset_folder, read_meta
 from keepgpt.pretrained import crop_weights, read_weights
@@ -153,7 +153,8 @@ def main(config: SampleConfig) -> None:
     """Print the first sample token by token, then the others, which are sampled in parallel."""
     device = pick_device(config.device)
     model, vocabulary, origin = load(config)
-    prepare_model(model, device, config.dtype, config.compile)
+    compile = config.compile and can_compile(device)
+    prepare_model(model, device, config.dtype, compile)
     prompt = read_prompt(config.start, vocabulary)
     if config.stop_at_eot and vocabulary.eot is None:
         fail("--stop_at_eot=True: the vocabulary of this model has no end-of-text token")
@@ -166,7 +167,7 @@ def main(config: SampleConfig) -> None:
     for tokens in generate(model, [prompt] * config.num_samples, config.max_new_tokens,
                            config.temperature, config.top_k, config.top_p,
                            vocabulary.eot if config.stop_at_eot else None, config.seed,
-                           config.compile):
+                           compile):
         for i, token in enumerate(tokens):
             if token is not None:
                 text = decoders[i].decode(vocabulary.token_bytes(token))

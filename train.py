@@ -28,8 +28,8 @@ from keepgpt.card import write_card
 from keepgpt.config import check_memory, resume_config
 from keepgpt.distributed import (
     Ranks,
+    can_compile,
     device_name,
-    find_compiler_problem,
     join_ranks,
     peak_flops,
     pick_dtype,
@@ -175,9 +175,11 @@ def build_run(config: TrainConfig, ranks: Ranks, data: dict[str, Any], loader: L
     model.to(device)
     dtype = pick_dtype(config.dtype, device)
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-    # static shapes: else the training graph depends on which batch sizes came before it
-    compiled_model = (torch.compile(model, dynamic=False) if should_compile(config, device)
-                      else model)
+    compiled_model = model
+    compile_it = config.compile is True or config.compile == "auto" and device.type == "cuda"
+    if compile_it and can_compile(device, config.deterministic):
+        # static shapes: else the training graph depends on which batch sizes came before it
+        compiled_model = torch.compile(model, dynamic=False)
     train_model = compiled_model
     if ranks.world_size > 1 and not config.elastic:
         train_model = DistributedDataParallel(compiled_model)
@@ -192,15 +194,6 @@ def build_run(config: TrainConfig, ranks: Ranks, data: dict[str, Any], loader: L
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     return Run(config, ranks, data, loader, splits, model, compiled_model, train_model, dtype,
                autocast, optimizer, scaler, secrets.token_hex(8))
-
-
-def should_compile(config: TrainConfig, device: torch.device) -> bool:
-    """Return True if the model is to be compiled; print what the machine lacks for it."""
-    wanted = config.compile is True or config.compile == "auto" and device.type == "cuda"
-    problem = find_compiler_problem(device, config.deterministic) if wanted else ""
-    if problem:
-        warn(f"torch.compile needs {problem}; continuing without it")
-    return wanted and not problem
 
 
 def find_checkpoint(config: TrainConfig) -> dict[str, Any] | None:

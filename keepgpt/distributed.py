@@ -226,6 +226,14 @@ def find_compiler_problem(device: torch.device, deterministic: bool) -> str:
     return "" if any(map(shutil.which, filter(None, found))) else f"a compiler ({found[-1]})"
 
 
+def can_compile(device: torch.device, deterministic: bool = False) -> bool:
+    """Return True if torch.compile works on this machine; else print what it needs."""
+    problem = find_compiler_problem(device, deterministic)
+    if problem:
+        warn(f"torch.compile needs {problem}; continuing without it")
+    return not problem
+
+
 def device_name(device: torch.device) -> str:
     """The device's kind, and on CUDA its model."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -13,7 +13,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 import model as model_module
-import train as script
 from keepgpt import checkpoint
 from keepgpt import distributed as runtime
 from keepgpt.checkpoint import Disk, Saver, read_bundle
@@ -58,7 +57,7 @@ def test_graphs_are_static_whichever_is_compiled_first(evaluated_first, monkeypa
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", lambda *a, **how: compile(*a, backend=backend, **how))
-    monkeypatch.setattr(script, "find_compiler_problem", lambda *_: "")
+    monkeypatch.setattr(runtime, "find_compiler_problem", lambda *_: "")
     torch._dynamo.reset()
     run, signals = tiny_run(compile=True, eval_iters=3), SimpleNamespace(came=False)
     run.splits["train"].windows = run.splits["val"].windows = 4 + 4 + 1  # the last batch is smaller

@@ -127,3 +127,9 @@ def test_a_nanogpt_checkpoint_is_loaded_safely(trained, tmp_path):
     torch.save({"model": print}, tmp_path / "ckpt.pt")
     done = run("sample.py", code=None, init_from=tmp_path / "ckpt.pt")
     assert "expected only plain values" in complaint(done)
+
+
+def test_compile_without_a_compiler_samples_with_a_note(trained):
+    flags = {"out_dir": trained, "num_samples": 1, "max_new_tokens": 20, "temperature": 0}
+    done = run("sample.py", **flags, compile=True, env={"CXX": "nosuch"})
+    assert done.stderr.startswith("note: ") and done.stdout == run("sample.py", **flags).stdout
