@@ -4,8 +4,10 @@ import io
 import os
 import pickle
 import tempfile
+import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ from conftest import REPO, TINY, bits, run
 
 from keepgpt import checkpoint
 from keepgpt.checkpoint import BadBundle, Disk, Saver, commit, newest_bundle, read_bundle
+from keepgpt.distributed import Ranks
 from keepgpt.metrics import Metrics
+from train import record_evaluation
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +167,13 @@ def test_a_user_without_privileges_can_save(bundle):
             os._exit(0 if saver.wait() else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         assert (Path(name) / "best.pt").exists()
+
+
+def test_an_evaluation_waits_for_a_best_save(bundle, tmp_path):
+    cpu = torch.device("cpu")
+    slow = Faulty("fsync", lambda *_: time.sleep(0.5))
+    saver = Saver(tmp_path, 2, 9.0, lambda: None, cpu, slow)
+    saver.save(bundle | {"step": 1, "best_val_loss": 5.0}, best=True)
+    run = SimpleNamespace(step=2, ranks=Ranks(0, 1, cpu))
+    assert not record_evaluation(run, saver, {"val_loss": 6.0})
+    assert record_evaluation(run, saver, {"val_loss": 4.0})
