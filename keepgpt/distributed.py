@@ -28,7 +28,8 @@ PEAK_TFLOPS = {
 
 
 def map_tensors(change: Callable[[str, Tensor], Tensor], nest: Any, path: str = "") -> Any:
-    """The same nest of dicts, lists and tuples, with `change(path, tensor)` for each tensor."""
+    """Return a copy of a nest of dicts, lists and tuples with `change(path, tensor)` for each
+    tensor."""
     if isinstance(nest, dict):
         return {key: map_tensors(change, value, f"{path}/{key}") for key, value in nest.items()}
     if isinstance(nest, (list, tuple)):
@@ -45,14 +46,14 @@ class Ranks:
     control: Any = None  # a process group on the CPU, for what must not wait for the GPU
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's `value`, in the order of the ranks."""
+        """Return every rank's `value`, in the order of the ranks."""
         values = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(values, value, group=self.control)
         return values
 
     def from_first(self, value: Any) -> Any:
-        """Rank 0's `value`, on every rank; the tensors in it travel one by one, into host
+        """Return rank 0's `value` on every rank. Its tensors are sent one by one, into host
         memory."""
         if self.world_size == 1:
             return value
@@ -82,7 +83,7 @@ class Ranks:
         return value
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
+        """Return True if the flag is set on any rank."""
         if self.world_size == 1:
             return flag
         count = torch.tensor([float(flag)])
@@ -90,16 +91,16 @@ class Ranks:
         return bool(count)
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum over all ranks, in place. Where a single rank's entry is not zero, it is
-        exact."""
+        """Return the sum of `x` over all ranks, added in place. It is exact where only one rank's
+        entry is not zero."""
         if self.world_size > 1:
             dist.all_reduce(x)
         return x
 
     def add_in_pairs(self, tensors: list[Tensor]) -> None:
-        """Put in the place of each tensor its sum over all ranks, a power of two of them, the same
-        bits on each: neighbours add theirs up, then neighbouring pairs, and so on. (a + b = b + a:
-        it does not matter that both do.)"""
+        """Replace each tensor by its sum over all ranks, bit-identical on each. The number of ranks
+        is a power of two: neighbours add theirs, then neighbouring pairs, and so on. (Both of a
+        pair compute the same sum, because a + b = b + a.)"""
         if self.world_size == 1:
             return
         mine = torch.cat([tensor.flatten() for tensor in tensors])
@@ -127,8 +128,8 @@ class Ranks:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device called `name`, or for auto the best there is; on CUDA each rank of a host takes
-    its own, and it becomes the current one."""
+    """Return the device called `name`, or for auto the best one. On CUDA each rank of a host gets
+    its own, which becomes the current one."""
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
@@ -146,7 +147,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def be_deterministic() -> None:
-    """Take only algorithms that repeat to the bit."""
+    """Use only algorithms whose results repeat bit for bit."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")  # switches add in varying order
     torch.use_deterministic_algorithms(True)
@@ -177,7 +178,7 @@ def join_ranks(config: TrainConfig) -> Ranks:
 
 
 def fresh_store() -> tuple[dist.Store, int, int]:
-    """Where the ranks of this start find each other; rank and world size.
+    """Return the store in which the ranks of this start find each other, rank and world size.
 
     torchrun keeps one store for all its restarts, in which a rank would meet the addresses of the
     dead. Rank 0 gives this start a number and tells it to each rank that asks; a rank believes
@@ -199,8 +200,8 @@ def fresh_store() -> tuple[dist.Store, int, int]:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of the matrix products: what was asked for, or what is fast and safe on the
-    device."""
+    """Return the dtype of the matrix products: the one called `name`, or for auto the fastest
+    that is safe on the device."""
     if name == "float16" and device.type != "cuda":
         name = "auto"
         warn(f"float16 works on CUDA alone; {device.type} takes "
@@ -215,7 +216,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def find_compiler_problem(device: torch.device, deterministic: bool) -> str:
-    """What this machine lacks for torch.compile, or ""."""
+    """Return what this machine lacks for torch.compile, or ""."""
     if device.type == "cuda" and deterministic and torch.__version__ < (2, 10):
         return "torch 2.10 or newer for deterministic=True"  # older: kernels chosen by the clock
     found = [os.environ.get(name, "") for name in ("CC", "CXX")] + ["cc", "gcc", "clang"]
@@ -235,19 +236,19 @@ def can_compile(device: torch.device, deterministic: bool = False) -> bool:
 
 
 def device_name(device: torch.device) -> str:
-    """The device's kind, and on CUDA its model."""
+    """Return the device's type, or on CUDA its model."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """What the device can do in a second at best, for the MFU; None where that is not known."""
+    """Return the device's peak in FLOP/s, for the MFU; None where that is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     matches = [gpu for gpu in PEAK_TFLOPS if gpu in name]
     return 1e12 * PEAK_TFLOPS[max(matches, key=len)] if matches else None
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """Every random generator of this process, as plain values."""
+    """Return the state of every random number generator of this process, as plain values."""
     numpy_state = np.random.get_state(legacy=False)
     numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
     return {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state(),

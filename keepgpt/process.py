@@ -57,14 +57,13 @@ def describe(error: OSError) -> tuple[str, int]:
 
 
 def warn(message: str) -> None:
-    """Say on stderr what is not as it was asked for; of several ranks on a host, the first one
-    speaks."""
+    """Print a note on stderr. Of several ranks on a host only the first one prints it."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"note: {message}", file=sys.stderr, flush=True)
 
 
 def sync(path: str | os.PathLike) -> None:
-    """See a file's bytes, or a folder's names, to the disk. Raises OSError."""
+    """Fsync a file or a folder. Raises OSError."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
