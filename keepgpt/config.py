@@ -63,7 +63,9 @@ class TrainConfig:
     dropout: float = knob(0.0, "0 for pretraining, 0.1 and more for small data", least=0, below=1)
     bias: bool = knob(False,
         "biases in Linear and LayerNorm: True as in GPT-2, False is faster and no worse")
-    # AdamW and its schedule
+    # the optimizer and its schedule
+    optimizer: Literal["adamw", "muon"] = knob("adamw",
+        "adamw | muon (for the blocks' matrices, AdamW for the rest): fewer steps to a loss")
     learning_rate: float = knob(6e-4, "peak learning rate", least=0)
     max_iters: int = knob(600000, "the run ends after so many steps", least=0)
     weight_decay: float = knob(1e-1,
@@ -72,11 +74,20 @@ class TrainConfig:
     beta2: float = knob(0.95,
         "AdamW's decay of the mean square; 0.99 when a batch has few tokens", least=0, below=1)
     grad_clip: float = knob(1.0, "clip the global gradient norm here; 0 = off", least=0)
-    decay_lr: bool = knob(True, "warm up, then follow a cosine down; False = constant")
+    muon_lr: float = knob(0.02, "peak learning rate of Muon's matrices, at any width", least=0)
+    muon_momentum: float = knob(0.95,
+        "Muon's decay of the mean gradient, after a rise from 0.85 in 300 steps", least=0, below=1)
+    decay_lr: bool = knob(True, "warm up, then follow lr_schedule; False = constant")
+    lr_schedule: Literal["cosine", "linear", "constant"] = knob("cosine",
+        "after the warm-up: cosine | linear (constant, then linearly down) | constant")
+    decay_fraction: float = knob(0.65,
+        "linear: the share of lr_decay_iters, at its end, in which the rate falls", least=0)
     warmup_iters: int = knob(2000, "steps of linear warm-up", least=0)
     lr_decay_iters: int = knob(600000,
-        "the cosine reaches min_lr here, usually at max_iters", least=0)
-    min_lr: float = knob(6e-5, "the cosine's floor, usually learning_rate / 10", least=0)
+        "the rate reaches min_lr here, usually at max_iters", least=0)
+    min_lr: float = knob(6e-5,
+        "where the rate ends, usually learning_rate / 10; Muon's ends at the same fraction",
+        least=0)
     # looking and saving
     eval_interval: int = knob(2000, "evaluate every so many steps", least=1)
     eval_iters: int = knob(200,
@@ -114,7 +125,8 @@ class TrainConfig:
         return self.gradient_accumulation_steps * self.batch_size * self.block_size
 
 
-FIXED = ("seed", "n_layer", "n_head", "n_embd", "block_size", "bias")  # see resume_config
+# see resume_config
+FIXED = ("seed", "n_layer", "n_head", "n_embd", "block_size", "bias", "optimizer")
 
 
 def resume_config(config: TrainConfig, given: dict[str, Any], bundle: dict[str, Any],
@@ -125,7 +137,9 @@ def resume_config(config: TrainConfig, given: dict[str, Any], bundle: dict[str, 
     Raises UserError for what would make it another run.
     """
     known = {f.name for f in fields(TrainConfig)}
-    saved = {key: value for key, value in bundle["config"].items() if key in known}
+    # an older checkpoint lacks newer settings
+    saved = asdict(TrainConfig(**{key: value for key, value in bundle["config"].items()
+                                  if key in known}))
     resumed = TrainConfig(**saved | given)
     changes = {key: (saved[key], value) for key, value in given.items()
                if saved.get(key, value) != value}
