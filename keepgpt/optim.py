@@ -42,7 +42,7 @@ class Muon(AdamW):
 
     `torch.optim.Muon` computes the same one matrix at a time.
     """
-    __setstate__ = torch.optim.Optimizer.__setstate__  # Adam's expects its moments of each parameter
+    __setstate__ = torch.optim.Optimizer.__setstate__  # Adam's wants moments of all parameters
 
     def __init__(self, groups: list[dict], dtype: torch.dtype, **defaults: object) -> None:
         """A Muon group has, beside AdamW's keys, `momentum` and `parts`: how many matrices lie one
