@@ -11,6 +11,12 @@ from torch.nn import functional as F
 MAX_LOGITS = 1 << 25  # held in memory at a time; eight times as many on a GPU
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of matrix products with x: autocast's, if it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
     """Return causal attention, (B, H, T, D), of the last T positions over all S positions of k and
     v, (B, K, S, D); T is S or 1. Attention weights are dropped with probability `p`."""
@@ -119,8 +125,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, V: int) -> Tensor:
         """Return the mean loss in nats for x (N, C), weight (V or more, C) and targets (N,)."""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        device, dtype = x.device.type, compute_dtype(x)
         wide = torch.promote_types(dtype, torch.float32)
         rows = max(1, MAX_LOGITS * (1 if device == "cpu" else 8) // weight.size(0))
         if dtype == torch.float16:
