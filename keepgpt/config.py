@@ -62,7 +62,21 @@ class TrainConfig:
     n_embd: int = knob(768, "width", least=1)
     dropout: float = knob(0.0, "0 for pretraining, 0.1 and more for small data", least=0, below=1)
     bias: bool = knob(False,
-        "biases in Linear and LayerNorm: True as in GPT-2, False is faster and no worse")
+        "gpt2: biases in Linear and LayerNorm: True as in GPT-2, False is faster and no worse")
+    architecture: Literal["gpt2", "qwen3"] = knob("gpt2",
+        "gpt2 | qwen3 (RMSNorm, RoPE, QK-norm, SwiGLU): a lower loss from the same tokens")
+    n_kv_head: int = knob(0,
+        "qwen3: heads of keys and values, a divisor of n_head: fewer make the cache smaller; "
+        "0 = n_head", least=0)
+    head_dim: int = knob(0, "qwen3: width of a head; 0 = n_embd / n_head", least=0)
+    n_ff: int = knob(0,
+        "qwen3: width of the MLP; 0 = 8/3 n_embd, rounded up to a multiple of 64", least=0)
+    rope_theta: float = knob(10000.0,
+        "qwen3: base of the rotary wavelengths: 10000 for blocks of a few thousand tokens, "
+        "1e6 for more", least=1)
+    norm_eps: float = knob(1e-6, "qwen3: added to RMSNorm's mean square", least=1e-12)
+    tie_embeddings: bool = knob(True,
+        "qwen3: the output layer is the token embedding; False for its own weights")
     # the optimizer and its schedule
     optimizer: Literal["adamw", "muon"] = knob("adamw",
         "adamw | muon (for the blocks' matrices, AdamW for the rest): fewer steps to a loss")
@@ -125,8 +139,9 @@ class TrainConfig:
         return self.gradient_accumulation_steps * self.batch_size * self.block_size
 
 
-# see resume_config
-FIXED = ("seed", "n_layer", "n_head", "n_embd", "block_size", "bias", "optimizer")
+ARCHITECTURE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "architecture", "n_kv_head",
+                "head_dim", "n_ff", "rope_theta", "norm_eps", "tie_embeddings")
+FIXED = ("seed", "optimizer", *ARCHITECTURE)  # see resume_config
 
 
 def resume_config(config: TrainConfig, given: dict[str, Any], bundle: dict[str, Any],

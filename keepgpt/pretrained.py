@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 ARGS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout")
+MORE_ARGS = ("architecture", "n_kv_head", "head_dim", "n_ff", "rope_theta", "norm_eps",
+             "tie_embeddings")
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 SUPPORTED = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
              "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
@@ -35,7 +37,8 @@ def read_weights(source: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
                          f"Try: one of {', '.join(NAMES)}")
     saved = load_tensors(path)
     try:
-        args = {key: saved["model_args"][key] for key in ARGS}
+        args = {key: saved["model_args"][key] for key in ARGS} | {
+            key: value for key, value in saved["model_args"].items() if key in MORE_ARGS}
         data = saved.get("data") or {"dataset": saved.get("config", {}).get("dataset")}
         state = {name.removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()
                  if not name.endswith((".attn.bias", "lm_head.weight"))}  # mask, twin of wte
