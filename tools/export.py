@@ -1,7 +1,8 @@
 """Export weights to other programs: `python -m tools.export --out_dir=out --to=FOLDER`.
 
-FOLDER is a GPT-2 with its tokenizer in Hugging Face's format, which Transformers, vLLM and others
-load without this repository, and weights.pt for PyTorch.
+FOLDER is a GPT-2 or Qwen3 with its tokenizer in Hugging Face's format, which Transformers, vLLM and
+others load without this repository, and weights.pt for PyTorch. With --format=gguf --to=FILE is one
+file for llama.cpp and the programs on it.
 """
 import json
 import os
@@ -32,8 +33,11 @@ class ExportConfig:
     dataset: str = knob("",
         "the dataset with the vocabulary of a nanoGPT checkpoint; others include their own")
     data_dir: str = knob("data", "folder of that dataset, as in train.py")
-    to: str = knob("", "the new folder to write")
-    dtype: Literal["float32", "bfloat16", "float16"] = knob("float32", "of the weights")
+    to: str = knob("", "the new folder to write; of format=gguf the new file")
+    format: Literal["hf", "gguf"] = knob("hf",
+        "hf: a folder for Transformers, vLLM and others | gguf: a file for llama.cpp")
+    dtype: Literal["float32", "bfloat16", "float16"] = knob("float32",
+        "of the weights; in gguf of the matrices")
 
 
 if __name__ == "__main__":  # before torch is loaded
@@ -42,12 +46,13 @@ if __name__ == "__main__":  # before torch is loaded
     if ARGS:
         fail(f"{ARGS[0]}: expected --key=value. Try: --help")
     if not CONFIG.to:
-        fail("--to=FOLDER is missing: the new folder to write")
+        fail("--to=FOLDER is missing: the new folder to write, or the new file for --format=gguf")
 
 import torch
 from torch import Tensor
 
 from keepgpt.checkpoint import Disk, write_bundle
+from keepgpt.pretrained import GPT2_ARGS, QWEN3_ARGS
 from keepgpt.tokenizer import BPETokenizer, Tokenizer
 from model import GPT, ModelArgs
 from sample import SampleConfig, load
@@ -56,7 +61,7 @@ CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
 ---
-A GPT of {parameters:,} parameters and {block_size} positions, exported from {origin}.
+A {architecture} of {parameters:,} parameters and {block_size} positions, exported from {origin}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -68,7 +73,10 @@ print(tokenizer.decode(model.generate(**tokenizer({start!r}, return_tensors="pt"
 
 
 def to_hugging_face(state: dict[str, Tensor], args: ModelArgs) -> dict[str, Tensor]:
-    """Return the weights with GPT2LMHeadModel's names and shapes; a missing bias becomes 0."""
+    """Return the weights with the names and shapes of GPT2LMHeadModel or Qwen3ForCausalLM. A bias
+    that GPT-2 misses becomes 0."""
+    if args.architecture == "qwen3":
+        return state  # has those
     exported = {}
     for name, tensor in state.items():
         exported[name] = tensor.t().contiguous() if name.endswith(CONV1D) else tensor
@@ -78,22 +86,32 @@ def to_hugging_face(state: dict[str, Tensor], args: ModelArgs) -> dict[str, Tens
     return exported
 
 
-def gpt2_config(args: ModelArgs) -> dict[str, Any]:
-    """Return Transformers' GPT2Config as a dict."""
-    return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2",
-            "n_layer": args.n_layer, "n_head": args.n_head, "n_embd": args.n_embd, "n_inner": None,
-            "n_positions": args.block_size, "n_ctx": args.block_size,
-            "vocab_size": args.vocab_size, "activation_function": "gelu_new",
+def to_config(args: ModelArgs) -> dict[str, Any]:
+    """Return Transformers' GPT2Config or Qwen3Config as a dict."""
+    if args.architecture == "gpt2":
+        return {theirs: getattr(args, ours) for ours, theirs in GPT2_ARGS.items()} | {
+            "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_inner": None,
+            "n_ctx": args.block_size, "activation_function": "gelu_new",
             "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "resid_pdrop": args.dropout,
             "embd_pdrop": args.dropout, "attn_pdrop": args.dropout}
+    sizes = vars(args) | {"n_kv_head": args.K, "head_dim": args.D, "n_ff": args.ff_width}
+    return {theirs: sizes[ours] for ours, theirs in QWEN3_ARGS.items()} | {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu",
+        "rms_norm_eps": args.norm_eps, "tie_word_embeddings": args.tie_embeddings,
+        "rope_theta": args.rope_theta,  # read by Transformers 4; the next line by 5
+        "rope_parameters": {"rope_type": "default", "rope_theta": args.rope_theta},
+        "attention_bias": False, "attention_dropout": args.dropout, "use_sliding_window": False}
 
 
-def list_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Return all pairs of tokens that join to a token, in tiktoken's order: by the rank of the
-    result."""
+def list_merges(vocabulary: BPETokenizer) -> list[tuple[str, str]]:
+    """Return all pairs of tokens that join to a token, spelled as in Hugging Face's files, in
+    tiktoken's order: by the rank of the result."""
+    ranks = vocabulary.encoding._mergeable_ranks
+    names = {i: name for name, i in vocabulary.token_ids().items()}
     pairs = [(token[:i], token[i:]) for token in ranks for i in range(1, len(token))
              if token[:i] in ranks and token[i:] in ranks]
-    return sorted(pairs, key=lambda pair: (ranks[pair[0] + pair[1]], ranks[pair[0]]))
+    pairs.sort(key=lambda pair: (ranks[pair[0] + pair[1]], ranks[pair[0]]))
+    return [(names[ranks[a]], names[ranks[b]]) for a, b in pairs]
 
 
 def to_tokenizers(vocabulary: Tokenizer) -> Any:
@@ -106,19 +124,16 @@ def to_tokenizers(vocabulary: Tokenizer) -> Any:
         made.decoder = decoders.Fuse()
         return made
     encoding = vocabulary.encoding
-    ranks, special = encoding._mergeable_ranks, encoding._special_tokens
     # the vocabulary includes special tokens: otherwise they would get new ids
-    names = {i: name for name, i in vocabulary.token_ids().items()}
-    made = tokenizers.Tokenizer(models.BPE(
-        vocabulary.token_ids(),
-        [(names[ranks[a]], names[ranks[b]]) for a, b in list_merges(ranks)]))
+    made = tokenizers.Tokenizer(models.BPE(vocabulary.token_ids(), list_merges(vocabulary)))
     # its regular expressions are Oniguruma's, where {1,3}+ is not possessive but a repetition
     pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", encoding._pat_str)
     made.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(pattern), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(name, normalized=False) for name in special])
+    made.add_special_tokens([AddedToken(name, normalized=False)
+                             for name in encoding._special_tokens])
     return made
 
 
@@ -131,14 +146,16 @@ def json_files(args: ModelArgs, eot: int | None, dtype: torch.dtype) -> dict[str
                  "clean_up_tokenization_spaces": False}
     if eot is not None:
         tokenizer |= {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
-    config = gpt2_config(args) | ends | {"dtype": str(dtype).removeprefix("torch.")}
+    config = to_config(args) | ends | {"dtype": str(dtype).removeprefix("torch.")}
     return {"config.json": config, "generation_config.json": ends,
             "tokenizer_config.json": tokenizer}
 
 
-def write(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str, dtype: torch.dtype) -> None:
-    """Write all files of an exported model. Raises the libraries' errors for a full disk."""
+def write_folder(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str, dtype: torch.dtype
+                 ) -> None:
+    """Write all files in Hugging Face's format. Raises the libraries' errors for a full disk."""
     from safetensors.torch import save_file
+    folder.mkdir(parents=True)
     args, data = model.args, {"tokenizer": vocabulary.description}
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     write_bundle({"model": state, "model_args": vars(args), "data": data}, folder / "weights.pt",
@@ -149,32 +166,111 @@ def write(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str, dtype: t
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(CARD.format(
+        architecture={"gpt2": "GPT-2", "qwen3": "Qwen3"}[args.architecture],
         parameters=sum(p.numel() for p in model.parameters()), origin=origin,
         block_size=args.block_size, length=min(100, args.block_size // 2),
         start=vocabulary.decode([0]) if vocabulary.eot is None else "The"), encoding="utf-8")
 
 
+def write_gguf(path: Path, model: GPT, vocabulary: Tokenizer, origin: str, dtype: torch.dtype
+               ) -> None:
+    """Write the model and its tokenizer as one GGUF file, llama.cpp's format. Matrices are in
+    `dtype`; vectors and positions stay float32, as llama.cpp wants them."""
+    import gguf
+    args, qwen3 = model.args, model.args.architecture == "qwen3"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(path, args.architecture)
+    writer.add_name(origin)
+    writer.add_context_length(args.block_size)
+    writer.add_embedding_length(args.n_embd)
+    writer.add_block_count(args.n_layer)
+    writer.add_head_count(args.n_head)
+    if qwen3:
+        writer.add_feed_forward_length(args.ff_width)
+        writer.add_head_count_kv(args.K)
+        writer.add_key_length(args.D)
+        writer.add_value_length(args.D)
+        writer.add_layer_norm_rms_eps(args.norm_eps)
+        writer.add_rope_freq_base(args.rope_theta)
+    else:
+        writer.add_feed_forward_length(4 * args.n_embd)
+        writer.add_layer_norm_eps(1e-5)
+    add_tokenizer(writer, vocabulary)
+
+    kind = {torch.float32: gguf.GGMLQuantizationType.F32, torch.float16:
+            gguf.GGMLQuantizationType.F16, torch.bfloat16: gguf.GGMLQuantizationType.BF16}[dtype]
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == torch.float32
+                                            else f"MOSTLY_{kind.name}"])
+    names = gguf.get_tensor_name_map(
+        gguf.MODEL_ARCH.QWEN3 if qwen3 else gguf.MODEL_ARCH.GPT2, args.n_layer)
+    for name, tensor in to_hugging_face(model.state_dict(), args).items():
+        tensor = tensor.t() if name.endswith(CONV1D) else tensor  # (out, in) again
+        array = tensor.float().contiguous().numpy()
+        wide = tensor.dim() < 2 or name.endswith("wpe.weight")
+        to = gguf.GGMLQuantizationType.F32 if wide else kind
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), gguf.quantize(array, to),
+                          raw_dtype=to)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def add_tokenizer(writer: Any, vocabulary: Tokenizer) -> None:
+    """Add the tokenizer to a gguf.GGUFWriter. Raises ValueError for one that llama.cpp lacks."""
+    import gguf
+    if not isinstance(vocabulary, BPETokenizer):
+        # llama.cpp's tokenizer of RWKV takes the longest token that fits, which is here the next
+        # character, and is the only one without an end-of-text token; \ is its escape character
+        writer.add_tokenizer_model("rwkv")
+        writer.add_token_list([char.replace("\\", r"\\") for char in vocabulary.chars])
+        return
+    from tiktoken_ext.openai_public import r50k_pat_str
+    if vocabulary.encoding._pat_str != r50k_pat_str or vocabulary.eot is None:
+        raise ValueError(f"expected the pattern of GPT-2's tokenizer, got "
+                         f"{vocabulary.encoding.name}'s. Try: --format=hf")
+    special = set(vocabulary.encoding._special_tokens.values())
+    tokens = sorted(vocabulary.token_ids(), key=vocabulary.token_ids().get)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL
+                            for i in range(len(tokens))])
+    writer.add_token_merges([" ".join(pair) for pair in list_merges(vocabulary)])
+    writer.add_bos_token_id(vocabulary.eot)
+    writer.add_eos_token_id(vocabulary.eot)
+    writer.add_add_bos_token(False)
+
+
 def main(config: ExportConfig) -> None:
-    """Write a temporary folder and rename it: the target is complete or absent."""
-    if not (find_spec("safetensors") and find_spec("tokenizers")):
-        fail("export needs two more packages. Try: pip install safetensors tokenizers")
-    folder = Path(config.to)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        fail(f"--to={folder}: expected a new or empty folder")
+    """Write a temporary folder or file and rename it: the target is complete or absent."""
+    packages = ("gguf",) if config.format == "gguf" else ("safetensors", "tokenizers")
+    if not all(map(find_spec, packages)):
+        fail(f"--format={config.format} needs more packages. Try: pip install "
+             + " ".join(packages))
+    target = Path(config.to)
+    if config.format == "gguf" and target.exists():
+        fail(f"--to={target}: expected a new file")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        fail(f"--to={target}: expected a new or empty folder")
     model, vocabulary, origin = load(SampleConfig(
         out_dir=config.out_dir, init_from=config.init_from, dataset=config.dataset,
         data_dir=config.data_dir))
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    write = write_gguf if config.format == "gguf" else write_folder
     try:
-        temporary.mkdir(parents=True)
         write(temporary, model, vocabulary, origin, getattr(torch, config.dtype))
-        temporary.replace(folder)
+        temporary.replace(target)
     except Exception as e:  # libraries raise many types for a full disk
-        fail(f"--to={folder} can't be written: {describe(e)[0] if isinstance(e, OSError) else e}")
+        fail(f"--to={target} can't be written: {describe(e)[0] if isinstance(e, OSError) else e}")
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    print(f"{origin} -> {folder}: "
+        temporary.unlink(missing_ok=True) if temporary.is_file() else shutil.rmtree(
+            temporary, ignore_errors=True)
+    files = sorted(target.iterdir()) if target.is_dir() else [target]
+    sizes = {path.name: path.stat().st_size for path in files}
+    print(f"{origin} -> {target}: "
           + ", ".join(f"{name} {size / 1e6:,.1f} MB" if size > 1e5 else name
                       for name, size in sizes.items()))
 
