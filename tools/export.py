@@ -17,7 +17,7 @@ from typing import Any, Literal
 if __name__ == "__main__":  # from any folder: python PATH/tools/export.py
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from keepgpt.config import command_line, knob
+from keepgpt.config import command_line, setting
 from keepgpt.process import describe, fail
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) there; (out, in) here
@@ -26,14 +26,14 @@ CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) there; (
 @dataclass(frozen=True)
 class ExportConfig:
     """The settings of tools.export."""
-    out_dir: str = knob("out", "folder of the run")
-    init_from: str = knob("best",
+    out_dir: str = setting("out", "folder of the run")
+    init_from: str = setting("best",
         "best | resume (the newest) checkpoint of out_dir | path of a checkpoint")
-    dataset: str = knob("",
+    dataset: str = setting("",
         "the dataset with the vocabulary of a nanoGPT checkpoint; others include their own")
-    data_dir: str = knob("data", "folder of that dataset, as in train.py")
-    to: str = knob("", "the new folder to write")
-    dtype: Literal["float32", "bfloat16", "float16"] = knob("float32", "of the weights")
+    data_dir: str = setting("data", "folder of that dataset, as in train.py")
+    to: str = setting("", "the new folder to write")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "of the weights")
 
 
 if __name__ == "__main__":  # before torch is loaded
