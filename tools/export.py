@@ -18,7 +18,7 @@ from typing import Any, Literal
 if __name__ == "__main__":  # from any folder: python PATH/tools/export.py
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from keepgpt.config import command_line, knob
+from keepgpt.config import command_line, setting
 from keepgpt.process import describe, fail
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) there; (out, in) here
@@ -27,16 +27,16 @@ CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) there; (
 @dataclass(frozen=True)
 class ExportConfig:
     """The settings of tools.export."""
-    out_dir: str = knob("out", "folder of the run")
-    init_from: str = knob("best",
+    out_dir: str = setting("out", "folder of the run")
+    init_from: str = setting("best",
         "best | resume (the newest) checkpoint of out_dir | path of a checkpoint")
-    dataset: str = knob("",
+    dataset: str = setting("",
         "the dataset with the vocabulary of a nanoGPT checkpoint; others include their own")
-    data_dir: str = knob("data", "folder of that dataset, as in train.py")
-    to: str = knob("", "the new folder to write; of format=gguf the new file")
-    format: Literal["hf", "gguf"] = knob("hf",
+    data_dir: str = setting("data", "folder of that dataset, as in train.py")
+    to: str = setting("", "the new folder to write; of format=gguf the new file")
+    format: Literal["hf", "gguf"] = setting("hf",
         "hf: a folder for Transformers, vLLM and others | gguf: a file for llama.cpp")
-    dtype: Literal["float32", "bfloat16", "float16"] = knob("float32",
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32",
         "of the weights; in gguf of the matrices")
 
 
@@ -49,6 +49,7 @@ if __name__ == "__main__":  # before torch is loaded
         fail("--to=FOLDER is missing: the new folder to write, or the new file for --format=gguf")
 
 import torch
+from tiktoken_ext.openai_public import r50k_pat_str
 from torch import Tensor
 
 from keepgpt.checkpoint import Disk, write_bundle
@@ -57,6 +58,10 @@ from keepgpt.tokenizer import BPETokenizer, Tokenizer
 from model import GPT, ModelArgs
 from sample import SampleConfig, load
 
+# how a text is split into words, and llama.cpp's name for it
+PATTERNS = {r50k_pat_str: "gpt-2", None: "gpt-2",  # None: that of tokenizers' ByteLevel
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2"}
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -103,15 +108,12 @@ def to_config(args: ModelArgs) -> dict[str, Any]:
         "attention_bias": False, "attention_dropout": args.dropout, "use_sliding_window": False}
 
 
-def list_merges(vocabulary: BPETokenizer) -> list[tuple[str, str]]:
-    """Return all pairs of tokens that join to a token, spelled as in Hugging Face's files, in
-    tiktoken's order: by the rank of the result."""
-    ranks = vocabulary.encoding._mergeable_ranks
-    names = {i: name for name, i in vocabulary.token_ids().items()}
+def list_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
+    """Return all pairs of tokens that join to a token, in tiktoken's order: by the rank of the
+    result."""
     pairs = [(token[:i], token[i:]) for token in ranks for i in range(1, len(token))
              if token[:i] in ranks and token[i:] in ranks]
-    pairs.sort(key=lambda pair: (ranks[pair[0] + pair[1]], ranks[pair[0]]))
-    return [(names[ranks[a]], names[ranks[b]]) for a, b in pairs]
+    return sorted(pairs, key=lambda pair: (ranks[pair[0] + pair[1]], ranks[pair[0]]))
 
 
 def to_tokenizers(vocabulary: Tokenizer) -> Any:
@@ -124,16 +126,19 @@ def to_tokenizers(vocabulary: Tokenizer) -> Any:
         made.decoder = decoders.Fuse()
         return made
     encoding = vocabulary.encoding
+    ranks, special = encoding._mergeable_ranks, encoding._special_tokens
     # the vocabulary includes special tokens: otherwise they would get new ids
-    made = tokenizers.Tokenizer(models.BPE(vocabulary.token_ids(), list_merges(vocabulary)))
+    names = {i: name for name, i in vocabulary.token_ids().items()}
+    made = tokenizers.Tokenizer(models.BPE(
+        vocabulary.token_ids(),
+        [(names[ranks[a]], names[ranks[b]]) for a, b in list_merges(ranks)]))
     # its regular expressions are Oniguruma's, where {1,3}+ is not possessive but a repetition
     pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", encoding._pat_str)
     made.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(pattern), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(name, normalized=False)
-                             for name in encoding._special_tokens])
+    made.add_special_tokens([AddedToken(name, normalized=False) for name in special])
     return made
 
 
@@ -151,11 +156,10 @@ def json_files(args: ModelArgs, eot: int | None, dtype: torch.dtype) -> dict[str
             "tokenizer_config.json": tokenizer}
 
 
-def write_folder(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str, dtype: torch.dtype
-                 ) -> None:
+def write_hugging_face(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str,
+                       dtype: torch.dtype) -> None:
     """Write all files in Hugging Face's format. Raises the libraries' errors for a full disk."""
     from safetensors.torch import save_file
-    folder.mkdir(parents=True)
     args, data = model.args, {"tokenizer": vocabulary.description}
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     write_bundle({"model": state, "model_args": vars(args), "data": data}, folder / "weights.pt",
@@ -172,44 +176,38 @@ def write_folder(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str, d
         start=vocabulary.decode([0]) if vocabulary.eot is None else "The"), encoding="utf-8")
 
 
-def write_gguf(path: Path, model: GPT, vocabulary: Tokenizer, origin: str, dtype: torch.dtype
+def write_gguf(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str, dtype: torch.dtype
                ) -> None:
-    """Write the model and its tokenizer as one GGUF file, llama.cpp's format. Matrices are in
-    `dtype`; vectors and positions stay float32, as llama.cpp wants them."""
+    """Write model.gguf, llama.cpp's format, with the tokenizer. Matrices are in `dtype`; vectors
+    and positions stay float32, as llama.cpp wants them."""
     import gguf
     args, qwen3 = model.args, model.args.architecture == "qwen3"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    writer = gguf.GGUFWriter(path, args.architecture)
+    writer = gguf.GGUFWriter(folder / "model.gguf", args.architecture)
     writer.add_name(origin)
     writer.add_context_length(args.block_size)
     writer.add_embedding_length(args.n_embd)
     writer.add_block_count(args.n_layer)
     writer.add_head_count(args.n_head)
+    writer.add_feed_forward_length(args.ff_width if qwen3 else 4 * args.n_embd)
     if qwen3:
-        writer.add_feed_forward_length(args.ff_width)
         writer.add_head_count_kv(args.K)
         writer.add_key_length(args.D)
         writer.add_value_length(args.D)
         writer.add_layer_norm_rms_eps(args.norm_eps)
         writer.add_rope_freq_base(args.rope_theta)
     else:
-        writer.add_feed_forward_length(4 * args.n_embd)
         writer.add_layer_norm_eps(1e-5)
     add_tokenizer(writer, vocabulary)
 
-    kind = {torch.float32: gguf.GGMLQuantizationType.F32, torch.float16:
-            gguf.GGMLQuantizationType.F16, torch.bfloat16: gguf.GGMLQuantizationType.BF16}[dtype]
-    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if dtype == torch.float32
-                                            else f"MOSTLY_{kind.name}"])
     names = gguf.get_tensor_name_map(
         gguf.MODEL_ARCH.QWEN3 if qwen3 else gguf.MODEL_ARCH.GPT2, args.n_layer)
+    of_matrices = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
     for name, tensor in to_hugging_face(model.state_dict(), args).items():
         tensor = tensor.t() if name.endswith(CONV1D) else tensor  # (out, in) again
-        array = tensor.float().contiguous().numpy()
-        wide = tensor.dim() < 2 or name.endswith("wpe.weight")
-        to = gguf.GGMLQuantizationType.F32 if wide else kind
-        writer.add_tensor(names.get_name(name, (".weight", ".bias")), gguf.quantize(array, to),
-                          raw_dtype=to)
+        vector = tensor.dim() < 2 or name.endswith("wpe.weight")
+        kind = gguf.GGMLQuantizationType["F32" if vector else of_matrices]
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")),
+                          gguf.quantize(tensor.float().contiguous().numpy(), kind), raw_dtype=kind)
     try:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -220,56 +218,60 @@ def write_gguf(path: Path, model: GPT, vocabulary: Tokenizer, origin: str, dtype
 
 def add_tokenizer(writer: Any, vocabulary: Tokenizer) -> None:
     """Add the tokenizer to a gguf.GGUFWriter. Raises ValueError for one that llama.cpp lacks."""
-    import gguf
-    if not isinstance(vocabulary, BPETokenizer):
+    from gguf import TokenType
+    content = json.loads(to_tokenizers(vocabulary).to_str())
+    names = {i: name for name, i in content["model"]["vocab"].items()}
+    if content["model"]["type"] == "WordLevel":
         # llama.cpp's tokenizer of RWKV takes the longest token that fits, which is here the next
         # character, and is the only one without an end-of-text token; \ is its escape character
         writer.add_tokenizer_model("rwkv")
-        writer.add_token_list([char.replace("\\", r"\\") for char in vocabulary.chars])
+        writer.add_token_list([names[i].replace("\\", r"\\") for i in range(len(names))])
         return
-    from tiktoken_ext.openai_public import r50k_pat_str
-    if vocabulary.encoding._pat_str != r50k_pat_str or vocabulary.eot is None:
-        raise ValueError(f"expected the pattern of GPT-2's tokenizer, got "
-                         f"{vocabulary.encoding.name}'s. Try: --format=hf")
-    special = set(vocabulary.encoding._special_tokens.values())
-    tokens = sorted(vocabulary.token_ids(), key=vocabulary.token_ids().get)
+    splits = content["pre_tokenizer"]
+    pattern = next((split["pattern"]["Regex"] for split in splits.get("pretokenizers", [])
+                    if split["type"] == "Split"), None)
+    if content["model"]["type"] != "BPE" or pattern not in PATTERNS or vocabulary.eot is None:
+        raise ValueError("expected GPT-2's or Qwen's way to split a text into words, got the "
+                         f"pattern {pattern!r}. Try: --format=hf")
+    types = {token["id"]: TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
+             for token in content["added_tokens"]}
+    names |= {token["id"]: token["content"] for token in content["added_tokens"]}
+    ids = range(vocabulary.vocab_size)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(tokens)
-    writer.add_token_types([gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL
-                            for i in range(len(tokens))])
-    writer.add_token_merges([" ".join(pair) for pair in list_merges(vocabulary)])
+    writer.add_tokenizer_pre(PATTERNS[pattern])
+    writer.add_token_list([names.get(i, f"[unused {i}]") for i in ids])
+    writer.add_token_types([types.get(i, TokenType.NORMAL if i in names else TokenType.UNUSED)
+                            for i in ids])
+    writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]])
     writer.add_bos_token_id(vocabulary.eot)
     writer.add_eos_token_id(vocabulary.eot)
     writer.add_add_bos_token(False)
 
 
 def main(config: ExportConfig) -> None:
-    """Write a temporary folder or file and rename it: the target is complete or absent."""
-    packages = ("gguf",) if config.format == "gguf" else ("safetensors", "tokenizers")
+    """Write into a temporary folder and rename: the target is complete or absent."""
+    to_gguf = config.format == "gguf"
+    packages = ("gguf", "tokenizers") if to_gguf else ("safetensors", "tokenizers")
     if not all(map(find_spec, packages)):
-        fail(f"--format={config.format} needs more packages. Try: pip install "
-             + " ".join(packages))
+        fail("export needs two more packages. Try: pip install " + " ".join(packages))
     target = Path(config.to)
-    if config.format == "gguf" and target.exists():
-        fail(f"--to={target}: expected a new file")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        fail(f"--to={target}: expected a new or empty folder")
+    if target.exists() and (to_gguf or not target.is_dir() or any(target.iterdir())):
+        fail(f"--to={target}: expected a new {'file' if to_gguf else 'or empty folder'}")
     model, vocabulary, origin = load(SampleConfig(
         out_dir=config.out_dir, init_from=config.init_from, dataset=config.dataset,
         data_dir=config.data_dir))
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    write = write_gguf if config.format == "gguf" else write_folder
+    write = write_gguf if to_gguf else write_hugging_face
     try:
+        temporary.mkdir(parents=True)
         write(temporary, model, vocabulary, origin, getattr(torch, config.dtype))
-        temporary.replace(target)
+        (temporary / "model.gguf" if to_gguf else temporary).replace(target)
     except Exception as e:  # libraries raise many types for a full disk
         fail(f"--to={target} can't be written: {describe(e)[0] if isinstance(e, OSError) else e}")
     finally:
-        temporary.unlink(missing_ok=True) if temporary.is_file() else shutil.rmtree(
-            temporary, ignore_errors=True)
-    files = sorted(target.iterdir()) if target.is_dir() else [target]
-    sizes = {path.name: path.stat().st_size for path in files}
+        shutil.rmtree(temporary, ignore_errors=True)
+    sizes = {path.name: path.stat().st_size
+             for path in ([target] if to_gguf else sorted(target.iterdir()))}
     print(f"{origin} -> {target}: "
           + ", ".join(f"{name} {size / 1e6:,.1f} MB" if size > 1e5 else name
                       for name, size in sizes.items()))
