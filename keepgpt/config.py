@@ -40,7 +40,8 @@ class TrainConfig:
     out_dir: str = setting("out", "the run's folder: checkpoints and metrics.jsonl")
     init_from: str = setting("scratch",
         "scratch | resume | auto (resume if there is a run, else scratch) | auto:SOURCE | "
-        "gpt2, gpt2-medium, gpt2-large, gpt2-xl | path of a checkpoint or a Hugging Face folder")
+        "gpt2, gpt2-medium, gpt2-large, gpt2-xl, or OWNER/NAME of a Qwen3 on the hub | "
+        "path of a checkpoint or a Hugging Face folder")
     seed: int = setting(1337, "seed of weights, data order and dropout", least=0, below=2**63)
     # the data
     dataset: str = setting("openwebtext", "folder in data_dir, made by prepare.py or nanoGPT")
@@ -148,7 +149,8 @@ def resume_config(config: TrainConfig, given: dict[str, Any], bundle: dict[str, 
 def check_memory(config: TrainConfig, vocab_size: int) -> None:
     """Raise UserError for a run that can't fit into this machine's memory: it would swap for
     minutes, then be killed."""
-    parameters = config.n_embd * (12 * config.n_layer * config.n_embd + vocab_size)
+    columns = max(12 * config.n_embd, 3 * config.n_ff + 2 * config.n_head * config.head_dim)
+    parameters = config.n_embd * (config.n_layer * columns + vocab_size)
     # float32 weights, gradients and two moments; int64 inputs and targets; losses
     needed = 16 * max(parameters, config.batch_size * config.block_size,
                       config.gradient_accumulation_steps)

@@ -115,8 +115,8 @@ def read_hugging_face(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def read_args(folder: Path) -> dict[str, Any]:
-    """Return the ModelArgs, as a dict, of a folder's config.json. Raises ValueError for what they
-    can't represent."""
+    """Return the ModelArgs, as a dict, of a folder's config.json. Raises ValueError for an
+    architecture that they can't represent."""
     config = read_json(folder / "config.json")
     try:
         kind = config["model_type"]

@@ -19,7 +19,7 @@ if __name__ == "__main__":  # from any folder: python PATH/tools/export.py
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from keepgpt.config import command_line, setting
-from keepgpt.process import describe, fail
+from keepgpt.process import UserError, describe, exit_with, fail
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) there; (out, in) here
 
@@ -283,3 +283,5 @@ if __name__ == "__main__":
         main(CONFIG)
     except KeyboardInterrupt:
         sys.exit(130)
+    except UserError as e:
+        exit_with(e)
