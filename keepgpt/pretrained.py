@@ -26,7 +26,7 @@ QWEN3_ARGS = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
               "n_ff": "intermediate_size", "vocab_size": "vocab_size",
               "block_size": "max_position_embeddings"}
 QWEN3_SUPPORTED = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False,
-                   "rope_scaling": None}
+                   "rope_scaling": None, "rope_parameters": "default"}
 
 
 def read_weights(source: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
@@ -54,11 +54,11 @@ def read_weights(source: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
     try:
         args = {key: saved["model_args"][key] for key in ARGS}
         args |= {key: value for key, value in saved["model_args"].items() if key in ARCHITECTURE}
-        # the causal mask, and the twin of wte
-        twins = (".attn.bias", *["lm_head.weight"] * args.get("tie_embeddings", True))
+        tied = args.get("tie_embeddings", True)
+        redundant = (".attn.bias", "lm_head.weight") if tied else ()  # the mask, the twin of wte
         data = saved.get("data") or {"dataset": saved.get("config", {}).get("dataset")}
         state = {name.removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()
-                 if not name.endswith(twins)}
+                 if not name.endswith(redundant)}
     except (LookupError, TypeError, AttributeError) as e:
         raise ValueError(f"{source}: expected a checkpoint of keepGPT or nanoGPT: {e}") from None
     return args, state, data
@@ -130,12 +130,11 @@ def read_args(folder: Path) -> dict[str, Any]:
                 supported = supported | {"n_inner": 4 * args["n_embd"]}
         else:
             rope = config.get("rope_parameters") or {}
+            config = config | {"rope_parameters": rope.get("rope_type", "default")}
             args |= {"dropout": config.get("attention_dropout", 0.0),
                      "norm_eps": config.get("rms_norm_eps", 1e-6),
                      "tie_embeddings": config.get("tie_word_embeddings", False),
                      "rope_theta": rope.get("rope_theta") or config.get("rope_theta", 10000.0)}
-            config = config | {f"rope_parameters.{key}": value for key, value in rope.items()}
-            supported = supported | {"rope_parameters.rope_type": "default"}
     except (LookupError, TypeError, AttributeError):
         model_type = config.get("model_type") if isinstance(config, dict) else None
         raise ValueError(f"{folder}/config.json: expected a GPT-2 or Qwen3, with its sizes; "
