@@ -62,17 +62,17 @@ class ModelArgs:
 
     @property
     def D(self) -> int:
-        """The width of a head."""
+        """Return the width of a head."""
         return self.head_dim or self.n_embd // self.n_head
 
     @property
     def K(self) -> int:
-        """The number of heads of keys and values."""
+        """Return the number of heads of keys and values."""
         return self.n_kv_head or self.n_head
 
     @property
     def ff_width(self) -> int:
-        """The width inside qwen3's MLP. With the default its three matrices have about as many
+        """Return the width inside qwen3's MLP. By default its three matrices have about as many
         parameters as GPT-2's two."""
         return self.n_ff or -(-8 * self.n_embd // (3 * 64)) * 64
 
@@ -261,7 +261,7 @@ class GPT(nn.Module):
 
     @property
     def embedding(self) -> nn.Embedding:
-        """The token embedding."""
+        """Return the token embedding."""
         return (self.transformer.wte if self.args.architecture == "gpt2"
                 else self.model.embed_tokens)
 

@@ -27,7 +27,7 @@ from itertools import chain
 from typing import Any
 
 from keepgpt import text
-from keepgpt.config import knob, parse
+from keepgpt.config import parse, setting
 from keepgpt.process import fail, leave_closed_output, sync
 from keepgpt.text import DATASETS, HUB, Shard, Splitter, count, token_type, write_tokens
 from keepgpt.tokenizer import Tokenizer, describe_named, from_meta, train_bpe
@@ -41,14 +41,14 @@ OURS = re.compile(r"((train|val)(-\d{5,})?\.bin|(meta|parts)\.json)(\.tmp)?")
 @dataclass(frozen=True)
 class PrepareConfig:
     """The settings of prepare.py."""
-    name: str = knob("", "the dataset goes to data/<name>; a known dataset has its own name")
-    tokenizer: str = knob("gpt2",
+    name: str = setting("", "the dataset goes to data/<name>; a known dataset has its own name")
+    tokenizer: str = setting("gpt2",
         "gpt2 | char: every character is a token | bpe:N: at most N tokens, trained on the text "
         "itself | the name of one of tiktoken's encodings")
-    val_fraction: float = knob(0.1, "the share of the text for validation", least=0, below=1)
-    text_key: str = knob("text", "the field of a .jsonl line, or a .parquet row, with the text")
-    data_dir: str = knob("data", "the folder of all datasets, as seen from prepare.py's folder")
-    workers: int = knob(0, "threads that encode; 0 = one per core; the result is the same", least=0)
+    val_fraction: float = setting(0.1, "the share of the text for validation", least=0, below=1)
+    text_key: str = setting("text", "the field of a .jsonl line, or a .parquet row, with the text")
+    data_dir: str = setting("data", "the folder of all datasets, as seen from prepare.py's folder")
+    workers: int = setting(0, "threads that encode; 0 = one per core; the result is the same", least=0)
 
 
 @dataclass(frozen=True)

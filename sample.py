@@ -3,39 +3,39 @@ lists every setting."""
 from dataclasses import dataclass
 from typing import Literal
 
-from keepgpt.config import command_line, knob
-from keepgpt.process import fail, leave_closed_output
+from keepgpt.config import command_line, setting
+from keepgpt.process import UserError, exit_with, is_out_of_memory, leave_closed_output
 
 
 @dataclass(frozen=True)
 class SampleConfig:
     """The settings of sample.py."""
-    out_dir: str = knob("out", "folder of the run")
-    init_from: str = knob("best",
+    out_dir: str = setting("out", "folder of the run")
+    init_from: str = setting("best",
         "best | resume (the newest) checkpoint of out_dir | path of a checkpoint or a Hugging Face "
         "folder | gpt2, gpt2-medium, gpt2-large, gpt2-xl")
-    dataset: str = knob("",
-        "the dataset with the vocabulary of a nanoGPT checkpoint; others include their own")
-    data_dir: str = knob("data", "folder of that dataset, as in train.py")
-    start: str = knob("", "the text to continue; FILE:prompt.txt reads it from a file")
-    num_samples: int = knob(3, "number of continuations", least=1, below=10_001)
-    max_new_tokens: int = knob(500, "length of each", least=0, below=10_000_001)
-    temperature: float = knob(0.8,
-        "below 1 more predictable, above 1 more random; 0 = always the likeliest token", least=0)
-    top_k: int = knob(200, "sample from the k likeliest tokens; 0 = all", least=0)
-    top_p: float = knob(1.0, "sample from the likeliest tokens that hold this probability", least=0)
-    stop_at_eot: bool = knob(False, "end a sample at the end-of-text token")
-    seed: int = knob(1337, "another seed gives another text", least=0, below=2**63)
-    device: str = knob("auto", "auto | cpu | cuda | cuda:1 | mps")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = knob("auto",
-        "of the weights; auto = the fastest")
-    compile: bool = knob(False, "compile the step of one token, which pays for long texts")
+    dataset: str = setting("",
+        "dataset with the vocabulary of a nanoGPT checkpoint; others include their own")
+    data_dir: str = setting("data", "folder of that dataset, as in train.py")
+    start: str = setting("", "the text to continue; FILE:prompt.txt reads it from a file")
+    num_samples: int = setting(3, "number of continuations", least=1, below=10_001)
+    max_new_tokens: int = setting(500, "tokens of each continuation", least=0, below=10_000_001)
+    temperature: float = setting(0.8, "0 = the likeliest token; 1 = the model's probabilities; "
+        "above 1 = more random", least=0)
+    top_k: int = setting(200, "sample from the k likeliest tokens; 0 = all", least=0)
+    top_p: float = setting(1.0, "sample from the likeliest tokens with this probability", least=0)
+    stop_at_eot: bool = setting(False, "end a continuation at the end-of-text token")
+    seed: int = setting(1337, "seed of the random numbers", least=0, below=2**63)
+    device: str = setting("auto", "auto | cpu | cuda | cuda:1 | mps")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto",
+        "dtype of the weights; auto = the fastest")
+    compile: bool = setting(False, "compile the step of one token; pays off for long texts")
 
 
 if __name__ == "__main__":  # before torch is imported
     CONFIG, _, ARGS = command_line(SampleConfig, "python sample.py [--key=value ...]")
     if ARGS:
-        fail(f"{ARGS[0]}: expected --key=value. Try: --help")
+        exit_with(UserError(f"{ARGS[0]}: expected --key=value. Try: --help"))
 
 import codecs
 import signal
@@ -47,12 +47,11 @@ from typing import Any
 import torch
 
 from keepgpt import tokenizer
-from keepgpt.checkpoint import BadBundle, best_bundle, find_foreign, has_run, newest_bundle
+from keepgpt.checkpoint import has_run, read_newest
 from keepgpt.distributed import can_compile, pick_device, pick_dtype
 from keepgpt.kernels import pack_linear_layers
-from keepgpt.loader import BadData, dataset_folder, read_meta
+from keepgpt.loader import dataset_folder, read_meta
 from keepgpt.pretrained import crop_weights, read_weights
-from keepgpt.process import host_memory
 from model import GPT, ModelArgs, generate, load_model
 
 SMALL = 4e6  # parameters; below, weights stay in the CPU's cache, where float32 is fastest
@@ -60,56 +59,45 @@ GPT2 = {"name": "GPT-2", "tokenizer": {"kind": "gpt2"}, "vocab_size": 50257}
 
 
 def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
-    """Return the model, its tokenizer, and a description of where they come from."""
+    """Return the model, its tokenizer, and a line about where they come from. Raises UserError."""
     folder, origin = Path(config.out_dir), config.init_from
-    from_run = origin in ("best", "resume")
-    if from_run and not has_run(folder):
-        fail(f"{folder}: no checkpoint. Try: --out_dir=<folder of a run>, or first: "
-             "python train.py config/train_plays_cpu.py")
-    if from_run and (foreign := find_foreign(folder)):
-        from_run, origin = False, str(foreign)
     try:
-        if from_run:
-            bundle = best_bundle(folder) if origin == "best" else newest_bundle(folder)
+        if origin in ("best", "resume"):
+            if not has_run(folder):
+                raise UserError(f"{folder}: no checkpoint. Try: --out_dir=<folder of a run>, or "
+                                "first: python train.py config/train_plays_cpu.py")
+            bundle = read_newest(folder, prefer_best=origin == "best")
             args, state, data = bundle["model_args"], bundle["model"], bundle["data"]
-            origin = f"{folder}: step {bundle['step']}{describe_loss(bundle)}"
+            origin = f"{folder}: step {bundle['step']}"
+            if evaluation := bundle["evaluation"]:
+                origin += f", val loss {evaluation['val_loss']:.4f} at step {evaluation['step']}"
         else:
             args, state, data = read_weights(origin)
         ModelArgs(**args)  # check the sizes before they are used
         meta = find_meta(config, origin, args["vocab_size"], data)
         vocabulary = tokenizer.from_meta(meta)
         model = load_model(*crop_weights(args, state, vocabulary.vocab_size, args["block_size"]))
-    except (BadBundle, BadData, TypeError, ValueError) as e:
-        fail(str(e))
+    except (TypeError, ValueError) as e:
+        raise UserError(str(e)) from None
     return model.eval(), vocabulary, origin
-
-
-def describe_loss(bundle: dict[str, Any]) -> str:
-    """Return the last validation loss, with its step if that is an older one."""
-    evaluation = bundle["evaluation"]
-    if "val_loss" not in evaluation:
-        return ", not evaluated yet"
-    older = evaluation["step"] != bundle["step"]
-    return (f", val loss {evaluation['val_loss']:.4f}"
-            + (f" at step {evaluation['step']}" if older else ""))
 
 
 def find_meta(config: SampleConfig, origin: str, vocab_size: int, data: dict[str, Any]
               ) -> dict[str, Any]:
     """Return the meta of the weights' tokens: of --dataset if given, else the weights' own, else of
-    the dataset that nanoGPT's checkpoint names, else GPT-2's. Raises BadData or ValueError."""
+    the dataset that nanoGPT's checkpoint names, else GPT-2's. Raises UserError."""
     if "tokenizer" in data and not config.dataset:
         return data
     meta = GPT2
     if config.dataset:
         meta = read_meta(dataset_folder(config.data_dir, config.dataset))
     elif data.get("dataset"):
-        with suppress(BadData):  # it may be on another machine
+        with suppress(UserError):  # it may be on another machine
             meta = read_meta(dataset_folder(config.data_dir, data["dataset"]))
     try:
         tokenizer.check_tokenizer(origin, vocab_size, data, meta)
     except ValueError as e:
-        raise ValueError(f"{e}. Try: --dataset=<the dataset of these weights>") from None
+        raise UserError(f"{e}. Try: --dataset=<the dataset of these weights>") from None
     return meta
 
 
@@ -127,38 +115,28 @@ def prepare_model(model: GPT, device: torch.device, dtype_name: str = "auto",
 
 
 def read_prompt(start: str, vocabulary: tokenizer.Tokenizer) -> list[int]:
-    """Return the tokens to continue; for an empty text the end-of-text token, or token 0."""
+    """Return the tokens to continue; for an empty text the end-of-text token, or token 0. Raises
+    UserError."""
     try:
         if start.startswith("FILE:"):
             start = Path(start.removeprefix("FILE:")).read_bytes().decode()
         return vocabulary.encode(start) or [vocabulary.eot or 0]
     except OSError as e:
-        fail(f"--start={start}: {e.strerror.lower()}")
+        raise UserError(f"--start={start}: {e.strerror.lower()}") from None
     except ValueError as e:  # a character without a token, or a file that is not UTF-8
-        fail(f"--start: {e}")
-
-
-def check_memory(config: SampleConfig, model: GPT, prompt: list[int]) -> None:
-    """End the program if the samples do not fit into memory."""
-    args = model.args
-    cache = args.n_layer * args.block_size * args.n_embd
-    needed = 8 * config.num_samples * (len(prompt) + config.max_new_tokens + cache)
-    if needed > host_memory():
-        fail(f"num_samples={config.num_samples:,} of {config.max_new_tokens:,} tokens: expected at "
-             f"most {host_memory() / 1e9:,.0f} GB, got {needed / 1e9:,.0f}. "
-             "Try: fewer --num_samples")
+        raise UserError(f"--start: {e}") from None
 
 
 def main(config: SampleConfig) -> None:
-    """Print the first sample token by token, then the others, which are sampled in parallel."""
+    """Print the first sample token by token, then the others, which are sampled in parallel.
+    Raises UserError."""
     device = pick_device(config.device)
     model, vocabulary, origin = load(config)
     compile = config.compile and can_compile(device)
     prepare_model(model, device, config.dtype, compile)
     prompt = read_prompt(config.start, vocabulary)
     if config.stop_at_eot and vocabulary.eot is None:
-        fail("--stop_at_eot=True: the vocabulary of this model has no end-of-text token")
-    check_memory(config, model, prompt)
+        raise UserError("--stop_at_eot=True: this vocabulary has no end-of-text token")
     print(origin, file=sys.stderr)  # stdout is only for the text
     # a character may be several tokens
     decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(config.num_samples)]
@@ -186,5 +164,11 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print()
         sys.exit(130)
+    except UserError as e:
+        exit_with(e)
+    except (MemoryError, RuntimeError) as e:
+        if not is_out_of_memory(e):
+            raise
+        exit_with(UserError(f"out of memory: {e}. Try: a smaller --num_samples"))
     except OSError as e:
         leave_closed_output(e)

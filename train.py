@@ -49,6 +49,7 @@ from keepgpt.process import (
     UserError,
     describe,
     exit_with,
+    is_out_of_memory,
     lock_out_dir,
     warn,
 )
@@ -58,7 +59,7 @@ from model import GPT, ModelArgs, generate, load_model
 
 @dataclass
 class Run:
-    """A run in this process: its settings, its data, its model, and how far it has come."""
+    """A run in this process: its settings, its data, its model and its progress."""
     config: TrainConfig
     ranks: Ranks
     data: dict[str, Any]  # the dataset's description, see loader.read_meta
@@ -75,7 +76,7 @@ class Run:
     step: int = 0  # updates done
     evaluation: dict[str, Any] = field(default_factory=dict)  # the last one: step and losses
     wandb_run_id: str | None = None
-    healthy: Tensor = field(init=False)  # 1, and 0 from the first non-finite number on
+    healthy: Tensor = field(init=False)  # 1; 0 after the first non-finite number
     applied: Tensor = field(init=False)  # updates made; stays behind `step` once not healthy
 
     def __post_init__(self) -> None:
@@ -95,11 +96,10 @@ class Run:
                 "best_val_loss": best_val_loss, "wandb_run_id": self.wandb_run_id}
 
     def restore(self, bundle: dict[str, Any]) -> None:
-        """Load the state of a checkpoint whose weights the model has already. The optimizer's
-        settings stay those of this command."""
+        """Load a checkpoint's state, except the model's, which is loaded already. The optimizer
+        keeps this command's settings."""
         groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": bundle["optimizer"]["state"],
-                                        "param_groups": groups})
+        self.optimizer.load_state_dict(bundle["optimizer"] | {"param_groups": groups})
         if self.scaler.is_enabled() and bundle["scaler"]:
             self.scaler.load_state_dict(bundle["scaler"])
         if len(bundle["rng"]) == self.ranks.world_size:
@@ -148,7 +148,7 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks
     else:
         model = load_pretrained(source, config, given, data)
         config = replace(config, **{key: getattr(model.args, key) for key in ARCHITECTURE})
-    # how many threads share a sum is part of its order, and each rank computes Muon's update
+    # the number of threads decides the order of a sum; each rank computes Muon's update itself
     if config.elastic or config.optimizer == "muon" and ranks.world_size > 1:
         threads = ranks.from_first(torch.get_num_threads())
         torch.set_num_threads(bundle.get("threads", threads) if bundle else threads)
@@ -177,7 +177,7 @@ def build_run(config: TrainConfig, ranks: Ranks, data: dict[str, Any], loader: L
     compiled_model = model
     compile_it = config.compile is True or config.compile == "auto" and device.type == "cuda"
     if compile_it and can_compile(device, config.deterministic):
-        # static shapes: else the training graph depends on which batch sizes came before it
+        # static shapes: otherwise the training graph depends on earlier batch sizes
         compiled_model = torch.compile(model, dynamic=False)
     train_model = compiled_model
     if ranks.world_size > 1 and not config.elastic:
@@ -196,23 +196,18 @@ def build_run(config: TrainConfig, ranks: Ranks, data: dict[str, Any], loader: L
 
 
 def find_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
-    """Lock out_dir, unless with eval_only. Return the checkpoint to resume from, or None to start
-    a run. Raises UserError where the folder's content and init_from do not fit."""
+    """Lock out_dir, unless with eval_only. Return the bundle to resume from, or None to start a
+    run. Raises UserError if init_from does not fit what is in the folder."""
     out_dir, auto = Path(config.out_dir), config.init_from.partition(":")[0] == "auto"
     if not config.eval_only:
-        # a restart loop comes back while the ranks of a dead launcher may still be ending
+        # a restart loop may come back before the ranks of a killed launcher have ended
         lock_out_dir(out_dir, patience=30 if auto else 0)
         checkpoint.remove_leftovers(out_dir, checkpoint.Disk())
-    has_run, foreign = checkpoint.has_run(out_dir), checkpoint.find_foreign(out_dir)
-    resume = config.init_from == "resume" or auto and has_run
-    if foreign and (resume or not config.eval_only):
-        raise UserError(f"{foreign} was not written by keepGPT; its weights can be loaded, its "
-                        f"optimizer and step cannot. Try: --init_from={foreign} "
-                        "--out_dir=<new folder>")
-    if resume:
+    has_run = checkpoint.has_run(out_dir)
+    if config.init_from == "resume" or auto and has_run:
         try:
-            return checkpoint.newest_bundle(out_dir)
-        except checkpoint.BadBundle as e:
+            return checkpoint.read_newest(out_dir)
+        except checkpoint.CorruptCheckpoint as e:
             raise UserError(f"nothing to resume: {e}. Try: --init_from=scratch "
                             "--out_dir=<new folder>") from None
     if has_run and not config.eval_only:
@@ -266,7 +261,7 @@ def open_data(folder: Path, config: TrainConfig, data: dict[str, Any],
 
 
 def announce(run: Run, metrics: Metrics, out_dir: Path | None) -> None:
-    """Print what is trained on what; tell it to out_dir's README.md and to wandb."""
+    """Print what is trained on what, write out_dir/README.md, and start wandb."""
     config, data = run.config, run.data
     parameters = sum(p.numel() for p in run.model.parameters())
     machine = (f"{run.ranks.world_size} x {device_name(run.ranks.device)}, "
@@ -279,15 +274,15 @@ def announce(run: Run, metrics: Metrics, out_dir: Path | None) -> None:
     try:
         write_card(config, data, parameters, run.step, machine)
     except OSError as e:
-        warn(f"{out_dir}/README.md is left as it is: {describe(e)[0]}")
+        warn(f"not writing {out_dir}/README.md: {describe(e)[0]}")
     if config.wandb_log:
         run.wandb_run_id = metrics.start_wandb(asdict(config), run.wandb_run_id)
 
 
 @torch.no_grad()
 def evaluate(run: Run, signals: Signals) -> dict[str, float] | None:
-    """Return the mean loss over the first windows of each split, always the same ones, which the
-    ranks share; None if a signal came."""
+    """Return the mean loss over the first windows of each split, shared among the ranks; None if a
+    signal came."""
     run.model.eval()
     config, ranks, losses = run.config, run.ranks, {}
     for name, split in run.splits.items():
@@ -296,11 +291,11 @@ def evaluate(run: Run, signals: Signals) -> dict[str, float] | None:
                    for first in range(0, count, config.batch_size)]
         means = torch.zeros(len(batches), device=ranks.device)  # each entry is filled by one rank
         for turn in range(0, len(batches), ranks.world_size):
-            if ranks.any(signals.came):
+            if ranks.any(signals.received):
                 return None
             if (i := turn + ranks.rank) < len(batches):
                 x, y = (t.to(ranks.device) for t in split.rows(*batches[i]))
-                # a smaller last batch would compile a graph of its own
+                # a smaller last batch would need another compiled graph
                 model = run.compiled_model if len(x) == config.batch_size else run.model
                 with run.autocast:
                     means[i] = model(x, y)
@@ -317,8 +312,7 @@ def record_evaluation(run: Run, saver: checkpoint.Saver, losses: dict[str, float
 
 
 def generate_sample(run: Run) -> str:
-    """Return a little text of the current model, after the end-of-text token or the first
-    character of its vocabulary."""
+    """Return a text of the current model, which starts after the end-of-text token or token 0."""
     vocabulary = from_meta(run.data)
     run.model.eval()
     tokens = [row[0] for row in generate(run.model, [[vocabulary.eot or 0]],
@@ -330,9 +324,9 @@ def compute_gradient(run: Run) -> Tensor:
     """Set .grad to the mean gradient of a step's micro-batches. Return this rank's losses, (M,),
     0 for micro-batches of other ranks."""
     run.model.train()
-    mine, elastic = run.loader.mine, run.config.elastic
+    mine = run.loader.mine
     losses = torch.zeros(run.config.gradient_accumulation_steps, device=run.ranks.device)
-    count = len(losses) if elastic else len(mine)  # DDP takes the mean over the ranks
+    count = len(losses) if run.config.elastic else len(mine)  # DDP averages over the ranks
     batches = run.loader.step(run.step)
 
     def add_gradient(m: int) -> None:
@@ -343,28 +337,28 @@ def compute_gradient(run: Run) -> Tensor:
         losses[m] = loss.detach()
         run.scaler.scale(loss / count).backward()
 
-    if elastic:
+    if run.config.elastic:
         total = sum_as_tree(run.model, add_gradient, mine.start, mine.stop)
         run.ranks.add_in_pairs(total)
         for p, grad in zip(run.model.parameters(), total):
             p.grad = grad
     else:
         for m in mine:
-            run.train_model.require_backward_grad_sync = m == mine[-1]  # DDP reduces once a step
+            run.train_model.require_backward_grad_sync = m == mine[-1]  # DDP: once per step
             add_gradient(m)
     return losses
 
 
 def sum_as_tree(model: GPT, add_gradient: Callable[[int], None], first: int, end: int
                 ) -> list[Tensor]:
-    """Return the gradient of micro-batches first ... end - 1, added in a binary tree. A rank of
-    many computes a branch of what one rank alone computes, so they round alike."""
+    """Return the gradient of micro-batches first ... end - 1, added in a binary tree. Each of
+    several ranks computes one branch of the tree that one rank computes, so both round alike."""
     if end - first > 2:
         middle = (first + end) // 2
         total = sum_as_tree(model, add_gradient, first, middle)
         torch._foreach_add_(total, sum_as_tree(model, add_gradient, middle, end))
         return total
-    for m in range(first, end):  # a + b in any case: backward adds the second to the first
+    for m in range(first, end):  # backward adds the second gradient to the first
         add_gradient(m)
     total = [p.grad for p in model.parameters()]
     model.zero_grad(set_to_none=True)
@@ -381,20 +375,20 @@ def update(run: Run, saver: checkpoint.Saver, losses: Tensor) -> tuple[Tensor, T
     if config.grad_clip:
         torch.nn.utils.clip_grads_with_norm_(run.model.parameters(), config.grad_clip, grad_norm)
     if scaler.is_enabled():
-        # float16 gradients overflow now and then: the scaler skips that update by itself
+        # float16 gradients overflow now and then: the scaler skips that update
         run.healthy *= torch.isfinite(loss)
     else:
         run.healthy *= torch.isfinite(loss + grad_norm)
-        # the optimizer reads this on the device, and then changes nothing
+        # the optimizer reads this on the device; it changes nothing if it is 1
         optimizer.found_inf = 1 - run.healthy
     set_rates(optimizer, run.step, config)
     saver.wait_for_copy()
-    # on MPS AdamW does not read found_inf: the host does
+    # on MPS AdamW ignores found_inf
     if run.ranks.device.type != "mps" or run.healthy:
         scaler.step(optimizer)
     scaler.update()
     if scaler.is_enabled():
-        # below 1 the gradients overflow unscaled: no scale can help
+        # below 1, even unscaled gradients overflow
         run.healthy *= scaler.scale(torch.ones_like(loss)) >= 1
     optimizer.zero_grad(set_to_none=True)
     run.applied += run.healthy
@@ -403,21 +397,18 @@ def update(run: Run, saver: checkpoint.Saver, losses: Tensor) -> tuple[Tensor, T
 
 
 def halt_unless_healthy(run: Run, metrics: Metrics, saver: checkpoint.Saver) -> None:
-    """End a run whose loss or gradient is not finite; its last update was not made. Waits for the
-    GPU."""
+    """Exit if a loss or a gradient was not finite; that update was not made. Waits for the GPU."""
     if run.healthy:
         return
     saver.wait()
     step, out_dir = int(run.applied), Path(run.config.out_dir)
-    metrics.say(f"step {step + 1}: the loss or the gradient is not finite; that update was not "
-                "made, and the run ends here.\nLikely causes: a learning rate that is too high (it "
-                f"was {get_lr(step, run.config):.2e}), too little warm-up, float16, or "
-                "corrupt data.")
+    metrics.say(f"step {step + 1}: the loss or the gradient is not finite; the update was skipped "
+                "and the run ends.\nLikely causes: a learning rate that is too high (it was "
+                f"{get_lr(step, run.config):.2e}), too little warm-up, float16, or corrupt data.")
     if run.scaler.get_scale() < 1:
-        metrics.say("GradScaler's scale fell below 1: float16 gradients overflow at every scale. "
-                    "Try: --dtype=bfloat16")
+        metrics.say("float16 gradients overflow at every scale. Try: --dtype=bfloat16")
     metrics.say(f"{out_dir}/ckpt.pt is older. Try: --init_from=resume with a lower --learning_rate."
-                if checkpoint.has_run(out_dir) else "Nothing was saved before it.")
+                if checkpoint.has_run(out_dir) else "Nothing was saved before.")
     sys.exit(EXIT_NOT_FINITE)
 
 
@@ -438,7 +429,7 @@ def train(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
         best, due = False, ending or run.step % config.eval_interval == 0
         if config.eval_only or due and run.evaluation.get("step") != run.step:
             halt_unless_healthy(run, metrics, saver)
-            losses = signals.unless_one_comes(lambda: evaluate(run, signals), ranks.world_size,
+            losses = signals.interrupt(lambda: evaluate(run, signals), ranks.world_size,
                                               nothing_new=run.step == first_step)
             if losses:  # else a signal came: the resumed run evaluates at this step
                 best, unsaved = record_evaluation(run, saver, losses), run.step > 0
@@ -451,7 +442,7 @@ def train(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
             break
 
         # once in a while: save
-        stopped = ranks.any(signals.came)
+        stopped = ranks.any(signals.received)
         due = run.step % (config.checkpoint_interval or config.eval_interval) == 0
         if (ending := ending or stopped) and ranks.any(not saver.wait()):
             unsaved = True  # the last save failed: try once more
@@ -467,7 +458,7 @@ def train(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
             break
 
         # a step: the gradient of all micro-batches, then one update
-        losses = signals.unless_one_comes(lambda: compute_gradient(run), ranks.world_size,
+        losses = signals.interrupt(lambda: compute_gradient(run), ranks.world_size,
                                           nothing_new=run.step == first_step)
         if losses is None:  # a signal came and interrupted it
             run.optimizer.zero_grad(set_to_none=True)
@@ -496,7 +487,7 @@ def train(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
                     + ("; continue with --init_from=auto" if stopped else ""))
     code = (EXIT_FAILED if not saved else
             EXIT_STOPPED if not config.eval_only and stopped else 0)
-    ranks.leave(code)
+    ranks.exit(code)
     return code
 
 
@@ -512,10 +503,10 @@ def main(config: TrainConfig, given: dict[str, Any]) -> int:
     except UserError as e:
         exit_with(e)
     except (MemoryError, RuntimeError) as e:
-        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate" not in str(e):
+        if not is_out_of_memory(e):
             raise
-        exit_with(UserError(f"out of memory: {str(e).strip()}. Try: a smaller --batch_size and as "
-                            "much larger --gradient_accumulation_steps", EXIT_FAILED, local=True))
+        exit_with(UserError(f"out of memory: {e}. Try: a smaller --batch_size and more "
+                            "--gradient_accumulation_steps", EXIT_FAILED, local=True))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from keepgpt.config import TrainConfig
-from keepgpt.process import UserError, fail, warn
+from keepgpt.process import UserError, warn
 
-# dense bfloat16 (float16 before Ampere) with float32 sums, from the data sheets, by what the
-# device's name contains; the longest match counts
+# dense bfloat16 (float16 before Ampere) from the data sheets; the longest name that the device's
+# name contains counts
 PEAK_TFLOPS = {
     "GB200": 2500, "B200": 2250, "H200": 989, "H200 NVL": 835, "H100": 989, "H100 PCIe": 756,
     "H100 NVL": 835, "H20": 148, "A100": 312, "A800": 312, "A40": 150, "A30": 165, "A10": 125,
@@ -39,11 +39,11 @@ def map_tensors(change: Callable[[str, Tensor], Tensor], nest: Any, path: str = 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together, and its device."""
+    """This process's place among the ranks, and its device."""
     rank: int
     world_size: int
     device: torch.device
-    control: Any = None  # a process group on the CPU, for what must not wait for the GPU
+    control: Any = None  # a gloo group, for exchanges that must not wait for the GPU
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's `value`, in the order of the ranks."""
@@ -53,20 +53,19 @@ class Ranks:
         return values
 
     def from_first(self, value: Any) -> Any:
-        """Return rank 0's `value` on every rank. Its tensors are sent one by one, into host
-        memory."""
+        """Return rank 0's `value` on every rank, with its tensors in host memory."""
         if self.world_size == 1:
             return value
         outline = [map_tensors(lambda path, tensor: tensor.to("meta"), value)]
         dist.broadcast_object_list(outline, src=0, group=self.control)
 
-        def travel(_: str, tensor: Tensor) -> Tensor:
+        def broadcast(_: str, tensor: Tensor) -> Tensor:  # one by one, to save memory
             tensor = (tensor.contiguous() if self.rank == 0
                       else torch.empty_like(tensor, device="cpu"))
             dist.broadcast(tensor, src=0, group=self.control)
             return tensor
 
-        return map_tensors(travel, value if self.rank == 0 else outline[0])
+        return map_tensors(broadcast, value if self.rank == 0 else outline[0])
 
     def on_first(self, work: Callable[[], Any]) -> Any:
         """Return what `work` returns on rank 0, on every rank. A UserError there is raised on every
@@ -91,16 +90,17 @@ class Ranks:
         return bool(count)
 
     def sum(self, x: Tensor) -> Tensor:
-        """Return the sum of `x` over all ranks, added in place. It is exact where only one rank's
-        entry is not zero."""
+        """Return the sum of `x` over all ranks, computed in place."""
         if self.world_size > 1:
             dist.all_reduce(x)
         return x
 
     def add_in_pairs(self, tensors: list[Tensor]) -> None:
-        """Replace each tensor by its sum over all ranks, bit-identical on each. The number of ranks
-        is a power of two: neighbours add theirs, then neighbouring pairs, and so on. (Both of a
-        pair compute the same sum, because a + b = b + a.)"""
+        """Replace each tensor by its sum over all ranks, bit-identical on each of them.
+
+        The number of ranks is a power of two: neighbours add theirs, then neighbouring pairs, and
+        so on. Both of a pair get the same sum, because a + b = b + a.
+        """
         if self.world_size == 1:
             return
         mine = torch.cat([tensor.flatten() for tensor in tensors])
@@ -113,23 +113,20 @@ class Ranks:
             mine += theirs
             distance *= 2
         sums = mine.split([tensor.numel() for tensor in tensors])
-        # copied back: kernels may choose their order of additions by where in memory a tensor lies
+        # copy them back: a tensor's alignment in memory may change a kernel's order of additions
         torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(sums, tensors)])
 
-    def leave(self, code: int) -> None:
-        """End this process, if it is one of several, with that exit code.
-
-        Process groups are not destroyed: before PyTorch 2.8 gloo's destructor can wait forever for
-        a thread that waits for Python's lock, which the destructor's caller holds.
-        """
+    def exit(self, code: int) -> None:
+        """Exit this process, if it is one of several. Process groups are not destroyed: before
+        PyTorch 2.8, gloo's destructor can deadlock with Python's GIL."""
         if self.world_size > 1:
             sys.stdout.flush()
             os._exit(code)
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device called `name`, or for auto the best one. On CUDA each rank of a host gets
-    its own, which becomes the current one."""
+    """Return the device called `name`, or the best one for auto. On CUDA each rank of a host gets
+    its own. Raises UserError."""
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
@@ -142,47 +139,48 @@ def pick_device(name: str) -> torch.device:
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError):
-        fail(f"there is no device {name!r} on this machine; device=auto takes what there is")
+        raise UserError(f"no device {name!r} on this machine. Try: --device=auto") from None
     return device
 
 
-def be_deterministic() -> None:
-    """Use only algorithms whose results repeat bit for bit."""
+def use_deterministic_algorithms() -> None:
+    """Use only algorithms whose results are bit-identical each time."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")  # switches add in varying order
+    os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")  # NVLS adds in varying order
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def join_ranks(config: TrainConfig) -> Ranks:
-    """Pick the device, and join the other processes if torchrun started any."""
+    """Pick the device, and join the other ranks if torchrun started this process. Raises
+    UserError."""
     device = pick_device(config.device)
-    # nothing here draws from these two; what a user adds will then repeat as well
+    # keepGPT draws from neither; code that a user adds may
     random.seed(config.seed)
     np.random.seed(config.seed % 2**32)
     torch.set_float32_matmul_precision("high")  # TF32 where there is any
-    # on a CPU only compiled code needs it; the call loads the compiler, which takes a second
+    # on a CPU only compiled code needs this call, which takes a second
     if config.deterministic or device.type == "cpu" and config.compile is True:
-        be_deterministic()
+        use_deterministic_algorithms()
     if "RANK" not in os.environ:
         return Ranks(0, 1, device)
     backend = (("nccl" if device.type == "cuda" else "gloo") if config.backend == "auto"
                else config.backend)
     if backend == "nccl" and device.type != "cuda":
-        fail(f"backend=nccl needs CUDA, and device is {device.type}. Try: --backend=auto")
-    store, rank, world_size = fresh_store()
+        raise UserError(f"backend=nccl needs CUDA, got device {device.type}. Try: --backend=auto")
+    store, rank, world_size = make_store()
     timeout = timedelta(seconds=config.rank_timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
                             timeout=timeout)
     return Ranks(rank, world_size, device, dist.new_group(backend="gloo", timeout=timeout))
 
 
-def fresh_store() -> tuple[dist.Store, int, int]:
+def make_store() -> tuple[dist.Store, int, int]:
     """Return the store in which the ranks of this start find each other, rank and world size.
 
-    torchrun keeps one store for all its restarts, in which a rank would meet the addresses of the
-    dead. Rank 0 gives this start a number and tells it to each rank that asks; a rank believes
-    only the answer to its own question.
+    torchrun keeps one store for all its restarts, with the addresses of killed ranks in it, and
+    hosts may have restarted unequally often. Rank 0 therefore gives this start a number and sends
+    it to each rank that asks; a rank accepts only the answer to its own question.
     """
     store, rank, world_size = next(dist.rendezvous("env://"))
     if rank == 0:
@@ -200,12 +198,11 @@ def fresh_store() -> tuple[dist.Store, int, int]:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of the matrix products: the one called `name`, or for auto the fastest
-    that is safe on the device."""
+    """Return the dtype of the matrix products: the one called `name`, or the fastest safe one for
+    auto."""
     if name == "float16" and device.type != "cuda":
         name = "auto"
-        warn(f"float16 works on CUDA alone; {device.type} takes "
-             + str(pick_dtype(name, device)).removeprefix("torch."))
+        warn(f"float16 needs CUDA; using {pick_dtype(name, device)}")
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
@@ -216,9 +213,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def find_compiler_problem(device: torch.device, deterministic: bool) -> str:
-    """Return what this machine lacks for torch.compile, or ""."""
+    """Return what torch.compile needs and this machine lacks, or ""."""
     if device.type == "cuda" and deterministic and torch.__version__ < (2, 10):
-        return "torch 2.10 or newer for deterministic=True"  # older: kernels chosen by the clock
+        return "torch 2.10 or newer for deterministic=True"  # older ones choose kernels by timing
     found = [os.environ.get(name, "") for name in ("CC", "CXX")] + ["cc", "gcc", "clang"]
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "the package triton"
@@ -228,7 +225,7 @@ def find_compiler_problem(device: torch.device, deterministic: bool) -> str:
 
 
 def can_compile(device: torch.device, deterministic: bool = False) -> bool:
-    """Return True if torch.compile works on this machine; else print what it needs."""
+    """Return True if torch.compile works on this machine, else print why not."""
     problem = find_compiler_problem(device, deterministic)
     if problem:
         warn(f"torch.compile needs {problem}; continuing without it")
@@ -241,14 +238,14 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the device's peak in FLOP/s, for the MFU; None where that is not known."""
+    """Return the device's peak in FLOP/s, or None if it is not known."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     matches = [gpu for gpu in PEAK_TFLOPS if gpu in name]
     return 1e12 * PEAK_TFLOPS[max(matches, key=len)] if matches else None
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """Return the state of every random number generator of this process, as plain values."""
+    """Return the states of this process's random number generators, as plain values."""
     numpy_state = np.random.get_state(legacy=False)
     numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
     return {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state(),
@@ -256,7 +253,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 
 def restore_rng(state: dict[str, Any], device: torch.device) -> None:
-    """Set what `rng_state` saved."""
+    """Restore the states that `rng_state` returned."""
     random.setstate(state["python"])
     numpy_state = state["numpy"]
     np.random.set_state(numpy_state | {"state": numpy_state["state"] | {
@@ -264,6 +261,3 @@ def restore_rng(state: dict[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)
-
-
-

@@ -1,8 +1,8 @@
-"""Batches as a function of (seed, step): nothing to save, nothing to restore, the same for any
-number of ranks.
+"""Compute the batch of a step from (seed, step): no state is saved, and any number of ranks
+draws the same batches.
 
-A split of T tokens is cut into windows of block_size tokens (and the one that follows, as target).
-Every epoch visits every window once, in an order that arithmetic gives, and cuts at another offset.
+A split is cut into windows of block_size tokens, each with the next token as the last target. Every
+epoch visits every window once, in a permutation computed by arithmetic, and cuts at another offset.
 """
 import hashlib
 import json
@@ -45,30 +45,29 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 
 def seed_of(*numbers: int) -> int:
-    """One seed below 2**63 out of several non-negative numbers."""
+    """Return a seed below 2**63 that mixes several non-negative numbers."""
     seed = np.zeros(1, np.uint64)
     for number in numbers:
         seed = mix(seed ^ np.uint64(number))
     return int(seed[0] >> np.uint64(1))
 
 
-def shuffled(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
-    """Where position `index` of [0, n) goes in the permutation that `key` names; uint64 arrays of
-    one shape.
+def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
+    """Return the place of each `index` in the permutation of [0, n) that `key` selects. Arrays are
+    uint64, of one shape.
 
-    A Feistel network permutes the smallest power of four that holds n; what falls outside [0, n) is
-    sent through again until it falls inside (Black and Rogaway 2002, "Ciphers with arbitrary finite
-    domains").
+    A Feistel network permutes the smallest power of four that holds n. Results outside [0, n) pass
+    through it again (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     low = (np.uint64(1) << half) - np.uint64(1)
-    index, walking = index.copy(), np.ones(index.shape, bool)
-    while walking.any():
-        left, right = index[walking] >> half, index[walking] & low
+    index, outside = index.copy(), np.ones(index.shape, bool)
+    while outside.any():
+        left, right = index[outside] >> half, index[outside] & low
         for r in range(6):
-            left, right = right, left ^ (mix(right ^ mix(key[walking] + np.uint64(r))) & low)
-        index[walking] = left << half | right
-        walking &= index >= n
+            left, right = right, left ^ (mix(right ^ mix(key[outside] + np.uint64(r))) & low)
+        index[outside] = left << half | right
+        outside &= index >= n
     return index
 
 
@@ -176,18 +175,18 @@ def read_meta_pkl(path: Path) -> str:
 
 
 class Split:
-    """One or several .bin files of tokens, as one run of them, cut into windows and read by
-    position: no mapping that grows as it is read."""
+    """The .bin files of a split, read by position as one sequence of tokens and cut into windows.
+    Nothing is mapped into memory."""
 
     def __init__(self, folder: Path, split: str, meta: dict[str, Any], block_size: int, seed: int,
                  shift: bool) -> None:
-        """Open the files of `split` that `meta` names. With `shift` each epoch cuts at another
-        offset, else the windows are the same in every epoch.
+        """Open the files of `split` that `meta` names. With `shift`, each epoch cuts at another
+        offset; otherwise the windows are the same in each.
 
         Raises BadData if a file can't be read or has another number of tokens, or if all of them
         hold no window of block_size tokens and their targets.
         """
-        self.paths, self.files, self.ends = [], [], []  # a file's end is the start of the next
+        self.paths, self.files, self.ends = [], [], []  # a file ends where the next one starts
         self.dtype, self.block_size = np.dtype(meta["dtype"]), block_size
         self.vocab_size = meta["vocab_size"]
         tokens = 0
@@ -217,23 +216,23 @@ class Split:
             os.close(file)
 
     def read(self, start: int, count: int) -> bytes:
-        """Tokens number start ... start + count - 1 of all the files'."""
+        """Return tokens start ... start + count - 1 of the sequence."""
         size, parts = self.dtype.itemsize, []
         file = bisect_right(self.ends, start)
         while count:
             first = self.ends[file - 1] if file else 0
-            here = min(count, self.ends[file] - start)
-            parts.append(os.pread(self.files[file], here * size, (start - first) * size))
-            start, count, file = start + here, count - here, file + 1
+            n = min(count, self.ends[file] - start)
+            parts.append(os.pread(self.files[file], n * size, (start - first) * size))
+            start, count, file = start + n, count - n, file + 1
         return b"".join(parts)
 
     def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """Return windows number first ... first + count - 1 of the endless row of epochs: inputs
-        and targets, (count, T) int64 each. Raises BadToken for an id outside the vocabulary."""
+        """Return windows first ... first + count - 1 of the endless sequence of epochs: inputs and
+        targets, (count, T) int64 each. Raises BadToken for an id outside the vocabulary."""
         epoch, index = np.divmod(np.arange(first, first + count, dtype=np.uint64),
                                  np.uint64(self.windows))
         key = mix(epoch ^ self.key)
-        start = (shuffled(index, self.windows, key) * np.uint64(self.block_size)
+        start = (permute(index, self.windows, key) * np.uint64(self.block_size)
                  + key % np.uint64(self.offsets))
         rows = np.stack([np.frombuffer(self.read(int(s), self.block_size + 1), self.dtype)
                          for s in start])
@@ -241,39 +240,35 @@ class Split:
             row, column = np.argwhere(rows >= self.vocab_size)[0]
             path = self.paths[bisect_right(self.ends, int(start[row]) + int(column))]
             raise BadToken(f"{path}: expected token ids below {self.vocab_size}, got "
-                          f"{rows[row, column]}: the file is corrupt. Try: prepare.py again")
+                           f"{rows[row, column]}: the file is corrupt. Try: prepare.py again")
         window = torch.from_numpy(rows.astype(np.int64))  # (count, T + 1)
         return window[:, :-1], window[:, 1:]
 
 
 class Loader:
-    """A rank's share of each step's micro-batches; the next one is read while this one is computed
-    on."""
+    """This rank's micro-batches of each step. A thread reads the next one during training."""
 
     def __init__(self, split: Split, batch_size: int, micro_batches: int, mine: range,
                  device: torch.device) -> None:
-        """A step draws `micro_batches` of `batch_size` windows in all; this rank computes those
-        numbered in `mine`."""
+        """Draw `micro_batches` of `batch_size` windows per step; those numbered in `mine` are this
+        rank's."""
         self.split, self.batch_size, self.micro_batches, self.mine = (
             split, batch_size, micro_batches, mine)
-        self.device, self.thread, self.ahead = device, ThreadPoolExecutor(1), {}
+        self.device, self.thread, self.prefetched = device, ThreadPoolExecutor(1), {}
 
     def read(self, step: int, m: int) -> tuple[Tensor, Tensor]:
-        """Micro-batch m of `step`, (B, T) each, in memory that the device can fetch by itself."""
+        """Return micro-batch m of `step`, (B, T) each, for CUDA in pinned memory."""
         x, y = self.split.rows((step * self.micro_batches + m) * self.batch_size, self.batch_size)
-        if self.device.type == "cuda":  # of what is not contiguous it would fetch a copy
+        if self.device.type == "cuda":  # contiguous: otherwise the GPU would fetch a copy
             x, y = x.contiguous().pin_memory(), y.contiguous().pin_memory()
         return x, y
 
     def step(self, step: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """(m, inputs, targets) for each micro-batch of `step` that is this rank's."""
+        """Yield (m, inputs, targets) for each of this rank's micro-batches of `step`."""
         for m in self.mine:
             following = (step, m + 1) if m + 1 in self.mine else (step + 1, self.mine[0])
-            ready = self.ahead.pop((step, m), None) or self.thread.submit(self.read, step, m)
-            self.ahead = {following: self.thread.submit(self.read, *following)}
-            pinned = self.device.type == "cuda"  # from other memory a copy must be waited for
-            x, y = (t.to(self.device, non_blocking=pinned) for t in ready.result())
+            batch = self.prefetched.pop((step, m), None) or self.thread.submit(self.read, step, m)
+            self.prefetched = {following: self.thread.submit(self.read, *following)}
+            pinned = self.device.type == "cuda"  # a copy of other memory would be waited for
+            x, y = (t.to(self.device, non_blocking=pinned) for t in batch.result())
             yield m, x, y
-
-
-

@@ -12,20 +12,20 @@ from keepgpt.process import UserError, describe, warn, write_atomically
 
 
 class Throughput:
-    """How fast a run trains, between two logged steps and apart from evaluations."""
+    """Measure the training speed between two logged steps, without evaluations."""
 
     def __init__(self, tokens_per_step: int, flops_per_token: int, peak: float | None) -> None:
-        """`peak` is what all devices together can do, in FLOP/s; None where that is not known."""
+        """Take the peak of all devices together in FLOP/s, None if it is not known."""
         self.tokens_per_step, self.flops_per_token, self.peak = (
             tokens_per_step, flops_per_token, peak)
 
     def restart(self, step: int) -> None:
-        """Start to measure at this step."""
+        """Restart the clock at this step."""
         self.step, self.clock = step, time.perf_counter()
 
     def measure(self, step: int) -> dict[str, float]:
-        """Return tokens_per_s since the last call and, where the peak is known, the model FLOPs
-        utilization, mfu (Chowdhery et al. 2022, appendix B)."""
+        """Return tokens_per_s since the last call and, if the peak is known, mfu: the model FLOPs
+        utilization (Chowdhery et al. 2022, appendix B)."""
         seconds = (time.perf_counter() - self.clock) / (step - self.step)
         self.restart(step)
         speed = {"tokens_per_s": self.tokens_per_step / seconds}
@@ -35,20 +35,20 @@ class Throughput:
 
 
 class Metrics:
-    """The run's log, on rank 0: metrics.jsonl, the terminal and wandb. After a resume metrics.jsonl
-    is one clean curve: rows past the resumed step are dropped."""
+    """Log to metrics.jsonl, the terminal and wandb, on rank 0. A resume drops the rows after its
+    step, so metrics.jsonl is one clean curve."""
 
     def __init__(self, out_dir: Path | None, step: int, evaluated: bool,
                  quiet: bool = False) -> None:
-        """Continue out_dir's metrics.jsonl after `step`; without a folder nothing is kept.
+        """Continue out_dir's metrics.jsonl after `step`; without a folder, write none.
 
-        Unless that step was `evaluated` when it was saved, the run evaluates it again. With
-        `quiet`, on other ranks than the first, nothing is printed. Raises UserError.
+        Unless that step was `evaluated` before its save, its evaluation is dropped too. With
+        `quiet`, on other ranks than the first, print nothing. Raises UserError.
         """
-        self.live = False  # the cursor stands at the end of a line that the next one replaces
+        self.live = False  # the cursor is at the end of a line that the next one replaces
         self.wandb, self.quiet, self.path = None, quiet, None
-        # rows since the last fsync that succeeded, the bytes of them that are in the file, and the
-        # bytes before them, which are on the disk for sure
+        # rows since the last successful fsync, how many bytes of them are in the file, and the
+        # bytes before them, which are on the disk
         self.lock, self.rows, self.written, self.safe = Lock(), b"", 0, 0
         self.suspect = False  # an fsync has failed
         self.file = os.open(os.devnull, os.O_WRONLY)
@@ -60,11 +60,11 @@ class Metrics:
             self._replace(b"".join(line for line in lines if _is_before(line, step, evaluated)))
         except OSError as e:
             reason, code = describe(e)
-            raise UserError(f"{self.path} can't be written: {reason}", code) from None
+            raise UserError(f"{self.path}: {reason}", code) from None
 
     def start_wandb(self, config: dict[str, Any], run_id: str | None) -> str | None:
-        """Also log to Weights & Biases, into the run `run_id` if there is one. Return the run's
-        id. A failure there stops nothing."""
+        """Also log to Weights & Biases, into the run `run_id` if given. Return the run's id. A
+        failure only prints a warning."""
         try:
             import wandb
             self.wandb = wandb.init(project=config["wandb_project"], name=config["wandb_run_name"],
@@ -72,15 +72,12 @@ class Metrics:
                                     settings=wandb.Settings(init_timeout=20))
             return self.wandb.id
         except Exception as e:
-            self.say(f"warning: wandb is off for this run: {e}")
+            self.say(f"warning: training without wandb: {e}")
             return run_id
 
     def log(self, row: dict[str, Any], **summary: Any) -> None:
-        """Add a row; its floats read back bit for bit. wandb's summary of the run gets `summary`.
-
-        A full disk stops nothing: the rows are kept and written later, and no checkpoint is saved
-        before them.
-        """
+        """Log a row, and `summary` to wandb's summary. If the disk is full, rows are buffered and
+        written later; no checkpoint is saved before them."""
         if self.path:
             with self.lock:
                 self.rows += json.dumps(row).encode() + b"\n"
@@ -94,17 +91,17 @@ class Metrics:
                 self.wandb.log(row, step=row["step"])
                 self.wandb.summary.update(summary)
             except Exception as e:
-                self.say(f"warning: wandb is off from here on: {e}")
+                self.say(f"warning: continuing without wandb: {e}")
                 self.wandb = None
 
     def log_evaluation(self, evaluation: dict[str, Any], best: bool, best_val_loss: float) -> None:
-        """Log the losses of an evaluation; `best`: the lowest validation loss so far."""
+        """Log the losses of an evaluation, the `best` so far or not."""
         self.log(evaluation, best_val_loss=best_val_loss)
         self.say(f"step {evaluation['step']}: train loss {evaluation['train_loss']:.4f}, "
                  f"val loss {evaluation['val_loss']:.4f}" + (", the best so far" if best else ""))
 
     def log_step(self, row: dict[str, Any], max_iters: int, tokens_per_step: int) -> None:
-        """Log a training step, with the time that is left until max_iters on the terminal."""
+        """Log a training step; on the terminal also the time left until max_iters."""
         self.log(row)
         left = (max_iters - row["step"]) * tokens_per_step / row["tokens_per_s"]
         minutes, seconds = divmod(round(left), 60)
@@ -114,10 +111,10 @@ class Metrics:
                  + f", {minutes // 60}:{minutes % 60:02}:{seconds:02} left", live=True)
 
     def sync(self) -> None:
-        """Make the rows so far durable, before the checkpoint that counts on them. Raises OSError.
+        """Fsync the rows, before a checkpoint of their step is written. Raises OSError.
 
-        After a failed fsync the kernel calls pages clean that are not on the disk. The next sync
-        therefore writes a new file.
+        After a failed fsync the kernel may treat unwritten pages as clean, so the next call writes
+        a new file.
         """
         with self.lock:
             if self.suspect:
@@ -132,13 +129,14 @@ class Metrics:
             self.safe, self.rows, self.written = self.safe + len(self.rows), b"", 0
 
     def _replace(self, content: bytes) -> None:
-        """Replace the file durably and continue with the new one. Raises OSError."""
+        """Replace the file and append to the new one. Raises OSError."""
         write_atomically(self.path, content)
         os.close(self.file)
         self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
         self.rows, self.written, self.safe, self.suspect = b"", 0, len(content), False
 
     def _write(self) -> None:
+        """Append the buffered rows. Raises OSError."""
         while self.written < len(self.rows):
             self.written += os.write(self.file, memoryview(self.rows)[self.written:])
 
@@ -149,31 +147,27 @@ class Metrics:
             self.wandb.finish()
 
     def say(self, text: str, live: bool = False) -> None:
-        """Print a line. On a terminal the next line replaces a `live` one."""
+        """Print a line. On a terminal, the next line replaces a `live` one."""
         if self.quiet:
             return
         tty = sys.stdout.isatty()
-        if live and tty:  # a line that wraps could not be replaced
+        if live and tty:  # a wrapped line could not be replaced
             text = text[:shutil.get_terminal_size().columns - 1]
         try:
             print("\r\033[K" * (tty and self.live) + text, end="" if live and tty else "\n",
                   flush=True)
-        except OSError as e:  # `| head` has seen enough, or a log's disk is full: train on
+        except OSError as e:  # the reader has left, as `| head` does, or a log's disk is full
             if not isinstance(e, BrokenPipeError):
-                warn(f"stdout: {describe(e)[0]}; nothing more is printed, metrics.jsonl continues")
+                warn(f"stdout: {describe(e)[0]}; continuing with metrics.jsonl only")
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         self.live = live
 
 
 def _is_before(line: bytes, step: int, evaluated: bool) -> bool:
-    """Return True if a line of metrics.jsonl belongs to the run as it was saved at `step`. A line
-    that a crash has cut short does not."""
+    """Return True if a line of metrics.jsonl is complete and belongs to the run up to `step`."""
     try:
         row = json.loads(line)
         repeated = row["step"] == step and "val_loss" in row and not evaluated
         return line.endswith(b"\n") and row["step"] <= step and not repeated
     except (ValueError, KeyError, TypeError):
         return False
-
-
-

@@ -1,5 +1,4 @@
-"""The process of a run: exit codes, signals, the lock on out_dir, files that are safe."""
-import atexit
+"""Exit codes, errors, signals, the lock on out_dir, and atomic file writes."""
 import ctypes
 import errno
 import fcntl
@@ -10,7 +9,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -56,6 +54,12 @@ def describe(error: OSError) -> tuple[str, int]:
     return (error.strerror or str(error)).lower(), EXIT_FAILED if full else EXIT_MISTAKE
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Return True if an exception is Python's or torch's way to say that memory is full."""
+    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+            or "allocate" in str(error))
+
+
 def warn(message: str) -> None:
     """Print a note on stderr. Of several ranks on a host only the first one prints it."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -72,25 +76,26 @@ def sync(path: str | os.PathLike) -> None:
 
 
 def leave_closed_output(error: OSError) -> NoReturn:
-    """End the program after stdout took no more: in silence if its reader has left (`| head`)."""
+    """Exit after a failed write to stdout, silently if its reader has left (`| head`)."""
     if not isinstance(error, BrokenPipeError):
         print(f"error: stdout: {describe(error)[0]}", file=sys.stderr, flush=True)
     os._exit(0 if isinstance(error, BrokenPipeError) else EXIT_FAILED)  # a flush would fail again
 
 
 def prepare_process() -> None:
-    """What helps this process and must come before torch is loaded."""
-    # threads that wait spin for some microseconds and then sleep: at once costs an idle machine
-    # half its speed on small models, and spinning on, the default, a busy one nine tenths
+    """Set what makes this process faster and safer, before it loads torch."""
+    # waiting threads spin for some microseconds, then sleep. Sleeping at once halves an idle
+    # machine's speed on small models; spinning forever, the default, takes nine tenths of a busy
+    # machine's.
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     if platform.libc_ver()[0] == "glibc":
-        # keep freed memory for the next step: given back, it is zeroed page by page when it returns
+        # keep freed memory for the next step: the kernel zeroes each page that it hands out
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
     if "RANK" in os.environ and sys.platform == "linux":
-        # a rank whose torchrun was killed dies too: it must hold neither GPU nor folder
+        # a rank dies with its torchrun: else it would keep the GPU and the lock
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
@@ -112,73 +117,38 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def lock_out_dir(out_dir: Path, patience: float) -> None:
     """Make out_dir and lock it until this process ends; wait up to `patience` seconds for another
-    process that is ending.
-
-    Folders made here are removed at exit if nothing was written to them. Raises UserError.
-    """
+    process that is ending. Raises UserError."""
+    deadline = time.monotonic() + patience
     try:
         new = [folder for folder in (out_dir, *out_dir.parents) if not folder.exists()]
         out_dir.mkdir(parents=True, exist_ok=True)
-        for folder in new:  # what is saved in it must not be lost with it
+        for folder in new:  # a crash must not lose the folder
             sync(folder.parent)
-        if new:
-            atexit.register(remove_unused, new)
-        lock_file(out_dir / ".lock", patience)
-    except BlockingIOError:
-        raise UserError(f"another run is writing to {out_dir}. Try: wait for its end, or another "
-                        "--out_dir") from None
+        file = os.open(out_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # closing it would unlock
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise UserError(f"another run is writing to {out_dir}. Try: wait for its end, "
+                                    "or another --out_dir") from None
+            time.sleep(0.1)
     except OSError as e:
         reason, code = describe(e)
-        raise UserError(f"out_dir={out_dir} can't be used: {reason}", code) from None
-
-
-def lock_file(path: Path, patience: float) -> None:
-    """Lock a file, which is made if need be, until this process ends. Raises BlockingIOError if
-    another process still holds it after `patience` seconds."""
-    deadline, waiting = time.monotonic() + patience, False
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # stays open: closing it unlocks
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(file), os.stat(path)):
-                return
-        except (BlockingIOError, FileNotFoundError):  # held, or removed by a run that has ended
-            if time.monotonic() > deadline:
-                raise BlockingIOError from None
-            if not waiting:
-                print(f"another run is still writing to {path.parent}; waiting up to {patience} s "
-                      "for its end", flush=True)
-            waiting = True
-            time.sleep(0.1)
-        os.close(file)
-
-
-def remove_unused(folders: list[Path]) -> None:
-    """Remove the first of `folders` if it holds nothing but a lock, then its parents among them."""
-    with suppress(OSError):
-        if os.listdir(folders[0]) == [".lock"]:
-            (folders[0] / ".lock").unlink()
-        for folder in folders:
-            folder.rmdir()
-
-
-def host_memory() -> int:
-    """Return the bytes of memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        raise UserError(f"out_dir={out_dir}: {reason}", code) from None
 
 
 class Stopped(BaseException):
-    """A signal has come during work that can be interrupted."""
+    """A signal came during work that can be interrupted."""
 
 
 class Signals:
-    """SIGINT, SIGTERM and SIGUSR1 ask the run to save and end; a second Ctrl-C ends it at once.
-
-    Until the first `unless_one_comes` has ended there is nothing to save: they raise Stopped.
-    """
+    """Let SIGINT, SIGTERM and SIGUSR1 ask the run to save and exit, and a second Ctrl-C exit at
+    once. Before the first `interrupt` call has ended nothing is new: a signal raises Stopped."""
 
     def __init__(self) -> None:
-        self.came, self.interruptible = False, True
+        self.received, self.interruptible = False, True
         numbers, wake = os.pipe()
         os.set_blocking(wake, False)
         threading.Thread(target=self._exit_at_second, args=(numbers,), daemon=True).start()
@@ -187,37 +157,36 @@ class Signals:
             signal.signal(number, self._handle)
 
     def _exit_at_second(self, numbers: int) -> None:
-        """Exit at a second Ctrl-C. A thread does it, because Python calls `_handle` only once it
-        is back from a collective or a kernel."""
+        """Exit at a second Ctrl-C. This is a thread, because Python calls `_handle` only after a
+        collective or a kernel returns."""
         first_at = None
         while True:
             number = os.read(numbers, 1)[0]
             if first_at is None:
                 first_at = time.monotonic()
-            # torchrun passes on the Ctrl-C that the terminal has sent already: not a second one
+            # torchrun sends the terminal's Ctrl-C again: that is not a second one
             elif number == signal.SIGINT and ("RANK" not in os.environ
                                               or time.monotonic() - first_at > 1):
                 os._exit(EXIT_INTERRUPTED)
 
     def _handle(self, _number: int, _frame: Any) -> None:
-        self.came = True
+        self.received = True
         if self.interruptible:
             self.interruptible = False
             raise Stopped
 
-    def unless_one_comes(self, work: Callable[[], Any], world_size: int, nothing_new: bool) -> Any:
-        """Return what `work` returns, or None if a signal came. With one rank the signal interrupts
-        it, even where it waits, reads or compiles.
+    def interrupt(self, work: Callable[[], Any], world_size: int, nothing_new: bool) -> Any:
+        """Return what `work` returns, or None if a signal came.
 
-        One rank of several can't leave a step alone; with `nothing_new` since the last save it can
-        leave the run.
+        One rank alone is interrupted even while it waits, reads or compiles. One of several can't
+        leave a step; if there is `nothing_new` since the last save, it exits instead.
         """
         alone = world_size == 1
-        if self.came and nothing_new and not alone:
+        if self.received and nothing_new and not alone:
             os._exit(EXIT_STOPPED)
         try:
-            try:  # whenever the signal comes, it is caught below: it raises once, and only here
-                self.interruptible = (alone or nothing_new) and not self.came
+            try:  # `_handle` raises once, and only inside this block
+                self.interruptible = (alone or nothing_new) and not self.received
                 return work()
             finally:
                 self.interruptible = False

@@ -14,7 +14,7 @@ import torch
 from conftest import REPO, TINY, bits, run
 
 from keepgpt import checkpoint
-from keepgpt.checkpoint import BadBundle, Disk, Saver, commit, newest_bundle, read_bundle
+from keepgpt.checkpoint import CorruptCheckpoint, Disk, Saver, commit, read_bundle, read_newest
 from keepgpt.distributed import Ranks
 from keepgpt.metrics import Metrics
 from train import record_evaluation
@@ -45,9 +45,9 @@ def test_a_corrupted_write_is_never_committed(bundle, tmp_path):
 
     commit(bundle | {"step": 1}, tmp_path, 2, False, Disk())
     for step in (2, 3, 4):
-        with pytest.raises(BadBundle):
+        with pytest.raises(CorruptCheckpoint):
             commit(bundle | {"step": step}, tmp_path, 2, False, Faulty("write", flipping))
-    assert newest_bundle(tmp_path)["step"] == 1
+    assert read_newest(tmp_path)["step"] == 1
     assert {p.name for p in tmp_path.glob("*.pt*")} == {"ckpt.pt", "ckpt-00000001.pt"}
 
 
@@ -84,7 +84,7 @@ def test_a_file_system_without_links(bundle, tmp_path):
     {"model": []}, {"format": 2}, {"wandb_run_id": 1}])
 def test_a_checkpoint_with_wrong_types_is_refused(bundle, change, tmp_path):
     checkpoint.write_bundle(bundle | change, tmp_path / "x.pt", Disk())
-    with pytest.raises(BadBundle):
+    with pytest.raises(CorruptCheckpoint):
         read_bundle(tmp_path / "x.pt")
 
 
@@ -99,7 +99,7 @@ def test_any_malformed_pickle_is_refused(bundle, tmp_path):
         raw = memory.getvalue() + checkpoint.MAGIC
         crc = checkpoint.zlib.crc32(memory.getvalue()).to_bytes(4, "little")
         (tmp_path / "x.pt").write_bytes(raw + crc)
-        with pytest.raises(BadBundle):
+        with pytest.raises(CorruptCheckpoint):
             read_bundle(tmp_path / "x.pt")
 
 

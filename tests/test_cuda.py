@@ -125,7 +125,7 @@ def test_deterministic_sums_over_gpus_leave_the_switch_out(monkeypatch):
         monkeypatch.delenv("NCCL_ALGO", raising=False)
         if given:
             monkeypatch.setenv("NCCL_ALGO", given)
-        runtime.be_deterministic()
+        runtime.use_deterministic_algorithms()
         assert runtime.os.environ["NCCL_ALGO"] == taken
 
 

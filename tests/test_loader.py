@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from keepgpt.loader import BadData, Loader, Split, mix, read_meta, seed_of, shuffled
+from keepgpt.loader import BadData, Loader, Split, mix, permute, read_meta, seed_of
 
 
 @pytest.fixture
@@ -41,42 +41,42 @@ def starts(a_split, epoch=0):
 
 
 def permutation(n, key):
-    return shuffled(np.arange(n, dtype=np.uint64), n, np.full(n, key, np.uint64)).tolist()
+    return permute(np.arange(n, dtype=np.uint64), n, np.full(n, key, np.uint64)).tolist()
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 63, 64, 65, 100, 1000,
                                1023, 1024, 1025, 4097, 30_011])
-def test_shuffled_is_a_permutation_that_depends_on_the_key(n):
+def test_permute_is_a_permutation_that_depends_on_the_key(n):
     orders = [permutation(n, key) for key in range(20)]
     assert all(sorted(order) == list(range(n)) for order in orders)
     assert len(set(map(tuple, orders))) >= (1, 1, 2, 4, 8)[n] if n < 5 else 15
 
 
 @pytest.mark.parametrize("n", [2**31, 2**40 + 7, 2**62 - 1])
-def test_shuffled_permutes_huge_ranges(n):
+def test_permute_permutes_huge_ranges(n):
     index = np.concatenate([np.arange(20_000), n - 1 - np.arange(20_000)]).astype(np.uint64)
-    to = shuffled(index, n, np.zeros(40_000, np.uint64))
+    to = permute(index, n, np.zeros(40_000, np.uint64))
     assert (to < n).all() and len(np.unique(to)) == 40_000
     assert abs(to.astype(float).mean() / n - 0.5) < 0.01  # spread evenly: sigma is 0.0014
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 6, 16])
-def test_shuffled_is_uniform(n):
+def test_permute_is_uniform(n):
     keys = mix(np.arange(8000, dtype=np.uint64))
     for i in range(n):
-        to = np.bincount(shuffled(np.full(8000, i, np.uint64), n, keys).astype(int), minlength=n)
+        to = np.bincount(permute(np.full(8000, i, np.uint64), n, keys).astype(int), minlength=n)
         assert (abs(to - 8000 / n) < 0.15 * 8000 / n + 60).all(), to
 
 
-def test_shuffled_separates_neighbours():
+def test_permute_separates_neighbours():
     order = np.array(permutation(10_000, 3))
     assert (abs(np.diff(order)) < 10).mean() < 0.01  # 0.002 by chance
     assert abs(np.corrcoef(order, np.arange(10_000))[0, 1]) < 0.05
 
 
-def test_shuffled_does_not_change_its_argument():
+def test_permute_does_not_change_its_argument():
     index = np.arange(10, dtype=np.uint64)
-    shuffled(index, 10, np.zeros(10, np.uint64))
+    permute(index, 10, np.zeros(10, np.uint64))
     assert index.tolist() == list(range(10))
 
 

@@ -77,8 +77,8 @@ def test_changing_model_seed_or_batch_is_refused(train, tmp_path):
     train(max_iters=1)
     before = bits(tmp_path / "out/ckpt.pt")
     for flag, value, shown in (
-            ("n_layer", 3, "n_layer=2, not 3"), ("seed", 7, "seed=1337, not 7"),
-            ("block_size", 16, "block_size=32, not 16"),
+            ("n_layer", 3, "n_layer 2 -> 3"), ("seed", 7, "seed 1337 -> 7"),
+            ("block_size", 16, "block_size 32 -> 16"),
             ("batch_size", 5, "expected 8 as before, got 10")):
         assert shown in complaint(train(init_from="resume", code=None, **{flag: value}))
         assert bits(tmp_path / "out/ckpt.pt") == before

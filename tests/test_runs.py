@@ -116,7 +116,7 @@ def test_a_signalled_rank_waits_for_the_last_save(dataset, tmp_path):
                     "import train\nfrom keepgpt import checkpoint\n"
                     "from keepgpt.config import TrainConfig, parse\n"
                     "fsync = checkpoint.Disk.fsync\n"
-                    "checkpoint.Disk.fsync = lambda *args: (time.sleep(4), fsync(*args))\n"
+                    "checkpoint.Disk.fsync = lambda self, file: (time.sleep(4), fsync(file))\n"
                     "sys.exit(train.main(*parse(TrainConfig, '', sys.argv[1:])[:2]))\n")
     flags = FLAGS | {"dataset": dataset, "out_dir": out, "max_iters": 10**6,
                      "eval_interval": 10**5}

@@ -34,9 +34,9 @@ from statistics import median
 import torch
 from torch.nn.attention import SDPBackend
 
-from keepgpt.checkpoint import generation_of, read_bundle
-from keepgpt.config import knob, parse
-from keepgpt.distributed import be_deterministic, peak_flops, pick_device, pick_dtype
+from keepgpt.checkpoint import path_of, read_bundle
+from keepgpt.config import parse, setting
+from keepgpt.distributed import peak_flops, pick_device, pick_dtype, use_deterministic_algorithms
 from keepgpt.process import fail
 from model import GPT, ModelArgs, compile_decode, disable_cudnn_attention
 from tools.bench import checkpoint, sides
@@ -54,11 +54,11 @@ TINY = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "batch_size":
 @dataclass(frozen=True)
 class GpuConfig:
     """The settings."""
-    parts: str = knob("machine,checks,train,save,sample,ways", "the parts to run, in this order")
-    only: str = knob("", "only rows whose name contains this")
-    minutes: float = knob(9.5, "time limit of each part", least=0)
-    json: str = knob("", "append the rows to this file as JSON lines")
-    device: str = knob("cuda", "cpu = test this program with small models")
+    parts: str = setting("machine,checks,train,save,sample,ways", "the parts to run, in this order")
+    only: str = setting("", "only rows whose name contains this")
+    minutes: float = setting(9.5, "time limit of each part", least=0)
+    json: str = setting("", "append the rows to this file as JSON lines")
+    device: str = setting("cuda", "cpu = test this program with small models")
 
 
 def rows_of(device: str) -> dict[str, dict[str, str]]:
@@ -146,7 +146,7 @@ def snapshots(device: str) -> dict[str, str]:
         train(often, max_iters=12, checkpoint_interval=1, keep_checkpoints=12, **flags)
         for step in (6, 12):
             train(seldom, max_iters=step, **flags)
-            one, other = (read_bundle(generation_of(out, step)) for out in (often, seldom))
+            one, other = (read_bundle(path_of(out, step)) for out in (often, seldom))
             compare(digest([one["model"], one["optimizer"]])
                     == digest([other["model"], other["optimizer"]]), f"at step {step}")
     return {"result": "same bits"}
@@ -208,7 +208,7 @@ def compare_decode(device: str) -> dict[str, str]:
 def branches(device: str) -> dict[str, str]:
     """Compare the elastic=True gradient of 8 micro-batches on one rank with that of 2 and 4 ranks,
     simulated in turn."""
-    be_deterministic()
+    use_deterministic_algorithms()
     torch.manual_seed(0)
     where = pick_device(device)
     model = GPT(ModelArgs(4, 4, 256, 64, 512, bias=False, dropout=0.1)).to(where)

@@ -6,7 +6,7 @@ all are the same, else 1.
 import sys
 from pathlib import Path
 
-from keepgpt.checkpoint import BadBundle, newest_bundle
+from keepgpt.checkpoint import CorruptCheckpoint, read_newest
 from keepgpt.process import fail
 from tools.crash.common import digest
 
@@ -18,8 +18,8 @@ def main(folders: list[str]) -> int:
     states = set()
     for folder in folders:
         try:
-            bundle = newest_bundle(Path(folder))
-        except BadBundle as e:
+            bundle = read_newest(Path(folder))
+        except CorruptCheckpoint as e:
             fail(str(e))
         states.add(state := (bundle["step"], digest([bundle["model"], bundle["optimizer"]])))
         print(f"{folder}: step {state[0]}, sha256 {state[1]}")

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from keepgpt.config import TrainConfig, knob
+from keepgpt.config import TrainConfig, setting
 from keepgpt.distributed import Ranks, pick_dtype
 from keepgpt.loader import Loader, Split
 from model import GPT, ModelArgs
@@ -28,11 +28,11 @@ REPO = Path(__file__).resolve().parents[2]
 @dataclass(frozen=True)
 class BenchConfig:
     """The settings of the benchmarks."""
-    rounds: int = knob(5, "number of rounds; tables show medians", least=1)
-    folder: str = knob("", "folder for files; empty = a temporary one")
-    device: str = knob("auto", "auto | cpu | cuda")
-    only: str = knob("", "only the row of this name")
-    json: str = knob("", "append the rows to this file as JSON lines")
+    rounds: int = setting(5, "number of rounds; tables show medians", least=1)
+    folder: str = setting("", "folder for files; empty = a temporary one")
+    device: str = setting("auto", "auto | cpu | cuda")
+    only: str = setting("", "only the row of this name")
+    json: str = setting("", "append the rows to this file as JSON lines")
 
 
 @dataclass(frozen=True)

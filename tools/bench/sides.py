@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 import model as model_module
 from keepgpt.checkpoint import Saver
 from keepgpt.config import TrainConfig
-from keepgpt.distributed import be_deterministic, pick_device, pick_dtype
+from keepgpt.distributed import pick_device, pick_dtype, use_deterministic_algorithms
 from keepgpt.optim import make_optimizer
 from model import generate
 from sample import prepare_model
@@ -65,7 +65,7 @@ def reduce_once() -> None:
 
 WAYS = {  # name: function to call first
     "as train.py does it": lambda: None,
-    "deterministic=True": be_deterministic,
+    "deterministic=True": use_deterministic_algorithms,
     "attention by cuDNN": partial(attention_by, "cudnn"),
     "attention by flash": partial(attention_by, "flash"),
     "compile: max-autotune": partial(compile_by, "max-autotune-no-cudagraphs"),

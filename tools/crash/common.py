@@ -20,8 +20,8 @@ import torch._dynamo  # noqa: F401  an optimizer imports it: here once, not in e
 
 import train
 from keepgpt import checkpoint
-from keepgpt.checkpoint import BadBundle
-from keepgpt.config import TrainConfig, knob, parse
+from keepgpt.checkpoint import CorruptCheckpoint
+from keepgpt.config import TrainConfig, parse, setting
 from keepgpt.process import fail
 
 REPO = Path(__file__).resolve().parents[2]
@@ -39,12 +39,12 @@ HANGS = 300  # seconds; no process here takes so long
 @dataclass(frozen=True)
 class CrashConfig:
     """The settings of tools.crash."""
-    cases: int = knob(0, "of each part; 0 = a few, 1e9 = all there are (nth, power, full)", least=0)
-    torchrun_cases: int = knob(2, "kill: kills of a rank or torchrun, in two-rank runs", least=0)
-    seed: int = knob(1, "repeats the cases; a kill falls on the same instant, as far as clocks go")
-    only: int = knob(-1, "the number of the one case (kill: run) to try", least=-1)
-    exec: bool = knob(False, "kill: start python anew each time, not a fork that has torch loaded")
-    folder: str = knob("", "work there, to test that file system, not in the temporary folder")
+    cases: int = setting(0, "of each part; 0 = a few, 1e9 = all there are (nth, power, full)", least=0)
+    torchrun_cases: int = setting(2, "kill: kills of a rank or torchrun, in two-rank runs", least=0)
+    seed: int = setting(1, "repeats the cases; a kill falls on the same instant, as far as clocks go")
+    only: int = setting(-1, "the number of the one case (kill: run) to try", least=-1)
+    exec: bool = setting(False, "kill: start python anew each time, not a fork that has torch loaded")
+    folder: str = setting("", "work there, to test that file system, not in the temporary folder")
 
 
 class Part:
@@ -190,7 +190,7 @@ def state_at(path: Path, known: dict[str, str]) -> str:
     if content not in known:
         try:
             known[content] = state(checkpoint.read_bundle(path))
-        except BadBundle:
+        except CorruptCheckpoint:
             known[content] = "damaged"
         except Exception as e:  # a run would end with it, and not try an older bundle
             known[content] = repr(e)
@@ -200,8 +200,8 @@ def state_at(path: Path, known: dict[str, str]) -> str:
 def newest(folder: Path) -> str:
     """The state that a run would go on from, or ""."""
     try:
-        return state(checkpoint.newest_bundle(folder))
-    except BadBundle:
+        return state(checkpoint.read_newest(folder))
+    except CorruptCheckpoint:
         return ""
     except Exception as e:
         return repr(e)
@@ -245,6 +245,6 @@ def wrong(folder: Path, allowed: dict[str, set[str]], new: tuple[str, str], leas
             and state_at(folder / "best.pt", known) != new[1]):
         return "ckpt.pt is the new one, but best.pt is not"
     if newest(folder) not in allowed["ckpt.pt"]:
-        return "newest_bundle gives neither the old nor the new one"
-    few = len(checkpoint.generations(folder)) < least
+        return "read_newest gives neither the old nor the new one"
+    few = len(checkpoint.numbered(folder)) < least
     return f"fewer than {least} generations are left" * few

@@ -63,7 +63,7 @@ def full(part: Part, place: Path) -> int:
     """No room: training goes on, older bundles stay, and with room again all is well."""
     base, older, small = WIDE | {"dataset": prepare(place)}, place / "older", place / "small"
     whole, life = undisturbed(base | {"out_dir": place / "whole", "keep_checkpoints": 99}, 0)
-    states = {state_at(path, {}) for path in checkpoint.generations(place / "whole")}
+    states = {state_at(path, {}) for path in checkpoint.numbered(place / "whole")}
     undisturbed(base | {"out_dir": older, "max_iters": base["eval_interval"]}, 0)
     limits = range(ROOM, (older / "ckpt.pt").stat().st_size, ROOM)
     mounted, real = mount(small), 0

@@ -51,7 +51,7 @@ def outlived(out: Path) -> int:
 
 def traces(out: Path) -> set:
     """What shows that a save is under way, from its first operation on the disk to its last."""
-    there, newest = checkpoint.generations(out), out / "ckpt.pt"
+    there, newest = checkpoint.numbered(out), out / "ckpt.pt"
     unlinked = [p for p in there[:1] if not (newest.exists() and p.samefile(newest))]
     return {*there[KEEP:], *unlinked,
             *((path, path.stat().st_mtime_ns) for path in out.glob("*.pt.tmp"))}
@@ -61,7 +61,7 @@ def steps_again(out: Path) -> int:
     """How many of the steps that were logged are in no bundle."""
     path = out / "metrics.jsonl"
     rows = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    saved = max((int(p.stem.removeprefix("ckpt-")) for p in checkpoint.generations(out)), default=0)
+    saved = max((int(p.stem.removeprefix("ckpt-")) for p in checkpoint.numbered(out)), default=0)
     return json.loads(rows[-1])["step"] - saved if rows else 0
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from keepgpt.config import knob
+from keepgpt.config import setting
 from keepgpt.process import fail
 
 LOGGED = ("step", "loss", "lr", "grad_norm", "tokens_per_s")  # a logged step
@@ -19,9 +19,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 @dataclass(frozen=True)
 class CurvesConfig:
     """The settings of `tools.plot FOLDER ...`."""
-    x: Literal["steps", "tokens", "hours"] = knob("steps",
+    x: Literal["steps", "tokens", "hours"] = setting("steps",
         "steps | tokens | hours: what stands on the horizontal axis")
-    to: str = knob("curves.png", "the picture's file")
+    to: str = setting("curves.png", "the picture's file")
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 import train
-from keepgpt.checkpoint import generation_of, read_bundle
-from keepgpt.config import TrainConfig, knob, parse
+from keepgpt.checkpoint import path_of, read_bundle
+from keepgpt.config import TrainConfig, parse, setting
 from keepgpt.loader import BadData, Loader, dataset_folder, read_meta
 from keepgpt.process import fail
 from tools.crash.common import state
@@ -30,10 +30,10 @@ NEAR = 50  # the table tells the largest difference in so many steps
 @dataclass(frozen=True)
 class PiecesConfig:
     """The settings of `tools.plot pieces`."""
-    to: str = knob("pieces.png", "the picture's file")
-    steps: int = knob(500, "the bundle is of this step; the runs have twice as many", least=2)
-    dataset: str = knob("plays_char", "its folder in data_dir, made by prepare.py")
-    data_dir: str = knob("data", "the folder of all datasets, as in train.py")
+    to: str = setting("pieces.png", "the picture's file")
+    steps: int = setting(500, "the bundle is of this step; the runs have twice as many", least=2)
+    dataset: str = setting("plays_char", "its folder in data_dir, made by prepare.py")
+    data_dir: str = setting("data", "the folder of all datasets, as in train.py")
 
 
 def no_moments(at: int) -> None:
@@ -123,7 +123,7 @@ def measure(config: PiecesConfig, place: Path) -> tuple[History, dict[str, Histo
     for name, patch, _ in PIECES:
         out = place / name.replace(" ", "-")
         out.mkdir()
-        shutil.copy(generation_of(place / "undisturbed", at), out / "ckpt.pt")
+        shutil.copy(path_of(place / "undisturbed", at), out / "ckpt.pt")
         others[name] = run = trained(out, settings | {"init_from": "resume"}, patch, at)
         same = state(read_bundle(out / "ckpt.pt")) == final
         if name == "whole":
