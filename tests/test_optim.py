@@ -267,7 +267,7 @@ def test_muon_learns_faster_than_adamw(train, tmp_path):
 def test_changed_rates_are_printed_another_optimizer_refused(train, tmp_path):
     train(**MUON | {"max_iters": 10})
     before = bits(tmp_path / "out/ckpt.pt")
-    assert "optimizer=muon" in complaint(train(init_from="resume", optimizer="adamw", code=None))
+    assert "optimizer muon -> adamw" in complaint(train(init_from="resume", optimizer="adamw", code=None))
     assert bits(tmp_path / "out/ckpt.pt") == before
     done = train(init_from="resume", max_iters=11, muon_lr=0.001, decay_fraction=0.1,
                  lr_schedule="constant", muon_momentum=0.8)
@@ -286,7 +286,7 @@ def test_an_adamw_run_of_before_refuses_muon(train, tmp_path):
     for key in ("optimizer", "muon_lr", "lr_schedule"):
         del bundle["config"][key]
     checkpoint.write_bundle(bundle, path, checkpoint.Disk())
-    assert "optimizer=adamw" in complaint(train(init_from="resume", optimizer="muon", code=None))
+    assert "optimizer adamw -> muon" in complaint(train(init_from="resume", optimizer="muon", code=None))
     train(init_from="resume", max_iters=3)
 
 
