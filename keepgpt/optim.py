@@ -53,16 +53,24 @@ class Muon(AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update all parameters that have a gradient. Frees the gradients of the matrices."""
+        skip = None
+        if getattr(self, "found_inf", None) is not None:
+            skip = self.found_inf > 0
+            if skip.device.type == "cpu":  # the host decides; elsewhere it would have to wait
+                if skip:
+                    return
+                skip = None
         for group in self.param_groups:
             if "momentum" in group:
-                self.update_matrices(group)
+                self.update_matrices(group, skip)
                 for p in group["params"]:
                     p.grad = None  # AdamW skips a parameter without a gradient
         super().step(closure)
 
-    def update_matrices(self, group: dict) -> None:
-        """Update the parameters of a Muon group, all matrices of one shape at a time."""
-        lr, momentum, found_inf = group["lr"], group["momentum"], getattr(self, "found_inf", None)
+    def update_matrices(self, group: dict, skip: Tensor | None = None) -> None:
+        """Update the parameters of a Muon group, all matrices of one shape at a time, unless the
+        tensor `skip` is True."""
+        lr, momentum = group["lr"], group["momentum"]
         shapes = defaultdict(list)
         for p in group["params"]:
             if p.grad is None:
@@ -78,11 +86,10 @@ class Muon(AdamW):
             grad, old_mean = torch.stack(grads), torch.stack(means)  # (N, R, C)
             mean = old_mean.lerp(grad, 1 - momentum)
             update = orthogonalize(grad.lerp_(mean, momentum), self.dtype)  # Nesterov's momentum
-            update = update * (-lr * max(1, R / C) ** 0.5)
+            update = update.mul_(-lr * max(1, R / C) ** 0.5)
             decay = 1 - lr * group["weight_decay"]
-            if found_inf is not None:
-                # decided on the device. Adding -0 changes no bit, adding 0 changes -0.
-                skip = found_inf > 0
+            if skip is not None:
+                # adding -0 changes no bit, adding 0 would change -0
                 mean, update = mean.where(~skip, old_mean), update.where(~skip, -0.0)
                 decay = torch.where(skip, 1.0, decay)
             torch._foreach_copy_(means, mean.unbind())

@@ -136,27 +136,59 @@ def test_updates_of_tall_matrices_are_larger():
     torch.testing.assert_close(p, 2 * q.T)  # (64 / 16) ** 0.5
 
 
+def poison(model: GPT) -> list[dict]:
+    """Make all gradients NaN and one weight -0. Return a copy of the weights."""
+    model.transformer.h[0].mlp.c_fc.weight.data[0, 0] = -0.0
+    for p in model.parameters():
+        p.grad = torch.full_like(p, math.nan)
+    return copy.deepcopy(model.state_dict())
+
+
+def check_unchanged(model: GPT, before: dict) -> None:
+    """Check that the weights are `before`'s, bit for bit."""
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor.view(torch.int32), before[name].view(torch.int32)), name
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_found_inf_leaves_every_bit(optimizer):
     model = model_with_gradients()
     optimizer = make_optimizer(model, replace(CONFIG, optimizer=optimizer))
     optimizer.step()
-    model.transformer.h[0].mlp.c_fc.weight.data[0, 0] = -0.0
-    for p in model.parameters():
-        p.grad = torch.full_like(p, math.nan)
-    state = [model.state_dict(), optimizer.state_dict()["state"]]
-    before = copy.deepcopy(state)
+    before = poison(model)
+    state = copy.deepcopy(optimizer.state_dict()["state"])
     optimizer.found_inf = torch.ones(())
     optimizer.step()
-    assert torch.equal(torch.signbit(model.transformer.h[0].mlp.c_fc.weight),
-                       torch.signbit(before[0]["transformer.h.0.mlp.c_fc.weight"]))
-    torch.testing.assert_close([model.state_dict(), optimizer.state_dict()["state"]], before,
-                               rtol=0, atol=0)
+    check_unchanged(model, before)
+    torch.testing.assert_close(optimizer.state_dict()["state"], state, rtol=0, atol=0)
     optimizer.found_inf = torch.zeros(())
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     optimizer.step()
-    assert all((tensor != before[0][name]).any() for name, tensor in model.state_dict().items())
+    assert all((tensor != before[name]).any() for name, tensor in model.state_dict().items())
+
+
+@torch.no_grad()
+def test_a_skip_on_the_device_leaves_every_bit():
+    model = model_with_gradients()
+    optimizer = make_optimizer(model, CONFIG)
+    optimizer.step()
+    before = poison(model)
+    state = copy.deepcopy(optimizer.state_dict()["state"])
+    groups = [group for group in optimizer.param_groups if "momentum" in group]
+    for group in groups:
+        optimizer.update_matrices(group, torch.tensor(True))
+    check_unchanged(model, before)
+    torch.testing.assert_close(optimizer.state_dict()["state"], state, rtol=0, atol=0)
+    # and a step that is not skipped is the same with the tensor as without
+    results = []
+    for skip in (None, torch.tensor(False)):
+        model = model_with_gradients()
+        optimizer = make_optimizer(model, CONFIG)
+        for group in optimizer.param_groups[2:]:
+            optimizer.update_matrices(group, skip)
+        results.append([model.state_dict(), optimizer.state_dict()["state"]])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 def test_gradscaler_skips_an_overflow_and_goes_on():
