@@ -261,7 +261,7 @@ def test_muons_rate_and_momentum_follow_the_step():
 # runs
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_20_muon_steps_and_20_more_equal_40(train, tmp_path, ranks):
     train(out="whole", ranks=ranks, **MUON)
     train(out="parts", ranks=ranks, **MUON | {"max_iters": 20})
@@ -278,6 +278,7 @@ def test_20_muon_steps_and_20_more_equal_40(train, tmp_path, ranks):
         assert {"step", "exp_avg", "exp_avg_sq"} in states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_1_2_and_4_ranks_with_muon_are_bit_identical(train, tmp_path, dtype):
     flags = MUON | {"elastic": True, "gradient_accumulation_steps": 4, "dtype": dtype,
@@ -299,7 +300,8 @@ def test_muon_learns_faster_than_adamw(train, tmp_path):
 def test_changed_rates_are_printed_another_optimizer_refused(train, tmp_path):
     train(**MUON | {"max_iters": 10})
     before = bits(tmp_path / "out/ckpt.pt")
-    assert "optimizer muon -> adamw" in complaint(train(init_from="resume", optimizer="adamw", code=None))
+    done = train(init_from="resume", optimizer="adamw", code=None)
+    assert "optimizer muon -> adamw" in complaint(done)
     assert bits(tmp_path / "out/ckpt.pt") == before
     done = train(init_from="resume", max_iters=11, muon_lr=0.001, decay_fraction=0.1,
                  lr_schedule="constant", muon_momentum=0.8)
@@ -318,7 +320,8 @@ def test_an_adamw_run_of_before_refuses_muon(train, tmp_path):
     for key in ("optimizer", "muon_lr", "lr_schedule"):
         del bundle["config"][key]
     checkpoint.write_bundle(bundle, path, checkpoint.Disk())
-    assert "optimizer adamw -> muon" in complaint(train(init_from="resume", optimizer="muon", code=None))
+    done = train(init_from="resume", optimizer="muon", code=None)
+    assert "optimizer adamw -> muon" in complaint(done)
     train(init_from="resume", max_iters=3)
 
 
