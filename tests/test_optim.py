@@ -211,15 +211,17 @@ def test_gradscaler_skips_an_overflow_and_goes_on():
 # groups and schedules
 
 
-def test_the_groups_cover_the_model():
-    model = GPT(ARGS)
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
+def test_the_groups_cover_the_model(architecture):
+    qwen3 = {"bias": False, "architecture": "qwen3", "n_kv_head": 1, "tie_embeddings": False}
+    model = GPT(replace(ARGS, **qwen3) if architecture == "qwen3" else ARGS)
     groups = make_optimizer(model, CONFIG).param_groups
     kind = {id(p): (group.get("parts"), group["weight_decay"])
             for group in groups for p in group["params"]}
     assert sum(len(group["params"]) for group in groups) == len(kind) == len([*model.parameters()])
     for name, p in model.named_parameters():
-        matrix = ".h." in name and p.dim() == 2
-        parts = None if not matrix else 3 if "c_attn" in name else 1
+        in_block = ".h." in name or ".layers." in name
+        parts = None if not in_block or p.dim() == 1 else 3 if "c_attn" in name else 1
         assert kind[id(p)] == (parts, 0.1 if p.dim() == 2 else 0.0), name
     assert type(make_optimizer(model, TrainConfig())) is AdamW  # the default
 
@@ -327,7 +329,7 @@ def test_an_adamw_run_of_before_refuses_muon(train, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_half_precision_muon_run_resumes_exactly(train, tmp_path, dtype):
-    flags = MUON | {"dtype": dtype}
+    flags = MUON | {"dtype": dtype, "architecture": "qwen3"}
     train(out="whole", max_iters=20, **flags)
     train(out="parts", max_iters=10, **flags)
     train(out="parts", max_iters=20, init_from="resume")
