@@ -8,6 +8,10 @@
 # with a Ctrl-C, SIGTERM or SIGUSR1 of your own, and after three tries in a row that lived under a minute:
 # behind torchrun all failures look alike.
 set -u
+if [ $# -eq 0 ]; then
+    echo "usage: $0 COMMAND [ARGS ...]" >&2
+    exit 2
+fi
 child="" stopped="" short=0
 trap 'stopped=1' INT  # the terminal has sent it to the run as well
 trap 'stopped=1; [ -n "$child" ] && kill -TERM "$child"' TERM USR1
