@@ -21,7 +21,7 @@ from keepgpt.loader import Loader
 from keepgpt.optim import AdamW
 from keepgpt.process import EXIT_NOT_FINITE
 from model import GPT, KVCache, ModelArgs, generate
-from tools.bench.common import Shape, new_run
+from tools.bench import sides
 from train import compute_gradient, evaluate, halt_unless_healthy, update
 
 ARGS = ModelArgs(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=61, bias=True,
@@ -31,7 +31,8 @@ CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 
 
 def tiny_run(**settings):
-    return new_run(Shape(ARGS, 4), CPU, warmup_iters=0, **settings)
+    sides.SHAPES["tiny"] = vars(ARGS) | {"batch_size": 4, "warmup_iters": 0}
+    return sides.new_run("tiny", CPU, **settings)
 
 
 def on(run, device):

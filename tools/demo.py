@@ -1,6 +1,6 @@
 """Show the whole story in a few minutes: prepare, train, kill -9 half-way, resume, sample.
 
-    python -m tools.demo [config/x.py]      # or: make demo CONFIG=config/x.py
+usage: python -m tools.demo [config/x.py]      # or: make demo CONFIG=config/x.py
 
 Prints each command before it runs it. What an earlier demo made is used again; remove its out-demo
 folder to start from the beginning.
@@ -31,8 +31,8 @@ def start(*args: str) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen) -> None:
     """Wait for a script; exit with its code if it fails."""
-    if process.wait():
-        sys.exit(process.returncode)
+    if code := process.wait():
+        sys.exit(code)
 
 
 def read_step(out_dir: str) -> int:

@@ -1,9 +1,7 @@
 """Check and measure on a GPU: `python -m tools.gpu [--parts=checks,train] [--only=ROW]`.
 
-    machine     versions, the attention kernel, the rate of a matrix product
-    checks      resumed, killed and blown-up runs; snapshots; decode steps; two ranks; tree sums
-    train, sample, checkpoint
-                the parts of tools.bench, on the shapes for a GPU
+    checks  resumed, killed and blown-up runs; snapshots; decode steps; two ranks
+    train, sample, checkpoint: as in tools.bench, on the shapes for a GPU
 
 Each part takes --minutes at most and prints a row when it is ready. Each row has its own process;
 if one fails, the others continue and the exit code is 1. Numbers go to docs/measured.json. Needs no
@@ -16,22 +14,19 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.nn.attention import SDPBackend
 
 from keepgpt.checkpoint import generation_of, read_bundle
 from keepgpt.config import knob, parse
-from keepgpt.distributed import be_deterministic, pick_device, pick_dtype
+from keepgpt.distributed import pick_device
 from keepgpt.process import UserError, exit_with
 from model import GPT, ModelArgs, compile_decode, disable_cudnn_attention
 from tools import measure, runs
 from tools.bench import parts as bench
-from tools.measure import Row, seconds
-from train import sum_as_tree
+from tools.measure import Row
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "batch_size": 8,
         "gradient_accumulation_steps": 2, "dropout": 0.1, "learning_rate": 3e-3, "warmup_iters": 4,
@@ -42,11 +37,10 @@ CHECKS = {  # a row's name: the call that makes it
     "resume, bfloat16": "resume(device, dtype='bfloat16')",
     "snapshots while training": "snapshots(device)",
     "a loss that is not finite": "blow_up(device)",
-    "kill -9": "kill(device)",
+    "kill -9": "resume(device, kill=True)",
     "compiled decode steps, bfloat16": "compare_decode(device)",
     "resume, two ranks": "resume(device, ranks=2, backend='gloo')",
     "resume, elastic": "resume(device, elastic=True)",
-    "a tree in 1, 2, 4 branches": "branches(device)",
     "resume, float16": "resume(device, dtype='float16')",
     "resume, float32, not compiled": "resume(device, dtype='float32', compile=False)"}
 MEASURED = ("train", "sample", "checkpoint")
@@ -55,7 +49,7 @@ MEASURED = ("train", "sample", "checkpoint")
 @dataclass(frozen=True)
 class GpuConfig:
     """The settings of tools.gpu."""
-    parts: str = knob("machine,checks,train,sample,checkpoint", "the parts to run, in this order")
+    parts: str = knob("checks,train,sample,checkpoint", "the parts to run, in this order")
     only: str = knob("", "only rows whose name contains this")
     minutes: float = knob(9.5, "time limit of each part", least=0)
     rounds: int = knob(1, "rounds of a measurement; tables show medians", least=1)
@@ -66,19 +60,6 @@ class GpuConfig:
 # checks: each returns a row, or raises UserError
 
 
-@torch.no_grad()
-def machine(device: str) -> Row:
-    """Return versions, kernels, and the rate of one large matrix product."""
-    where = pick_device(device)
-    dtype, size = pick_dtype("auto", where), 8192 if where.type == "cuda" else 256
-    a = torch.randn(size, size, dtype=dtype, device=where)
-    q = torch.randn(8, 12, 1024, 64, dtype=dtype, device=where)
-    kernel = SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name
-    taken = min(seconds(lambda: [a @ a for _ in range(20)], where) for _ in range(5)) / 20
-    return {"CUDA": str(torch.version.cuda), "cuDNN": str(torch.backends.cudnn.version()),
-            "attention": kernel, "matrix product, TFLOP/s": 2 * size**3 / taken / 1e12}
-
-
 def check(equal: bool, what: str) -> Row:
     """Return the row of a comparison. Raises UserError if it failed."""
     if not equal:
@@ -86,18 +67,27 @@ def check(equal: bool, what: str) -> Row:
     return {"result": f"{what} are bit-identical"}
 
 
-def resume(device: str, ranks: int = 1, **flags: object) -> Row:
-    """Compare 40 steps with 20 steps and a resume. The first run evaluates before it trains, the
-    resumed one trains first."""
+def resume(device: str, ranks: int = 1, kill: bool = False, **flags: object) -> Row:
+    """Compare 40 steps with 20 steps and a resume, or with a run that is killed after a save. The
+    whole run evaluates before it trains, a resumed one trains first."""
     with tempfile.TemporaryDirectory() as name:
         whole, resumed = Path(name) / "whole", Path(name) / "resumed"
         flags = TINY | flags | {"device": device, "dataset": runs.prepare_source(Path(name))}
         if ranks > 1 and device == "cuda":
-            flags["device"] = "cuda:0"  # both ranks share it
+            flags["device"] = "cuda:0"  # the ranks share it
+        if kill:
+            flags |= {"max_iters": 400, "eval_interval": 200, "checkpoint_interval": 10}
         runs.run(flags | {"out_dir": whole}, ranks)
-        for steps in (20, 40):
-            runs.run(flags | {"out_dir": resumed, "max_iters": steps}, ranks)
-        return check(runs.read_end(whole) == runs.read_end(resumed), "40 and 20 + 20 steps")
+        flags["out_dir"] = resumed
+        if kill:
+            pid = runs.start(flags, ranks)
+            while runs.wait_for_exit(pid, 0.01) is None:
+                if (resumed / "ckpt.pt").exists():
+                    os.kill(pid, signal.SIGKILL)
+        else:
+            runs.run(flags | {"max_iters": 20}, ranks)
+        runs.run(flags, ranks)
+        return check(runs.read_end(whole) == runs.read_end(resumed), "a whole and a resumed run")
 
 
 def snapshots(device: str) -> Row:
@@ -134,27 +124,9 @@ def blow_up(device: str) -> Row:
     return {"result": f"exit code 3, ckpt.pt of step {bundle['step']} is finite"}
 
 
-def kill(device: str) -> Row:
-    """Send SIGKILL after a save, then run the same command again."""
-    with tempfile.TemporaryDirectory() as name:
-        whole, killed = Path(name) / "whole", Path(name) / "killed"
-        flags = TINY | {"device": device, "dataset": runs.prepare_source(Path(name)),
-                        "max_iters": 400, "eval_interval": 200, "checkpoint_interval": 10}
-        runs.run(flags | {"out_dir": whole}, ranks=1)
-        pid = runs.start(flags | {"out_dir": killed}, ranks=1)
-        while not (killed / "ckpt.pt").exists():
-            if runs.wait_for_exit(pid, 0.01) is not None:
-                raise UserError(f"train.py ended before its first save, see {killed}.log")
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        runs.wait_for_exit(pid)
-        runs.run(flags | {"out_dir": killed}, ranks=1)
-        return check(runs.read_end(whole) == runs.read_end(killed), "a killed and a whole run")
-
-
 @torch.inference_mode()
 def compare_decode(device: str) -> Row:
-    """Compare the logits of 50 compiled decode steps with those of plain ones; D is 64."""
+    """Compare the logits of 50 compiled decode steps with those of plain ones."""
     torch.manual_seed(0)
     where, args = pick_device(device), ModelArgs(4, 4, 256, 128, 512, bias=True, dropout=0.0)
     model = GPT(args).to(where, torch.bfloat16).eval()
@@ -176,38 +148,8 @@ def compare_decode(device: str) -> Row:
     return {"result": verdict}
 
 
-def branches(device: str) -> Row:
-    """Compare the elastic=True gradient of 8 micro-batches on one rank with that of 2 and 4 ranks,
-    simulated in turn."""
-    be_deterministic()
-    torch.manual_seed(0)
-    where = pick_device(device)
-    model = GPT(ModelArgs(4, 4, 256, 64, 512, bias=False, dropout=0.1)).to(where)
-    x, y = torch.randint(512, (2, 8, 4, 64), device=where)
-
-    def add_gradient(m: int) -> None:
-        torch.manual_seed(m)
-        with torch.autocast(where.type, torch.bfloat16):
-            loss = model(x[m], y[m])
-        loss.backward()
-
-    def sum_over(ranks: int) -> list[torch.Tensor]:
-        share = 8 // ranks
-        sums = [sum_as_tree(model, add_gradient, first, first + share)
-                for first in range(0, 8, share)]
-        while len(sums) > 1:  # as the exchanges between ranks do
-            sums = [[a + b for a, b in zip(*pair)] for pair in zip(sums[::2], sums[1::2])]
-        return sums[0]
-
-    one, *others = (sum_over(ranks) for ranks in (1, 2, 4))
-    return check(all(torch.equal(a, b) for other in others for a, b in zip(one, other)),
-                 "sums on 1, 2 and 4 ranks")
-
-
 def list_calls(part: str, config: GpuConfig) -> dict[str, str]:
     """Return the rows of a part by name, each as the expression for `measure.call`."""
-    if part == "machine":
-        return {"": f"gpu.machine({config.device!r})"}
     if part == "checks":
         return {name: "gpu." + call.replace("device", repr(config.device), 1)
                 for name, call in CHECKS.items()}
@@ -236,7 +178,7 @@ def run_part(part: str, config: GpuConfig) -> Iterator[tuple[str, Row]]:
 
 def main(config: GpuConfig) -> int:
     """Run the parts and return the exit code. Raises UserError and OSError."""
-    known = ("machine", "checks", *MEASURED)
+    known = ("checks", *MEASURED)
     if unknown := [part for part in config.parts.split(",") if part not in known]:
         raise UserError(f"--parts={unknown[0]}: expected some of {','.join(known)}")
     if config.device != "cpu" and not torch.cuda.is_available():

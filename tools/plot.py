@@ -41,7 +41,7 @@ class History:
         return x, np.interp(self.evaluated["step"], [0, *step], [0, *x])
 
 
-def read_run(folder: str) -> History:
+def read_run(folder: str | Path) -> History:
     """Read a run's metrics.jsonl. Raises UserError if it is missing or corrupt."""
     path = Path(folder) / "metrics.jsonl"
     try:
@@ -61,15 +61,15 @@ def read_run(folder: str) -> History:
         raise UserError(f"{path}: no row yet; the first evaluation writes one")
     columns = [dict(zip(keys, np.array(rows).reshape(-1, len(keys)).T))
                for keys, rows in ((LOGGED, logged), (EVALUATED, evaluated))]
-    return History(folder, *columns)
+    return History(str(folder), *columns)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
     """Return the mean over a fiftieth of the values around each one; over fewer at the ends."""
-    width = len(values) // 50 // 2 * 2 + 1
-    total, count = (np.convolve(x, np.ones(width))[width // 2:][:len(values)]
-                    for x in (np.append(values, 0), np.ones(len(values) + 1)))
-    return total[:len(values)] / count[:len(values)]
+    width, n = len(values) // 50 // 2 * 2 + 1, len(values)
+    total, count = (np.convolve([*x, 0], np.ones(width))[width // 2:][:n]
+                    for x in (values, np.ones(n)))
+    return total / count
 
 
 def draw(histories: list[History], axis: str) -> Any:

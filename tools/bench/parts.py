@@ -47,20 +47,15 @@ def measure_step(name: str, config: BenchConfig, _folder: Path) -> Row:
     args = f"({name!r}, {config.device!r})"
     t = compare(config.rounds, f"sides.train_ours{args}", plain=f"sides.train_plain{args}",
                 transformers=f"sides.train_transformers{args}")
-    row, (settings, model_args) = list_times(t, "ms", 1e3), sides.make_settings(name)
+    settings, model_args = sides.make_settings(name)
+    row = {"keepGPT, ms": 1e3 * t["ours"]}
+    for side, title in (("plain", "plain PyTorch"), ("transformers", "Transformers")):
+        if side in t:
+            row |= {f"{title}, ms": 1e3 * t[side], f"{title} / keepGPT": t[side] / t["ours"]}
     row["tokens/s"] = settings.tokens_per_step / t["ours"]
     if peak := peak_flops(pick_device(config.device)):
         with torch.device("meta"):
             row["MFU"] = GPT(model_args).flops_per_token() * row["tokens/s"] / peak
-    return row
-
-
-def list_times(t: dict[str, float], unit: str, factor: float) -> Row:
-    """Return the times of the sides, and how many times as long as keepGPT each peer takes."""
-    row = {f"keepGPT, {unit}": factor * t["ours"]}
-    for side, title in (("plain", "plain PyTorch"), ("transformers", "Transformers")):
-        if side in t:
-            row |= {f"{title}, {unit}": factor * t[side], f"{title} / keepGPT": t[side] / t["ours"]}
     return row
 
 
@@ -69,7 +64,10 @@ def measure_sampling(name: str, config: BenchConfig, _folder: Path) -> Row:
     args = f"({name!r}, {config.device!r})"
     t = compare(config.rounds, f"sides.sample_ours{args}",
                 transformers=f"sides.sample_transformers{args}")
-    return {"keepGPT, tokens/s": 1 / t["ours"]} | list_times(t, "ms/token", 1e3)
+    row = {"keepGPT, tokens/s": 1 / t["ours"]}
+    if peer := t.get("transformers"):
+        row |= {"Transformers, tokens/s": 1 / peer, "keepGPT / Transformers": peer / t["ours"]}
+    return row
 
 
 def measure_save(name: str, config: BenchConfig, folder: Path) -> Row:
