@@ -1,4 +1,5 @@
 """power: each state of the disk that a power cut during a save may leave."""
+import copy
 import io
 import itertools
 import random
@@ -56,6 +57,10 @@ class Volume:
         older, n = max(0, len(self.pending) - 10), min(10, len(self.pending))
         return [(True,) * older + last for last in itertools.product((False, True), repeat=n)]
 
+    def list_tears(self) -> tuple[str, ...]:
+        """Return what may become of the files."""
+        return TEARS if self.files != self.synced else TEARS[:1]
+
     def cut_power(self, subset: tuple, tear: str, rng: random.Random) -> dict[str, bytes]:
         """Return the content of each file when the power is back."""
         names = self.durable.copy()
@@ -79,15 +84,15 @@ class Volume:
 
 
 def replay(log: list) -> Iterator[tuple[str, Volume, int, int]]:
-    """Yield after each operation its name, the volume, and how many saves are durable and how many
-    have started."""
+    """Yield after each operation its name, a copy of the volume, and how many saves are durable
+    and how many have started."""
     volume, names, durable = Volume(), [name for name, _, _ in log], 0
     for i, (name, args, result) in enumerate(log):
         volume.apply(name, args, result)
         started, rest = names[:i].count("saved") + 1, names[i + 1:names.index("saved", i)]
         if name == "saved" or name == "fsync_folder" and name not in rest:
             durable = started
-        yield name, volume, durable, started
+        yield name, copy.deepcopy(volume), durable, started
 
 
 def power(part: Part, place: Path) -> str:
@@ -100,26 +105,23 @@ def power(part: Part, place: Path) -> str:
         disk.log.append(("saved", [], None))
         states.append(runs.state_of(bundle))
         bests.append(states[-1] if best else bests[-1])
-    cases, distinct, left = [], set(), place / "left"
-    for i, (name, volume, _, _) in enumerate(replay(disk.log)):
-        tears = TEARS if volume.files != volume.synced else TEARS[:1]
-        cases += [(i, name, *how) for how in itertools.product(volume.list_subsets(), tears)]
-    chosen = part.choose([name != "write" for _, name, _, _ in cases], few=1000)
-    for i, (name, volume, durable, started) in enumerate(replay(disk.log)):
-        allowed = {"ckpt.pt": {states[durable], states[started]},
-                   "best.pt": {bests[durable], bests[started]}}
-        while chosen and cases[chosen[0]][0] == i:
-            number, problem = chosen.pop(0), ""
-            files = volume.cut_power(*cases[number][2:], part.rng(number))
-            if (key := runs.digest([sorted(files.items()), durable, started])) not in distinct:
-                distinct.add(key)
-                shutil.rmtree(left, ignore_errors=True)
-                left.mkdir()
-                for path, content in files.items():
-                    (left / path).write_bytes(content)
-                with redirect_stderr(io.StringIO()):
-                    problem = check_folder(left, allowed, (states[started], bests[started]),
-                                           min(durable, KEEP))
-            part.count(number, problem and f"a cut after operation {i}, {name}, that leaves "
-                                           f"{', '.join(sorted(files))}: {problem}")
+    cases = [(*instant, *how) for instant in replay(disk.log)
+             for how in itertools.product(instant[1].list_subsets(), instant[1].list_tears())]
+    distinct, left = set(), place / "left"
+    for number in part.choose([name != "write" for name, *_ in cases], few=1000):
+        name, volume, durable, started, subset, tear = cases[number]
+        files, problem = volume.cut_power(subset, tear, part.rng(number)), ""
+        if (key := runs.digest([sorted(files.items()), durable, started])) not in distinct:
+            distinct.add(key)
+            shutil.rmtree(left, ignore_errors=True)
+            left.mkdir()
+            for path, content in files.items():
+                (left / path).write_bytes(content)
+            allowed = {"ckpt.pt": {states[durable], states[started]},
+                       "best.pt": {bests[durable], bests[started]}}
+            with redirect_stderr(io.StringIO()):
+                problem = check_folder(left, allowed, (states[started], bests[started]),
+                                       min(durable, KEEP))
+        part.count(number, problem and f"a cut after {name} of save {started} leaves "
+                                       f"{', '.join(sorted(files))}: {problem}")
     return f"of {len(cases):,} states after a power cut, {len(distinct):,} distinct ones"
