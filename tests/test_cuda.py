@@ -1,5 +1,5 @@
-"""What concerns a GPU, as far as a machine without one can show: compiled graphs, fake CUDA
-tensors, the order of streams, and what the host decides."""
+"""The GPU code, as far as a machine without one can test it: compiled graphs, fake CUDA tensors,
+the order of streams, and decisions of the host."""
 import copy
 import math
 from dataclasses import replace
@@ -179,7 +179,7 @@ def test_mps_makes_no_update_that_is_not_finite():
 
 
 def gradient_on_cpu(run):
-    """Its gradient, while it is no run on MPS."""
+    """Its gradient, computed while the run is on the CPU."""
     device = run.ranks.device
     losses = compute_gradient(on(run, CPU))
     on(run, device)
@@ -223,7 +223,7 @@ def test_only_pinned_batches_are_not_waited_for(device, monkeypatch):
 
 
 class Streams:
-    """In the place of torch.cuda: writes down what is asked of it, in order."""
+    """Replaces torch.cuda: logs each call, in order."""
 
     def __init__(self, monkeypatch):
         self.log, self.now = [], "current"
@@ -307,7 +307,7 @@ def test_the_host_copy_of_a_bundle_is_one_block_of_its_size(tmp_path):
 
 class SliceByOperators(TorchFunctionMode):
     """Python's own slicing asks for the real device. In a CUDA build of torch 2.6 so do an
-    embedding, and a LayerNorm of what is not contiguous."""
+    embedding, and a LayerNorm of a tensor that is not contiguous."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.nn.functional.embedding:
@@ -379,7 +379,7 @@ def test_a_snapshot_of_cuda_tensors_is_on_the_host(fake, tmp_path, monkeypatch):
         assert p.device == CPU and p.shape == live[name].shape and p.dtype == live[name].dtype
 
 
-# generation and peaks
+# sampling and peaks
 
 
 def test_generation_leaves_out_cudnn_s_attention_and_training_does_not(monkeypatch):

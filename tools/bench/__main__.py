@@ -1,4 +1,4 @@
-"""Measure, or show what was measured: `python -m tools.bench PART ... [--only=ROW]`; --help lists
+"""Measure, or rewrite the tables of measurements: `python -m tools.bench PART ... [--only=ROW]`; --help lists
 the settings.
 
     train       a training step, against plain PyTorch and Transformers
