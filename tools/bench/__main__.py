@@ -1,5 +1,5 @@
-"""Measure, or rewrite the tables of measurements: `python -m tools.bench PART ... [--only=ROW]`; --help lists
-the settings.
+"""Measure: `python -m tools.bench PART ... [--only=ROW]`, or rewrite the tables of the pages:
+`python -m tools.bench tables`; --help lists the settings.
 
     train       a training step, against plain PyTorch and Transformers
     sample      tokens of one sequence, against Transformers
@@ -7,12 +7,11 @@ the settings.
     loader      batches from a file of 10 GB
     prepare     text to tokens, against tiktoken alone
     startup     time to the first step, to --help and to an error message
-    memory      peak memory of GPT-2 124M
+    memory      peak host memory of GPT-2 124M
     elastic     elastic=True against DDP, on several ranks
-    tables      rewrite the tables in docs/ from docs/measured.json, and measure nothing
 
 Sides alternate, each round in a new process; a row holds medians. Bare numbers go to
-docs/measured.json.
+docs/measured.json, and `tables` writes them to docs/BENCHMARKS.md and docs/DISTRIBUTED.md.
 """
 import sys
 from pathlib import Path

@@ -147,12 +147,10 @@ def measure_loader(config: BenchConfig, folder: Path) -> Row:
             "memory growth over 1,000 batches, MB": max(growth) / 1e6}
 
 
-def run_script(folder: Path, *args: object) -> tuple[float, float]:
-    """Run a script of this repository. Return its seconds and its peak memory in bytes."""
-    taken = seconds(lambda: subprocess.run(
-        [sys.executable, "-m", "tools.bench.peak", folder / "peak", *map(str, args)], cwd=REPO,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL), CPU)
-    return taken, int((folder / "peak0").read_text())
+def time_script(*args: object) -> float:
+    """Run a script of this repository and return its seconds."""
+    return seconds(lambda: subprocess.run([sys.executable, *map(str, args)], cwd=REPO,
+                                          capture_output=True), CPU)
 
 
 def measure_prepare(config: BenchConfig, folder: Path) -> Row:
@@ -169,12 +167,11 @@ def measure_prepare(config: BenchConfig, folder: Path) -> Row:
             encoding.encode_ordinary_batch(chunks[i:i + 2 * cores], num_threads=cores)
 
     for i in range(config.rounds):
-        ours.append(run_script(folder, "prepare.py", folder / "text.txt", f"--name=set{i}",
-                               f"--data_dir={folder}"))
+        ours.append(time_script("prepare.py", folder / "text.txt", f"--name=set{i}",
+                                f"--data_dir={folder}"))
         peer.append(seconds(encode, CPU))
-    size, taken, alone = len(text.encode()) / 1e6, median(s for s, _ in ours), median(peer)
-    return {"`prepare.py`, MB/s": size / taken, "tiktoken alone, MB/s": size / alone,
-            "memory, MB": max(peak for _, peak in ours) / 1e6}
+    size = len(text.encode()) / 1e6
+    return {"`prepare.py`, MB/s": size / median(ours), "tiktoken alone, MB/s": size / median(peer)}
 
 
 def measure_startup(config: BenchConfig, folder: Path) -> Row:
@@ -189,23 +186,26 @@ def measure_startup(config: BenchConfig, folder: Path) -> Row:
                             ("`import torch` alone, s", ["-c", "import torch"]),
                             ("`--help`, s", ["train.py", "--help"]),
                             ("an error for a wrong flag, s", ["train.py", "--n_layr=3"])):
-            times[title].append(seconds(lambda args=args: subprocess.run(
-                [sys.executable, *args], cwd=REPO, capture_output=True), CPU))
+            times[title].append(time_script(*args))
     return {title: median(values) for title, values in times.items()}
 
 
 def measure_memory(config: BenchConfig, folder: Path) -> Row:
-    """Measure the peak memory of GPT-2 124M: on the host, or on CUDA that of the device."""
-    subprocess.run([sys.executable, "prepare.py", "train.py", "model.py", "--name=source",
-                    f"--data_dir={folder}"], cwd=REPO, check=True, stdout=subprocess.DEVNULL)
+    """Measure the peak host memory of GPT-2 124M."""
+    time_script("prepare.py", "train.py", "model.py", "--name=source", f"--data_dir={folder}")
     where = {"out_dir": folder / "out", "device": pick_device(config.device)}
     flags = where | {"dataset": folder / "source", "init_from": "auto", "batch_size": 1,
                      "gradient_accumulation_steps": 1, "checkpoint_interval": 1, "eval_iters": 1}
     commands = {"training with saves, GB": ["train.py", *runs.to_flags(flags | {"max_iters": 3})],
                 "resuming, GB": ["train.py", *runs.to_flags(flags | {"max_iters": 6})],
                 "sampling, GB": ["sample.py", *runs.to_flags(where), "--num_samples=1",
-                                "--max_new_tokens=48"]}
-    return {name: run_script(folder, *args)[1] / 1e9 for name, args in commands.items()}
+                                 "--max_new_tokens=48"]}
+    peaks = {}
+    for title, args in commands.items():
+        process = subprocess.Popen([sys.executable, *args], cwd=REPO, stdout=subprocess.DEVNULL)
+        usage = os.wait4(process.pid, 0)[2]
+        peaks[title] = usage.ru_maxrss * 1024 / 1e9
+    return peaks
 
 
 def measure_elastic(ranks: int, config: BenchConfig, folder: Path) -> Row:
@@ -214,22 +214,16 @@ def measure_elastic(ranks: int, config: BenchConfig, folder: Path) -> Row:
              "gradient_accumulation_steps": 8, "max_iters": 6, "eval_interval": 100,
              "eval_iters": 1, "warmup_iters": 1, "device": "cpu",
              "dataset": runs.prepare_source(folder)}
-    found = defaultdict(list)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    times = defaultdict(list)
     for i in range(config.rounds):
         for side in ("DDP", "elastic"):
             out = folder / f"{side}{i}"
-            subprocess.run(
-                [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                 f"--nproc_per_node={ranks}", "-m", "tools.bench.peak", f"{out}.peak", "train.py",
-                 *runs.to_flags(flags | {"out_dir": out, "elastic": side == "elastic"})],
-                cwd=REPO, check=True, capture_output=True,
-                env=os.environ | {"OMP_NUM_THREADS": "1"})
+            runs.run(flags | {"out_dir": out, "elastic": side == "elastic"}, ranks)
             rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
             speeds = [row["tokens_per_s"] for row in rows if "loss" in row][1:]
-            found[f"{side}, s/step"].append(2 * 8 * 256 / median(speeds))
-            found[f"{side}, GB/rank"].append(max(int(path.read_text()) for path in
-                                           folder.glob(f"{side}{i}.peak*")) / 1e9)
-    return {title: median(values) for title, values in found.items()}
+            times[f"{side}, s/step"].append(2 * 8 * 256 / median(speeds))
+    return {title: median(values) for title, values in times.items()}
 
 
 PARTS: dict[str, dict[str, Callable[[BenchConfig, Path], Row]]] = {
