@@ -64,8 +64,6 @@ def test_a_side_that_fails_is_left_out():
     assert measure.compare(2, "0.5", one="0.25", other="1 / 0") == {"ours": 0.5, "one": 0.25}
     with pytest.raises(UserError, match="ZeroDivisionError"):
         measure.compare(1, "1 / 0")
-    with pytest.raises(UserError):
-        measure.call("__import__('time').sleep(60)", time_limit=0.1)
 
 
 def test_transformers_gpt2_stands_for_gpt2_only(monkeypatch):
@@ -82,7 +80,7 @@ def call_in_small(expression: str) -> object:
     return eval(expression, {"gpu": gpu, "parts": parts, "sides": sides})
 
 
-def call_in_fork(expression: str, *_args, **_limits) -> object:
+def call_in_fork(expression: str, as_script: bool = True) -> object:
     """Replace measure.call."""
     with get_context("fork").Pool(1) as pool:  # a side may change its process
         return pool.apply(call_in_small, (expression,))
@@ -106,8 +104,7 @@ def test_a_part_measures_each_side(part, monkeypatch, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("part", ["loader", "startup", "elastic"])
 def test_a_part_gives_numbers(part, tmp_path):
-    row = parts.list_rows(part, parts.BenchConfig(device="cpu"))[0]
-    config = parts.BenchConfig(rounds=1, device="cpu", folder=str(tmp_path))
+    row, config = [*parts.PARTS[part]][0], parts.BenchConfig(1, device="cpu", folder=str(tmp_path))
     assert all(value >= 0 for value in parts.measure(part, row, config).values())
 
 
@@ -154,13 +151,12 @@ def test_runs_that_differ_or_fail_are_noticed(monkeypatch):
         gpu.resume("cpu")
 
 
-def test_a_row_that_fails_leaves_the_others(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(gpu, "list_calls", lambda part, _config: {
-        "bad": "1 / 0", "good": "{'result': 'equal'}"})
+def test_a_row_that_fails_leaves_the_others(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "CHECKS", {"bad": "nosuch()", "good": "Path().__dir__() and {}"})
     config = gpu.GpuConfig("checks", device="cpu", json=str(tmp_path / "rows.json"))
     assert gpu.main(config) == 1
     rows = json.loads((tmp_path / "rows.json").read_text())["gpu checks"]
-    assert rows.keys() == {"good"} and rows["good"]["numbers"] == {"result": "equal"}
+    assert rows.keys() == {"good"} and rows["good"]["numbers"] == {}
     assert gpu.main(replace(config, only="good")) == 0
     assert gpu.main(replace(config, minutes=0)) == 0
-    assert capsys.readouterr().out.count("no time left") == 2
+    assert json.loads((tmp_path / "rows.json").read_text())["gpu checks"] == rows

@@ -11,9 +11,6 @@ import os
 import signal
 import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,50 +146,30 @@ def compare_decode(device: str) -> Row:
 
 
 def list_calls(part: str, config: GpuConfig) -> dict[str, str]:
-    """Return the rows of a part by name, each as the expression for `measure.call`."""
+    """Return the rows of a part by name, each as an expression for a process of its own."""
     if part == "checks":
-        return {name: "gpu." + call.replace("device", repr(config.device), 1)
-                for name, call in CHECKS.items()}
-    settings = bench.BenchConfig(rounds=config.rounds, device=config.device)
-    return {name: f"parts.measure({part!r}, {name!r}, parts.{settings})"
-            for name in bench.list_rows(part, settings)}
-
-
-def run_part(part: str, config: GpuConfig) -> Iterator[tuple[str, Row]]:
-    """Yield the rows when they are ready; checks run in parallel, as they wait for compilers."""
-    deadline = time.monotonic() + 60 * config.minutes
-
-    def ask(call: str) -> Row:
-        left = deadline - time.monotonic()
-        try:
-            return measure.call(call, time_limit=left) if left > 0 else {"result": "no time left"}
-        except UserError as e:
-            return {"result": f"FAILED: {e}"}
-
-    with ThreadPoolExecutor(6 if part == "checks" else 1) as pool:
-        asked = {pool.submit(ask, call): name for name, call in list_calls(part, config).items()
-                 if config.only in name}
-        for done in as_completed(asked):
-            yield asked[done], done.result()
+        calls = {name: "gpu." + call.replace("device", repr(config.device), 1)
+                 for name, call in CHECKS.items()}
+    else:
+        calls = bench.list_calls(part, bench.BenchConfig(rounds=config.rounds,
+                                                         device=config.device))
+    return {name: call for name, call in calls.items() if config.only in name}
 
 
 def main(config: GpuConfig) -> int:
     """Run the parts and return the exit code. Raises UserError and OSError."""
-    known = ("checks", *MEASURED)
-    if unknown := [part for part in config.parts.split(",") if part not in known]:
-        raise UserError(f"--parts={unknown[0]}: expected some of {','.join(known)}")
+    parts, known = config.parts.split(","), ("checks", *MEASURED)
+    if set(parts) - set(known):
+        raise UserError(f"--parts={config.parts}: expected some of {','.join(known)}")
     if config.device != "cpu" and not torch.cuda.is_available():
         raise UserError("no CUDA device found. Try: python -m tools.bench")
-    machine, code = measure.describe_machine(pick_device(config.device)), 0
+    machine = measure.describe_machine(pick_device(config.device))
     print(*machine.values(), sep=", ")
-    for part in config.parts.split(","):
-        for name, row in run_part(part, config):
-            print("", *measure.format_table(part, {name: row}), sep="\n", flush=True)
-            if str(row.get("result", "")).startswith("FAILED"):
-                code = 1
-            else:
-                measure.record(Path(config.json), f"gpu {part}", name, row, machine)
-    return code
+    # checks run in parallel, as they wait for compilers
+    passed = [measure.run_rows(f"gpu {part}", list_calls(part, config), Path(config.json), machine,
+                               config.minutes, workers=6 if part == "checks" else 1)
+              for part in parts]
+    return 0 if all(passed) else 1
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from datetime import date
 from pathlib import Path
@@ -91,30 +92,71 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def call(expression: str, as_script: bool = True, time_limit: float | None = None) -> Any:
+def kill_session(process: subprocess.Popen) -> None:
+    """Kill a process that leads a session, and all that it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def call(expression: str, as_script: bool = True) -> Any:
     """Return the value of an expression over tools.bench.parts, tools.bench.sides and tools.gpu,
     evaluated in a new process. `as_script` prepares it like keepGPT's scripts. Raises UserError if
-    it fails or takes longer than `time_limit` seconds."""
+    it fails."""
+    return wait_for_value(start_call(expression, as_script), None)
+
+
+def start_call(expression: str, as_script: bool = True, **options: Any) -> subprocess.Popen:
+    """Start a process that prints the value of an expression as JSON."""
     prepare = "from keepgpt.process import prepare_process\nprepare_process()\n"
     program = (prepare if as_script else "") + (
         "import json\nfrom tools import gpu\nfrom tools.bench import parts, sides\n"
         f"print(json.dumps({expression}))")
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=REPO, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               start_new_session=time_limit is not None)
-    try:
-        out, err = process.communicate(timeout=time_limit)
-    except subprocess.TimeoutExpired:
-        raise UserError("no time is left") from None
-    finally:
-        if time_limit is None:
-            process.kill()
-        else:  # and all that it has started
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.Popen([sys.executable, "-c", program], cwd=REPO, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def wait_for_value(process: subprocess.Popen, time_limit: float | None) -> Any:
+    """Return the value that a process prints. Raises UserError if it fails, and
+    subprocess.TimeoutExpired."""
+    out, err = process.communicate(timeout=time_limit)
     if process.returncode:
         raise UserError((err.strip().splitlines() or ["no output"])[-1])
     return json.loads(out.splitlines()[-1])
+
+
+def run_rows(part: str, calls: dict[str, str], path: Path, machine: dict[str, str],
+             minutes: float, workers: int = 1) -> bool:
+    """Evaluate the expression of each row in a process of its own, `workers` at a time and for
+    `minutes` in all; print and record each row when it is ready. Return False if one failed."""
+    deadline, started, passed = time.monotonic() + 60 * minutes, [], True
+
+    def measure(expression: str) -> Row:
+        process = start_call(expression, start_new_session=True)
+        started.append(process)
+        try:
+            return wait_for_value(process, max(0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            return {"not measured": "no time is left"}
+        except UserError as e:
+            return {"FAILED": str(e)}
+        finally:
+            kill_session(process)
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            names = {pool.submit(measure, call): name for name, call in calls.items()}
+            for done in as_completed(names):
+                row = done.result()
+                print("", *format_table(part, {names[done]: row}), sep="\n", flush=True)
+                passed &= "FAILED" not in row
+                if not {"FAILED", "not measured"} & row.keys():
+                    record(path, part, names[done], row, machine)
+        except BaseException:  # Ctrl-C, or a full disk
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in started:
+                kill_session(process)
+            raise
+    return passed
 
 
 def compare(rounds: int, ours: str, **peers: str) -> dict[str, float]:

@@ -23,34 +23,33 @@ from tools import measure
 from tools.bench import parts as bench
 
 
-def main(config: bench.BenchConfig, parts: list[str]) -> None:
-    """Measure the parts, or rewrite the tables. Raises UserError and OSError."""
+def main(config: bench.BenchConfig, parts: list[str]) -> int:
+    """Measure the parts, or rewrite the tables. Return the exit code. Raises UserError and
+    OSError."""
     path = measure.REPO / config.json
     if parts == ["tables"]:
         records = measure.read_records(path)
         for page in measure.PAGES:
             text = measure.update_page(page.read_text(encoding="utf-8"), records)
             write_atomically(page, text.encode())
-        return
+        return 0
     if not parts or set(parts) - set(bench.PARTS):
         raise UserError(f"expected tables, or some of {', '.join(bench.PARTS)}; "
                         f"got {' '.join(parts) or 'none'}")
     if config.folder and not Path(config.folder).is_dir():
         raise UserError(f"--folder={config.folder}: no such folder")
-    rows = [(part, row) for part in parts for row in bench.list_rows(part, config)]
+    calls = {part: bench.list_calls(part, config) for part in parts}
     machine = measure.describe_machine(pick_device(config.device))
     print(*machine.values(), sep=", ")
-    for part, name in rows:
-        row = measure.call(f"parts.measure({part!r}, {name!r}, parts.{config})")
-        measure.record(path, part, name, row, machine)
-        print("", *measure.format_table(part, {name: row}), sep="\n", flush=True)
+    passed = [measure.run_rows(part, calls[part], path, machine, minutes=10_000) for part in parts]
+    return 0 if all(passed) else 1
 
 
 if __name__ == "__main__":
     CONFIG, _, ARGS = parse(bench.BenchConfig, f"python -m tools.bench {' | '.join(bench.PARTS)} | "
                                                "tables [--key=value ...]", sys.argv[1:])
     try:
-        main(CONFIG, ARGS)
+        sys.exit(main(CONFIG, ARGS))
     except UserError as e:
         exit_with(e)
     except OSError as e:

@@ -239,15 +239,15 @@ PARTS: dict[str, dict[str, Callable[[BenchConfig, Path], Row]]] = {
     "elastic": {f"ranks: {ranks}": partial(measure_elastic, ranks) for ranks in (1, 2, 4)}}
 
 
-def list_rows(part: str, config: BenchConfig) -> list[str]:
-    """Return the names of a part's rows: the one of --only, or those for the device. Raises
-    UserError."""
-    if config.only:
-        if config.only not in PARTS[part]:
-            raise UserError(f"--only={config.only}: expected one of {'; '.join(PARTS[part])}")
-        return [config.only]
+def list_calls(part: str, config: BenchConfig) -> dict[str, str]:
+    """Return the rows of a part by name, each as an expression for a process of its own: the row of
+    --only, or those for the device. Raises UserError."""
+    if config.only and config.only not in PARTS[part]:
+        raise UserError(f"--only={config.only}: expected one of {'; '.join(PARTS[part])}")
     cuda = pick_device(config.device).type == "cuda"
-    return [row for row in PARTS[part] if cuda or ", batch " not in row]
+    rows = [config.only] if config.only else [
+        row for row in PARTS[part] if cuda or ", batch " not in row]
+    return {row: f"parts.measure({part!r}, {row!r}, parts.{config})" for row in rows}
 
 
 def measure(part: str, row: str, config: BenchConfig) -> Row:
