@@ -17,7 +17,7 @@ class WithoutFsync:
     def __getattr__(self, name):
         return (lambda file: None) if name == "fsync" else getattr(self.disk, name)
 checkpoint.write_bundle = lambda bundle, path, disk: write(bundle, path, WithoutFsync(disk))"""
-BROKEN = {  # a name that starts with a part: statements that break what it checks
+BROKEN = {  # a name that starts with a part: statements that break the code it checks
     "kill": "from keepgpt import optim\noptim.AdamW.load_state_dict = lambda *args: None",
     "nth": "checkpoint.remove_leftovers = lambda *args: None",
     "nth, write in place": """

@@ -63,7 +63,7 @@ def format_cell(value: float | str) -> str:
 
 
 def format_table(part: str, rows: dict[str, Row]) -> list[str]:
-    """Return the lines of a Markdown table; "-" stands for what a row lacks."""
+    """Return the lines of a Markdown table; "-" stands for a missing number."""
     titles = list(dict.fromkeys(title for row in rows.values() for title in row))
     return [f"| {' | '.join([part, *titles])} |", "|" + "---|" * (len(titles) + 1),
             *(f"| {' | '.join([name, *(format_cell(row.get(title, '-')) for title in titles)])} |"

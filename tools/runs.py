@@ -137,7 +137,7 @@ def state_of(bundle: dict[str, Any]) -> str:
 
 
 def read_state(path: Path) -> str:
-    """Return the state in a checkpoint file, "corrupt", or "" if there is no such file."""
+    """Return the state in a checkpoint file, "corrupt", or "" if it does not exist."""
     if not path.exists():
         return ""
     content = hashlib.sha256(path.read_bytes()).hexdigest()

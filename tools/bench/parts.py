@@ -62,9 +62,13 @@ def measure_step(name: str, config: BenchConfig, _folder: Path) -> Row:
 def measure_sampling(name: str, config: BenchConfig, _folder: Path) -> Row:
     """Time the tokens of one sequence, against Transformers."""
     args = f"({name!r}, {config.device!r})"
-    t = compare(config.rounds, f"sides.sample_ours{args}",
-                transformers=f"sides.sample_transformers{args}")
+    peers = {"transformers": f"sides.sample_transformers{args}"}
+    if pick_device(config.device).type == "cuda":
+        peers["compiled"] = f"sides.sample_ours({name!r}, {config.device!r}, compile=True)"
+    t = compare(config.rounds, f"sides.sample_ours{args}", **peers)
     row = {"keepGPT, tokens/s": 1 / t["ours"]}
+    if "compiled" in t:
+        row["keepGPT compiled, tokens/s"] = 1 / t["compiled"]
     if peer := t.get("transformers"):
         row |= {"Transformers, tokens/s": 1 / peer, "keepGPT / Transformers": peer / t["ours"]}
     return row

@@ -90,10 +90,10 @@ def check_folder(folder: Path, allowed: dict[str, set[str]], new: tuple[str, str
     found = {name: runs.read_state(folder / name) for name in allowed}
     for name, states in allowed.items():
         if found[name] not in states:
-            return f"{name} is neither old nor new"
+            return f"{name} is missing, or in another state than before or after the save"
     if found["ckpt.pt"] == new[0] and found["best.pt"] != new[1]:
         return "ckpt.pt is the new one, but best.pt is not"
     if runs.newest_state(folder) not in allowed["ckpt.pt"]:
-        return "newest_bundle returns neither old nor new"
+        return "a run would resume from another state"
     left = len(checkpoint.generations(folder))
     return f"{left} checkpoints are left, expected {least}" if left < least else ""

@@ -17,7 +17,7 @@ ROOM = 1 << 16  # bytes between two limits
 def check_full_disk(settings: dict[str, Any], older: Path, limit: int, instant: float | None,
                     allowed: set[str], expected: dict[str, Any]) -> str:
     """Resume a run while no file may have more than `limit` bytes, or with 0 on a file system that
-    is full from an instant on; then with room. Return what is wrong, or ""."""
+    is full from an instant on; then with room. Return the problem, or ""."""
     out = clone(older, settings["out_dir"])
     log = Path(f"{out}.log")
     log.unlink(missing_ok=True)

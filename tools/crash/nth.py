@@ -87,7 +87,7 @@ def save(folder: Path, bundle: dict[str, Any], best: bool, disk: Disk) -> bool:
 
 def check_faulty_save(folder: Path, older: list, new: dict, later: dict, best: bool,
                       disk: FaultyDisk) -> str:
-    """Save `new` on a faulty disk, then `later` on a sound one. Return what is wrong, or ""."""
+    """Save `new` on a faulty disk, then `later` on a sound one. Return the problem, or ""."""
     old, old_best = (runs.state_of(older[-1]), runs.state_of(older[0])) if older else ("", "")
     now, now_best = runs.state_of(new), runs.state_of(new) if best else old_best
     allowed = {"ckpt.pt": {old, now}, "best.pt": {old_best, now_best}}

@@ -68,7 +68,7 @@ def read_dataset(folder: Path) -> tuple[dict[str, Any], list[bytes]]:
 
 
 def check_dataset(folder: Path, allowed: list[Any]) -> str:
-    """Return what is wrong with a training run that starts now, or "". It must read one of the
+    """Return the problem of a training run that starts now, or "". It must read one of the
     `allowed` datasets without a note, or end with one line."""
     with redirect_stderr(io.StringIO()) as printed:
         try:
@@ -85,7 +85,7 @@ def check_dataset(folder: Path, allowed: list[Any]) -> str:
 def die_twice(data_dir: Path, texts: list[str], n: int, rng: random.Random, right: Path,
               allowed: list[Any]) -> str:
     """Prepare `texts` and die before operation n, again before a random one, then prepare them
-    again. Return what is wrong, or ""."""
+    again. Return the problem, or ""."""
     def die_at(n: int) -> Callable[[str], None]:
         calls = iter(range(1, n))
         return lambda _name: next(calls, None) is None and os._exit(DIED)

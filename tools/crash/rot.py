@@ -33,7 +33,7 @@ def rot(part: Part, place: Path) -> str:
     folder, path = place / "rot", place / "rot" / "ckpt.pt"
     folder.mkdir()
     checkpoint.commit(older, folder, KEEP, True, Disk())
-    checkpoint.commit(newer, folder, KEEP, True, Disk())  # also best.pt, which is no way out
+    checkpoint.commit(newer, folder, KEEP, True, Disk())  # also as best.pt
     raw, expected = path.read_bytes(), runs.state_of(older)
     if runs.newest_state(folder) != runs.state_of(newer):
         part.count(-1, "an intact checkpoint is not used", 0)
