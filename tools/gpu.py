@@ -50,7 +50,7 @@ class GpuConfig:
     only: str = knob("", "only rows whose name contains this")
     minutes: float = knob(9.5, "time limit of each part", least=0)
     rounds: int = knob(1, "rounds of a measurement; tables show medians", least=1)
-    json: str = knob(str(measure.MEASURED), "the file to record the numbers in")
+    json: str = knob("docs/measured.json", "the file to record the numbers in")
     device: str = knob("cuda", "cpu = test this program without a GPU")
 
 
@@ -163,10 +163,10 @@ def main(config: GpuConfig) -> int:
         raise UserError(f"--parts={config.parts}: expected some of {','.join(known)}")
     if config.device != "cpu" and not torch.cuda.is_available():
         raise UserError("no CUDA device found. Try: python -m tools.bench")
-    machine = measure.describe_machine(pick_device(config.device))
+    machine, path = measure.describe_machine(pick_device(config.device)), measure.REPO / config.json
     print(*machine.values(), sep=", ")
     # checks run in parallel, as they wait for compilers
-    passed = [measure.run_rows(f"gpu {part}", list_calls(part, config), Path(config.json), machine,
+    passed = [measure.run_rows(f"gpu {part}", list_calls(part, config), path, machine,
                                config.minutes, workers=6 if part == "checks" else 1)
               for part in parts]
     return 0 if all(passed) else 1

@@ -78,7 +78,7 @@ def update_page(text: str, records: dict[str, dict[str, dict[str, Any]]]) -> str
         rows = {name: record["numbers"] for name, record in records[part].items()}
         return "\n".join([f"<!-- measured: {part} -->", *format_table(part, rows), "<!-- end -->"])
 
-    return re.sub(r"<!-- measured: (\w+) -->\n.*?<!-- end -->", write, text, flags=re.DOTALL)
+    return re.sub(r"<!-- measured: ([\w ]+) -->\n.*?<!-- end -->", write, text, flags=re.DOTALL)
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:

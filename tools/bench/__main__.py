@@ -10,8 +10,8 @@
     memory      peak host memory of GPT-2 124M
     elastic     elastic=True against DDP, on several ranks
 
-Sides alternate, each round in a new process; a row holds medians. Bare numbers go to
-docs/measured.json, and `tables` writes them to docs/BENCHMARKS.md and docs/DISTRIBUTED.md.
+Sides alternate, and a row holds medians. Its numbers go to docs/measured.json, and
+`tables` writes them to docs/BENCHMARKS.md and docs/DISTRIBUTED.md.
 """
 import sys
 from pathlib import Path

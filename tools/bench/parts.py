@@ -25,7 +25,7 @@ from keepgpt.tokenizer import gpt2_encoding
 from model import GPT
 from tools import runs
 from tools.bench import sides
-from tools.measure import MEASURED, REPO, Row, compare, seconds
+from tools.measure import REPO, Row, compare, seconds
 from train import compute_gradient, update
 
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ class BenchConfig:
     only: str = knob("", "only the row of this name")
     device: str = knob("auto", "auto | cpu | cuda")
     folder: str = knob("", "folder for files; empty = a temporary one")
-    json: str = knob(str(MEASURED.relative_to(REPO)), "the file to record the numbers in")
+    json: str = knob("docs/measured.json", "the file to record the numbers in")
 
 
 def measure_step(name: str, config: BenchConfig, _folder: Path) -> Row:
