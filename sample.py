@@ -37,7 +37,6 @@ if __name__ == "__main__":  # before torch is imported
     if ARGS:
         fail(f"{ARGS[0]}: expected --key=value. Try: --help")
 
-import codecs
 import signal
 import sys
 from contextlib import suppress
@@ -48,11 +47,11 @@ import torch
 
 from keepgpt import tokenizer
 from keepgpt.checkpoint import BadBundle, best_bundle, find_foreign, has_run, newest_bundle
+from keepgpt.dataset import BadData, dataset_folder, read_meta
 from keepgpt.distributed import can_compile, pick_device, pick_dtype
 from keepgpt.kernels import pack_linear_layers
-from keepgpt.loader import BadData, dataset_folder, read_meta
 from keepgpt.pretrained import crop_weights, read_weights
-from keepgpt.process import host_memory
+from keepgpt.process import UserError, host_memory
 from model import GPT, ModelArgs, generate, load_model
 
 SMALL = 4e6  # parameters; below, weights stay in the CPU's cache, where float32 is fastest
@@ -79,7 +78,7 @@ def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
         meta = find_meta(config, origin, args["vocab_size"], data)
         vocabulary = tokenizer.from_meta(meta)
         model = load_model(*crop_weights(args, state, vocabulary.vocab_size, args["block_size"]))
-    except (BadBundle, BadData, TypeError, ValueError) as e:
+    except (BadBundle, UserError, TypeError, ValueError) as e:
         fail(str(e))
     return model.eval(), vocabulary, origin
 
@@ -160,8 +159,7 @@ def main(config: SampleConfig) -> None:
         fail("--stop_at_eot=True: the vocabulary of this model has no end-of-text token")
     check_memory(config, model, prompt)
     print(origin, file=sys.stderr)  # stdout is only for the text
-    # a character may be several tokens
-    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(config.num_samples)]
+    decoders = [vocabulary.make_decoder() for _ in range(config.num_samples)]
     texts = [vocabulary.decode(prompt) if config.start else ""] * config.num_samples
     print(texts[0], end="", flush=True)
     for tokens in generate(model, [prompt] * config.num_samples, config.max_new_tokens,
@@ -170,7 +168,7 @@ def main(config: SampleConfig) -> None:
                            compile):
         for i, token in enumerate(tokens):
             if token is not None:
-                text = decoders[i].decode(vocabulary.token_bytes(token))
+                text = decoders[i](token)
                 texts[i] += text
                 if i == 0:
                     print(text, end="", flush=True)

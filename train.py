@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from keepgpt import checkpoint
 from keepgpt.card import write_card
 from keepgpt.config import check_memory, resume_config
+from keepgpt.dataset import dataset_folder, read_meta
 from keepgpt.distributed import (
     Ranks,
     can_compile,
@@ -36,7 +37,7 @@ from keepgpt.distributed import (
     restore_rng,
     rng_state,
 )
-from keepgpt.loader import Loader, Split, dataset_folder, read_meta, seed_of
+from keepgpt.loader import Loader, Split, seed_of
 from keepgpt.metrics import Metrics, Throughput
 from keepgpt.optim import get_lr, make_optimizer
 from keepgpt.pretrained import crop_weights, read_weights
@@ -63,7 +64,7 @@ class Run:
     """A run in this process: its settings, its data, its model, and how far it has come."""
     config: TrainConfig
     ranks: Ranks
-    data: dict[str, Any]  # the dataset's description, see loader.read_meta
+    data: dict[str, Any]  # the dataset's description, see dataset.read_meta
     loader: Loader
     splits: dict[str, Split]
     model: GPT

@@ -3,6 +3,7 @@ import atexit
 import ctypes
 import errno
 import fcntl
+import importlib
 import os
 import platform
 import signal
@@ -60,6 +61,15 @@ def warn(message: str) -> None:
     """Print a note on stderr. Of several ranks on a host only the first one prints it."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"note: {message}", file=sys.stderr, flush=True)
+
+
+def import_package(name: str) -> Any:
+    """Return a module of a package that only some uses need. Raises UserError."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        package = name.partition(".")[0]
+        raise UserError(f"this needs the package {package}. Try: pip install {package}") from None
 
 
 def sync(path: str | os.PathLike) -> None:
@@ -129,7 +139,7 @@ def lock_out_dir(out_dir: Path, patience: float) -> None:
                         "--out_dir") from None
     except OSError as e:
         reason, code = describe(e)
-        raise UserError(f"out_dir={out_dir} can't be used: {reason}", code) from None
+        raise UserError(f"{out_dir} can't be used: {reason}", code) from None
 
 
 def lock_file(path: Path, patience: float) -> None:

@@ -48,7 +48,7 @@ import torch
 from torch import Tensor
 
 from keepgpt.checkpoint import Disk, write_bundle
-from keepgpt.tokenizer import BPETokenizer, Tokenizer
+from keepgpt.tokenizer import CharTokenizer, HFTokenizer, Tokenizer
 from model import GPT, ModelArgs
 from sample import SampleConfig, load
 
@@ -100,25 +100,26 @@ def to_tokenizers(vocabulary: Tokenizer) -> Any:
     """Return a tokenizers.Tokenizer with the same ids for any text without special tokens."""
     import tokenizers
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
-    if not isinstance(vocabulary, BPETokenizer):
+    if isinstance(vocabulary, HFTokenizer):
+        return tokenizers.Tokenizer.from_str(vocabulary.description["json"])
+    if isinstance(vocabulary, CharTokenizer):
         made = tokenizers.Tokenizer(models.WordLevel(vocabulary.ids, unk_token=""))
         made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         made.decoder = decoders.Fuse()
         return made
-    encoding = vocabulary.encoding
-    ranks, special = encoding._mergeable_ranks, encoding._special_tokens
+    ranks = vocabulary.ranks
     # the vocabulary includes special tokens: otherwise they would get new ids
     names = {i: name for name, i in vocabulary.token_ids().items()}
     made = tokenizers.Tokenizer(models.BPE(
         vocabulary.token_ids(),
         [(names[ranks[a]], names[ranks[b]]) for a, b in list_merges(ranks)]))
     # its regular expressions are Oniguruma's, where {1,3}+ is not possessive but a repetition
-    pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", encoding._pat_str)
+    pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", vocabulary.pattern)
     made.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(pattern), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(name, normalized=False) for name in special])
+    made.add_special_tokens([AddedToken(name, normalized=False) for name in vocabulary.special_tokens])
     return made
 
 

