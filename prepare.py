@@ -252,6 +252,8 @@ def write_dataset(folder: Path, request: dict[str, Any], wanted: dict[str, Any],
     before the first file is replaced: a kill leaves the old dataset, an unfinished one, or the new.
     """
     meta, done = read_previous(folder, request, wanted)
+    if not meta and (folder / "meta.json").exists():
+        print(f"{folder}: its text or settings differ; replacing it", flush=True)
     name, single, lengths = request["name"], len(shards) == 1, None
     if done:
         print(f"{folder}: {len(done)} of {len(shards)} shards are complete; continuing", flush=True)
@@ -320,6 +322,16 @@ def remove_ours(folder: Path, keep: Iterable[str] = (), ending: str = "") -> Non
             path.unlink()
 
 
+def check_folder(folder: Path) -> None:
+    """Raise UserError where the files of another program would be replaced."""
+    meta = folder / "meta.json"
+    foreign = [file for split in SPLITS for file in folder.glob(f"{split}*.bin")
+               if OURS.fullmatch(file.name)]
+    if foreign and not meta.exists():
+        raise UserError(f"{foreign[0]} has no meta.json: it was not made by prepare.py, or "
+                        f"meta.json was lost. Try: another --name, or rm -r {folder}")
+
+
 def check_request(config: PrepareConfig, given: dict[str, Any], known: str) -> str:
     """Return the name of the dataset. Raises UserError if a command line makes no sense."""
     name = config.name or known
@@ -360,20 +372,16 @@ def prepare(config: PrepareConfig, given: dict[str, Any], paths: list[str]) -> N
                             "files that no program writes to")
 
     meta, _ = read_previous(folder, request, wanted)
+    if "fingerprint" not in meta:
+        lock_out_dir(folder, DAY)
+        meta, _ = read_previous(folder, request, wanted)  # by the preparation that had the lock
     exists = "fingerprint" in meta
     if not exists:
-        lock_out_dir(folder, DAY)
-        meta, _ = read_previous(folder, request, wanted)
-    if "fingerprint" not in meta:
-        ours = [path.name for path in folder.iterdir() if OURS.fullmatch(path.name)]
-        if ours and "meta.json" not in ours and not all(file.endswith(".tmp") for file in ours):
-            raise UserError(f"{folder}: its {min(ours)} has no meta.json: it was not made by "
-                            "prepare.py, or meta.json was lost. Try: another --name, or "
-                            f"rm -r {folder}")
+        check_folder(folder)
         try:
-            meta = write_dataset(folder, request, wanted, open_shards(
-                known, paths, config, val_fraction), check_text,
-                config.workers or os.cpu_count() or 1)
+            shards = open_shards(known, paths, config, val_fraction)
+            meta = write_dataset(folder, request, wanted, shards, check_text,
+                                 config.workers or os.cpu_count() or 1)
         except (OSError, ValueError, IndexError):
             check_text()  # a text that changes may cause these
             raise

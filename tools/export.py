@@ -119,7 +119,8 @@ def to_tokenizers(vocabulary: Tokenizer) -> Any:
         pre_tokenizers.Split(Regex(pattern), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(name, normalized=False) for name in vocabulary.special_tokens])
+    made.add_special_tokens(
+        [AddedToken(name, normalized=False) for name in vocabulary.special_tokens])
     return made
 
 

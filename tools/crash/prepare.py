@@ -15,7 +15,6 @@ import prepare as script
 from keepgpt.dataset import BadData, read_meta
 from keepgpt.loader import Split
 from keepgpt.process import fail
-from keepgpt.text import Shard
 from tools.crash.common import Part, exit_code
 
 NOTHING, SHARDS = [], ["to be\n" * 40, "or not\n" * 30, "to\n"]
@@ -24,7 +23,7 @@ SINGLE = ["".join(map(chr, range(97, 497))) * 2]  # ids that could be GPT-2's to
 CHANGES = [(NOTHING, SINGLE), ([SINGLE[0][::-1]], SINGLE), (["short\n" * 5], SINGLE),
            (NOTHING, SHARDS), ([text.upper() for text in SHARDS], SHARDS), (SHARDS[::-1], SHARDS),
            (SINGLE, SHARDS), (SHARDS, SINGLE)]
-CALLS = {open, os.open, os.close, os.replace, os.remove, os.mkdir, os.rmdir}
+CALLS = {open, os.open, os.close, os.replace, os.remove, os.unlink, os.mkdir, os.rmdir}
 Count = Callable[[str], None]  # called with the name of a file operation, before it
 DIED = 9
 
@@ -36,19 +35,20 @@ def prepare_texts(data_dir: Path, texts: list[str], count: Count | None = None) 
         if event == "c_call" and (call in CALLS or isinstance(call.__self__, io.IOBase)):
             count(call.__name__)
 
-    def find_source(*_args: Any) -> script.Source:
-        return script.Source(lambda: {"texts": texts}, 0.25, lambda: [
-            Shard(lambda text=text: [[text]], 0.25, 1) for text in texts])
+    def open_shards(*_args: Any) -> list[script.Shard]:
+        return [script.Shard(lambda text=text: iter([io.StringIO(text)]), 0.25, 1)
+                for text in texts]
     if pid := os.fork():
         return exit_code(pid)
     code = 1
     try:
         os.dup2(os.open(data_dir.with_name("log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
         os.dup2(1, 2)
-        script.find_source = find_source
+        script.describe_source = lambda *_args: {"texts": texts}
+        script.open_shards = open_shards
         # the real disk is not waited for: a process leaves the same to others without it
         os.fsync = lambda _file: count and count("fsync")
-        settings = script.PrepareConfig("x", "char", data_dir=str(data_dir), workers=1)
+        settings = script.PrepareConfig("x", "char", 0.25, data_dir=str(data_dir), workers=1)
         sys.setprofile(profile if count else None)
         script.prepare(settings, {"tokenizer": "char"}, ["text"])
         code = 0
@@ -136,7 +136,7 @@ def prepare(part: Part, place: Path) -> int:
         before = ["", *operations(data_dir, change[1])]
         cases += [(i, n, before[n - 1]) for n in range(1, len(before))]
         results.append([opened(older / str(i) / "x"), opened(place / "new" / str(i) / "x")])
-    for number in part.choose([name in ("replace", "remove") for *_, name in cases], few=100):
+    for number in part.choose([name in ("replace", "unlink") for *_, name in cases], few=100):
         i, n, name = cases[number]
         shutil.rmtree(data_dir)
         shutil.copytree(older / str(i), data_dir)
