@@ -237,7 +237,7 @@ def read_previous(folder: Path, request: dict[str, Any], wanted: dict[str, Any]
             (folder / file).exists() and (folder / file).stat().st_size == size * tokens
             for file, tokens in files.items()), shards))
         if intact != shards:
-            del meta["fingerprint"]
+            meta.pop("fingerprint", None)
         return meta, intact
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {}, []
