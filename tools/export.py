@@ -124,15 +124,18 @@ def to_tokenizers(vocabulary: Tokenizer) -> Any:
     return made
 
 
-def json_files(args: ModelArgs, eot: int | None, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+def json_files(args: ModelArgs, vocabulary: Tokenizer, dtype: torch.dtype
+               ) -> dict[str, dict[str, Any]]:
     """Return the JSON files to write next to the weights."""
+    eot = vocabulary.eot
     ends = {"bos_token_id": eot, "eos_token_id": eot}
     tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": args.block_size,
                  # no token_type_ids: GPT2LMHeadModel would add their embeddings
                  "model_input_names": ["input_ids", "attention_mask"],
                  "clean_up_tokenization_spaces": False}
     if eot is not None:
-        tokenizer |= {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+        name = {i: token for token, i in vocabulary.token_ids().items()}[eot]
+        tokenizer |= {"bos_token": name, "eos_token": name}
     config = gpt2_config(args) | ends | {"dtype": str(dtype).removeprefix("torch.")}
     return {"config.json": config, "generation_config.json": ends,
             "tokenizer_config.json": tokenizer}
@@ -147,7 +150,7 @@ def write(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str, dtype: t
                  Disk())
     save_file(to_hugging_face(state, args), folder / "model.safetensors", {"format": "pt"})
     to_tokenizers(vocabulary).save(str(folder / "tokenizer.json"))
-    files = json_files(args, vocabulary.eot, dtype) | {"keepgpt.json": data}
+    files = json_files(args, vocabulary, dtype) | {"keepgpt.json": data}
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(CARD.format(
