@@ -30,9 +30,9 @@ def read_meta(folder: Path) -> dict[str, Any]:
     path = folder / "meta.json"
     try:
         text = path.read_text(encoding="utf-8")
-        if not text:
-            raise BadData(f"{path} is empty: the preparation was interrupted. Try: prepare.py "
-                          "again, with the same command")
+        if not text or "fingerprint" not in text:
+            raise BadData(f"{path} has no fingerprint: the preparation was interrupted. Try: "
+                          "prepare.py again, with the same command")
         meta = json.loads(text)
         check_meta(meta)
         return meta
