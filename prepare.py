@@ -114,7 +114,8 @@ def open_shards(known: str, paths: list[str], config: PrepareConfig, val_fractio
         return ([open_shard(path, val_fraction) for path in train]
                 + [open_shard(path, 1.0) for path in val])
     if known:
-        content = text.read_known(DATASETS[known][0], data_dir)
+        content = (text.read_plays() if DATASETS[known][0] == "plays" else
+                   text.read_tinyshakespeare(data_dir / "tinyshakespeare" / "input.txt"))
         return [Shard(lambda: iter([io.StringIO(content)]), val_fraction)]
     files = text.find_files(paths)
     if len(files) > 1 and all(path.lower().endswith(".parquet") for path in files):

@@ -104,12 +104,6 @@ def read_plays() -> str:
     return text
 
 
-def read_known(name: str, data_dir: Path) -> str:
-    """Return one of the known texts."""
-    return (read_plays() if name == "plays"
-            else read_tinyshakespeare(data_dir / "tinyshakespeare" / "input.txt"))
-
-
 def read_tinyshakespeare(path: Path) -> str:
     """Return tinyshakespeare, which is downloaded to `path` if it is not there."""
     found = path.exists()
@@ -208,9 +202,9 @@ def open_parquet(path: str, text_key: str) -> Any:
     """Return an open pyarrow.parquet.ParquetFile, on this machine or at an hf:// address. Raises
     UserError if it has no such column of text."""
     parquet = import_package("pyarrow.parquet")
-    open_file = import_hub().open if path.startswith("hf://") else str
+    hub = import_package("huggingface_hub").HfFileSystem() if path.startswith("hf://") else None
     try:
-        file = parquet.ParquetFile(open_file(path))
+        file = parquet.ParquetFile(hub.open(path) if hub else path)
     except Exception as e:  # of several packages
         raise UserError(f"{path}: cannot be read: {e}") from None
     kinds = {field.name: str(field.type) for field in file.schema_arrow}
@@ -237,18 +231,13 @@ def read_parquet(path: str, text_key: str) -> Iterator[str]:
                             "which keeps complete shards") from None
 
 
-def import_hub() -> Any:
-    """Return the files of the Hugging Face hub, an HfFileSystem."""
-    return import_package("huggingface_hub").HfFileSystem()
-
-
 def find_hub_files(name: str, folder: Path) -> tuple[list[str], list[str]]:
     """Return the train and the val files of a dataset of the hub: those in `folder` if it exists,
     else their hf:// addresses. Raises UserError."""
     hub, local = HUB[name], folder.exists()
     patterns = [hub.train, hub.val] if hub.val else [hub.train]
     root = glob.escape(str(folder)) if local else f"datasets/{hub.repo}@{hub.revision}"
-    find = glob.glob if local else import_hub().glob
+    find = glob.glob if local else import_package("huggingface_hub").HfFileSystem().glob
     try:
         found = [sorted(find(f"{root}/{pattern}")) for pattern in patterns]
     except Exception as e:  # of several packages

@@ -547,6 +547,7 @@ def test_file_with_several_links_counts_once(tmp_path):
     assert meta["source"]["files"] == 2
 
 
+@pytest.mark.slow
 def test_changed_or_corrupt_dataset_is_prepared_again(tmp_path):
     text, folder = tmp_path / "a.txt", tmp_path / "data" / "x"
     text.write_text("something to learn\n" * 9)
