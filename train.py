@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from keepgpt import checkpoint
 from keepgpt.card import write_card
 from keepgpt.config import check_memory, resume_config
+from keepgpt.dataset import dataset_folder, read_meta
 from keepgpt.distributed import (
     Ranks,
     can_compile,
@@ -36,7 +37,7 @@ from keepgpt.distributed import (
     restore_rng,
     rng_state,
 )
-from keepgpt.loader import Loader, Split, dataset_folder, read_meta, seed_of
+from keepgpt.loader import Loader, Split, seed_of
 from keepgpt.metrics import Metrics, Throughput
 from keepgpt.optim import get_lr, make_optimizer
 from keepgpt.pretrained import crop_weights, read_weights
@@ -64,7 +65,7 @@ class Run:
     """A run in this process: its settings, its data, its model and its progress."""
     config: TrainConfig
     ranks: Ranks
-    data: dict[str, Any]  # the dataset's description, see loader.read_meta
+    data: dict[str, Any]  # the dataset's description, see dataset.read_meta
     loader: Loader
     splits: dict[str, Split]
     model: GPT
@@ -204,8 +205,12 @@ def find_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
         # a restart loop may come back before the ranks of a killed launcher have ended
         lock_out_dir(out_dir, patience=30 if auto else 0)
         checkpoint.remove_leftovers(out_dir, checkpoint.Disk())
-    has_run = checkpoint.has_run(out_dir)
-    if config.init_from == "resume" or auto and has_run:
+    has_run, foreign = checkpoint.has_run(out_dir), checkpoint.find_foreign(out_dir)
+    resume = config.init_from == "resume" or auto and has_run
+    if foreign and (resume or not config.eval_only):
+        raise UserError(f"{foreign}: expected a checkpoint of keepGPT. Its weights can be loaded. "
+                        f"Try: --init_from={foreign} --out_dir=<new folder>")
+    if resume:
         try:
             return checkpoint.read_newest(out_dir)
         except checkpoint.CorruptCheckpoint as e:

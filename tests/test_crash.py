@@ -50,7 +50,13 @@ def sum_in_a_row(model, add_gradient, first, end):
     model.zero_grad(set_to_none=True)
     return total
 train.sum_as_tree = sum_in_a_row""",
-    "prepare": "import prepare\nprepare.mark_incomplete = lambda folder: None"}
+    "prepare": """
+import prepare
+write = prepare.write_atomically
+def write_when_complete(path, content):
+    if b"fingerprint" in content:
+        write(path, content)
+prepare.write_atomically = write_when_complete"""}
 
 
 def crash(*args: str, broken: str = "", code: int = 0) -> subprocess.CompletedProcess:

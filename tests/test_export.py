@@ -11,7 +11,7 @@ import torch
 from conftest import REPO, command, complaint, run
 
 from keepgpt.pretrained import read_weights
-from keepgpt.tokenizer import describe, from_meta, train_bpe
+from keepgpt.tokenizer import describe_encoding, from_meta, train_bpe
 from model import GPT, ModelArgs, load_model
 
 PIECES = ["abcdefgh ſstredml'’", "0123456789 ab", "日本語漢字 かな",
@@ -61,10 +61,10 @@ def text(play: Path) -> str:
 
 def cl100k(monkeypatch, text: str) -> dict:
     """tiktoken's cl100k_base with the ranks of a small BPE in the place of its own."""
-    ranks = from_meta({"tokenizer": train_bpe([text], 1000)}).encoding._mergeable_ranks
+    ranks = from_meta({"tokenizer": train_bpe([text], 1000)}).ranks
     monkeypatch.setattr(tiktoken_ext.openai_public, "load_tiktoken_bpe", lambda *_, **__: ranks)
     parts = tiktoken_ext.openai_public.cl100k_base()
-    return describe("cl100k_base", parts["pat_str"], ranks, parts["special_tokens"])
+    return describe_encoding("cl100k_base", parts["pat_str"], ranks, parts["special_tokens"])
 
 
 @pytest.mark.slow

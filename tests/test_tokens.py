@@ -8,6 +8,7 @@ import torch
 from conftest import TINY, complaint, run
 
 import sample
+from keepgpt.process import UserError
 from keepgpt.tokenizer import check_tokenizer, from_meta
 
 ONE_STEP = TINY | {"max_iters": 1, "eval_iters": 1}
@@ -108,7 +109,7 @@ def test_gpt_2_s_tokens_are_not_assumed_for_others():
     meta = sample.find_meta(config, "folder", 50258, {"token_of_id": tokens | {50257: "<pad>"}})
     assert meta["tokenizer"] == {"kind": "gpt2"}
     swapped = tokens | {995: "Hello", 15496: "\u0120world"}
-    with pytest.raises(ValueError):
+    with pytest.raises(UserError):
         sample.find_meta(config, "folder", 50257, {"token_of_id": swapped})
 
 

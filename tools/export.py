@@ -48,7 +48,7 @@ import torch
 from torch import Tensor
 
 from keepgpt.checkpoint import Disk, write_bundle
-from keepgpt.tokenizer import BPETokenizer, Tokenizer
+from keepgpt.tokenizer import CharTokenizer, HFTokenizer, Tokenizer
 from model import GPT, ModelArgs
 from sample import SampleConfig, load
 
@@ -100,37 +100,42 @@ def to_tokenizers(vocabulary: Tokenizer) -> Any:
     """Return a tokenizers.Tokenizer with the same ids for any text without special tokens."""
     import tokenizers
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
-    if not isinstance(vocabulary, BPETokenizer):
+    if isinstance(vocabulary, HFTokenizer):
+        return tokenizers.Tokenizer.from_str(vocabulary.description["json"])
+    if isinstance(vocabulary, CharTokenizer):
         made = tokenizers.Tokenizer(models.WordLevel(vocabulary.ids, unk_token=""))
         made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         made.decoder = decoders.Fuse()
         return made
-    encoding = vocabulary.encoding
-    ranks, special = encoding._mergeable_ranks, encoding._special_tokens
+    ranks = vocabulary.ranks
     # the vocabulary includes special tokens: otherwise they would get new ids
     names = {i: name for name, i in vocabulary.token_ids().items()}
     made = tokenizers.Tokenizer(models.BPE(
         vocabulary.token_ids(),
         [(names[ranks[a]], names[ranks[b]]) for a, b in list_merges(ranks)]))
     # its regular expressions are Oniguruma's, where {1,3}+ is not possessive but a repetition
-    pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", encoding._pat_str)
+    pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", vocabulary.pattern)
     made.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(pattern), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(name, normalized=False) for name in special])
+    made.add_special_tokens(
+        [AddedToken(name, normalized=False) for name in vocabulary.special_tokens])
     return made
 
 
-def json_files(args: ModelArgs, eot: int | None, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+def json_files(args: ModelArgs, vocabulary: Tokenizer, dtype: torch.dtype
+               ) -> dict[str, dict[str, Any]]:
     """Return the JSON files to write next to the weights."""
+    eot = vocabulary.eot
     ends = {"bos_token_id": eot, "eos_token_id": eot}
     tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": args.block_size,
                  # no token_type_ids: GPT2LMHeadModel would add their embeddings
                  "model_input_names": ["input_ids", "attention_mask"],
                  "clean_up_tokenization_spaces": False}
     if eot is not None:
-        tokenizer |= {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+        name = {i: token for token, i in vocabulary.token_ids().items()}[eot]
+        tokenizer |= {"bos_token": name, "eos_token": name}
     config = gpt2_config(args) | ends | {"dtype": str(dtype).removeprefix("torch.")}
     return {"config.json": config, "generation_config.json": ends,
             "tokenizer_config.json": tokenizer}
@@ -145,7 +150,7 @@ def write(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str, dtype: t
                  Disk())
     save_file(to_hugging_face(state, args), folder / "model.safetensors", {"format": "pt"})
     to_tokenizers(vocabulary).save(str(folder / "tokenizer.json"))
-    files = json_files(args, vocabulary.eot, dtype) | {"keepgpt.json": data}
+    files = json_files(args, vocabulary, dtype) | {"keepgpt.json": data}
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(CARD.format(

@@ -21,7 +21,7 @@ from keepgpt.config import setting
 from keepgpt.distributed import peak_flops, pick_device
 from keepgpt.loader import Loader, Split
 from keepgpt.process import UserError
-from keepgpt.tokenizer import gpt2_encoding
+from keepgpt.tokenizer import from_meta
 from model import GPT
 from tools import runs
 from tools.bench import sides
@@ -164,7 +164,7 @@ def measure_prepare(config: BenchConfig, folder: Path) -> Row:
     text *= -(-10**8 // len(text.encode()))
     (folder / "text.txt").write_text(text, encoding="utf-8")
     chunks, cores = [text[i:i + 10**6] for i in range(0, len(text), 10**6)], os.cpu_count()
-    encoding, ours, peer = gpt2_encoding(), [], []
+    encoding, ours, peer = from_meta({"tokenizer": {"kind": "gpt2"}}).encoding, [], []
 
     def encode() -> None:
         for i in range(0, len(chunks), 2 * cores):

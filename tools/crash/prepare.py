@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import prepare as script
-from keepgpt.loader import Split, read_meta
+from keepgpt.dataset import read_meta
+from keepgpt.loader import Split
 from keepgpt.process import UserError
-from keepgpt.text import Shard
 from tools import runs
 from tools.crash.common import Part
 
@@ -23,7 +23,7 @@ SINGLE = ["".join(map(chr, range(97, 497))) * 2]  # ids that could be GPT-2's to
 CHANGES = [([], SINGLE), ([SINGLE[0][::-1]], SINGLE), (["short\n" * 5], SINGLE), ([], SHARDS),
            ([text.upper() for text in SHARDS], SHARDS), (SHARDS[::-1], SHARDS), (SINGLE, SHARDS),
            (SHARDS, SINGLE)]
-CALLS = {open, os.open, os.close, os.replace, os.remove, os.mkdir, os.rmdir}
+CALLS = {open, os.open, os.close, os.replace, os.remove, os.unlink, os.mkdir, os.rmdir}
 DIED = 9
 
 
@@ -36,13 +36,13 @@ def prepare_texts(data_dir: Path, texts: list[str], before: Callable[[str], None
             before(call.__name__)
 
     def work() -> None:
-        script.find_source = lambda *_args: script.Source(
-            lambda: {"texts": texts}, 0.25,
-            lambda: [Shard(lambda text=text: [[text]], 0.25, 1) for text in texts])
+        script.describe_source = lambda *_args: {"texts": texts}
+        script.open_shards = lambda *_args: [
+            script.Shard(lambda text=text: iter([io.StringIO(text)]), 0.25, 1) for text in texts]
         # do not wait for the real disk: a process leaves the same files to others without that
         os.fsync = lambda _file: before and before("fsync")
         sys.setprofile(profile if before else None)
-        script.prepare(script.PrepareConfig("x", "char", data_dir=str(data_dir), workers=1),
+        script.prepare(script.PrepareConfig("x", "char", 0.25, data_dir=str(data_dir), workers=1),
                        {"tokenizer": "char"}, ["text"])
 
     return runs.wait_for_exit(runs.fork(work, data_dir.with_name("log")))
@@ -119,7 +119,7 @@ def prepare(part: Part, place: Path) -> str:
         restore(i)
         before = ["", *list_operations(data_dir, change[1])]
         cases += [(i, n, before[n - 1]) for n in range(1, len(before))]
-    for number in part.choose([name in ("replace", "remove") for *_, name in cases], few=100):
+    for number in part.choose([name in ("replace", "unlink") for *_, name in cases], few=100):
         i, n, name = cases[number]
         restore(i)
         datasets = [read_dataset(place / f"{age}{i}" / "x") for age, texts
