@@ -1,20 +1,21 @@
-"""GPT-2 in one file: the network, its loss, and sampling with a key-value cache.
+"""GPT-2 and Qwen3 in one file: the networks, their loss, and sampling with a key-value cache.
 
-Radford et al. 2019, "Language Models are Unsupervised Multitask Learners": pre-norm blocks, learned
-positions, tanh GELU, token embedding tied to the output layer. Parameter names are GPT-2's.
-Letters for shapes: B sequences, T tokens, C width, H heads, D = C / H, V vocabulary.
+GPT-2 (Radford et al. 2019): LayerNorm, learned positions, tanh GELU. Qwen3 (Yang et al. 2025,
+arXiv 2505.09388): RMSNorm, rotary positions, normalized queries and keys, SwiGLU. Both are pre-norm
+and have the parameter names of Hugging Face's. Letters for shapes: B sequences, T tokens, C width,
+H heads of queries, K heads of keys and values, D the width of a head, V vocabulary.
 """
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from keepgpt.kernels import LinearCrossEntropy, attend, dropout
+from keepgpt.kernels import LinearCrossEntropy, attend, compute_dtype, dropout, rms_norm, rotate
 
 
 @dataclass(frozen=True)
@@ -27,38 +28,87 @@ class ModelArgs:
     vocab_size: int
     bias: bool
     dropout: float
+    architecture: str = "gpt2"
+    # of qwen3; 0 stands for the size that follows from the others
+    n_kv_head: int = 0
+    head_dim: int = 0
+    n_ff: int = 0
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = True
 
     def __post_init__(self) -> None:
-        """Raise ValueError for impossible sizes."""
-        for key in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
-            size = getattr(self, key)
-            if type(size) is not int or size < 1:
-                raise ValueError(f"{key}: expected a whole number of at least 1, got {size!r}")
-        if self.n_embd % self.n_head:
+        """Raise ValueError for impossible sizes, and for settings that the architecture lacks."""
+        if self.architecture not in ("gpt2", "qwen3"):
+            raise ValueError(f"architecture: expected gpt2 or qwen3, got {self.architecture!r}")
+        lacks = {"bias": False}
+        if self.architecture == "gpt2":
+            lacks = {f.name: f.default for f in fields(self)[8:]}
+        for key, default in lacks.items():
+            if getattr(self, key) != default:
+                raise ValueError(f"{key}={getattr(self, key)}: {self.architecture} has no such "
+                                 f"setting. Try: leave --{key} out")
+        for f in fields(self):
+            size, least = getattr(self, f.name), int(f.default != 0)
+            if f.type is int and (type(size) is not int or size < least):
+                raise ValueError(f"{f.name}: expected a whole number of at least {least}, "
+                                 f"got {size!r}")
+        if not self.head_dim and self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
+        if self.n_head % self.K:
+            raise ValueError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.K}")
+        if self.architecture == "qwen3" and self.D % 2:
+            raise ValueError(f"head_dim={self.D}: expected an even number")
+
+    @property
+    def D(self) -> int:
+        """Return the width of a head."""
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def K(self) -> int:
+        """Return the number of heads of keys and values."""
+        return self.n_kv_head or self.n_head
+
+    @property
+    def ff_width(self) -> int:
+        """Return the width inside qwen3's MLP. By default its three matrices have about as many
+        parameters as GPT-2's two."""
+        return self.n_ff or -(-8 * self.n_embd // (3 * 64)) * 64
 
 
 @dataclass
 class KVCache:
-    """Keys and values of the first `length` tokens: a (2, B, H, block_size, D) tensor per layer.
-    A compiled step has `length` on the device, as a tensor (1,)."""
+    """Keys and values of the first `length` tokens: a (2, B, K, size, D) tensor per layer. A
+    compiled step has `length` on the device, as a tensor (1,)."""
     layers: list[Tensor]
     length: int | Tensor = 0
 
 
-class LayerNorm(nn.Module):
-    """LayerNorm with an optional bias."""
+def attend_cached(q: Tensor, k: Tensor, v: Tensor, kv: Tensor | None, past: int | Tensor,
+                  p: float) -> Tensor:
+    """Return causal attention, (B, T, H * D), of q (B, H, T, D) to k and v (B, K, T, D) and, if T
+    is 1, to the `past` tokens in `kv`; add k and v to `kv`. Weights are dropped with probability
+    p."""
+    B, H, T, D = q.shape
+    K, mask = k.size(1), None
+    if torch.is_tensor(past):  # no shape may depend on its value
+        kv.index_copy_(3, past, torch.stack((k, v)).to(kv.dtype))
+        mask = torch.arange(kv.size(3), device=q.device) <= past.unsqueeze(1)  # (1, size)
+        k, v = kv
+    elif kv is not None:
+        kv[0, :, :, past:past + T], kv[1, :, :, past:past + T] = k, v
+        if T == 1:
+            k, v = kv[:, :, :, :past + 1]  # (B, K, past + 1, D)
+    if kv is not None and T == 1:
+        q = q.to(kv.dtype).reshape(B, K, H // K, D)  # the queries that share a key are its rows
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H, 1, D)
+    else:
+        y = attend(q, k, v, p)  # (B, H, T, D)
+    return y.transpose(1, 2).reshape(B, T, H * D)
 
-    def __init__(self, width: int, bias: bool) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
-
-
-class Attention(nn.Module):
+class GPT2Attention(nn.Module):
     """Causal multi-head self-attention."""
 
     def __init__(self, args: ModelArgs) -> None:
@@ -69,26 +119,14 @@ class Attention(nn.Module):
         self.n_head, self.dropout = args.n_head, args.dropout
 
     def forward(self, x: Tensor, kv: Tensor | None, past: int | Tensor) -> Tensor:
-        """Attend from x (B, T, C) to itself and, if T is 1, to the `past` tokens in `kv`."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, H, T, D)
-        q, k, v = qkv  # each (B, H, T, D)
-        if torch.is_tensor(past):  # no shape may depend on its value
-            kv.index_copy_(3, past, qkv[1:].to(kv.dtype))
-            mask = torch.arange(kv.size(3), device=x.device) <= past.unsqueeze(1)  # (1, block_size)
-            y = F.scaled_dot_product_attention(q.to(kv.dtype), *kv, attn_mask=mask)  # (B, H, T, D)
-        else:
-            if kv is not None:
-                kv[:, :, :, past:past + T] = qkv[1:]
-                if T == 1:
-                    q, (k, v) = q.to(kv.dtype), kv[:, :, :, :past + 1]  # k, v: (B, H, past + 1, D)
-            y = attend(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
-        y = y.transpose(1, 2).reshape(B, T, C).to(x.dtype)  # (B, T, C)
-        return dropout(self.c_proj(y), self.dropout, self.training)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        y = attend_cached(q, k, v, kv, past, self.dropout if self.training else 0.0)  # (B, T, C)
+        return dropout(self.c_proj(y.to(x.dtype)), self.dropout, self.training)
 
 
-class MLP(nn.Module):
+class GPT2MLP(nn.Module):
     """Two linear layers with a GELU between them, 4C wide inside."""
 
     def __init__(self, args: ModelArgs) -> None:
@@ -102,19 +140,92 @@ class MLP(nn.Module):
         return dropout(self.c_proj(x), self.dropout, self.training)
 
 
-class Block(nn.Module):
+class GPT2Block(nn.Module):
     """A pre-norm transformer block: attention and MLP both add to the residual stream."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        self.ln_1 = LayerNorm(args.n_embd, args.bias)
-        self.attn = Attention(args)
-        self.ln_2 = LayerNorm(args.n_embd, args.bias)
-        self.mlp = MLP(args)
+        self.ln_1 = nn.LayerNorm(args.n_embd, bias=args.bias)
+        self.attn = GPT2Attention(args)
+        self.ln_2 = nn.LayerNorm(args.n_embd, bias=args.bias)
+        self.mlp = GPT2MLP(args)
 
     def forward(self, x: Tensor, kv: Tensor | None, past: int | Tensor) -> Tensor:
         x = x + self.attn(self.ln_1(x), kv, past)
         return x + self.mlp(self.ln_2(x))
+
+
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm, with a faster backward pass on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+
+class Qwen3Attention(nn.Module):
+    """Causal self-attention in which H / K heads of queries share a head of keys and values
+    (Ainslie et al. 2023). Queries and keys are normalized, then rotated by their position."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        C, H, K, D = args.n_embd, args.n_head, args.K, args.D
+        self.q_proj = nn.Linear(C, H * D, bias=False)
+        self.k_proj = nn.Linear(C, K * D, bias=False)
+        self.v_proj = nn.Linear(C, K * D, bias=False)
+        self.o_proj = nn.Linear(H * D, C, bias=False)
+        self.q_norm, self.k_norm = RMSNorm(D, args.norm_eps), RMSNorm(D, args.norm_eps)
+        self.D, self.dropout = D, args.dropout
+
+    def forward(self, x: Tensor, kv: Tensor | None, past: int | Tensor, cos: Tensor, sin: Tensor
+                ) -> Tensor:
+        x = x.to(compute_dtype(x))  # once, not in each linear layer
+        q, k, v = (linear(x).unflatten(-1, (-1, self.D))  # (B, T, H or K, D)
+                   for linear in (self.q_proj, self.k_proj, self.v_proj))
+        q = rotate(self.q_norm(q), cos, sin).to(v.dtype)
+        k = rotate(self.k_norm(k), cos, sin).to(v.dtype)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H or K, T, D)
+        y = attend_cached(q, k, v, kv, past, self.dropout if self.training else 0.0)
+        return dropout(self.o_proj(y.to(x.dtype)), self.dropout, self.training)  # (B, T, C)
+
+
+class Qwen3MLP(nn.Module):
+    """SwiGLU (Shazeer 2020): one linear layer gates the output of another."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(args.n_embd, args.ff_width, bias=False)
+        self.up_proj = nn.Linear(args.n_embd, args.ff_width, bias=False)
+        self.down_proj = nn.Linear(args.ff_width, args.n_embd, bias=False)
+        self.dropout = args.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(compute_dtype(x))
+        x = F.silu(self.gate_proj(x)) * self.up_proj(x)  # (B, T, n_ff)
+        return dropout(self.down_proj(x), self.dropout, self.training)
+
+
+class Qwen3Block(nn.Module):
+    """The same kind of block, in Qwen3's parts."""
+
+    def __init__(self, args: ModelArgs) -> None:
+        super().__init__()
+        self.self_attn = Qwen3Attention(args)
+        self.mlp = Qwen3MLP(args)
+        self.input_layernorm = RMSNorm(args.n_embd, args.norm_eps)
+        self.post_attention_layernorm = RMSNorm(args.n_embd, args.norm_eps)
+
+    def forward(self, x: Tensor, kv: Tensor | None, past: int | Tensor, cos: Tensor, sin: Tensor
+                ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), kv, past, cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+def rotary_angles(positions: Tensor, D: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Return the cosines and sines, (T, 1, D / 2), by which RoPE rotates a head at `positions`,
+    (T,): Su et al. 2021, section 3.4.2. Always float32, as in Hugging Face's."""
+    frequencies = 1 / theta ** (torch.arange(0, D, 2, device=positions.device).float() / D)
+    angles = (positions.unsqueeze(1) * frequencies).unsqueeze(1)
+    return angles.cos(), angles.sin()
 
 
 class GPT(nn.Module):
@@ -123,21 +234,36 @@ class GPT(nn.Module):
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         self.args = args
-        self.head = None  # a packed copy of the output layer, for sampling on a CPU
-        self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(args.vocab_size, args.n_embd),
-            "wpe": nn.Embedding(args.block_size, args.n_embd),
-            "h": nn.ModuleList(Block(args) for _ in range(args.n_layer)),
-            "ln_f": LayerNorm(args.n_embd, args.bias),
-        })
+        self.lm_head = None  # the output layer is the token embedding
+        if args.architecture == "gpt2":
+            self.transformer = nn.ModuleDict({
+                "wte": nn.Embedding(args.vocab_size, args.n_embd),
+                "wpe": nn.Embedding(args.block_size, args.n_embd),
+                "h": nn.ModuleList(GPT2Block(args) for _ in range(args.n_layer)),
+                "ln_f": nn.LayerNorm(args.n_embd, bias=args.bias),
+            })
+        else:
+            self.model = nn.ModuleDict({
+                "embed_tokens": nn.Embedding(args.vocab_size, args.n_embd),
+                "layers": nn.ModuleList(Qwen3Block(args) for _ in range(args.n_layer)),
+                "norm": RMSNorm(args.n_embd, args.norm_eps),
+            })
+            if not args.tie_embeddings:
+                self.lm_head = nn.Linear(args.n_embd, args.vocab_size, bias=False)
         for name, p in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 # the residual stream is a sum of 2 * n_layer of these (GPT-2, section 2.3)
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * args.n_layer))
+            elif name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight", "bias")):
+                nn.init.zeros_(p)  # qwen3's blocks start as the identity
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """Return the token embedding."""
+        return (self.transformer.wte if self.args.architecture == "gpt2"
+                else self.model.embed_tokens)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None,
                 cache: KVCache | None = None) -> Tensor:
@@ -147,69 +273,70 @@ class GPT(nn.Module):
         With a `cache`, idx continues the tokens in it (one token at a time unless it is empty), and
         the result is the last token's logits, (B, 1, V).
         """
-        past = cache.length if cache else 0
-        wte, wpe, blocks, ln_f = self.transformer.values()
+        args, past = self.args, cache.length if cache else 0
         positions = torch.arange(idx.size(1), device=idx.device) + past  # (T,)
-        x = wte(idx) + wpe(positions)  # (B, T, C)
-        x = dropout(x, self.args.dropout, self.training)
+        if args.architecture == "gpt2":
+            wte, wpe, blocks, norm = self.transformer.values()
+            x, rope = wte(idx) + wpe(positions), ()  # (B, T, C)
+        else:
+            embed_tokens, blocks, norm = self.model.values()
+            x, rope = embed_tokens(idx), rotary_angles(positions, args.D, args.rope_theta)
+        x = dropout(x, args.dropout, self.training)
         for i, block in enumerate(blocks):
-            x = block(x, cache.layers[i] if cache else None, past)
+            x = block(x, cache.layers[i] if cache else None, past, *rope)
         if cache:
             cache.length = past + idx.size(1)
             x = x[:, -1:]  # (B, 1, C)
-        x = ln_f(x)
+        x = norm(x)
         if targets is None:
-            return self.head(x) if self.head else F.linear(x, wte.weight)
+            return self.lm_head(x) if self.lm_head else F.linear(x, self.embedding.weight)
         weight = self.output_weight()
         if not torch.is_grad_enabled():
             weight = weight.detach()  # otherwise the loss computes gradients as well
         return LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.reshape(-1),
-                                        self.args.vocab_size)
+                                        args.vocab_size)
 
     def output_weight(self) -> Tensor:
-        """Return the tied output layer, (V, C); on CUDA padded with zero rows to a multiple of 64,
-        for fast matrix products."""
-        wte = self.transformer.wte.weight
-        return F.pad(wte, (0, 0, 0, -wte.size(0) % 64)) if wte.is_cuda else wte
+        """Return the output layer, (V, C); on CUDA padded with zero rows to a multiple of 64, for
+        fast matrix products."""
+        weight = (self.lm_head or self.embedding).weight
+        return F.pad(weight, (0, 0, 0, -weight.size(0) % 64)) if weight.is_cuda else weight
 
     def flops_per_token(self) -> int:
         """Return the FLOPs of forward and backward per token of a full block (Chowdhery et al.
         2022, PaLM, appendix B)."""
-        n = sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
-        return 6 * n + 12 * self.args.n_layer * self.args.n_embd * self.args.block_size
+        args, n = self.args, sum(p.numel() for p in self.parameters())
+        if args.architecture == "gpt2":
+            n -= self.transformer.wpe.weight.numel()
+        elif self.lm_head:
+            n -= self.embedding.weight.numel()  # looked up, in no matrix product
+        return 6 * n + 12 * args.n_layer * args.n_head * args.D * args.block_size
 
-    def make_cache(self, batch_size: int) -> KVCache:
-        """Return an empty cache for sequences of up to block_size tokens. On a CPU it is float32:
-        attention of one query over 512 keys is nine times slower in bfloat16."""
-        wte = self.transformer.wte.weight
-        dtype = torch.float32 if wte.device.type == "cpu" else wte.dtype
-        shape = (2, batch_size, self.args.n_head, self.args.block_size,
-                 self.args.n_embd // self.args.n_head)
-        return KVCache([wte.new_empty(shape, dtype=dtype) for _ in range(self.args.n_layer)])
+    def make_cache(self, batch_size: int, size: int | None = None) -> KVCache:
+        """Return an empty cache for sequences of up to `size` tokens, by default block_size. On a
+        CPU it is float32: attention of one query over 512 keys is nine times slower in bfloat16."""
+        args, weight = self.args, self.embedding.weight
+        dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
+        shape = (2, batch_size, args.K, size or args.block_size, args.D)
+        return KVCache([weight.new_empty(shape, dtype=dtype) for _ in range(args.n_layer)])
 
 
 def load_model(args: dict[str, Any], state: dict[str, Tensor]) -> GPT:
-    """Return the network of these ModelArgs with these weights. Raises ValueError if they do not
-    fit."""
+    """Return the network of these ModelArgs with these weights, in float32. The network takes the
+    tensors themselves where they are float32. Raises ValueError if they do not fit."""
     args = ModelArgs(**args)
-    # compare sizes first: an absurd one must not allocate a network
-    shapes = {key: tuple(state[name].shape) for key in ("wte", "wpe")
-              if (name := f"transformer.{key}.weight") in state}
-    blocks = {name.split(".")[2] for name in state if name.startswith("transformer.h.")}
-    found = {"n_layer": len(blocks), **shapes}
-    expected = {"n_layer": args.n_layer, "wte": (args.vocab_size, args.n_embd),
-                "wpe": (args.block_size, args.n_embd)}
-    for key, size in expected.items():
-        if found.get(key) != size:
-            raise ValueError(f"the weights do not fit the network: {key}: expected {size}, "
-                             f"got {found.get(key)}")
-    model = GPT(args)
+    blocks = {name.split(".")[2] for name in state
+              if name.startswith(("transformer.h.", "model.layers."))}
     try:
-        model.load_state_dict(state)
-    except RuntimeError as e:
-        raise ValueError("the weights do not fit the network: "
-                         f"{str(e).splitlines()[1].strip()}") from None
-    return model
+        if len(blocks) != args.n_layer:
+            raise ValueError(f"n_layer: expected {args.n_layer}, got {len(blocks)}")
+        with torch.device("meta"):  # an absurd size must not allocate a network
+            model = GPT(args)
+        model.load_state_dict(state, assign=True)
+    except (RuntimeError, OverflowError, TypeError, ValueError) as e:
+        reason = (str(e).splitlines()[1:] or [str(e)])[0].strip()
+        raise ValueError(f"the weights do not fit the network: {reason}") from None
+    return model.float()
 
 
 def compile_decode(model: GPT, cache: KVCache) -> Callable[[Tensor], Tensor]:
@@ -252,7 +379,7 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, temperat
     Past block_size the window slides by a quarter of it, so the cache is refilled once in
     block_size / 4 tokens. `compile` compiles the step of one token, which pays for long texts.
     """
-    device, block_size = model.transformer.wte.weight.device, model.args.block_size
+    device, block_size = model.embedding.weight.device, model.args.block_size
     rng = torch.Generator().manual_seed(seed)
     lengths = torch.tensor([len(p) for p in prompts], device=device)  # (B,)
     tokens = torch.zeros(len(prompts), int(lengths.max()) + max_new_tokens, dtype=torch.long,
@@ -261,7 +388,7 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, temperat
         row[:len(prompt)] = torch.tensor(prompt, device=device)
     finished = torch.zeros_like(lengths, dtype=torch.bool)
     end = int(lengths.min())  # the position of the next token; longer prompts are in `tokens`
-    cache, decode = model.make_cache(len(prompts)), None
+    cache, decode = model.make_cache(len(prompts), min(block_size, tokens.size(1))), None
     new = tokens[:, max(0, end - block_size):end]
     while end < tokens.size(1) and not finished.all():
         if cache.length + new.size(1) > block_size:

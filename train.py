@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from keepgpt import checkpoint
 from keepgpt.card import write_card
-from keepgpt.config import check_memory, resume_config
+from keepgpt.config import ARCHITECTURE, check_memory, resume_config
 from keepgpt.dataset import dataset_folder, read_meta
 from keepgpt.distributed import (
     Ranks,
@@ -56,8 +56,6 @@ from keepgpt.process import (
 )
 from keepgpt.tokenizer import check_tokenizer, from_meta
 from model import GPT, ModelArgs, generate, load_model
-
-ARCHITECTURE = ("n_layer", "n_head", "n_embd", "block_size", "bias")
 
 
 @dataclass
@@ -142,8 +140,8 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks
             raise UserError(f"the checkpoint in {config.out_dir}: {e}") from None
     elif (source := config.init_from.removeprefix("auto:")) in ("scratch", "auto"):
         try:
-            args = ModelArgs(config.n_layer, config.n_head, config.n_embd, config.block_size,
-                             data["vocab_size"], config.bias, config.dropout)
+            args = ModelArgs(vocab_size=data["vocab_size"], dropout=config.dropout,
+                             **{key: getattr(config, key) for key in ARCHITECTURE})
         except ValueError as e:
             raise UserError(str(e)) from None
         check_memory(config, data["vocab_size"])
@@ -228,11 +226,11 @@ def load_pretrained(source: str, config: TrainConfig, given: dict[str, Any],
     dataset's vocabulary and the config's block_size. Raises UserError."""
     try:
         args, state, tokens = read_weights(source)
+        have_args = ModelArgs(**args)  # raises ValueError for impossible sizes
         for key in ARCHITECTURE:
-            value, have = given.get(key), args[key]
+            value, have = given.get(key), getattr(have_args, key)
             if value is not None and value != have and not (key == "block_size" and value < have):
                 raise ValueError(f"it has {key}={have}, not {value}. Try: leave --{key} out")
-        ModelArgs(**args)  # raises ValueError for impossible sizes
         try:
             check_tokenizer(source, args["vocab_size"], tokens, data)
         except ValueError as e:

@@ -40,7 +40,8 @@ class TrainConfig:
     out_dir: str = setting("out", "the run's folder: checkpoints and metrics.jsonl")
     init_from: str = setting("scratch",
         "scratch | resume | auto (resume if there is a run, else scratch) | auto:SOURCE | "
-        "gpt2, gpt2-medium, gpt2-large, gpt2-xl | path of a checkpoint or a Hugging Face folder")
+        "gpt2, gpt2-medium, gpt2-large, gpt2-xl, or OWNER/NAME of a Qwen3 on the hub | "
+        "path of a checkpoint or a Hugging Face folder")
     seed: int = setting(1337, "seed of weights, data order and dropout", least=0, below=2**63)
     # the data
     dataset: str = setting("openwebtext", "folder in data_dir, made by prepare.py or nanoGPT")
@@ -53,7 +54,19 @@ class TrainConfig:
     n_head: int = setting(12, "attention heads; n_embd must be a multiple", least=1)
     n_embd: int = setting(768, "width", least=1)
     dropout: float = setting(0.0, "0 for pretraining, 0.1+ for small data", least=0, below=1)
-    bias: bool = setting(False, "biases in Linear and LayerNorm, as in GPT-2; False is faster")
+    bias: bool = setting(False, "gpt2: biases in Linear and LayerNorm; False is faster")
+    architecture: Literal["gpt2", "qwen3"] = setting("gpt2",
+        "gpt2 | qwen3 (RMSNorm, RoPE, QK-norm, SwiGLU): a lower loss from the same tokens")
+    n_kv_head: int = setting(0,
+        "qwen3: heads of keys and values; fewer make a smaller cache; 0 = n_head", least=0)
+    head_dim: int = setting(0, "qwen3: width of a head; 0 = n_embd / n_head", least=0)
+    n_ff: int = setting(0,
+        "qwen3: width inside the MLP; 0 = 8/3 n_embd, rounded up to a multiple of 64", least=0)
+    rope_theta: float = setting(10000.0,
+        "qwen3: base of the rotary wavelengths; 1e6 for blocks of over 8,000 tokens", least=1)
+    norm_eps: float = setting(1e-6, "qwen3: added to RMSNorm's mean square", least=1e-12)
+    tie_embeddings: bool = setting(True,
+        "qwen3: the output layer is the token embedding; False = has its own weights")
     # AdamW and its schedule
     learning_rate: float = setting(6e-4, "peak learning rate", least=0)
     max_iters: int = setting(600000, "number of steps of the run", least=0)
@@ -96,7 +109,9 @@ class TrainConfig:
         return self.gradient_accumulation_steps * self.batch_size * self.block_size
 
 
-FIXED = ("seed", "n_layer", "n_head", "n_embd", "block_size", "bias")  # see resume_config
+ARCHITECTURE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "architecture", "n_kv_head",
+                "head_dim", "n_ff", "rope_theta", "norm_eps", "tie_embeddings")
+FIXED = ("seed", *ARCHITECTURE)  # see resume_config
 
 
 def resume_config(config: TrainConfig, given: dict[str, Any], bundle: dict[str, Any],
@@ -134,7 +149,8 @@ def resume_config(config: TrainConfig, given: dict[str, Any], bundle: dict[str, 
 def check_memory(config: TrainConfig, vocab_size: int) -> None:
     """Raise UserError for a run that can't fit into this machine's memory: it would swap for
     minutes, then be killed."""
-    parameters = config.n_embd * (12 * config.n_layer * config.n_embd + vocab_size)
+    columns = max(12 * config.n_embd, 3 * config.n_ff + 2 * config.n_head * config.head_dim)
+    parameters = config.n_embd * (config.n_layer * columns + vocab_size)
     # float32 weights, gradients and two moments; int64 inputs and targets; losses
     needed = 16 * max(parameters, config.batch_size * config.block_size,
                       config.gradient_accumulation_steps)

@@ -1,5 +1,5 @@
-"""The chunked loss and the CPU kernels of attention, dropout and linear layers, each with the plain
-PyTorch form that it equals. Letters for shapes are those of model.py."""
+"""The chunked loss and the CPU kernels of attention, dropout, RMSNorm, RoPE and linear layers, each
+with the plain PyTorch form that it equals. Letters for shapes are those of model.py."""
 import math
 from typing import Any
 
@@ -11,10 +11,18 @@ from torch.nn import functional as F
 MAX_LOGITS = 1 << 25  # held in memory at a time; eight times as many on a GPU
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype of matrix products with x: autocast's, if it is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
     """Return causal attention, (B, H, T, D), of the last T positions over all S positions of k and
-    v, (B, H, S, D); T is S or 1. Attention weights are dropped with probability `p`."""
-    T, D = q.shape[2:]
+    v, (B, K, S, D); T is S or 1. Attention weights are dropped with probability `p`."""
+    H, T, D = q.shape[1:]
+    if k.size(1) < H:  # some kernels want as many heads
+        k, v = (t.repeat_interleave(H // k.size(1), 1) for t in (k, v))  # (B, H, S, D)
     if T == 1 or q.device.type != "cpu" or not p and q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=T > 1)
     # On a CPU that function is slow in bfloat16, and slower with dropout. Take 256 rows at a time,
@@ -50,6 +58,72 @@ def dropout_mask(x: Tensor, p: float) -> Tensor:
     return torch.ge(drawn, round(p * 2**16) - 2**15, out=torch.empty_like(x, requires_grad=False))
 
 
+def has_own_backward(x: Tensor) -> bool:
+    """Return True where our autograd functions are faster than PyTorch's: while training on a CPU,
+    uncompiled."""
+    return (x.device.type == "cpu" and torch.is_grad_enabled()
+            and not torch.compiler.is_compiling())
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019),
+    computed in float32 or wider, in the dtype of `weight`."""
+    wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    norm = RMSNormFunction.apply if has_own_backward(x) else F.rms_norm
+    return norm(x.to(wide), weight.shape, weight.to(wide), eps).to(weight.dtype)
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """F.rms_norm on a CPU, in a third of its time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shape: torch.Size, weight: Tensor, eps: float) -> Tensor:
+        """Return the norm of x (..., C) times weight (C,)."""
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # (..., 1)
+        scale = norm.square_().div_(shape[0]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        """Return the gradients of x and weight."""
+        x, weight, scale = ctx.saved_tensors
+        # LayerNorm's with a mean of 0, plus the mean of dy * weight that it takes off
+        dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
+            dy, x, weight.shape, torch.zeros_like(scale), scale, weight, None, [True, True, False])
+        mean = (dy @ weight).unsqueeze(-1) / len(weight)  # (..., 1)
+        return dx.addcmul_(mean, scale), None, dweight, None
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return x (B, T, H, D) with each pair of elements i and i + D / 2 rotated by the angle whose
+    cos and sin (T, 1, D / 2) are given (Su et al. 2021)."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+    if has_own_backward(x):
+        return Rotation.apply(x, cos, sin)
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+class Rotation(torch.autograd.Function):
+    """`rotate` on a CPU, in half of its time."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Return the rotated x."""
+        ctx.save_for_backward(cos, sin)
+        y, half = x * torch.cat((cos, cos), -1), x.size(-1) // 2
+        y[..., :half].addcmul_(x[..., half:], sin, value=-1)
+        y[..., half:].addcmul_(x[..., :half], sin)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple:
+        """Return the gradient of x: dy, rotated back."""
+        cos, sin = ctx.saved_tensors
+        return Rotation.apply(dy, cos, -sin), None, None  # its own inverse, with -sin
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """F.cross_entropy(F.linear(x, weight[:V]), targets), MAX_LOGITS logits at a time. The forward
     pass computes the gradients as well, so the logits of all tokens are never in memory."""
@@ -57,8 +131,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, V: int) -> Tensor:
         """Return the mean loss in nats for x (N, C), weight (V or more, C) and targets (N,)."""
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        device, dtype = x.device.type, compute_dtype(x)
         wide = torch.promote_types(dtype, torch.float32)
         rows = max(1, MAX_LOGITS * (1 if device == "cpu" else 8) // weight.size(0))
         if dtype == torch.float16:
@@ -109,9 +182,10 @@ class PackedLinear(nn.Module):
 
 def pack_linear_layers(model: nn.Module) -> None:
     """Replace the linear layers of a bfloat16 GPT on a CPU by packed ones: sampling gets 1.5x
-    faster, and can't be trained any more."""
+    faster, and it can't be trained any more."""
     for parent in list(model.modules()):
         for name, layer in parent.named_children():
             if isinstance(layer, nn.Linear):
                 setattr(parent, name, PackedLinear(layer.weight, layer.bias))
-    model.head = PackedLinear(model.transformer.wte.weight, None)
+    if model.lm_head is None:
+        model.lm_head = PackedLinear(model.embedding.weight, None)

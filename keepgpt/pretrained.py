@@ -2,6 +2,7 @@
 dicts: the ModelArgs, the state dict, and a description of the tokens."""
 import json
 import pickle
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-ARGS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout")
+from keepgpt.config import ARCHITECTURE
+
+ARGS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout")  # nanoGPT's
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-SUPPORTED = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-             "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-             "add_cross_attention": False, "tie_word_embeddings": True}
+PATTERNS = ["config.json", "tokenizer.json", "model*.safetensors"]
+# ours: theirs, and the values of config.json that can be loaded, which are also the defaults
+GPT2_ARGS = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd",
+             "vocab_size": "vocab_size", "block_size": "n_positions"}
+GPT2_SUPPORTED = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
+                  "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
+                  "add_cross_attention": False, "tie_word_embeddings": True}
+QWEN3_ARGS = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+              "n_kv_head": "num_key_value_heads", "head_dim": "head_dim", "n_embd": "hidden_size",
+              "n_ff": "intermediate_size", "vocab_size": "vocab_size",
+              "block_size": "max_position_embeddings"}
+QWEN3_SUPPORTED = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False,
+                   "rope_scaling": None, "rope_parameters": "default"}
 
 
 def read_weights(source: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
-    """Return (ModelArgs as a dict, state dict, data) of one of NAMES, a folder in Hugging Face's
-    format, or a checkpoint file of keepGPT or nanoGPT. `data` has the source's "tokenizer", its
-    "token_of_id", the name of its "dataset" (nanoGPT), or nothing. Raises ValueError."""
+    """Return (ModelArgs as a dict, state dict, data) of one of NAMES, another name on the hub, a
+    folder in Hugging Face's format, or a checkpoint file of keepGPT or nanoGPT. `data` has the
+    source's "tokenizer", its "token_of_id", the name of its "dataset" (nanoGPT), or nothing. Raises
+    ValueError."""
     if source in NAMES:
         folder = download(f"openai-community/{source}")
         return *read_hugging_face(folder), {"tokenizer": {"kind": "gpt2"}}
@@ -31,14 +45,20 @@ def read_weights(source: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
     if path.is_dir():
         return *read_hugging_face(path), read_tokenizer(path)
     if not path.exists():
+        if re.fullmatch(r"[\w-]+/[\w.-]+(?<!\.pt)", source) and not path.parent.exists():
+            folder = download(source)
+            return *read_hugging_face(folder), read_tokenizer(folder)
         raise ValueError(f"init_from={source}: no such file, folder or model. "
-                         f"Try: one of {', '.join(NAMES)}")
+                         f"Try: one of {', '.join(NAMES)}, or OWNER/NAME of a Qwen3")
     saved = load_tensors(path)
     try:
         args = {key: saved["model_args"][key] for key in ARGS}
+        args |= {key: value for key, value in saved["model_args"].items() if key in ARCHITECTURE}
+        tied = args.get("tie_embeddings", True)
+        redundant = (".attn.bias", "lm_head.weight") if tied else ()  # the mask, the twin of wte
         data = saved.get("data") or {"dataset": saved.get("config", {}).get("dataset")}
         state = {name.removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()
-                 if not name.endswith((".attn.bias", "lm_head.weight"))}  # mask, twin of wte
+                 if not name.endswith(redundant)}
     except (LookupError, TypeError, AttributeError) as e:
         raise ValueError(f"{source}: expected a checkpoint of keepGPT or nanoGPT: {e}") from None
     return args, state, data
@@ -63,38 +83,67 @@ def load_tensors(path: Path) -> Any:
 
 
 def read_hugging_face(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return (ModelArgs as a dict, state dict) of a GPT-2 in Hugging Face's format. Raises
-    ValueError for another architecture."""
-    config = read_json(folder / "config.json")
-    try:
-        args = {key: config[key] for key in ("n_layer", "n_head", "n_embd", "vocab_size")} | {
-            "block_size": config["n_positions"], "bias": True,
-            "dropout": config.get("resid_pdrop", 0.0)}
-    except (LookupError, TypeError):
-        raise ValueError(f"{folder}/config.json: expected a GPT-2") from None
-    supported = SUPPORTED
-    if config.get("n_inner") is not None and type(args["n_embd"]) is int:
-        supported = SUPPORTED | {"n_inner": 4 * args["n_embd"]}  # the default, if absent
-    for key, value in supported.items():
-        if config.get(key, value) != value:
-            raise ValueError(f"{folder}/config.json: {key} is {config[key]!r}; "
-                             f"only {value!r} can be loaded")
-    state = {}
+    """Return (ModelArgs as a dict, state dict) of a GPT-2 or a dense Qwen3 in Hugging Face's
+    format. Raises ValueError for another architecture.
+
+    Weights become float32, whatever they are in the files: 4 bytes for each parameter (Qwen3-0.6B
+    2.4 GB, 8B 33 GB), and training with AdamW takes 16. One shard at a time is read.
+    """
+    args = read_args(folder)
+    state, prefix = {}, "transformer." if args["architecture"] == "gpt2" else "model."
     # a sharded model's index is not needed: each file has the names of its tensors
     for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")):
         tensors = load_tensors(file)
         if not (isinstance(tensors, dict) and all(map(torch.is_tensor, tensors.values()))):
             raise ValueError(f"{file}: expected only tensors")
         for name, tensor in tensors.items():
-            name = "transformer." + name.removeprefix("transformer.")
-            if name.endswith((".attn.bias", ".attn.masked_bias", "lm_head.weight")):
-                continue  # the causal mask, and the twin of wte
+            if name == "lm_head.weight":
+                if args.get("tie_embeddings", True):
+                    continue  # the twin of the token embedding
+            else:
+                name = prefix + name.removeprefix(prefix)
+            if name.endswith((".attn.bias", ".attn.masked_bias")):
+                continue  # the causal mask
             if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-                tensor = tensor.t().contiguous()  # Conv1D has (in, out), Linear (out, in)
-            state[name] = tensor.float()
+                tensor = tensor.t()  # Conv1D has (in, out), Linear (out, in)
+            # a copy: the file may be replaced while it is mapped into memory
+            state[name] = tensor.to(torch.float32, copy=True,
+                                    memory_format=torch.contiguous_format)
     if not state:
         raise ValueError(f"{folder}: expected *.safetensors or pytorch_model*.bin")
     return args, state
+
+
+def read_args(folder: Path) -> dict[str, Any]:
+    """Return the ModelArgs, as a dict, of a folder's config.json. Raises ValueError for an
+    architecture that they can't represent."""
+    config = read_json(folder / "config.json")
+    try:
+        kind = config["model_type"]
+        names, supported = {"gpt2": (GPT2_ARGS, GPT2_SUPPORTED),
+                            "qwen3": (QWEN3_ARGS, QWEN3_SUPPORTED)}[kind]
+        args = {"architecture": kind, "bias": kind == "gpt2"}
+        args |= {ours: config[theirs] for ours, theirs in names.items()}
+        if kind == "gpt2":
+            args["dropout"] = config.get("resid_pdrop", 0.0)
+            if config.get("n_inner") is not None:
+                supported = supported | {"n_inner": 4 * args["n_embd"]}
+        else:
+            rope = config.get("rope_parameters") or {}
+            config = config | {"rope_parameters": rope.get("rope_type", "default")}
+            args |= {"dropout": config.get("attention_dropout", 0.0),
+                     "norm_eps": config.get("rms_norm_eps", 1e-6),
+                     "tie_embeddings": config.get("tie_word_embeddings", False),
+                     "rope_theta": rope.get("rope_theta") or config.get("rope_theta", 10000.0)}
+    except (LookupError, TypeError, AttributeError):
+        model_type = config.get("model_type") if isinstance(config, dict) else None
+        raise ValueError(f"{folder}/config.json: expected a GPT-2 or Qwen3, with its sizes; "
+                         f"model_type is {model_type!r}") from None
+    for key, value in supported.items():
+        if config.get(key, value) != value:
+            raise ValueError(f"{folder}/config.json: {key} is {config[key]!r}; "
+                             f"only {value!r} can be loaded")
+    return args
 
 
 def read_tokenizer(folder: Path) -> dict[str, Any]:
@@ -129,7 +178,7 @@ def download(name: str) -> Path:
     """Return the folder of a model on the Hugging Face hub, from the local cache if possible."""
     try:
         from huggingface_hub import snapshot_download
-        return Path(snapshot_download(name, allow_patterns=["config.json", "model.safetensors"]))
+        return Path(snapshot_download(name, allow_patterns=PATTERNS))
     except ImportError:
         raise ValueError(f"{name}: needs two more packages. "
                          "Try: pip install huggingface_hub safetensors") from None
@@ -141,6 +190,8 @@ def download(name: str) -> Path:
 def crop_weights(args: dict[str, Any], state: dict[str, Tensor], vocab_size: int,
                  block_size: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the same network with a smaller vocabulary and a shorter block."""
-    rows = {"transformer.wte.weight": vocab_size, "transformer.wpe.weight": block_size}
+    rows = {"transformer.wte.weight": vocab_size, "transformer.wpe.weight": block_size,
+            "model.embed_tokens.weight": vocab_size, "lm_head.weight": vocab_size}
     return args | {"vocab_size": vocab_size, "block_size": block_size}, {
-        name: tensor[:rows[name]] if name in rows else tensor for name, tensor in state.items()}
+        name: tensor[:rows[name]].clone() if name in rows else tensor
+        for name, tensor in state.items()}

@@ -43,11 +43,6 @@ def exit_with(error: UserError) -> NoReturn:
     sys.exit(error.code)
 
 
-def fail(message: str) -> NoReturn:
-    """Print a mistake in one line and exit."""
-    exit_with(UserError(message))
-
-
 def describe(error: OSError) -> tuple[str, int]:
     """Return the reason and the exit code of a failed file operation: a full disk may have room
     later."""

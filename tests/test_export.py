@@ -1,19 +1,27 @@
-"""What tools.export writes is the same model and the same tokenizer in Transformers' hands."""
+"""What tools.export writes is the same model and tokenizer in Transformers and llama.cpp."""
 import json
+import os
 import random
 import subprocess
 import sys
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # before Transformers is loaded: else it asks the hub, and waits
+
 import pytest
 import tiktoken_ext.openai_public
 import torch
 from conftest import REPO, command, complaint, run
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from keepgpt.dataset import read_meta
 from keepgpt.pretrained import read_weights
 from keepgpt.tokenizer import describe_encoding, from_meta, train_bpe
-from model import GPT, ModelArgs, load_model
+from model import GPT, ModelArgs, generate, load_model
+from tools.export import to_tokenizers
 
+QWEN3 = {"architecture": "qwen3", "n_kv_head": 1, "head_dim": 32, "n_ff": 40,
+         "rope_theta": 1000.0, "norm_eps": 1e-5, "tie_embeddings": False}
 PIECES = ["abcdefgh ſstredml'’", "0123456789 ab", "日本語漢字 かな",
           "\n\t \r\x0b\x1c\x85\u00a0\u2003a",
           "😀👨‍👩‍👧é̀", " aA!?.,/\n", "ааяжб Ж", "aAßŉ'S", ".\n/_a1 "]
@@ -33,6 +41,24 @@ logits = model(torch.tensor([work["ids"]])).logits[0]
 torch.save({"ids": ids, "back": [tokenizer.decode(row) for row in ids], "made": made,
             "continued": tokenizer.decode(made), "logits": logits,
             "eot": tokenizer.eos_token_id}, sys.argv[3])
+"""
+# llama.cpp itself, by its server's endpoints
+READ_GGUF = """
+import json, sys, urllib.request, xllamacpp
+work = json.load(open(sys.argv[2]))
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel, params.warmup = sys.argv[1], 64, 1, False
+server = xllamacpp.Server(params)
+opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+def ask(path, **content):
+    request = urllib.request.Request(server.listening_address + path, json.dumps(content).encode(),
+                                     {"Content-Type": "application/json"})
+    return json.load(opener.open(request))
+ids = [ask("/tokenize", content=text)["tokens"] for text in work["texts"]]
+made = ask("/completion", prompt=work["prompt"], n_predict=20, temperature=0, top_k=1,
+           ignore_eos=work["ignore_eos"], return_tokens=True)
+json.dump({"ids": ids, "back": [ask("/detokenize", tokens=row)["content"] for row in ids],
+           "made": made["tokens"], "continued": made["content"]}, open(sys.argv[3], "w"))
 """
 
 
@@ -54,6 +80,26 @@ def by_transformers(folder: Path, work: dict, tmp_path: Path) -> dict:
     return torch.load(tmp_path / "read.pt")
 
 
+def by_llama_cpp(file: Path, work: dict, tmp_path: Path) -> dict:
+    """What llama.cpp makes of an exported file."""
+    pytest.importorskip("xllamacpp", reason="it has wheels for Linux on x86-64 only")
+    (tmp_path / "work.json").write_text(json.dumps({"ignore_eos": True} | work))
+    subprocess.run([sys.executable, "-I", "-c", READ_GGUF, file, tmp_path / "work.json",
+                    tmp_path / "read.json"], cwd=tmp_path, check=True, capture_output=True)
+    return json.loads((tmp_path / "read.json").read_text())
+
+
+def save_random(path: Path, args: ModelArgs, description: dict) -> GPT:
+    """Save a model whose next token depends on the text and the place."""
+    torch.manual_seed(0)
+    model = GPT(args).eval()
+    for name, p in model.named_parameters():
+        torch.nn.init.normal_(p, std=3 if "wpe" in name else 0.3)
+    torch.save({"model": model.state_dict(), "model_args": vars(model.args),
+                "data": {"tokenizer": description}}, path)
+    return model
+
+
 @pytest.fixture(scope="module")
 def text(play: Path) -> str:
     return play.read_text(encoding="utf-8") + "".join(f" {i * i * i}" for i in range(2000))
@@ -68,20 +114,18 @@ def cl100k(monkeypatch, text: str) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind, bias", [("char", False), ("gpt2", True), ("bpe", False),
-                                        ("cl100k", True)])
-def test_transformers_reads_the_same_model_and_tokenizer(kind, bias, text, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind, bias, qwen3", [
+    ("char", False, {}), ("gpt2", True, {}), ("bpe", False, {}), ("cl100k", True, {}),
+    ("bpe", False, QWEN3), ("char", False, {"architecture": "qwen3"})])
+def test_transformers_reads_the_same_model_and_tokenizer(kind, bias, qwen3, text, tmp_path,
+                                                         monkeypatch):
     description = {"char": lambda: {"kind": "char", "chars": "".join(sorted(set(text)))},
                    "gpt2": lambda: {"kind": "gpt2"}, "bpe": lambda: train_bpe([text], 1000),
                    "cl100k": lambda: cl100k(monkeypatch, text)}[kind]()
     vocabulary = from_meta({"tokenizer": description})
-    torch.manual_seed(0)
-    model = GPT(ModelArgs(2, 2, 16, 64, vocabulary.vocab_size, bias, 0.1)).eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.3)
     checkpoint, folder = tmp_path / "random.pt", tmp_path / "exported"
-    torch.save({"model": model.state_dict(), "model_args": vars(model.args),
-                "data": {"tokenizer": description}}, checkpoint)
+    args = ModelArgs(2, 2, 16, 64, vocabulary.vocab_size, bias, 0.1, **qwen3)
+    model = save_random(checkpoint, args, description)
     run("tools.export", init_from=checkpoint, to=folder)
 
     alphabet = description["chars"] if kind == "char" else None
@@ -95,7 +139,9 @@ def test_transformers_reads_the_same_model_and_tokenizer(kind, bias, text, tmp_p
     assert (json.loads((folder / "tokenizer_config.json").read_text())["model_input_names"]
             == ["input_ids", "attention_mask"])
     ours = model.double()(torch.tensor([work["ids"]]))[0]
-    assert (theirs["logits"] - ours).abs().max() < 1e-12 * ours.abs().max()
+    # Transformers computes RMSNorm in float32
+    most = 1e-5 if qwen3 else 1e-12
+    assert (theirs["logits"] - ours).abs().max() < most * ours.abs().max()
     assert ours.std() > 0.1
     # and back, into this repository
     args, state, data = read_weights(str(folder))
@@ -105,6 +151,71 @@ def test_transformers_reads_the_same_model_and_tokenizer(kind, bias, text, tmp_p
     args, state, data = read_weights(str(folder / "weights.pt"))
     assert args == vars(model.args) and data["tokenizer"] == description
     assert all(torch.equal(state[name], p.float()) for name, p in model.state_dict().items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, settings, dtype", [
+    ("bpe", {"bias": False}, "float32"), ("gpt2", {}, "bfloat16"), ("char", {}, "float16"),
+    ("bpe", QWEN3, "float32"), ("gpt2", QWEN3, "float16"), ("char", QWEN3, "bfloat16"),
+    ("bpe", {"architecture": "qwen3"}, "float32"),
+], ids=str)
+def test_llama_cpp_reads_the_same_model_and_tokenizer(kind, settings, dtype, text, tmp_path):
+    text += " é日本語 \\ \t ★"
+    description = {"char": lambda: {"kind": "char", "chars": "".join(sorted(set(text)))},
+                   "gpt2": lambda: {"kind": "gpt2"}, "bpe": lambda: train_bpe([text], 1000)}[kind]()
+    vocabulary = from_meta({"tokenizer": description})
+    args = ModelArgs(2, 2, 32, 64, vocabulary.vocab_size,
+                     **{"bias": "architecture" not in settings, "dropout": 0.0} | settings)
+    model = save_random(tmp_path / "random.pt", args, description)
+    run("tools.export", init_from=tmp_path / "random.pt", to=tmp_path / "model.gguf",
+        format="gguf", dtype=dtype)
+    alphabet = description["chars"] if kind == "char" else None
+    work = {"texts": strings(alphabet), "prompt": text[1000:1040], "ignore_eos": kind != "char"}
+    theirs = by_llama_cpp(tmp_path / "model.gguf", work, tmp_path)
+    assert theirs["ids"] == [vocabulary.encode(t) for t in work["texts"]]
+    assert theirs["back"] == work["texts"]
+    for name, p in model.named_parameters():
+        if p.dim() == 2 and "wpe" not in name:
+            p.data = p.data.to(getattr(torch, dtype)).float()
+    made = [row[0] for row in generate(model, [vocabulary.encode(work["prompt"])], 20,
+                                       temperature=0)]
+    if vocabulary.eot in made:
+        made = made[:made.index(vocabulary.eot)]  # llama.cpp goes on with the next likeliest
+    assert theirs["made"][:len(made)] == made
+    assert len(set(made)) > 1 + 2 * (not settings.get("tie_embeddings", True))
+
+
+@pytest.mark.slow
+def test_a_qwen3_goes_in_is_fine_tuned_and_comes_out(play, tmp_path):
+    run("prepare.py", play, name="text", tokenizer="bpe:600", data_dir=tmp_path)
+    vocabulary = from_meta(read_meta(tmp_path / "text"))
+    torch.manual_seed(0)
+    source = Qwen3ForCausalLM(Qwen3Config(
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        hidden_size=32, intermediate_size=64, max_position_embeddings=128,
+        vocab_size=vocabulary.vocab_size, initializer_range=0.1, tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6}))
+    source.to(torch.bfloat16).save_pretrained(tmp_path / "source")
+    to_tokenizers(vocabulary).save(str(tmp_path / "source/tokenizer.json"))
+    out, folder, file = tmp_path / "out", tmp_path / "exported", tmp_path / "model.gguf"
+    done = run("train.py", out_dir=out, init_from=tmp_path / "source", dataset=tmp_path / "text",
+               block_size=64, batch_size=4, gradient_accumulation_steps=1, max_iters=20,
+               eval_interval=20, eval_iters=2, learning_rate=1e-2, warmup_iters=0,
+               lr_decay_iters=20)
+    assert not done.stderr
+    run("tools.export", out_dir=out, to=folder)
+    run("tools.export", out_dir=out, to=file, format="gguf")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["head_dim"] == 16 and config["num_key_value_heads"] == 2
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 1e6
+    assert config["tie_word_embeddings"] is False and config["eos_token_id"] == vocabulary.eot
+    prompt = "The king and the queen"
+    ours = run("sample.py", out_dir=out, start=prompt, temperature=0, num_samples=1,
+               max_new_tokens=20).stdout
+    theirs = by_transformers(folder, {"texts": [], "prompt": prompt, "ids": [0]}, tmp_path)
+    assert theirs["continued"] + "\n" == ours
+    theirs = by_llama_cpp(file, {"texts": [], "prompt": prompt}, tmp_path)
+    assert prompt + theirs["continued"] + "\n" == ours and len(set(theirs["made"])) > 1
 
 
 @pytest.mark.slow
@@ -151,7 +262,7 @@ def test_mistakes_are_answered_with_one_line(tmp_path):
     def told(**flags):
         return complaint(run("tools.export", code=2, **flags))
 
-    assert "--to=FOLDER" in told(out_dir=tmp_path)
+    assert "--to" in told(out_dir=tmp_path)
     assert "python train.py" in told(out_dir=tmp_path, to=tmp_path / "to")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
@@ -161,6 +272,7 @@ def test_mistakes_are_answered_with_one_line(tmp_path):
     full = subprocess.run(["bash", "-c", 'ulimit -f 30; exec "$@"', "bash", *words],
                           capture_output=True, text=True, cwd=REPO)
     assert f"--to={tmp_path / 'to'} can't be written: file too large" in complaint(full)
+    assert "expected a new file" in told(out_dir=tmp_path, to=tmp_path / "full/file", format="gguf")
     torch.save({"model": {}}, tmp_path / "no.pt")
     assert "expected a checkpoint" in told(init_from=tmp_path / "no.pt", to=tmp_path / "to")
     assert not (tmp_path / "to").exists()

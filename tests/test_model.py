@@ -1,4 +1,5 @@
-"""What model.py promises: it is GPT-2, its cache changes nothing, its optimizer forgets nothing."""
+"""What model.py promises: it is GPT-2 or Qwen3, its cache changes nothing, its optimizer forgets
+nothing."""
 import copy
 import json
 import math
@@ -12,12 +13,21 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from keepgpt import kernels
 from keepgpt.config import TrainConfig
 from keepgpt.distributed import pick_dtype
-from keepgpt.kernels import LinearCrossEntropy, attend, dropout, dropout_mask, pack_linear_layers
+from keepgpt.kernels import (
+    LinearCrossEntropy,
+    attend,
+    dropout,
+    dropout_mask,
+    pack_linear_layers,
+    rms_norm,
+    rotate,
+)
 from keepgpt.optim import make_optimizer
 from keepgpt.pretrained import crop_weights, read_weights
 from model import GPT, KVCache, ModelArgs, generate, load_model, sample_token
@@ -25,6 +35,14 @@ from model import GPT, KVCache, ModelArgs, generate, load_model, sample_token
 torch.set_num_threads(1)  # models this small are slower on two
 ARGS = ModelArgs(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=61,
                  bias=True, dropout=0.0)
+# heads of their own width, shared keys and values, weights of its own for the output layer
+QWEN3 = ModelArgs(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=61, bias=False,
+                  dropout=0.0, architecture="qwen3", n_kv_head=2, head_dim=12, n_ff=48,
+                  rope_theta=100.0, tie_embeddings=False)
+each = pytest.mark.parametrize("args", [ARGS, QWEN3, replace(
+    QWEN3, n_kv_head=0, head_dim=0, n_ff=0, tie_embeddings=True)],
+    ids=["gpt2", "qwen3", "qwen3-tied"])
+both = pytest.mark.parametrize("args", [ARGS, QWEN3], ids=["gpt2", "qwen3"])
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Transformers keeps these transposed
 
 
@@ -95,6 +113,90 @@ def test_logits_loss_and_every_gradient_are_those_of_transformers(theirs):
         agree(p.grad, gradients[name].t() if name.endswith(CONV1D) else gradients[name], 2e-5)
 
 
+def make_qwen3(folder, **settings):
+    """A random Qwen3 of Transformers, saved to a folder."""
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(**{
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24,
+        "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 32,
+        "vocab_size": 101, "initializer_range": 0.2, "tie_word_embeddings": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+        "attn_implementation": "sdpa"} | settings))
+    for p in model.parameters():
+        if p.dim() == 1:
+            p.data += 0.2 * torch.randn_like(p)
+    model.eval().save_pretrained(folder, max_shard_size="100KB")  # several files
+    return model
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+@pytest.mark.parametrize("settings", [
+    {}, {"tie_word_embeddings": True, "num_key_value_heads": 4, "head_dim": 16},
+    {"num_key_value_heads": 1, "head_dim": 8}, {"rms_norm_eps": 0.1, "head_dim": 128},
+], ids=["grouped", "tied", "one-key", "eps"])
+def test_qwen3_is_that_of_transformers(settings, dtype, most, tmp_path, monkeypatch):
+    hf = make_qwen3(tmp_path, **settings).to(dtype)
+    ours, idx = loaded(tmp_path).to(dtype), tokens(4, 32, below=101)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    if dtype == torch.float64:  # theirs computes norms in float32 also then
+        monkeypatch.setattr(Qwen3RMSNorm, "forward", lambda self, x: F.rms_norm(
+            x, self.weight.shape, self.weight, self.variance_epsilon))
+    logits = hf(idx).logits
+    with torch.no_grad():  # norms take another path
+        agree(ours(idx), logits, most)
+    loss = ours(idx[:, :-1], idx[:, 1:])
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), idx[:, 1:].flatten())
+    agree(loss, expected, most)
+    loss.backward()
+    expected.backward()
+    gradients = {name: p.grad for name, p in hf.named_parameters()}
+    assert list(gradients) == [name for name, _ in ours.named_parameters()]
+    for name, p in ours.named_parameters():
+        agree(p.grad, gradients[name], 2 * most)
+
+
+def test_qwen3_continues_a_padded_batch_as_transformers_does(tmp_path):
+    hf = make_qwen3(tmp_path)
+    prompts = [tokens(length, below=101, seed=length).tolist() for length in (7, 1, 4)]
+    padded = torch.tensor([[0] * (7 - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (7 - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    expected = hf.generate(input_ids=padded, attention_mask=mask, max_new_tokens=20,
+                           do_sample=False, eos_token_id=None, pad_token_id=0)[:, 7:].tolist()
+    assert made(loaded(tmp_path), prompts, 20, temperature=0) == expected
+    assert len(set(expected[0])) > 4
+
+
+@pytest.mark.parametrize("key, value", [
+    ("hidden_act", "gelu"), ("attention_bias", True), ("use_sliding_window", True),
+    ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}), ("model_type", "qwen3_moe"),
+    ("rope_parameters", {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}),
+])
+def test_a_qwen3_that_cannot_be_represented_is_refused(tmp_path, key, value):
+    make_qwen3(tmp_path / "qwen3")
+    folder = copy_folder(tmp_path / "qwen3", tmp_path / "folder", **{key: value})
+    with pytest.raises(ValueError, match=key) as refused:
+        read_weights(str(folder))
+    assert "\n" not in str(refused.value)
+
+
+def test_rope_theta_is_read_where_either_version_writes_it(tmp_path):
+    make_qwen3(tmp_path / "qwen3")
+    path = tmp_path / "qwen3/config.json"
+    config = json.loads(path.read_text())
+    assert "rope_theta" not in config and read_weights(str(path.parent))[0]["rope_theta"] == 500
+    del config["rope_parameters"]
+    path.write_text(json.dumps(config | {"rope_theta": 1000000.0, "rope_scaling": None}))
+    assert read_weights(str(path.parent))[0]["rope_theta"] == 1e6
+
+
+def test_bfloat16_files_load_as_float32(tmp_path):
+    make_qwen3(tmp_path).to(torch.bfloat16).save_pretrained(tmp_path)
+    model = loaded(tmp_path, vocab_size=90, block_size=8)  # 11 rows are padding
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.lm_head.weight.shape == model.embedding.weight.shape == (90, 64)
+    assert model(tokens(2, 8, below=90)).shape == (2, 8, 90)
+
+
 def test_a_shorter_block_changes_nothing_for_short_inputs(theirs):
     hf, folder = theirs
     ours, idx = loaded(folder, block_size=8), tokens(4, 8, below=101)
@@ -154,6 +256,20 @@ def test_impossible_sizes_in_config_json_are_refused_at_once(theirs, tmp_path, s
     folder = copy_folder(theirs[1], tmp_path / "folder", **settings)
     with pytest.raises(ValueError):
         args, state, _ = read_weights(str(folder))
+        load_model(*crop_weights(args, state, args["vocab_size"], args["block_size"]))
+
+
+@pytest.mark.parametrize("settings", [
+    {"num_key_value_heads": 3}, {"num_key_value_heads": 4}, {"num_key_value_heads": "two"},
+    {"head_dim": 7}, {"head_dim": 10**12}, {"intermediate_size": 10**15}, {"hidden_size": 32},
+    {"num_hidden_layers": 10**9}, {"vocab_size": 10**15}, {"tie_word_embeddings": True},
+], ids=str)
+def test_impossible_sizes_of_a_qwen3_are_refused_at_once(tmp_path, settings):
+    make_qwen3(tmp_path / "qwen3")
+    folder = copy_folder(tmp_path / "qwen3", tmp_path / "folder", **settings)
+    with pytest.raises(ValueError):
+        args, state, _ = read_weights(str(folder))
+        state = state | {"lm_head.weight": torch.zeros(1)}
         load_model(*crop_weights(args, state, args["vocab_size"], args["block_size"]))
 
 
@@ -296,6 +412,42 @@ def test_the_embedding_and_the_output_layer_are_one():
     assert changed[..., 60].all() and not changed[..., :60].any()
 
 
+def test_qwen3_starts_as_the_identity_and_a_uniform_guess():
+    torch.manual_seed(0)
+    model, idx = GPT(replace(QWEN3, n_embd=128)), tokens(4, 16)
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            assert (p == 1).all(), name
+        elif name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
+            assert not p.any(), name
+        else:
+            assert abs(p.std() - 0.02) < 0.0012, name
+    agree(model(idx, idx), torch.tensor(61.0).log(), 1e-6)
+
+
+@pytest.mark.parametrize("settings, says", [
+    ({"n_kv_head": 2}, "n_kv_head"), ({"head_dim": 16}, "head_dim"), ({"n_ff": 64}, "n_ff"),
+    ({"rope_theta": 1e6}, "rope_theta"), ({"norm_eps": 1e-5}, "norm_eps"),
+    ({"tie_embeddings": False}, "tie_embeddings"), ({"architecture": "llama"}, "architecture"),
+    ({"architecture": "qwen3", "bias": True}, "bias"),
+    ({"architecture": "qwen3", "n_kv_head": 3, "bias": False}, "n_kv_head"),
+    ({"architecture": "qwen3", "head_dim": 9, "bias": False}, "head_dim"),
+])
+def test_a_setting_that_the_architecture_lacks_is_refused(settings, says):
+    with pytest.raises(ValueError, match=says):
+        replace(ARGS, **settings)
+
+
+def test_flops_count_the_matrix_products():
+    for args in (ARGS, QWEN3, replace(QWEN3, tie_embeddings=True)):
+        gpt2 = args.architecture == "gpt2"
+        H, K, D, C, F_ = args.n_head, args.K, args.D, args.n_embd, 128 if gpt2 else args.ff_width
+        matrices = args.n_layer * (2 * C * D * (H + K) + (2 if gpt2 else 3) * C * F_) + 61 * C
+        vectors = sum(p.numel() for p in GPT(args).parameters() if p.dim() == 1)
+        attention = 12 * args.n_layer * H * D * args.block_size
+        assert GPT(args).flops_per_token() == 6 * (matrices + vectors) + attention
+
+
 def test_without_bias_there_are_none():
     names = [name for name, _ in GPT(replace(ARGS, bias=False)).named_parameters()]
     assert len(names) == 2 + 6 * ARGS.n_layer + 1
@@ -312,8 +464,9 @@ def test_the_weights_begin_as_gpt2_s():
             assert (p == (0 if name.endswith("bias") else 1)).all(), name
 
 
-def test_a_token_sees_those_before_it_and_not_those_after_it():
-    model, idx = wild(), tokens(1, 16)
+@each
+def test_a_token_sees_those_before_it_and_not_those_after_it(args):
+    model, idx = wild(args), tokens(1, 16)
     for changed in range(16):
         other = idx.clone()
         other[0, changed] = (idx[0, changed] + 1) % 61
@@ -321,9 +474,10 @@ def test_a_token_sees_those_before_it_and_not_those_after_it():
         assert not differs[:changed].any() and differs[changed:].all()
 
 
-def test_dropout_acts_in_training_only_and_repeats_with_its_seed():
-    model, idx = wild(replace(ARGS, dropout=0.5)), tokens(4, 16)
-    assert torch.equal(model(idx), wild()(idx)) and torch.equal(model(idx), model(idx))
+@both
+def test_dropout_acts_in_training_only_and_repeats_with_its_seed(args):
+    model, idx = wild(replace(args, dropout=0.5)), tokens(4, 16)
+    assert torch.equal(model(idx), wild(args)(idx)) and torch.equal(model(idx), model(idx))
     model.train()
     torch.manual_seed(1)
     one, two = model(idx), model(idx)
@@ -350,9 +504,10 @@ def test_dropout_acts_on_the_embedding_the_attention_and_both_branches():
     assert 0.45 < (entered[0] != 0).float().mean() < 0.55
 
 
-def test_a_batch_is_learned_by_heart():
+@each
+def test_a_batch_is_learned_by_heart(args):
     torch.manual_seed(0)
-    model, idx = GPT(ARGS), tokens(4, 17)
+    model, idx = GPT(args), tokens(4, 17)
     optimizer = make_optimizer(model, TrainConfig(learning_rate=1e-2, weight_decay=0.0))
     for _ in range(120):
         loss = model(idx[:, :-1], idx[:, 1:])
@@ -362,8 +517,9 @@ def test_a_batch_is_learned_by_heart():
     assert loss.item() < 0.02
 
 
-def test_bfloat16_agrees_with_float64_as_far_as_it_can():
-    model = wild(replace(ARGS, n_embd=64, n_layer=3), std=0.15)
+@both
+def test_bfloat16_agrees_with_float64_as_far_as_it_can(args):
+    model = wild(replace(args, n_embd=64, n_layer=3), std=0.15)
     exact, x, y = copy.deepcopy(model).double(), tokens(8, 16), tokens(8, 16, seed=2)
     with torch.autocast("cpu", torch.bfloat16):
         logits, loss = model(x), model(x, y)
@@ -378,11 +534,12 @@ def test_bfloat16_agrees_with_float64_as_far_as_it_can():
 
 def padded_output(model):
     """What `GPT.output_weight` gives on CUDA."""
-    return F.pad(model.transformer.wte.weight, (0, 0, 0, 3))
+    return F.pad((model.lm_head or model.embedding).weight, (0, 0, 0, 3))
 
 
-def test_padding_the_vocabulary_changes_neither_loss_nor_gradients(monkeypatch):
-    plain, x, y = wild(), tokens(4, 16), tokens(4, 16, seed=2)
+@each
+def test_padding_the_vocabulary_changes_neither_loss_nor_gradients(args, monkeypatch):
+    plain, x, y = wild(args), tokens(4, 16), tokens(4, 16, seed=2)
     padded = copy.deepcopy(plain)
     loss = plain(x, y)
     loss.backward()
@@ -409,8 +566,9 @@ def test_the_optimizer_updates_every_parameter_once_and_decays_no_bias_or_norm(b
     assert all(group["lr"] == 3e-4 and group["betas"] == (0.8, 0.9) for group in groups)
 
 
-def test_a_step_moves_every_parameter():
-    model = wild()
+@each
+def test_a_step_moves_every_parameter(args):
+    model = wild(args)
     before = copy.deepcopy(model.state_dict())
     optimizer = make_optimizer(model, TrainConfig(learning_rate=1e-2))
     model(tokens(4, 16), tokens(4, 16, seed=2)).backward()
@@ -421,12 +579,13 @@ def test_a_step_moves_every_parameter():
 # generation
 
 
-def talker():
+def talker(args=ARGS):
     """A wild model whose likeliest next token depends on the place and the text."""
-    model = wild(std=0.5)
-    with torch.no_grad():
-        model.transformer.wpe.weight.mul_(10)
-        model.transformer.ln_f.bias.zero_()
+    model = wild(args, std=0.5)
+    if args.architecture == "gpt2":
+        with torch.no_grad():
+            model.transformer.wpe.weight.mul_(10)
+            model.transformer.ln_f.bias.zero_()
     return model
 
 
@@ -449,8 +608,9 @@ def made_without_cache(model, prompt, n, temperature=1.0, top_k=0, top_p=1.0, se
     return text[len(prompt):]
 
 
-def test_the_cache_gives_the_logits_of_the_whole():
-    model, idx = talker(), tokens(3, 16)
+@each
+def test_the_cache_gives_the_logits_of_the_whole(args):
+    model, idx = talker(args), tokens(3, 16)
     whole = model(idx)
     for begin in (1, 5, 16):
         cache = model.make_cache(3)
@@ -460,8 +620,9 @@ def test_the_cache_gives_the_logits_of_the_whole():
         agree(torch.cat(parts, 1), whole[:, begin - 1:], 1e-5)
 
 
-def test_a_step_that_finds_its_position_on_the_device_gives_the_same_logits():
-    model, idx = talker(), tokens(3, 16)
+@each
+def test_a_step_that_finds_its_position_on_the_device_gives_the_same_logits(args):
+    model, idx = talker(args), tokens(3, 16)
     whole, cache = model(idx), model.make_cache(3)
     model(idx[:, :5], cache=cache)
     for kv in cache.layers:
@@ -472,21 +633,23 @@ def test_a_step_that_finds_its_position_on_the_device_gives_the_same_logits():
         assert step.length == i + 1
 
 
+@both
 @pytest.mark.parametrize("prompts", [[[1]], [[1, 2, 3], [4]], [list(range(20))]])
-def test_a_compiled_decode_step_generates_the_same(prompts, monkeypatch):
+def test_a_compiled_decode_step_generates_the_same(args, prompts, monkeypatch):
     compile = torch.compile  # in one graph, and without waiting for a compiler
     monkeypatch.setattr(torch, "compile", lambda model, mode, dynamic: compile(
         model, backend="eager", fullgraph=True, dynamic=dynamic))
-    model = talker()
+    model = talker(args)
     assert made(model, prompts, 50, temperature=0, compile=True) == \
         made(model, prompts, 50, temperature=0)
 
 
+@both
 @pytest.mark.parametrize("length", [1, 5, 16, 30])
 @pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 1.0, "seed": 3},
                                  {"temperature": 0.7, "top_k": 20, "top_p": 0.9}], ids=str)
-def test_cached_generation_equals_uncached_also_past_the_block(length, how):
-    model, prompt = talker(), tokens(length, seed=length).tolist()
+def test_cached_generation_equals_uncached_also_past_the_block(args, length, how):
+    model, prompt = talker(args), tokens(length, seed=length).tolist()
     expected = made_without_cache(model, prompt, 50, **how)
     assert made(model, [prompt], 50, **how) == [expected]
     assert len(set(expected)) > 4  # it is no loop over a few tokens
@@ -494,9 +657,10 @@ def test_cached_generation_equals_uncached_also_past_the_block(length, how):
 
 @pytest.mark.skipif(pick_dtype("auto", torch.device("cpu")) != torch.bfloat16,
                     reason="this CPU has no bfloat16 instructions")
-@pytest.mark.parametrize("bias", [False, True])
-def test_packed_weights_generate_the_same(bias):
-    plain = wild(replace(ARGS, bias=bias)).bfloat16()
+@pytest.mark.parametrize("args", [ARGS, replace(ARGS, bias=False), QWEN3,
+                                  replace(QWEN3, tie_embeddings=True)])
+def test_packed_weights_generate_the_same(args):
+    plain = wild(args).bfloat16()
     packed = copy.deepcopy(plain)
     pack_linear_layers(packed)
     x = tokens(3, ARGS.block_size)
@@ -506,8 +670,9 @@ def test_packed_weights_generate_the_same(bias):
                                                                   temperature=0)
 
 
-def test_prompts_of_different_lengths_in_a_batch_are_continued_as_each_alone():
-    model = talker()
+@both
+def test_prompts_of_different_lengths_in_a_batch_are_continued_as_each_alone(args):
+    model = talker(args)
     prompts = [tokens(length, seed=length).tolist() for length in (7, 1, 4, 4)]
     alone = [made(model, [prompt], 40, temperature=0)[0] for prompt in prompts]
     assert made(model, prompts, 40, temperature=0) == alone
@@ -606,6 +771,44 @@ def test_each_row_is_cut_by_its_own_probabilities():
     for how in ({"top_k": 2, "top_p": 1.0}, {"top_k": 0, "top_p": 0.69}):
         picked = sample_token(rows, 1.0, rng=torch.Generator().manual_seed(0), **how).view(500, 2)
         assert [set(column.tolist()) for column in picked.T] == [{1, 3}, {2, 4}]
+
+
+@pytest.mark.parametrize("dtype, most", [(torch.float64, 1e-13), (torch.float32, 3e-6),
+                                         (torch.bfloat16, 1e-2)])
+def test_rms_norm_and_rotation_agree_with_pytorch(dtype, most):
+    torch.manual_seed(0)
+    x = torch.randn(3, 20, 4, 24, dtype=dtype, requires_grad=True)
+    weight = torch.randn(24).to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+    dy = torch.randn(3, 20, 4, 24).to(weight.dtype)
+    y = rms_norm(x, weight, 1e-2)
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    expected = F.rms_norm(exact[0], weight.shape, exact[1], 1e-2)
+    assert y.dtype == weight.dtype
+    agree(y.double(), expected, most)
+    for ours, right in zip(torch.autograd.grad(y, (x, weight), dy),
+                           torch.autograd.grad(expected, exact, dy.double())):
+        agree(ours.double(), right, most)
+
+    angles = torch.randn(20, 1, 12)
+    y = rotate(x, angles.cos(), angles.sin())
+    z = torch.complex(*exact[0].chunk(2, -1)) * torch.polar(torch.ones(()).double(),
+                                                           angles.double())
+    expected = torch.cat((z.real, z.imag), -1)
+    agree(y.double(), expected, max(most, 1e-7))  # the angles are float32
+    agree(torch.autograd.grad(y, x, dy.to(dtype))[0].double(),
+          torch.autograd.grad(expected, exact[0], dy.double())[0], max(most, 1e-7))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_that_share_keys_attend_as_with_copies_of_them(p, dtype):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 40, 16).to(dtype) for heads in (6, 2, 2))
+    torch.manual_seed(1)
+    y = attend(q, k, v, p)
+    torch.manual_seed(1)
+    copies = [t[:, [0, 0, 0, 1, 1, 1]] for t in (k, v)]
+    assert torch.equal(y, attend(q, *copies, p))
 
 
 @pytest.mark.parametrize("T, S", [(300, 300), (256, 256), (7, 7), (1, 300)])

@@ -7,7 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before Transformers is loaded: else it ask
 import pytest
 import torch
 from conftest import bits, complaint, rows, run
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
 
 from keepgpt.pretrained import read_weights
 
@@ -69,6 +69,38 @@ def test_gpt_2_is_evaluated_from_the_local_cache_without_a_network(size, folder,
                env={"HF_HUB_CACHE": str(tmp_path)}, **SMALL)
     assert "val loss" in done.stdout and done.stdout == evaluated
     assert not done.stderr
+
+
+def test_a_qwen3_is_read_from_the_local_cache_by_its_name(dataset, tmp_path):
+    torch.manual_seed(0)
+    folder = tmp_path / "cache/models--Someone--Qwen3-0.0B/snapshots" / ("0" * 40)
+    Qwen3ForCausalLM(Qwen3Config(
+        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        hidden_size=16, intermediate_size=32, max_position_embeddings=64, vocab_size=50304,
+        tie_word_embeddings=False)).to(torch.bfloat16).save_pretrained(folder)
+    refs = folder.parents[1] / "refs"
+    refs.mkdir()
+    (refs / "main").write_text("0" * 40)
+    settings = {"out_dir": tmp_path / "out", "dataset": dataset, "init_from": "Someone/Qwen3-0.0B",
+                "env": {"HF_HUB_CACHE": str(tmp_path / "cache")}, "eval_interval": 2, **SMALL}
+    run("train.py", max_iters=2, **settings)
+    run("train.py", max_iters=4, **settings | {"init_from": "resume"})
+    saved = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+    assert saved["step"] == 4 and saved["model"]["lm_head.weight"].shape == (50257, 16)
+    sizes = {key: saved["model_args"][key] for key in ("architecture", "n_kv_head", "head_dim",
+                                                       "n_ff", "tie_embeddings", "block_size")}
+    assert sizes == {"architecture": "qwen3", "n_kv_head": 1, "head_dim": 8, "n_ff": 32,
+                     "tie_embeddings": False, "block_size": 32}
+    assert {key: saved["config"][key] for key in sizes} == sizes
+    done = run("train.py", code=2, **settings | {"out_dir": tmp_path / "other"}, head_dim=16)
+    assert "head_dim=8" in complaint(done)
+
+
+@pytest.mark.parametrize("source", ["out/ckpt.pt", "tests/Qwen3", "a/b/c", "nothing"])
+def test_a_path_that_does_not_exist_is_not_looked_up(source, dataset):
+    done = run("train.py", "config/eval_gpt2.py", dataset=dataset, init_from=source, code=2,
+               env={"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"})
+    assert "no such file" in complaint(done)
 
 
 def test_gpt_2_without_network_and_cache_is_one_line_at_once(dataset, tmp_path):

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 from keepgpt.config import TrainConfig, parse
-from keepgpt.process import fail
+from keepgpt.process import UserError, exit_with
 
 REPO = Path(__file__).parent.parent
 DEFAULT = "config/train_plays_cpu.py"
@@ -70,7 +70,8 @@ if __name__ == "__main__":
         print(__doc__.strip())
         sys.exit(0)
     if len(ARGS) > 1 or ARGS[0].startswith("-"):
-        fail(f"expected one config file, got {' '.join(ARGS)}. Try: python -m tools.demo {DEFAULT}")
+        exit_with(UserError(f"expected one config file, got {' '.join(ARGS)}. "
+                            f"Try: python -m tools.demo {DEFAULT}"))
     try:
         main(ARGS[0])
     except KeyboardInterrupt:  # the running script has received it too, and saves

@@ -1,7 +1,8 @@
 """Export weights to other programs: `python -m tools.export --out_dir=out --to=FOLDER`.
 
-FOLDER is a GPT-2 with its tokenizer in Hugging Face's format, which Transformers, vLLM and others
-load without this repository, and weights.pt for PyTorch.
+FOLDER is a GPT-2 or Qwen3 with its tokenizer in Hugging Face's format, which Transformers, vLLM and
+others load without this repository, and weights.pt for PyTorch. With --format=gguf --to=FILE is one
+file for llama.cpp and the programs on it.
 """
 import json
 import os
@@ -18,7 +19,7 @@ if __name__ == "__main__":  # from any folder: python PATH/tools/export.py
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from keepgpt.config import command_line, setting
-from keepgpt.process import describe, fail
+from keepgpt.process import UserError, describe, exit_with
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) there; (out, in) here
 
@@ -32,31 +33,40 @@ class ExportConfig:
     dataset: str = setting("",
         "the dataset with the vocabulary of a nanoGPT checkpoint; others include their own")
     data_dir: str = setting("data", "folder of that dataset, as in train.py")
-    to: str = setting("", "the new folder to write")
-    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32", "of the weights")
+    to: str = setting("", "the new folder to write; of format=gguf the new file")
+    format: Literal["hf", "gguf"] = setting("hf",
+        "hf: a folder for Transformers, vLLM and others | gguf: a file for llama.cpp")
+    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32",
+        "of the weights; in gguf of the matrices")
 
 
 if __name__ == "__main__":  # before torch is loaded
     CONFIG, _, ARGS = command_line(
         ExportConfig, "python -m tools.export --out_dir=out --to=FOLDER [--key=value ...]")
     if ARGS:
-        fail(f"{ARGS[0]}: expected --key=value. Try: --help")
+        exit_with(UserError(f"{ARGS[0]}: expected --key=value. Try: --help"))
     if not CONFIG.to:
-        fail("--to=FOLDER is missing: the new folder to write")
+        exit_with(UserError("--to is missing: a new folder, or with --format=gguf a new file"))
 
 import torch
+from tiktoken_ext.openai_public import r50k_pat_str
 from torch import Tensor
 
 from keepgpt.checkpoint import Disk, write_bundle
+from keepgpt.pretrained import GPT2_ARGS, QWEN3_ARGS
 from keepgpt.tokenizer import CharTokenizer, HFTokenizer, Tokenizer
 from model import GPT, ModelArgs
 from sample import SampleConfig, load
 
+# how a text is split into words, and llama.cpp's name for it
+PATTERNS = {r50k_pat_str: "gpt-2", None: "gpt-2",  # None: that of tokenizers' ByteLevel
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2"}
 CARD = """---
 library_name: transformers
 pipeline_tag: text-generation
 ---
-A GPT of {parameters:,} parameters and {block_size} positions, exported from {origin}.
+A {architecture} of {parameters:,} parameters and {block_size} positions, exported from {origin}.
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -68,7 +78,10 @@ print(tokenizer.decode(model.generate(**tokenizer({start!r}, return_tensors="pt"
 
 
 def to_hugging_face(state: dict[str, Tensor], args: ModelArgs) -> dict[str, Tensor]:
-    """Return the weights with GPT2LMHeadModel's names and shapes; a missing bias becomes 0."""
+    """Return the weights with the names and shapes of GPT2LMHeadModel or Qwen3ForCausalLM. A bias
+    that GPT-2 misses becomes 0."""
+    if args.architecture == "qwen3":
+        return state  # has those
     exported = {}
     for name, tensor in state.items():
         exported[name] = tensor.t().contiguous() if name.endswith(CONV1D) else tensor
@@ -78,14 +91,21 @@ def to_hugging_face(state: dict[str, Tensor], args: ModelArgs) -> dict[str, Tens
     return exported
 
 
-def gpt2_config(args: ModelArgs) -> dict[str, Any]:
-    """Return Transformers' GPT2Config as a dict."""
-    return {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2",
-            "n_layer": args.n_layer, "n_head": args.n_head, "n_embd": args.n_embd, "n_inner": None,
-            "n_positions": args.block_size, "n_ctx": args.block_size,
-            "vocab_size": args.vocab_size, "activation_function": "gelu_new",
+def to_config(args: ModelArgs) -> dict[str, Any]:
+    """Return Transformers' GPT2Config or Qwen3Config as a dict."""
+    if args.architecture == "gpt2":
+        return {theirs: getattr(args, ours) for ours, theirs in GPT2_ARGS.items()} | {
+            "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_inner": None,
+            "n_ctx": args.block_size, "activation_function": "gelu_new",
             "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "resid_pdrop": args.dropout,
             "embd_pdrop": args.dropout, "attn_pdrop": args.dropout}
+    sizes = vars(args) | {"n_kv_head": args.K, "head_dim": args.D, "n_ff": args.ff_width}
+    return {theirs: sizes[ours] for ours, theirs in QWEN3_ARGS.items()} | {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu",
+        "rms_norm_eps": args.norm_eps, "tie_word_embeddings": args.tie_embeddings,
+        "rope_theta": args.rope_theta,  # read by Transformers 4; the next line by 5
+        "rope_parameters": {"rope_type": "default", "rope_theta": args.rope_theta},
+        "attention_bias": False, "attention_dropout": args.dropout, "use_sliding_window": False}
 
 
 def list_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
@@ -136,13 +156,14 @@ def json_files(args: ModelArgs, vocabulary: Tokenizer, dtype: torch.dtype
     if eot is not None:
         name = {i: token for token, i in vocabulary.token_ids().items()}[eot]
         tokenizer |= {"bos_token": name, "eos_token": name}
-    config = gpt2_config(args) | ends | {"dtype": str(dtype).removeprefix("torch.")}
+    config = to_config(args) | ends | {"dtype": str(dtype).removeprefix("torch.")}
     return {"config.json": config, "generation_config.json": ends,
             "tokenizer_config.json": tokenizer}
 
 
-def write(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str, dtype: torch.dtype) -> None:
-    """Write all files of an exported model. Raises the libraries' errors for a full disk."""
+def write_hugging_face(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str,
+                       dtype: torch.dtype) -> None:
+    """Write all files in Hugging Face's format. Raises the libraries' errors for a full disk."""
     from safetensors.torch import save_file
     args, data = model.args, {"tokenizer": vocabulary.description}
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
@@ -154,32 +175,110 @@ def write(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str, dtype: t
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(CARD.format(
+        architecture={"gpt2": "GPT-2", "qwen3": "Qwen3"}[args.architecture],
         parameters=sum(p.numel() for p in model.parameters()), origin=origin,
         block_size=args.block_size, length=min(100, args.block_size // 2),
         start=vocabulary.decode([0]) if vocabulary.eot is None else "The"), encoding="utf-8")
 
 
+def write_gguf(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str, dtype: torch.dtype
+               ) -> None:
+    """Write model.gguf, llama.cpp's format, with the tokenizer. Matrices are in `dtype`; vectors
+    and positions stay float32, as llama.cpp wants them."""
+    import gguf
+    args, qwen3 = model.args, model.args.architecture == "qwen3"
+    writer = gguf.GGUFWriter(folder / "model.gguf", args.architecture)
+    writer.add_name(origin)
+    writer.add_context_length(args.block_size)
+    writer.add_embedding_length(args.n_embd)
+    writer.add_block_count(args.n_layer)
+    writer.add_head_count(args.n_head)
+    writer.add_feed_forward_length(args.ff_width if qwen3 else 4 * args.n_embd)
+    if qwen3:
+        writer.add_head_count_kv(args.K)
+        writer.add_key_length(args.D)
+        writer.add_value_length(args.D)
+        writer.add_layer_norm_rms_eps(args.norm_eps)
+        writer.add_rope_freq_base(args.rope_theta)
+    else:
+        writer.add_layer_norm_eps(1e-5)
+    add_tokenizer(writer, vocabulary)
+
+    names = gguf.get_tensor_name_map(
+        gguf.MODEL_ARCH.QWEN3 if qwen3 else gguf.MODEL_ARCH.GPT2, args.n_layer)
+    of_matrices = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
+    for name, tensor in to_hugging_face(model.state_dict(), args).items():
+        tensor = tensor.t() if name.endswith(CONV1D) else tensor  # (out, in) again
+        vector = tensor.dim() < 2 or name.endswith("wpe.weight")
+        kind = gguf.GGMLQuantizationType["F32" if vector else of_matrices]
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")),
+                          gguf.quantize(tensor.float().contiguous().numpy(), kind), raw_dtype=kind)
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
+
+
+def add_tokenizer(writer: Any, vocabulary: Tokenizer) -> None:
+    """Add the tokenizer to a gguf.GGUFWriter. Raises ValueError for one that llama.cpp lacks."""
+    from gguf import TokenType
+    content = json.loads(to_tokenizers(vocabulary).to_str())
+    names = {i: name for name, i in content["model"]["vocab"].items()}
+    if content["model"]["type"] == "WordLevel":
+        # llama.cpp's tokenizer of RWKV takes the longest token that fits, which is here the next
+        # character, and is the only one without an end-of-text token; \ is its escape character
+        writer.add_tokenizer_model("rwkv")
+        writer.add_token_list([names[i].replace("\\", r"\\") for i in range(len(names))])
+        return
+    splits = content["pre_tokenizer"]
+    pattern = next((split["pattern"]["Regex"] for split in splits.get("pretokenizers", [])
+                    if split["type"] == "Split"), None)
+    if content["model"]["type"] != "BPE" or pattern not in PATTERNS or vocabulary.eot is None:
+        raise ValueError("expected GPT-2's or Qwen's way to split a text into words, got the "
+                         f"pattern {pattern!r}. Try: --format=hf")
+    types = {token["id"]: TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
+             for token in content["added_tokens"]}
+    names |= {token["id"]: token["content"] for token in content["added_tokens"]}
+    ids = range(vocabulary.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(PATTERNS[pattern])
+    writer.add_token_list([names.get(i, f"[unused {i}]") for i in ids])
+    writer.add_token_types([types.get(i, TokenType.NORMAL if i in names else TokenType.UNUSED)
+                            for i in ids])
+    writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]])
+    writer.add_bos_token_id(vocabulary.eot)
+    writer.add_eos_token_id(vocabulary.eot)
+    writer.add_add_bos_token(False)
+
+
 def main(config: ExportConfig) -> None:
-    """Write a temporary folder and rename it: the target is complete or absent."""
-    if not (find_spec("safetensors") and find_spec("tokenizers")):
-        fail("export needs two more packages. Try: pip install safetensors tokenizers")
-    folder = Path(config.to)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        fail(f"--to={folder}: expected a new or empty folder")
+    """Write into a temporary folder and rename: the target is complete or absent."""
+    to_gguf = config.format == "gguf"
+    packages = ("gguf", "tokenizers") if to_gguf else ("safetensors", "tokenizers")
+    if not all(map(find_spec, packages)):
+        raise UserError(f"export needs two more packages. Try: pip install {' '.join(packages)}")
+    target = Path(config.to)
+    if target.exists() and (to_gguf or not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"--to={target}: expected a new {'file' if to_gguf else 'or empty folder'}")
     model, vocabulary, origin = load(SampleConfig(
         out_dir=config.out_dir, init_from=config.init_from, dataset=config.dataset,
         data_dir=config.data_dir))
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    write = write_gguf if to_gguf else write_hugging_face
     try:
         temporary.mkdir(parents=True)
         write(temporary, model, vocabulary, origin, getattr(torch, config.dtype))
-        temporary.replace(folder)
+        (temporary / "model.gguf" if to_gguf else temporary).replace(target)
     except Exception as e:  # libraries raise many types for a full disk
-        fail(f"--to={folder} can't be written: {describe(e)[0] if isinstance(e, OSError) else e}")
+        reason = describe(e)[0] if isinstance(e, OSError) else e
+        raise UserError(f"--to={target}: {reason}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-    print(f"{origin} -> {folder}: "
+    sizes = {path.name: path.stat().st_size
+             for path in ([target] if to_gguf else sorted(target.iterdir()))}
+    print(f"{origin} -> {target}: "
           + ", ".join(f"{name} {size / 1e6:,.1f} MB" if size > 1e5 else name
                       for name, size in sizes.items()))
 
@@ -190,3 +289,5 @@ if __name__ == "__main__":
         main(CONFIG)
     except KeyboardInterrupt:
         sys.exit(130)
+    except UserError as e:
+        exit_with(e)
