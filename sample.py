@@ -86,7 +86,8 @@ def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
 def find_meta(config: SampleConfig, origin: str, vocab_size: int, data: dict[str, Any]
               ) -> dict[str, Any]:
     """Return the meta of the weights' tokens: of --dataset if given, else the weights' own, else of
-    the dataset that nanoGPT's checkpoint names, else GPT-2's. Raises UserError."""
+    the dataset that nanoGPT's checkpoint names, else GPT-2's if they fit, else of the folder's
+    tokenizer.json. Raises UserError."""
     if "tokenizer" in data and not config.dataset:
         return data
     meta = GPT2
@@ -98,6 +99,8 @@ def find_meta(config: SampleConfig, origin: str, vocab_size: int, data: dict[str
     try:
         tokenizer.check_tokenizer(origin, vocab_size, data, meta)
     except ValueError as e:
+        if "folder" in data and not config.dataset:
+            return {"tokenizer": tokenizer.describe_tokenizer(str(data["folder"]))}
         raise UserError(f"{e}. Try: --dataset=<the dataset of these weights>") from None
     return meta
 
