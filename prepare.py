@@ -177,7 +177,7 @@ def read_train_text(shards: list[Shard], lengths: array | None) -> Iterator[str]
 
 def encode_in_order(chunks: Iterable[Chunk], encode: Callable, workers: int) -> Iterator:
     """Yield encode(batch) for batches of chunks of a block in all, computed by threads: encoders
-    release the GIL. Two batches a thread are in hand, so that memory is flat."""
+    release the GIL. Two batches per thread are pending: memory is flat."""
     pending, batch, size = deque(), [], 0
     with ThreadPoolExecutor(workers) as pool:
         for chunk in chunks:
@@ -267,7 +267,7 @@ def write_dataset(folder: Path, request: dict[str, Any], wanted: dict[str, Any],
                 raise UserError(f"{name}: expected some text, got none: all of it is empty")
             if single:
                 shards = [replace(shards[0], documents=len(lengths))]
-            if alphabet and len(lengths) > 1:  # there is no end-of-text token: a newline instead
+            if alphabet and len(lengths) > 1:  # a newline ends a document, for lack of a token
                 alphabet.add("\n")
         description = learn_tokenizer(wanted, alphabet, read_train_text(shards, lengths))
     tokenizer = from_meta({"tokenizer": description})

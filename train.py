@@ -6,7 +6,7 @@ out_dir.
 """
 from keepgpt.config import TrainConfig, command_line
 
-if __name__ == "__main__":  # before torch is loaded, so that --help and mistakes answer at once
+if __name__ == "__main__":  # before torch is loaded: --help and mistakes answer at once
     CONFIG, GIVEN, _ = command_line(TrainConfig, "python train.py [config/x.py] [--key=value ...]")
 
 import math
@@ -85,8 +85,7 @@ class Run:
         self.applied = torch.zeros((), device=self.ranks.device)
 
     def bundle(self, best_val_loss: float) -> dict[str, Any]:
-        """Return what a checkpoint holds (checkpoint.SCHEMA), with the live tensors. Every rank
-        must call it."""
+        """Return the bundle (checkpoint.SCHEMA), with the live tensors. Every rank must call it."""
         return {"format": checkpoint.FORMAT, "run": self.id, "step": self.step,
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
@@ -183,7 +182,7 @@ def build_run(config: TrainConfig, ranks: Ranks, data: dict[str, Any], loader: L
     if ranks.world_size > 1 and not config.elastic:
         train_model = DistributedDataParallel(compiled_model)
         # DDP fixes the order of its buckets at the first backward pass. Run one now and discard
-        # it, so that a resumed run adds gradients in the same order as an uninterrupted one.
+        # it: then a resumed run adds gradients in the same order as an uninterrupted one.
         with autocast:
             x, y = splits["train"].rows(0, config.batch_size)
             loss = train_model(x.to(device), y.to(device))
@@ -197,7 +196,7 @@ def build_run(config: TrainConfig, ranks: Ranks, data: dict[str, Any], loader: L
 
 def find_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
     """Lock out_dir, unless with eval_only. Return the bundle to resume from, or None to start a
-    run. Raises UserError if init_from does not fit what is in the folder."""
+    run. Raises UserError if init_from does not fit the folder's content."""
     out_dir, auto = Path(config.out_dir), config.init_from.partition(":")[0] == "auto"
     if not config.eval_only:
         # a restart loop may come back before the ranks of a killed launcher have ended
@@ -265,7 +264,7 @@ def open_data(folder: Path, config: TrainConfig, data: dict[str, Any],
 
 
 def announce(run: Run, metrics: Metrics, out_dir: Path | None) -> None:
-    """Print what is trained on what, write out_dir/README.md, and start wandb."""
+    """Print the sizes of model and dataset, write out_dir/README.md, and start wandb."""
     config, data = run.config, run.data
     parameters = sum(p.numel() for p in run.model.parameters())
     machine = (f"{run.ranks.world_size} x {device_name(run.ranks.device)}, "

@@ -93,10 +93,10 @@ def describe_nanogpt_data(folder: Path) -> dict[str, Any]:
         tokenizer, vocab_size = {"kind": "char", "chars": chars}, len(chars)
         digest.update(chars.encode())
     elif np.concatenate(ids).max(initial=0) < 256:
-        raise BadData(f"{folder} has neither meta.json nor meta.pkl, and its token ids are all "
-                      "below 256: these are not GPT-2's tokens. Try: prepare it again")
+        raise BadData(f"{folder}: expected GPT-2's tokens, as there is no meta.json or meta.pkl, "
+                      "got ids that are all below 256. Try: prepare it again")
     else:
-        warn(f"{folder} has neither meta.json nor meta.pkl: reading its tokens as GPT-2's")
+        warn(f"{folder}: no meta.json or meta.pkl; reading its tokens as GPT-2's")
     return {"format": 1, "name": folder.name, "tokenizer": tokenizer, "vocab_size": vocab_size,
             "dtype": "uint16", "tokens": tokens, "fingerprint": digest.hexdigest()}
 

@@ -191,7 +191,7 @@ def read_jsonl(path: str, text_key: str) -> Iterator[str]:
         for number, line in enumerate(f, 1):
             try:
                 text = json.loads(line)[text_key] if line.strip() else ""
-                # JSON can spell half a surrogate pair, which is no character: it becomes a "?"
+                # JSON can spell half a surrogate pair: it becomes a "?"
                 yield text.encode(errors="replace").decode()
             except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 raise UserError(f"{path}:{number}: expected JSON in UTF-8 with a text under "

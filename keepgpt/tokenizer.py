@@ -30,7 +30,7 @@ GPT2_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 # than tiktoken's.)
 GPT2_CUT = re.compile(r"(.*(?=[ \n\t\u3000]\S))?", re.DOTALL)
 # The same for tiktoken's later encodings, where a match may also end in line feeds (after a sign,
-# and then even go on with a slash) or be white space that ends in one.
+# and then even continue with a slash) or be white space that ends in one.
 LATER_CUT = re.compile(r"(.*\S((?= \S)|\n(?=\w)))?", re.DOTALL)
 ANYWHERE, NOWHERE = re.compile(".*", re.DOTALL), re.compile("")
 
@@ -49,7 +49,7 @@ class Tokenizer:
         return self.encode_to_numpy(text).tolist()
 
     def cut(self, text: str) -> int:
-        """Return the last place to cut `text` so that the parts give the tokens of the whole."""
+        """Return the last place where `text` can be cut without changing its tokens."""
         return self.cut_pattern.match(text).end()
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -116,8 +116,8 @@ class BPETokenizer(Tokenizer):
 
 
 class HFTokenizer(Tokenizer):
-    """Wrap a tokenizers.Tokenizer. Its texts are encoded whole: what it may do between two words
-    is not known."""
+    """Wrap a tokenizers.Tokenizer. A text is encoded whole: no place is known to be safe to cut
+    it."""
 
     def __init__(self, description: dict[str, Any]) -> None:
         library = import_package("tokenizers")
@@ -173,8 +173,8 @@ def read_gpt2_ranks() -> dict[bytes, int]:
 
 
 def describe_tokenizer(name: str) -> dict[str, Any]:
-    """Return the description of the tokenizer that --tokenizer calls `name`. What is learned from
-    a text is missing: see learn_tokenizer. Raises UserError."""
+    """Return the description of the tokenizer that --tokenizer calls `name`. `learn_tokenizer`
+    adds the part learned from a text. Raises UserError."""
     if name in ("char", "gpt2"):
         return {"kind": name}
     if re.fullmatch("bpe:[1-9][0-9]{2,6}", name) and int(name[4:]) > 256:
@@ -226,7 +226,7 @@ def describe_folder(folder: Path) -> dict[str, Any]:
 
 def learn_tokenizer(description: dict[str, Any], alphabet: set[str], texts: Iterable[str]
                     ) -> dict[str, Any]:
-    """Return a description with what is learned: the characters of `alphabet`, or a byte-pair
+    """Return a description completed with the characters of `alphabet`, or with a byte-pair
     encoding of `texts`."""
     if description["kind"] == "char":
         return {"kind": "char", "chars": "".join(sorted(alphabet))}

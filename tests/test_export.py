@@ -106,7 +106,7 @@ def text(play: Path) -> str:
 
 
 def cl100k(monkeypatch, text: str) -> dict:
-    """tiktoken's cl100k_base with the ranks of a small BPE in the place of its own."""
+    """Return the description of tiktoken's cl100k_base with the ranks of a small BPE."""
     ranks = from_meta({"tokenizer": train_bpe([text], 1000)}).ranks
     monkeypatch.setattr(tiktoken_ext.openai_public, "load_tiktoken_bpe", lambda *_, **__: ranks)
     parts = tiktoken_ext.openai_public.cl100k_base()
@@ -180,7 +180,7 @@ def test_llama_cpp_reads_the_same_model_and_tokenizer(kind, settings, dtype, tex
     made = [row[0] for row in generate(model, [vocabulary.encode(work["prompt"])], 20,
                                        temperature=0)]
     if vocabulary.eot in made:
-        made = made[:made.index(vocabulary.eot)]  # llama.cpp goes on with the next likeliest
+        made = made[:made.index(vocabulary.eot)]  # llama.cpp takes the next likeliest
     assert theirs["made"][:len(made)] == made
     assert len(set(made)) > 1 + 2 * (not settings.get("tie_embeddings", True))
 
@@ -276,8 +276,8 @@ def test_mistakes_are_answered_with_one_line(tmp_path):
     (tmp_path / "full/file").touch()
     assert "expected a new or empty folder" in told(out_dir=tmp_path, to=tmp_path / "full")
     assert (tmp_path / "full/file").exists()
-    words = command("tools.export", init_from=weights(tmp_path), to=tmp_path / "to")
-    full = subprocess.run(["bash", "-c", 'ulimit -f 30; exec "$@"', "bash", *words],
+    args = command("tools.export", init_from=weights(tmp_path), to=tmp_path / "to")
+    full = subprocess.run(["bash", "-c", 'ulimit -f 30; exec "$@"', "bash", *args],
                           capture_output=True, text=True, cwd=REPO)
     assert f"--to={tmp_path / 'to'}: file too large" in complaint(full)
     assert "expected a new file" in told(out_dir=tmp_path, to=tmp_path / "full/file", format="gguf")

@@ -45,8 +45,8 @@ def files_in(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
 
 
-def prepare(tmp_path: Path, *words: object, **flags: object) -> tuple[dict, list[int], list[int]]:
-    run("prepare.py", *words, name="x", data_dir=tmp_path / "data", cwd=tmp_path, **flags)
+def prepare(tmp_path: Path, *args: object, **flags: object) -> tuple[dict, list[int], list[int]]:
+    run("prepare.py", *args, name="x", data_dir=tmp_path / "data", cwd=tmp_path, **flags)
     return read_set(tmp_path / "data" / "x")
 
 
@@ -190,12 +190,12 @@ def test_lines_of_json(tmp_path):
     assert GPT2.decode(val) == "it, please<|endoftext|>pair here"
 
 
-def peak_memory(tmp_path: Path, *words: object, name: str) -> int:
+def peak_memory(tmp_path: Path, *args: object, name: str) -> int:
     """The bytes that prepare.py takes for a set of characters."""
     code = ("import runpy, sys; sys.argv = sys.argv[1:]\n"
             "runpy.run_path(sys.argv[0], run_name='__main__')\n"
             "print(open('/proc/self/status').read())")
-    script = command("prepare.py", *words, name=name, tokenizer="char", data_dir=tmp_path / "data")
+    script = command("prepare.py", *args, name=name, tokenizer="char", data_dir=tmp_path / "data")
     done = subprocess.run([sys.executable, "-c", code, *script[1:]], cwd=REPO,
                           capture_output=True, text=True, check=True)
     return int(re.search(r"VmHWM:\s+(\d+) kB", done.stdout)[1]) * 1024
@@ -313,8 +313,8 @@ def test_several_files_give_what_one_gives(shakespeare, tmp_path, tokenizer, cou
         write_parquet(tmp_path / "parts" / f"{i}.parquet", texts[at:to])
     write_parquet(tmp_path / "all.parquet", texts)
     sets = []
-    for i, words in enumerate((["all.jsonl"], ["all.parquet"], ["parts"])):
-        run("prepare.py", *words, name=f"x{i}", tokenizer=tokenizer, data_dir=tmp_path / "data",
+    for i, args in enumerate((["all.jsonl"], ["all.parquet"], ["parts"])):
+        run("prepare.py", *args, name=f"x{i}", tokenizer=tokenizer, data_dir=tmp_path / "data",
             cwd=tmp_path)
         sets.append(joined(tmp_path / "data" / f"x{i}"))
     for meta, train, val in sets[1:]:
@@ -364,8 +364,8 @@ def test_local_parquet_needs_no_server_and_no_cache(tmp_path):
             "socket.socket.connect = socket.getaddrinfo = connect\n"
             "runpy.run_path(sys.argv[0], run_name='__main__')\n"
             "assert 'pyarrow' in sys.modules and 'torch' not in sys.modules")
-    words = command("prepare.py", tmp_path / "a.parquet", name="x", data_dir=tmp_path / "data")
-    done = subprocess.run([sys.executable, "-c", code, *words[1:]], capture_output=True, text=True,
+    args = command("prepare.py", tmp_path / "a.parquet", name="x", data_dir=tmp_path / "data")
+    done = subprocess.run([sys.executable, "-c", code, *args[1:]], capture_output=True, text=True,
                           cwd=REPO, env=os.environ | {"HOME": str(tmp_path / "home")})
     assert done.returncode == 0 and not done.stderr and done.stdout.count("\n") == 1, done.stderr
     assert os.listdir(tmp_path / "home") == []
@@ -659,8 +659,8 @@ def test_killed_preparation_continues(hub_folder, tmp_path):
 def test_shards_of_another_request_are_not_used(hub_folder, play, tmp_path):
     source, folder = hub_folder / "data", tmp_path / "x"
 
-    def prepare(*words: object, **flags: object) -> str:
-        return run("prepare.py", *words, name="x", data_dir=tmp_path, **flags).stdout
+    def prepare(*args: object, **flags: object) -> str:
+        return run("prepare.py", *args, name="x", data_dir=tmp_path, **flags).stdout
 
     prepare(source)
     (folder / "train-00001.bin").unlink()
@@ -785,9 +785,9 @@ def test_text_that_changes_during_reading_is_refused(tmp_path, monkeypatch, name
 
 def test_closed_stdout_keeps_the_dataset(tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)
-    words = command("prepare.py", tmp_path / "a.txt", name="x", data_dir=tmp_path)
+    args = command("prepare.py", tmp_path / "a.txt", name="x", data_dir=tmp_path)
     with open("/dev/full", "w") as full:
-        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(args, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert read_set(tmp_path / "x")[0]["name"] == "x"
 
