@@ -37,7 +37,6 @@ if __name__ == "__main__":  # before torch is imported
     if ARGS:
         exit_with(UserError(f"{ARGS[0]}: expected --key=value. Try: --help"))
 
-import codecs
 import signal
 import sys
 from contextlib import suppress
@@ -47,10 +46,10 @@ from typing import Any
 import torch
 
 from keepgpt import tokenizer
-from keepgpt.checkpoint import has_run, read_newest
+from keepgpt.checkpoint import find_foreign, has_run, read_newest
+from keepgpt.dataset import dataset_folder, read_meta
 from keepgpt.distributed import can_compile, pick_device, pick_dtype
 from keepgpt.kernels import pack_linear_layers
-from keepgpt.loader import dataset_folder, read_meta
 from keepgpt.pretrained import crop_weights, read_weights
 from model import GPT, ModelArgs, generate, load_model
 
@@ -62,6 +61,8 @@ def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
     """Return the model, its tokenizer, and a line about where they come from. Raises UserError."""
     folder, origin = Path(config.out_dir), config.init_from
     try:
+        if origin in ("best", "resume") and (foreign := find_foreign(folder)):
+            origin = str(foreign)
         if origin in ("best", "resume"):
             if not has_run(folder):
                 raise UserError(f"{folder}: no checkpoint. Try: --out_dir=<folder of a run>, or "
@@ -85,7 +86,8 @@ def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
 def find_meta(config: SampleConfig, origin: str, vocab_size: int, data: dict[str, Any]
               ) -> dict[str, Any]:
     """Return the meta of the weights' tokens: of --dataset if given, else the weights' own, else of
-    the dataset that nanoGPT's checkpoint names, else GPT-2's. Raises UserError."""
+    the dataset that nanoGPT's checkpoint names, else GPT-2's if they fit, else of the folder's
+    tokenizer.json. Raises UserError."""
     if "tokenizer" in data and not config.dataset:
         return data
     meta = GPT2
@@ -97,6 +99,8 @@ def find_meta(config: SampleConfig, origin: str, vocab_size: int, data: dict[str
     try:
         tokenizer.check_tokenizer(origin, vocab_size, data, meta)
     except ValueError as e:
+        if "folder" in data and not config.dataset:
+            return {"tokenizer": tokenizer.describe_tokenizer(str(data["folder"]))}
         raise UserError(f"{e}. Try: --dataset=<the dataset of these weights>") from None
     return meta
 
@@ -138,8 +142,7 @@ def main(config: SampleConfig) -> None:
     if config.stop_at_eot and vocabulary.eot is None:
         raise UserError("--stop_at_eot=True: this vocabulary has no end-of-text token")
     print(origin, file=sys.stderr)  # stdout is only for the text
-    # a character may be several tokens
-    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(config.num_samples)]
+    decoders = [vocabulary.make_decoder() for _ in range(config.num_samples)]
     texts = [vocabulary.decode(prompt) if config.start else ""] * config.num_samples
     print(texts[0], end="", flush=True)
     for tokens in generate(model, [prompt] * config.num_samples, config.max_new_tokens,
@@ -148,7 +151,7 @@ def main(config: SampleConfig) -> None:
                            compile):
         for i, token in enumerate(tokens):
             if token is not None:
-                text = decoders[i].decode(vocabulary.token_bytes(token))
+                text = decoders[i](token)
                 texts[i] += text
                 if i == 0:
                     print(text, end="", flush=True)

@@ -6,7 +6,7 @@ out_dir.
 """
 from keepgpt.config import TrainConfig, command_line
 
-if __name__ == "__main__":  # before torch is loaded, so that --help and mistakes answer at once
+if __name__ == "__main__":  # before torch is loaded: --help and mistakes answer at once
     CONFIG, GIVEN, _ = command_line(TrainConfig, "python train.py [config/x.py] [--key=value ...]")
 
 import math
@@ -26,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from keepgpt import checkpoint
 from keepgpt.card import write_card
 from keepgpt.config import ARCHITECTURE, check_memory, resume_config
+from keepgpt.dataset import dataset_folder, read_meta
 from keepgpt.distributed import (
     Ranks,
     can_compile,
@@ -36,7 +37,7 @@ from keepgpt.distributed import (
     restore_rng,
     rng_state,
 )
-from keepgpt.loader import Loader, Split, dataset_folder, read_meta, seed_of
+from keepgpt.loader import Loader, Split, seed_of
 from keepgpt.metrics import Metrics, Throughput
 from keepgpt.optim import get_lr, make_optimizer, set_rates
 from keepgpt.pretrained import crop_weights, read_weights
@@ -62,7 +63,7 @@ class Run:
     """A run in this process: its settings, its data, its model and its progress."""
     config: TrainConfig
     ranks: Ranks
-    data: dict[str, Any]  # the dataset's description, see loader.read_meta
+    data: dict[str, Any]  # the dataset's description, see dataset.read_meta
     loader: Loader
     splits: dict[str, Split]
     model: GPT
@@ -84,8 +85,7 @@ class Run:
         self.applied = torch.zeros((), device=self.ranks.device)
 
     def bundle(self, best_val_loss: float) -> dict[str, Any]:
-        """Return what a checkpoint holds (checkpoint.SCHEMA), with the live tensors. Every rank
-        must call it."""
+        """Return the bundle (checkpoint.SCHEMA), with the live tensors. Every rank must call it."""
         return {"format": checkpoint.FORMAT, "run": self.id, "step": self.step,
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
@@ -183,7 +183,7 @@ def build_run(config: TrainConfig, ranks: Ranks, data: dict[str, Any], loader: L
     if ranks.world_size > 1 and not config.elastic:
         train_model = DistributedDataParallel(compiled_model)
         # DDP fixes the order of its buckets at the first backward pass. Run one now and discard
-        # it, so that a resumed run adds gradients in the same order as an uninterrupted one.
+        # it: then a resumed run adds gradients in the same order as an uninterrupted one.
         with autocast:
             x, y = splits["train"].rows(0, config.batch_size)
             loss = train_model(x.to(device), y.to(device))
@@ -197,14 +197,18 @@ def build_run(config: TrainConfig, ranks: Ranks, data: dict[str, Any], loader: L
 
 def find_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
     """Lock out_dir, unless with eval_only. Return the bundle to resume from, or None to start a
-    run. Raises UserError if init_from does not fit what is in the folder."""
+    run. Raises UserError if init_from does not fit the folder's content."""
     out_dir, auto = Path(config.out_dir), config.init_from.partition(":")[0] == "auto"
     if not config.eval_only:
         # a restart loop may come back before the ranks of a killed launcher have ended
         lock_out_dir(out_dir, patience=30 if auto else 0)
         checkpoint.remove_leftovers(out_dir, checkpoint.Disk())
-    has_run = checkpoint.has_run(out_dir)
-    if config.init_from == "resume" or auto and has_run:
+    has_run, foreign = checkpoint.has_run(out_dir), checkpoint.find_foreign(out_dir)
+    resume = config.init_from == "resume" or auto and has_run
+    if foreign and (resume or not config.eval_only):
+        raise UserError(f"{foreign}: expected a checkpoint of keepGPT. Its weights can be loaded. "
+                        f"Try: --init_from={foreign} --out_dir=<new folder>")
+    if resume:
         try:
             return checkpoint.read_newest(out_dir)
         except checkpoint.CorruptCheckpoint as e:
@@ -261,7 +265,7 @@ def open_data(folder: Path, config: TrainConfig, data: dict[str, Any],
 
 
 def announce(run: Run, metrics: Metrics, out_dir: Path | None) -> None:
-    """Print what is trained on what, write out_dir/README.md, and start wandb."""
+    """Print the sizes of model and dataset, write out_dir/README.md, and start wandb."""
     config, data = run.config, run.data
     parameters = sum(p.numel() for p in run.model.parameters())
     machine = (f"{run.ranks.world_size} x {device_name(run.ranks.device)}, "

@@ -159,6 +159,16 @@ def has_run(folder: Path) -> bool:
     return any(path.exists() for path in names) or bool(numbered(folder))
 
 
+def find_foreign(folder: Path) -> Path | None:
+    """Return the folder's ckpt.pt if another program wrote it, as nanoGPT does, else None."""
+    path = folder / "ckpt.pt"
+    if numbered(folder) or not zipfile.is_zipfile(path):
+        return None
+    with open(path, "rb") as f:
+        f.seek(-len(MAGIC) - 4, os.SEEK_END)
+        return None if f.read(len(MAGIC)) == MAGIC else path
+
+
 def check_crc(path: Path) -> None:
     """Raise CorruptCheckpoint unless the file has the checksum it was written with, and OSError if
     it can't be read."""
@@ -168,9 +178,7 @@ def check_crc(path: Path) -> None:
             crc = zlib.crc32(f.read(min(left, 1 << 24)), crc)
         end = f.read()
     if end[:-4] != MAGIC:
-        raise CorruptCheckpoint(
-            f"it is not keepGPT's. Its weights can be loaded: --init_from={path} with another "
-            "--out_dir" if zipfile.is_zipfile(path) else "the file is truncated")
+        raise CorruptCheckpoint("the file is truncated")
     if end[-4:] != crc.to_bytes(4, "little"):
         raise CorruptCheckpoint("wrong checksum")
 

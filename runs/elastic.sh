@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Stop on four ranks, go on with one, and compare with a run that was never stopped: the same bits.
+# Stop on four ranks, resume on one, and compare with an uninterrupted run: bit-identical.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1  # the order of a sum also depends on the threads that share it

@@ -8,12 +8,16 @@
 # with a Ctrl-C, SIGTERM or SIGUSR1 of your own, and after three tries in a row that lived under a minute:
 # behind torchrun all failures look alike.
 set -u
+if [ $# -eq 0 ]; then
+    echo "usage: $0 COMMAND [ARGS ...]" >&2
+    exit 2
+fi
 child="" stopped="" short=0
 trap 'stopped=1' INT  # the terminal has sent it to the run as well
 trap 'stopped=1; [ -n "$child" ] && kill -TERM "$child"' TERM USR1
 
 while true; do
-    begun=$SECONDS
+    started=$SECONDS
     "$@" &
     child=$!
     wait "$child"
@@ -24,9 +28,9 @@ while true; do
     done
     child=""
     case $code in 0 | 2 | 3) exit $code ;; esac
-    short=$((SECONDS - begun < 60 ? short + 1 : 0))
+    short=$((SECONDS - started < 60 ? short + 1 : 0))
     if [ $short -ge 3 ]; then
-        echo "$0: three short tries in a row; see what they say" >&2
+        echo "$0: three short tries in a row; see their output above" >&2
         exit $code
     fi
     sleep 1

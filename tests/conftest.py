@@ -20,7 +20,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
-from tools.crash.common import digest
+from tools.runs import digest
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 4,
         "gradient_accumulation_steps": 2, "dropout": 0.1, "learning_rate": 3e-3, "warmup_iters": 4,
@@ -31,7 +31,7 @@ TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size":
 # modules that the fork server imports before it runs a script; any other script gets the last ones
 IMPORTS = {"train.py": ["train"], "sample.py": ["sample"], "prepare.py": ["prepare"],
            "tools.export": ["tools.export"], "tools.same": ["tools.same"],
-           "tools.plot": ["tools.plot.curves", "matplotlib.pyplot"]}
+           "tools.plot": ["tools.plot", "matplotlib.pyplot"]}
 OTHER_IMPORTS = ["tools.crash.__main__"]  # train.py and all of the package with it
 
 

@@ -1,19 +1,17 @@
-"""The tools that measure: what they say of mistakes, and of sides that fail."""
-import ast
+"""tools.bench and tools.gpu measure, compare and record; tools.demo answers --help."""
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from multiprocessing import get_context
 
 import pytest
 import torch
-from conftest import REPO, complaint
+from conftest import complaint, run
 
 import tools.gpu as gpu
+from keepgpt.process import UserError
 from model import KVCache
-from tools.bench import sides
-from tools.bench.common import SHAPES, Ended, Side, start_sides, take_turns
+from tools import measure
+from tools.bench import parts, sides
 
 torch.set_num_threads(1)  # models this small are slower on two
 
@@ -23,105 +21,142 @@ def one_thread(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def tool(*words: str) -> subprocess.CompletedProcess:
-    """`python -m` with these words."""
-    return subprocess.run([sys.executable, "-m", *words], cwd=REPO, capture_output=True, text=True)
+@pytest.mark.parametrize("args", [
+    ["tools.bench"], ["tools.bench", "nosuch"], ["tools.bench", "startup", "--only=x"],
+    ["tools.bench", "prepare", "--folder=/none"], ["tools.bench", "tables", "--rows=2"],
+    ["tools.gpu", "now"], ["tools.gpu", "--row=2"], ["tools.gpu", "--parts=trian"],
+    ["tools.gpu", "--parts=checks"], ["tools.demo", "--fast"]])
+def test_a_mistake_exits_2_with_one_line(args):
+    complaint(run(*args, code=2))
 
 
-@pytest.mark.parametrize("words, says", [
-    (["tools.bench"], "expected one or more of train"),
-    (["tools.bench", "startup", "--only=x"], "only train, sample, checkpoint have named rows"),
-    (["tools.bench", "prepare", "--folder=/none"], "--folder=/none: no such folder"),
-    (["tools.bench", "startup", "--json=/none/x"], "--json=/none/x: no such file or directory"),
-    (["tools.gpu", "now"], "expected --key=value"),
-    (["tools.gpu", "--rounds=2"], "unknown key 'rounds'"),
-    (["tools.gpu", "--parts=trian"], "--parts=trian: expected names out of machine,checks"),
-    (["tools.gpu"], "no CUDA device")])
-def test_a_mistake_is_answered_with_a_line(words, says):
-    assert says in complaint(tool(*words))
+def test_demo_help_exits_0():
+    assert "usage" in run("tools.demo", "--help").stdout
 
 
-def test_a_peer_that_cannot_be_had_is_left_out():
-    work = "(lambda: 0.5)"
-    sides = start_sides(Side(work, as_script=False), one=work, other="1 / 0")
-    assert take_turns(sides, rounds=1) == {"ours": 0.5, "one": 0.5}
-    with pytest.raises(Ended, match="1 / 0 has ended with exit code 1"):
-        Side("1 / 0", as_script=False)
+@pytest.mark.parametrize("page", measure.PAGES, ids=lambda page: page.name)
+def test_tables_match_the_records(page):
+    text = page.read_text(encoding="utf-8")
+    assert "<!-- measured: " in text
+    assert measure.update_page(text, measure.read_records()) == text
 
 
-def row(call: str) -> dict[str, str]:
-    """A row of tools.gpu, its steps not repeated for a second."""
-    sides.steps = lambda step, device: (step(), lambda: 0.001)[1]
+def test_every_record_is_of_a_row():
+    for part, rows in measure.read_records().items():
+        assert part.startswith("gpu ") or rows.keys() <= parts.PARTS[part].keys()
+        for row in rows.values():
+            assert row.keys() == {"date", "torch", "machine", "numbers"}
+
+
+def test_a_record_replaces_its_row_only(tmp_path):
+    file, machine = tmp_path / "measured.json", {"date": "today"}
+    measure.record(file, "train", "a", {"x, ms": 1.23456, "y": 2}, machine)
+    measure.record(file, "train", "b", {"x, ms": 1000.4}, machine)
+    measure.record(file, "train", "a", {"x, ms": 3.0}, machine)
+    records = measure.read_records(file)
+    assert records == {"train": {"a": {"date": "today", "numbers": {"x, ms": 3.0}},
+                                 "b": {"date": "today", "numbers": {"x, ms": 1000.0}}}}
+    page = measure.update_page("a\n<!-- measured: train -->\nold\n<!-- end -->\nb\n", records)
+    assert page.split("\n")[2:6] == ["| train | x, ms |", "|---|---|", "| a | 3 |", "| b | 1,000 |"]
+
+
+def test_a_side_that_fails_is_left_out():
+    assert measure.compare(2, "0.5", one="0.25", other="1 / 0") == {"ours": 0.5, "one": 0.25}
+    with pytest.raises(UserError, match="ZeroDivisionError"):
+        measure.compare(1, "1 / 0")
+
+
+def test_transformers_gpt2_stands_for_gpt2_only(monkeypatch):
+    monkeypatch.setitem(sides.SHAPES, "other", sides.shape(1, 1, 8, 8, 1, 65, bias=True))
+    with pytest.raises(ValueError):
+        sides.make_transformers("other")
+
+
+def call_in_small(expression: str) -> object:
+    """Evaluate an expression as measure.call does, with steps that are not repeated."""
+    sides.time_steps = lambda step, device: (step(), 0.001)[1]
     compile = torch.compile  # without waiting for a compiler
-    torch.compile = lambda function, **_: compile(function, backend="eager")
-    return eval(call, vars(gpu))
+    torch.compile = lambda f, **how: compile(f, backend="eager")
+    return eval(expression, {"gpu": gpu, "parts": parts, "sides": sides})
 
 
-def test_every_measurement_of_the_gpu_tool_runs_in_small_on_a_cpu():
-    rows = gpu.rows_of("cpu")
-    calls = [call for part in ("machine", "train", "sample", "ways")
-             for call in rows[part].values()]
-    with get_context("fork").Pool(1, maxtasksperchild=1) as pool:  # ways change their process
-        made = pool.map(row, calls, chunksize=1)
-    assert len(made) == 15 and all(isinstance(value, str) for one in made for value in one.values())
-    assert "TFLOP/s" in made[0]["matrix product"] and "tokens/s" in made[1]
+def call_in_fork(expression: str, as_script: bool = True) -> object:
+    """Replace measure.call."""
+    with get_context("fork").Pool(1) as pool:  # a side may change its process
+        return pool.apply(call_in_small, (expression,))
 
 
-def test_the_calls_for_a_gpu_are_those_that_a_cpu_tries():
-    for part, calls in gpu.rows_of("cuda").items():
-        tried = {call.split("(")[0] for call in gpu.rows_of("cpu")[part].values()}
-        for call in calls.values():
-            names = {node.id for node in ast.walk(ast.parse(call)) if isinstance(node, ast.Name)}
-            assert names <= vars(gpu).keys() and call.split("(")[0] in tried
-            shapes = {node.value for node in ast.walk(ast.parse(call))
-                      if isinstance(node, ast.Constant) and "layers" in str(node.value)}
-            assert shapes <= SHAPES.keys()
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["train", "sample", "checkpoint"])
+def test_a_part_measures_each_side(part, monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "call", call_in_fork)
+    config = parts.BenchConfig(rounds=1, device="cpu", folder=str(tmp_path))
+    monkeypatch.setitem(parts.PARTS, "checkpoint", {"4 layers, width 128": lambda *args:
+                        parts.measure_save("4 layers, width 128", *args)})
+    row = parts.measure(part, "4 layers, width 128", config)
+    assert {title.split(",")[0] for title in row} >= {
+        "train": {"keepGPT", "plain PyTorch", "Transformers", "tokens/s"},
+        "sample": {"keepGPT", "Transformers"},
+        "checkpoint": {"checkpoint", "plain `torch.save` adds", "its write"}}[part]
+    assert all(isinstance(value, float) for value in row.values())
 
 
-def test_a_save_is_measured():
-    with get_context("fork").Pool(1) as pool:
-        stall = pool.apply(gpu.stall, ("4 layers, 128 wide", "cpu"))
-    assert stall["keepGPT's save adds"].split()[1] == "ms" and stall["bundle"] == "10 MB"
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["loader", "startup", "elastic"])
+def test_a_part_gives_numbers(part, tmp_path):
+    row, config = [*parts.PARTS[part]][0], parts.BenchConfig(1, device="cpu", folder=str(tmp_path))
+    assert all(value >= 0 for value in parts.measure(part, row, config).values())
 
 
-@pytest.mark.parametrize("check", ["compare_decode", "branches", "blow_up", "snapshots"])
-def test_a_check_of_the_gpu_tool_passes_on_a_cpu(check, monkeypatch):
-    compile = torch.compile  # without waiting for a compiler
-    monkeypatch.setattr(torch, "compile", lambda f, **_: compile(f, backend="eager"))
-    with get_context("fork").Pool(1) as pool:  # it may set what only its process should have
-        assert pool.apply(getattr(gpu, check), ("cpu",))["result"]
+def test_rows_for_a_gpu_are_shapes(monkeypatch):
+    monkeypatch.setattr(parts, "pick_device", torch.device)
+    for part in gpu.MEASURED:
+        calls = gpu.list_calls(part, gpu.GpuConfig())
+        assert calls.keys() <= sides.SHAPES.keys()
+        assert all("device='cuda'" in call for call in calls.values())
+    assert any("batch 64" in name for name in gpu.list_calls("train", gpu.GpuConfig()))
+    assert not any("batch 64" in name for name in
+                   gpu.list_calls("train", gpu.GpuConfig(device="cpu")))
 
 
-def test_a_decode_step_at_another_position_does_not_pass(monkeypatch):
-    def late(model, cache):
+def test_compiled_decode_steps_pass_on_a_cpu():
+    assert call_in_fork("gpu.compare_decode('cpu')")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", ["blow_up", "snapshots", "resume"])
+def test_a_check_with_real_runs_passes_on_a_cpu(check):
+    kill = ", kill=True" if check == "resume" else ""
+    assert call_in_fork(f"gpu.{check}('cpu'{kill})")
+
+
+def test_a_decode_step_at_another_position_fails(monkeypatch):
+    def compile_late(model, cache):
         return lambda tokens: model(tokens, cache=KVCache(cache.layers, torch.tensor([12])))
 
-    monkeypatch.setattr(gpu, "compile_decode", late)
-    with pytest.raises(SystemExit, match="of the largest"):
+    monkeypatch.setattr(gpu, "compile_decode", compile_late)
+    with pytest.raises(UserError):
         gpu.compare_decode("cpu")
 
 
-def test_runs_that_differ_or_fail_do_not_pass(monkeypatch):
+@pytest.mark.slow
+def test_runs_that_differ_or_fail_are_noticed(monkeypatch):
     ends = iter(range(9))
-    monkeypatch.setattr(gpu, "ends", lambda _: next(ends))
+    monkeypatch.setattr(gpu.runs, "read_end", lambda _: next(ends))
     monkeypatch.setattr(gpu, "TINY", gpu.TINY | {"max_iters": 2, "eval_iters": 1})
-    with pytest.raises(SystemExit, match="OTHER BITS"):
+    with pytest.raises(UserError, match="differ"):
         gpu.resume("cpu")
     monkeypatch.setattr(gpu, "TINY", gpu.TINY | {"learning_rate": 1e38, "max_iters": 4})
-    with pytest.raises(SystemExit, match="expected exit code 0, got 3"):
+    with pytest.raises(UserError, match="got 3"):
         gpu.resume("cpu")
 
 
-def test_a_row_that_fails_leaves_the_others(monkeypatch, capsys, tmp_path):
-    parts = {"checks": {"bad": "1 / 0", "good": "{'result': 'same bits'}"}, "ways": {"one": "{}"}}
-    monkeypatch.setattr(gpu, "rows_of", lambda _: parts)
-    file = tmp_path / "rows.jsonl"
-    config = gpu.GpuConfig("checks,ways", device="cpu", json=str(file))
+def test_a_row_that_fails_leaves_the_others(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "CHECKS", {"bad": "nosuch()", "good": "Path().__dir__() and {}"})
+    config = gpu.GpuConfig("checks", device="cpu", json=str(tmp_path / "rows.json"))
     assert gpu.main(config) == 1
-    results = {row.get("checks"): row.get("result") for row in
-               map(json.loads, file.read_text().splitlines())}
-    assert results == {"bad": "FAILED: ZeroDivisionError: division by zero", "good": "same bits",
-                       None: None}
+    rows = json.loads((tmp_path / "rows.json").read_text())["gpu checks"]
+    assert rows.keys() == {"good"} and rows["good"]["numbers"] == {}
     assert gpu.main(replace(config, only="good")) == 0
     assert gpu.main(replace(config, minutes=0)) == 0
-    assert capsys.readouterr().out.count("no time is left") == 3
+    assert json.loads((tmp_path / "rows.json").read_text())["gpu checks"] == rows

@@ -1,5 +1,5 @@
-"""What concerns a GPU, as far as a machine without one can show: compiled graphs, fake CUDA
-tensors, the order of streams, and what the host decides."""
+"""The GPU code, as far as a machine without one can test it: compiled graphs, fake CUDA tensors,
+the order of streams, and decisions of the host."""
 import copy
 import math
 from dataclasses import replace
@@ -21,7 +21,7 @@ from keepgpt.loader import Loader
 from keepgpt.optim import AdamW
 from keepgpt.process import EXIT_NOT_FINITE
 from model import GPT, KVCache, ModelArgs, generate
-from tools.bench.common import Shape, new_run
+from tools.bench import sides
 from train import compute_gradient, evaluate, halt_unless_healthy, update
 
 ARGS = ModelArgs(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=61, bias=True,
@@ -31,7 +31,8 @@ CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 
 
 def tiny_run(**settings):
-    return new_run(Shape(ARGS, 4), CPU, warmup_iters=0, **settings)
+    sides.SHAPES["tiny"] = vars(ARGS) | {"batch_size": 4, "warmup_iters": 0}
+    return sides.new_run("tiny", CPU, **settings)
 
 
 def on(run, device):
@@ -178,7 +179,7 @@ def test_mps_makes_no_update_that_is_not_finite():
 
 
 def gradient_on_cpu(run):
-    """Its gradient, while it is no run on MPS."""
+    """Its gradient, computed while the run is on the CPU."""
     device = run.ranks.device
     losses = compute_gradient(on(run, CPU))
     on(run, device)
@@ -222,7 +223,7 @@ def test_only_pinned_batches_are_not_waited_for(device, monkeypatch):
 
 
 class Streams:
-    """In the place of torch.cuda: writes down what is asked of it, in order."""
+    """Replaces torch.cuda: logs each call, in order."""
 
     def __init__(self, monkeypatch):
         self.log, self.now = [], "current"
@@ -306,7 +307,7 @@ def test_the_host_copy_of_a_bundle_is_one_block_of_its_size(tmp_path):
 
 class SliceByOperators(TorchFunctionMode):
     """Python's own slicing asks for the real device. In a CUDA build of torch 2.6 so do an
-    embedding, and a LayerNorm of what is not contiguous."""
+    embedding, and a LayerNorm of a tensor that is not contiguous."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function is torch.nn.functional.embedding:
@@ -378,7 +379,7 @@ def test_a_snapshot_of_cuda_tensors_is_on_the_host(fake, tmp_path, monkeypatch):
         assert p.device == CPU and p.shape == live[name].shape and p.dtype == live[name].dtype
 
 
-# generation and peaks
+# sampling and peaks
 
 
 def test_generation_leaves_out_cudnn_s_attention_and_training_does_not(monkeypatch):

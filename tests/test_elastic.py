@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TINY, command, complaint, rows, run
 
-from tools.crash.common import digest
+from tools.runs import digest
 
 FLAGS = {"dtype": "bfloat16", "dropout": 0.2, "gradient_accumulation_steps": 12, "batch_size": 2,
          "block_size": 16, "max_iters": 20, "eval_interval": 10, "log_interval": 1,
@@ -54,7 +54,7 @@ def test_tools_same_compares_the_states_of_runs(train, tmp_path, alone_out):
     hashes = [line.split("sha256 ")[1] for line in (*same[:2], *other[:2])]
     assert hashes[0] == hashes[1] == hashes[2] != hashes[3]
     complaint(run("tools.same", tmp_path, alone_out, code=2))
-    assert "usage: " in complaint(run("tools.same", alone_out, code=2))
+    complaint(run("tools.same", alone_out, code=2))
 
 
 def test_a_run_may_change_ranks_bit_identical(train, tmp_path, alone):

@@ -14,9 +14,9 @@ import torch
 from conftest import REPO, command, complaint, run
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from keepgpt.loader import read_meta
+from keepgpt.dataset import read_meta
 from keepgpt.pretrained import read_weights
-from keepgpt.tokenizer import describe, from_meta, train_bpe
+from keepgpt.tokenizer import describe_encoding, from_meta, train_bpe
 from model import GPT, ModelArgs, generate, load_model
 from tools.export import to_tokenizers
 
@@ -106,11 +106,11 @@ def text(play: Path) -> str:
 
 
 def cl100k(monkeypatch, text: str) -> dict:
-    """tiktoken's cl100k_base with the ranks of a small BPE in the place of its own."""
-    ranks = from_meta({"tokenizer": train_bpe([text], 1000)}).encoding._mergeable_ranks
+    """Return the description of tiktoken's cl100k_base with the ranks of a small BPE."""
+    ranks = from_meta({"tokenizer": train_bpe([text], 1000)}).ranks
     monkeypatch.setattr(tiktoken_ext.openai_public, "load_tiktoken_bpe", lambda *_, **__: ranks)
     parts = tiktoken_ext.openai_public.cl100k_base()
-    return describe("cl100k_base", parts["pat_str"], ranks, parts["special_tokens"])
+    return describe_encoding("cl100k_base", parts["pat_str"], ranks, parts["special_tokens"])
 
 
 @pytest.mark.slow
@@ -180,25 +180,33 @@ def test_llama_cpp_reads_the_same_model_and_tokenizer(kind, settings, dtype, tex
     made = [row[0] for row in generate(model, [vocabulary.encode(work["prompt"])], 20,
                                        temperature=0)]
     if vocabulary.eot in made:
-        made = made[:made.index(vocabulary.eot)]  # llama.cpp goes on with the next likeliest
+        made = made[:made.index(vocabulary.eot)]  # llama.cpp takes the next likeliest
     assert theirs["made"][:len(made)] == made
     assert len(set(made)) > 1 + 2 * (not settings.get("tie_embeddings", True))
 
 
 @pytest.mark.slow
-def test_a_qwen3_goes_in_is_fine_tuned_and_comes_out(play, tmp_path):
-    run("prepare.py", play, name="text", tokenizer="bpe:600", data_dir=tmp_path)
-    vocabulary = from_meta(read_meta(tmp_path / "text"))
+@pytest.mark.parametrize("own_tokenizer", [False, True])
+def test_a_qwen3_goes_in_is_fine_tuned_and_comes_out(own_tokenizer, play, tmp_path):
+    run("prepare.py", play, name="bpe", tokenizer="bpe:600", data_dir=tmp_path)
+    vocabulary = from_meta(read_meta(tmp_path / "bpe"))
     torch.manual_seed(0)
     source = Qwen3ForCausalLM(Qwen3Config(
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
         hidden_size=32, intermediate_size=64, max_position_embeddings=128,
-        vocab_size=vocabulary.vocab_size, initializer_range=0.1, tie_word_embeddings=False,
+        vocab_size=vocabulary.vocab_size + 56 * own_tokenizer,  # Qwen3 pads its vocabulary
+        initializer_range=0.1, tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6}))
     source.to(torch.bfloat16).save_pretrained(tmp_path / "source")
     to_tokenizers(vocabulary).save(str(tmp_path / "source/tokenizer.json"))
+    if own_tokenizer:
+        sampled = run("sample.py", init_from=tmp_path / "source", start="The king", num_samples=1,
+                      max_new_tokens=5).stdout
+        assert sampled.startswith("The king") and len(sampled) > 9
+        run("prepare.py", play, name="own", tokenizer=tmp_path / "source", data_dir=tmp_path)
+    dataset = tmp_path / ("own" if own_tokenizer else "bpe")
     out, folder, file = tmp_path / "out", tmp_path / "exported", tmp_path / "model.gguf"
-    done = run("train.py", out_dir=out, init_from=tmp_path / "source", dataset=tmp_path / "text",
+    done = run("train.py", out_dir=out, init_from=tmp_path / "source", dataset=dataset,
                block_size=64, batch_size=4, gradient_accumulation_steps=1, max_iters=20,
                eval_interval=20, eval_iters=2, learning_rate=1e-2, warmup_iters=0,
                lr_decay_iters=20)
@@ -262,16 +270,16 @@ def test_mistakes_are_answered_with_one_line(tmp_path):
     def told(**flags):
         return complaint(run("tools.export", code=2, **flags))
 
-    assert "--to=FOLDER" in told(out_dir=tmp_path)
+    assert "--to" in told(out_dir=tmp_path)
     assert "python train.py" in told(out_dir=tmp_path, to=tmp_path / "to")
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     assert "expected a new or empty folder" in told(out_dir=tmp_path, to=tmp_path / "full")
     assert (tmp_path / "full/file").exists()
-    words = command("tools.export", init_from=weights(tmp_path), to=tmp_path / "to")
-    full = subprocess.run(["bash", "-c", 'ulimit -f 30; exec "$@"', "bash", *words],
+    args = command("tools.export", init_from=weights(tmp_path), to=tmp_path / "to")
+    full = subprocess.run(["bash", "-c", 'ulimit -f 30; exec "$@"', "bash", *args],
                           capture_output=True, text=True, cwd=REPO)
-    assert f"--to={tmp_path / 'to'} can't be written: file too large" in complaint(full)
+    assert f"--to={tmp_path / 'to'}: file too large" in complaint(full)
     assert "expected a new file" in told(out_dir=tmp_path, to=tmp_path / "full/file", format="gguf")
     torch.save({"model": {}}, tmp_path / "no.pt")
     assert "expected a checkpoint" in told(init_from=tmp_path / "no.pt", to=tmp_path / "to")

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from keepgpt.loader import BadData, Loader, Split, mix, permute, read_meta, seed_of
+from keepgpt.dataset import BadData, read_meta
+from keepgpt.loader import Loader, Split, mix, permute, seed_of
 
 
 @pytest.fixture

@@ -277,7 +277,7 @@ def test_impossible_sizes_of_a_qwen3_are_refused_at_once(tmp_path, settings):
 def test_pytorch_model_bin_is_read(theirs, tmp_path, shards):
     folder, state = copy_folder(theirs[1], tmp_path / "folder"), theirs[0].state_dict()
     (folder / "model.safetensors").unlink()
-    torch.save({"lr": 1e-3}, folder / "optimizer.bin")  # stays beside them, and is no weight
+    torch.save({"lr": 1e-3}, folder / "optimizer.bin")  # ignored: not a weight
     if shards == 1:
         torch.save(state, folder / "pytorch_model.bin")
     else:
@@ -576,7 +576,7 @@ def test_a_step_moves_every_parameter(args):
     assert all((tensor != before[name]).any() for name, tensor in model.state_dict().items())
 
 
-# generation
+# sampling
 
 
 def talker(args=ARGS):
@@ -612,12 +612,12 @@ def made_without_cache(model, prompt, n, temperature=1.0, top_k=0, top_p=1.0, se
 def test_the_cache_gives_the_logits_of_the_whole(args):
     model, idx = talker(args), tokens(3, 16)
     whole = model(idx)
-    for begin in (1, 5, 16):
+    for start in (1, 5, 16):
         cache = model.make_cache(3)
-        parts = [model(idx[:, :begin], cache=cache)]
-        parts += [model(idx[:, i:i + 1], cache=cache) for i in range(begin, 16)]
+        parts = [model(idx[:, :start], cache=cache)]
+        parts += [model(idx[:, i:i + 1], cache=cache) for i in range(start, 16)]
         assert cache.length == 16
-        agree(torch.cat(parts, 1), whole[:, begin - 1:], 1e-5)
+        agree(torch.cat(parts, 1), whole[:, start - 1:], 1e-5)
 
 
 @each
@@ -626,7 +626,7 @@ def test_a_step_that_finds_its_position_on_the_device_gives_the_same_logits(args
     whole, cache = model(idx), model.make_cache(3)
     model(idx[:, :5], cache=cache)
     for kv in cache.layers:
-        kv[:, :, :, 5:] = 1e4  # what is not filled yet takes no part
+        kv[:, :, :, 5:] = 1e4  # unfilled places must not count
     for i in range(5, 16):
         step = KVCache(cache.layers, torch.tensor([i]))
         agree(model(idx[:, i:i + 1], cache=step), whole[:, i:i + 1], 1e-5)
@@ -652,7 +652,7 @@ def test_cached_generation_equals_uncached_also_past_the_block(args, length, how
     model, prompt = talker(args), tokens(length, seed=length).tolist()
     expected = made_without_cache(model, prompt, 50, **how)
     assert made(model, [prompt], 50, **how) == [expected]
-    assert len(set(expected)) > 4  # it is no loop over a few tokens
+    assert len(set(expected)) > 4  # not a loop over a few tokens
 
 
 @pytest.mark.skipif(pick_dtype("auto", torch.device("cpu")) != torch.bfloat16,
@@ -730,7 +730,7 @@ SHARES = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15])  # in an order that is not th
 
 
 def drawn(n=20000, **how):
-    """How often each of five tokens is drawn, of which SHARES are the probabilities."""
+    """Return how often each of five tokens is drawn; SHARES are the probabilities."""
     how = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | how
     picked = sample_token((SHARES.log() + 7).expand(n, -1),
                           rng=torch.Generator().manual_seed(0), **how)

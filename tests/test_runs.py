@@ -79,6 +79,11 @@ def test_the_loop_ends_on_a_signal_and_on_a_mistake(dataset, tmp_path):
     assert done.returncode == 2 and "again" not in done.stderr
 
 
+def test_the_loop_without_a_command_exits_2():
+    done = subprocess.run([REPO / "runs/loop.sh"], capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+
+
 def test_torchrun_restarts_a_killed_rank(dataset, tmp_path, whole):
     out, flags = tmp_path / "out", FLAGS | {"gradient_accumulation_steps": 2, "dataset": dataset}
     run("train.py", ranks=2, out_dir=tmp_path / "whole", **flags)

@@ -78,7 +78,6 @@ def test_a_prompt_from_a_file_longer_than_the_block(trained, play, tmp_path):
     ({"start": "naïve 你好"}, "你"),
     ({"start": "FILE:nosuch.txt"}, "nosuch.txt: no such file"),
     ({"out_dir": "nosuch"}, "python train.py"),
-    ({"num_samples": 10_000, "max_new_tokens": 10_000_000}, "num_samples"),
     ({"init_from": "nosuch"}, "no such file, folder or model"),
     ({"num_samples": 0}, "num_samples"),
     ({"temprature": 1}, "did you mean temperature?"),
@@ -88,6 +87,11 @@ def test_a_prompt_from_a_file_longer_than_the_block(trained, play, tmp_path):
 ])
 def test_a_mistake_is_answered_with_one_line(trained, flags, shown):
     assert shown in complaint(run("sample.py", code=None, **{"out_dir": trained} | flags))
+
+
+def test_samples_larger_than_memory_exit_2(trained):
+    done = run("sample.py", out_dir=trained, num_samples=10_000, max_new_tokens=10_000_000, code=2)
+    assert "--num_samples" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_temperature_near_zero_takes_the_likeliest(trained):

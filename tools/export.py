@@ -19,7 +19,7 @@ if __name__ == "__main__":  # from any folder: python PATH/tools/export.py
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from keepgpt.config import command_line, setting
-from keepgpt.process import UserError, describe, exit_with, fail
+from keepgpt.process import UserError, describe, exit_with
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) there; (out, in) here
 
@@ -44,9 +44,9 @@ if __name__ == "__main__":  # before torch is loaded
     CONFIG, _, ARGS = command_line(
         ExportConfig, "python -m tools.export --out_dir=out --to=FOLDER [--key=value ...]")
     if ARGS:
-        fail(f"{ARGS[0]}: expected --key=value. Try: --help")
+        exit_with(UserError(f"{ARGS[0]}: expected --key=value. Try: --help"))
     if not CONFIG.to:
-        fail("--to=FOLDER is missing: the new folder to write, or the new file for --format=gguf")
+        exit_with(UserError("--to is missing: a new folder, or with --format=gguf a new file"))
 
 import torch
 from tiktoken_ext.openai_public import r50k_pat_str
@@ -54,7 +54,7 @@ from torch import Tensor
 
 from keepgpt.checkpoint import Disk, write_bundle
 from keepgpt.pretrained import GPT2_ARGS, QWEN3_ARGS
-from keepgpt.tokenizer import BPETokenizer, Tokenizer
+from keepgpt.tokenizer import CharTokenizer, HFTokenizer, Tokenizer
 from model import GPT, ModelArgs
 from sample import SampleConfig, load
 
@@ -120,37 +120,42 @@ def to_tokenizers(vocabulary: Tokenizer) -> Any:
     """Return a tokenizers.Tokenizer with the same ids for any text without special tokens."""
     import tokenizers
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
-    if not isinstance(vocabulary, BPETokenizer):
+    if isinstance(vocabulary, HFTokenizer):
+        return tokenizers.Tokenizer.from_str(vocabulary.description["json"])
+    if isinstance(vocabulary, CharTokenizer):
         made = tokenizers.Tokenizer(models.WordLevel(vocabulary.ids, unk_token=""))
         made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         made.decoder = decoders.Fuse()
         return made
-    encoding = vocabulary.encoding
-    ranks, special = encoding._mergeable_ranks, encoding._special_tokens
+    ranks = vocabulary.ranks
     # the vocabulary includes special tokens: otherwise they would get new ids
     names = {i: name for name, i in vocabulary.token_ids().items()}
     made = tokenizers.Tokenizer(models.BPE(
         vocabulary.token_ids(),
         [(names[ranks[a]], names[ranks[b]]) for a, b in list_merges(ranks)]))
     # its regular expressions are Oniguruma's, where {1,3}+ is not possessive but a repetition
-    pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", encoding._pat_str)
+    pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", vocabulary.pattern)
     made.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(pattern), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     made.decoder = decoders.ByteLevel()
-    made.add_special_tokens([AddedToken(name, normalized=False) for name in special])
+    made.add_special_tokens(
+        [AddedToken(name, normalized=False) for name in vocabulary.special_tokens])
     return made
 
 
-def json_files(args: ModelArgs, eot: int | None, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+def json_files(args: ModelArgs, vocabulary: Tokenizer, dtype: torch.dtype
+               ) -> dict[str, dict[str, Any]]:
     """Return the JSON files to write next to the weights."""
+    eot = vocabulary.eot
     ends = {"bos_token_id": eot, "eos_token_id": eot}
     tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": args.block_size,
                  # no token_type_ids: GPT2LMHeadModel would add their embeddings
                  "model_input_names": ["input_ids", "attention_mask"],
                  "clean_up_tokenization_spaces": False}
     if eot is not None:
-        tokenizer |= {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+        name = {i: token for token, i in vocabulary.token_ids().items()}[eot]
+        tokenizer |= {"bos_token": name, "eos_token": name}
     config = to_config(args) | ends | {"dtype": str(dtype).removeprefix("torch.")}
     return {"config.json": config, "generation_config.json": ends,
             "tokenizer_config.json": tokenizer}
@@ -166,7 +171,7 @@ def write_hugging_face(folder: Path, model: GPT, vocabulary: Tokenizer, origin: 
                  Disk())
     save_file(to_hugging_face(state, args), folder / "model.safetensors", {"format": "pt"})
     to_tokenizers(vocabulary).save(str(folder / "tokenizer.json"))
-    files = json_files(args, vocabulary.eot, dtype) | {"keepgpt.json": data}
+    files = json_files(args, vocabulary, dtype) | {"keepgpt.json": data}
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(CARD.format(
@@ -253,10 +258,10 @@ def main(config: ExportConfig) -> None:
     to_gguf = config.format == "gguf"
     packages = ("gguf", "tokenizers") if to_gguf else ("safetensors", "tokenizers")
     if not all(map(find_spec, packages)):
-        fail("export needs two more packages. Try: pip install " + " ".join(packages))
+        raise UserError(f"export needs two more packages. Try: pip install {' '.join(packages)}")
     target = Path(config.to)
     if target.exists() and (to_gguf or not target.is_dir() or any(target.iterdir())):
-        fail(f"--to={target}: expected a new {'file' if to_gguf else 'or empty folder'}")
+        raise UserError(f"--to={target}: expected a new {'file' if to_gguf else 'or empty folder'}")
     model, vocabulary, origin = load(SampleConfig(
         out_dir=config.out_dir, init_from=config.init_from, dataset=config.dataset,
         data_dir=config.data_dir))
@@ -267,7 +272,8 @@ def main(config: ExportConfig) -> None:
         write(temporary, model, vocabulary, origin, getattr(torch, config.dtype))
         (temporary / "model.gguf" if to_gguf else temporary).replace(target)
     except Exception as e:  # libraries raise many types for a full disk
-        fail(f"--to={target} can't be written: {describe(e)[0] if isinstance(e, OSError) else e}")
+        reason = describe(e)[0] if isinstance(e, OSError) else e
+        raise UserError(f"--to={target}: {reason}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sizes = {path.name: path.stat().st_size

@@ -1,31 +1,33 @@
-"""Whether runs have the same weights and moments, to the bit: `python -m tools.same out-1 out-4`.
+"""Compare runs bit for bit: `python -m tools.same out-1 out-4 ...`.
 
-Prints the sha256 of the weights and AdamW's moments in each folder's newest bundle. Exit code 0 if
-all are the same, else 1.
+Prints the sha256 of the weights and the optimizer's state in each folder's newest checkpoint. The
+exit code is 0 if all are equal, else 1.
 """
 import sys
 from pathlib import Path
 
-from keepgpt.checkpoint import CorruptCheckpoint, read_newest
-from keepgpt.process import fail
-from tools.crash.common import digest
+from keepgpt.checkpoint import read_newest
+from keepgpt.process import UserError, exit_with
+from tools.runs import digest
 
 
 def main(folders: list[str]) -> int:
-    """Compare; the exit code."""
+    """Compare; return the exit code. Raises UserError."""
     if len(folders) < 2 or any(folder.startswith("-") for folder in folders):
-        fail("usage: python -m tools.same FOLDER FOLDER ...: the out_dirs of two runs or more")
+        raise UserError("expected the out_dirs of two runs or more. "
+                        "Try: python -m tools.same out-1 out-2")
     states = set()
     for folder in folders:
-        try:
-            bundle = read_newest(Path(folder))
-        except CorruptCheckpoint as e:
-            fail(str(e))
-        states.add(state := (bundle["step"], digest([bundle["model"], bundle["optimizer"]])))
-        print(f"{folder}: step {state[0]}, sha256 {state[1]}")
-    print("the same bits" if len(states) == 1 else "OTHER BITS")
-    return len(states) > 1
+        bundle = read_newest(Path(folder))
+        state = digest([bundle["model"], bundle["optimizer"]])
+        states.add((bundle["step"], state))
+        print(f"{folder}: step {bundle['step']}, sha256 {state}")
+    print("bit-identical" if len(states) == 1 else "DIFFERENT")
+    return 0 if len(states) == 1 else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as e:
+        exit_with(e)

@@ -1,59 +1,56 @@
-"""Run benchmarks: `python -m tools.bench PART ...`; --help lists the settings.
+"""Measure: `python -m tools.bench PART ... [--only=ROW]`, or rewrite the tables of the pages:
+`python -m tools.bench tables`; --help lists the settings.
 
     train       a training step, against plain PyTorch and Transformers
     sample      tokens of one sequence, against Transformers
     checkpoint  the cost of a save, against torch.save and the bare disk
     loader      batches from a file of 10 GB
     prepare     text to tokens, against tiktoken alone
-    startup     time to the first step and to the first error message
-    memory      peak memory of GPT-2 124M
+    startup     time to the first step, to --help and to an error message
+    memory      peak host memory of GPT-2 124M
     elastic     elastic=True against DDP, on several ranks
 
-Prints a table for each: medians of alternating rounds. On a GPU use tools.gpu.
+Sides alternate, and a row holds medians. Its numbers go to docs/measured.json, and
+`tables` writes them to docs/BENCHMARKS.md and docs/DISTRIBUTED.md.
 """
-from keepgpt.process import prepare_process
-
-if __name__ == "__main__":  # before torch is loaded
-    prepare_process()
-
 import sys
-from importlib import import_module
 from pathlib import Path
 
 from keepgpt.config import parse
 from keepgpt.distributed import pick_device
-from keepgpt.process import fail
-from tools.bench.common import BenchConfig, Ended, machine, report
-
-PARTS = ("train", "sample", "checkpoint", "loader", "prepare", "startup", "memory", "elastic")
-NAMED_ROWS = ("train", "sample", "checkpoint")  # --only selects one
+from keepgpt.process import UserError, exit_with, write_atomically
+from tools import measure
+from tools.bench import parts as bench
 
 
-def main(config: BenchConfig, parts: list[str]) -> None:
-    """Run the benchmarks and print each row when it is ready."""
-    if not parts or set(parts) - set(PARTS):
-        fail(f"expected one or more of {' | '.join(PARTS)}, got {' '.join(parts) or 'none'}")
-    if config.only and set(parts) - set(NAMED_ROWS):
-        fail(f"--only={config.only}: only {', '.join(NAMED_ROWS)} have named rows")
+def main(config: bench.BenchConfig, parts: list[str]) -> int:
+    """Measure the parts, or rewrite the tables. Return the exit code. Raises UserError and
+    OSError."""
+    path = measure.REPO / config.json
+    if parts == ["tables"]:
+        records = measure.read_records(path)
+        for page in measure.PAGES:
+            text = measure.update_page(page.read_text(encoding="utf-8"), records)
+            write_atomically(page, text.encode())
+        return 0
+    if not parts or set(parts) - set(bench.PARTS):
+        raise UserError(f"expected tables, or some of {', '.join(bench.PARTS)}; "
+                        f"got {' '.join(parts) or 'none'}")
     if config.folder and not Path(config.folder).is_dir():
-        fail(f"--folder={config.folder}: no such folder")
-    try:
-        if config.json:
-            open(config.json, "a", encoding="utf-8").close()
-    except OSError as e:
-        fail(f"--json={config.json}: {e.strerror.lower()}")
-    on = machine(pick_device(config.device))
-    print(on)
-    for part in parts:
-        rows = import_module(f"tools.bench.{part}").bench(config)
-        if not list(report(part, rows, on, config.json)):
-            fail(f"--only={config.only}: {part} has no such row")
+        raise UserError(f"--folder={config.folder}: no such folder")
+    calls = {part: bench.list_calls(part, config) for part in parts}
+    machine = measure.describe_machine(pick_device(config.device))
+    print(*machine.values(), sep=", ")
+    passed = [measure.run_rows(part, calls[part], path, machine, minutes=10_000) for part in parts]
+    return 0 if all(passed) else 1
 
 
 if __name__ == "__main__":
-    CONFIG, _, ARGS = parse(BenchConfig, f"python -m tools.bench {' | '.join(PARTS)} "
-                                         "[--key=value ...]", sys.argv[1:])
     try:
-        main(CONFIG, ARGS)
-    except Ended as e:
-        fail(str(e))
+        usage = f"python -m tools.bench {' | '.join(bench.PARTS)} | tables [--key=value ...]"
+        CONFIG, _, ARGS = parse(bench.BenchConfig, usage, sys.argv[1:])
+        sys.exit(main(CONFIG, ARGS))
+    except UserError as e:
+        exit_with(e)
+    except OSError as e:
+        exit_with(UserError(str(e)))

@@ -1,4 +1,5 @@
-"""power: every state of the disk that a power cut during a save may leave."""
+"""power: each state of the disk that a power cut during a save may leave."""
+import copy
 import io
 import itertools
 import random
@@ -9,32 +10,33 @@ from pathlib import Path
 from typing import Any
 
 from keepgpt import checkpoint
-from tools.crash.common import KEEP, PAGE, Part, digest, real_bundles, state, wrong
-from tools.crash.nth import TappedDisk
+from tools import runs
+from tools.crash.common import KEEP, PAGE, Part, check_folder, make_bundles
+from tools.crash.nth import FaultyDisk
 
 TEARS = ("lost", "kept", "cut", "pages", "zeros")  # what becomes of data without an fsync
 
 
 class Volume:
-    """A folder as the programs see it, as the disk has it for sure, and what lies between."""
+    """A folder as programs see it, as the disk has it for sure, and the changes between the two."""
 
     def __init__(self) -> None:
         self.files, self.synced = [], []  # contents, by file number
         self.names, self.durable = {}, {}  # file numbers, by name
-        self.pending, self.opened = [], {}  # changes of names since the folder's fsync; descriptors
+        self.pending, self.opened = [], {}  # renames since the folder's fsync; files by descriptor
 
     def rename(self, change: dict[str, int | None]) -> None:
-        """Change what names stand for (None: for nothing), all at once."""
+        """Change the files that names stand for (None: no file), all at once."""
         self.pending.append(change)
         self.names = {n: file for n, file in (self.names | change).items() if file is not None}
 
     def apply(self, name: str, args: list, result: Any) -> None:
-        """Follow an operation that was logged."""
-        if name == "create" and args[0].name not in self.names:
-            self.files.append(b"")
-            self.synced.append(b"")
-            self.rename({args[0].name: len(self.files) - 1})
+        """Follow an operation of a FaultyDisk's log."""
         if name == "create":
+            if args[0].name not in self.names:
+                self.files.append(b"")
+                self.synced.append(b"")
+                self.rename({args[0].name: len(self.files) - 1})
             self.opened[result] = self.names[args[0].name]
             self.files[self.opened[result]] = b""
         elif name == "write":
@@ -50,76 +52,76 @@ class Volume:
         elif name == "fsync_folder":
             self.durable, self.pending = self.names, []
 
-    def subsets(self, dice: random.Random) -> list[tuple]:
-        """Which of the pending changes may have reached the disk: any of them."""
-        n = len(self.pending)
-        if n <= 8:
-            return list(itertools.product((False, True), repeat=n))
-        first = [(True,) * kept + (False,) * (n - kept) for kept in range(n + 1)]
-        return first + [tuple(dice.random() < 0.5 for _ in range(n)) for _ in range(200)]
+    def list_subsets(self) -> list[tuple]:
+        """Return which of the pending changes may have reached the disk: any, of the last ten."""
+        older, n = max(0, len(self.pending) - 10), min(10, len(self.pending))
+        return [(True,) * older + last for last in itertools.product((False, True), repeat=n)]
 
-    def after_cut(self, subset: tuple, tear: str, dice: random.Random) -> dict[str, bytes]:
-        """The folder when the power is back: contents by name."""
+    def list_tears(self) -> tuple[str, ...]:
+        """Return what may become of the files."""
+        return TEARS if self.files != self.synced else TEARS[:1]
+
+    def cut_power(self, subset: tuple, tear: str, rng: random.Random) -> dict[str, bytes]:
+        """Return the content of each file when the power is back."""
         names = self.durable.copy()
         for change in itertools.compress(self.pending, subset):
             names |= change
-        return {n: self.torn(file, tear, dice) for n, file in names.items() if file is not None}
+        return {name: self.tear(file, tear, rng) for name, file in names.items()
+                if file is not None}
 
-    def torn(self, file: int, tear: str, dice: random.Random) -> bytes:
-        """What is left of a file: what came after its fsync may be there or not."""
+    def tear(self, file: int, tear: str, rng: random.Random) -> bytes:
+        """Return a file's content after a power cut: data after its fsync may have arrived or
+        not."""
         now, sure = self.files[file], self.synced[file]
         if now == sure or tear == "kept":
             return now
         if tear == "pages":
             pages = [now[i:i + PAGE] for i in range(0, len(now), PAGE)]
-            return b"".join(page if dice.random() < 0.7 else bytes(len(page)) for page in pages)
+            return b"".join(page if rng.random() < 0.7 else bytes(len(page)) for page in pages)
         if tear == "cut":
-            return now[:dice.randrange(len(now) + 1)]
+            return now[:rng.randrange(len(now) + 1)]
         return sure if tear == "lost" else bytes(len(now))
 
 
-def instants(log: list) -> Iterator[tuple[str, Volume, int, int]]:
-    """After each operation: its name, the volume, how many saves are durable and have begun."""
+def replay(log: list) -> Iterator[tuple[str, Volume, int, int]]:
+    """Yield after each operation its name, a copy of the volume, and how many saves are durable
+    and how many have started."""
     volume, names, durable = Volume(), [name for name, _, _ in log], 0
     for i, (name, args, result) in enumerate(log):
         volume.apply(name, args, result)
-        begun, rest = names[:i].count("saved") + 1, names[i + 1:names.index("saved", i)]
+        started, rest = names[:i].count("saved") + 1, names[i + 1:names.index("saved", i)]
         if name == "saved" or name == "fsync_folder" and name not in rest:
-            durable = begun
-        yield name, volume, durable, begun
+            durable = started
+        yield name, copy.deepcopy(volume), durable, started
 
 
-def power(part: Part, place: Path) -> int:
-    """Every instant of a few saves, and all that may be on the disk if the power goes then."""
-    bundles, known, distinct, cases, disk = real_bundles(place), {}, set(), [], TappedDisk()
-    states, bests, folder = [""], [""], place / "recorded"
+def power(part: Part, place: Path) -> str:
+    """Cut the power after each operation of four saves, with all that may be on the disk then."""
+    disk, states, bests, folder = FaultyDisk(), [""], [""], place / "recorded"
     folder.mkdir()
-    for i, bundle in enumerate(bundles):
+    for i, bundle in enumerate(make_bundles(place)):
         best = i % 2 == 0
         checkpoint.commit(bundle, folder, KEEP, best, disk)
         disk.log.append(("saved", [], None))
-        states.append(state(bundle))
+        states.append(runs.state_of(bundle))
         bests.append(states[-1] if best else bests[-1])
-    for i, (name, volume, _, _) in enumerate(instants(disk.log)):
-        tears = TEARS if volume.files != volume.synced else TEARS[:1]
-        subsets = volume.subsets(part.dice(-2 - i))
-        cases += [(i, name, *left) for left in itertools.product(subsets, tears)]
-    chosen = part.choose([name != "write" for _, name, _, _ in cases], few=1000)
-    for i, (name, volume, durable, begun) in enumerate(instants(disk.log)):
-        allowed = {name: {those[durable], those[begun]}
-                   for name, those in (("ckpt.pt", states), ("best.pt", bests))}
-        while chosen and cases[chosen[0]][0] == i:
-            number = chosen.pop(0)
-            left, problem = volume.after_cut(*cases[number][2:], part.dice(number)), ""
-            if (key := digest([sorted(left.items()), durable, begun])) not in distinct:
-                distinct.add(key)
-                shutil.rmtree(place / "left", ignore_errors=True)
-                (place / "left").mkdir()
-                for path, content in left.items():
-                    (place / "left" / path).write_bytes(content)
-                with redirect_stderr(io.StringIO()):
-                    problem = wrong(place / "left", allowed, (states[begun], bests[begun]),
-                                    min(durable, KEEP), known)
-            part.count(number, problem and f"a cut after operation {i}, {name}, that leaves "
-                                           f"{', '.join(sorted(left))}: {problem}")
-    return part.end(f"of {len(cases):,} states after a power cut, {len(distinct):,} distinct ones")
+    cases = [(*instant, *how) for instant in replay(disk.log)
+             for how in itertools.product(instant[1].list_subsets(), instant[1].list_tears())]
+    distinct, left = set(), place / "left"
+    for number in part.choose([name != "write" for name, *_ in cases], few=1000):
+        name, volume, durable, started, subset, tear = cases[number]
+        files, problem = volume.cut_power(subset, tear, part.rng(number)), ""
+        if (key := runs.digest([sorted(files.items()), durable, started])) not in distinct:
+            distinct.add(key)
+            shutil.rmtree(left, ignore_errors=True)
+            left.mkdir()
+            for path, content in files.items():
+                (left / path).write_bytes(content)
+            allowed = {"ckpt.pt": {states[durable], states[started]},
+                       "best.pt": {bests[durable], bests[started]}}
+            with redirect_stderr(io.StringIO()):
+                problem = check_folder(left, allowed, (states[started], bests[started]),
+                                       min(durable, KEEP))
+        part.count(number, problem and f"a cut after {name} of save {started} leaves "
+                                       f"{', '.join(sorted(files))}: {problem}")
+    return f"of {len(cases):,} states after a power cut, {len(distinct):,} distinct ones"

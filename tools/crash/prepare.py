@@ -1,145 +1,130 @@
-"""prepare: a preparation dies before each of its file operations; what is left trains right or is
-refused, and the next preparation gives exactly the right files."""
+"""prepare: prepare.py dies before each of its file operations. Training then reads a complete
+dataset or is an error, and the next preparation gives exactly the right files."""
 import io
 import os
 import random
 import shutil
 import sys
-import traceback
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
 import prepare as script
-from keepgpt.loader import BadData, Split, read_meta
-from keepgpt.process import fail
-from keepgpt.text import Shard
-from tools.crash.common import Part, exit_code
+from keepgpt.dataset import read_meta
+from keepgpt.loader import Split
+from keepgpt.process import UserError
+from tools import runs
+from tools.crash.common import Part
 
-NOTHING, SHARDS = [], ["to be\n" * 40, "or not\n" * 30, "to\n"]
+SHARDS = ["to be\n" * 40, "or not\n" * 30, "to\n"]
 SINGLE = ["".join(map(chr, range(97, 497))) * 2]  # ids that could be GPT-2's tokens
-# the existing dataset (no text: none), and the one that replaces it; each text is a shard
-CHANGES = [(NOTHING, SINGLE), ([SINGLE[0][::-1]], SINGLE), (["short\n" * 5], SINGLE),
-           (NOTHING, SHARDS), ([text.upper() for text in SHARDS], SHARDS), (SHARDS[::-1], SHARDS),
-           (SINGLE, SHARDS), (SHARDS, SINGLE)]
-CALLS = {open, os.open, os.close, os.replace, os.remove, os.mkdir, os.rmdir}
-Count = Callable[[str], None]  # called with the name of a file operation, before it
+# the texts of the existing dataset ([]: none) and of the one that replaces it; each is a shard
+CHANGES = [([], SINGLE), ([SINGLE[0][::-1]], SINGLE), (["short\n" * 5], SINGLE), ([], SHARDS),
+           ([text.upper() for text in SHARDS], SHARDS), (SHARDS[::-1], SHARDS), (SINGLE, SHARDS),
+           (SHARDS, SINGLE)]
+CALLS = {open, os.open, os.close, os.replace, os.remove, os.unlink, os.mkdir, os.rmdir}
 DIED = 9
 
 
-def prepare_texts(data_dir: Path, texts: list[str], count: Count | None = None) -> int:
-    """Prepare `texts` as data_dir/x in a fork that calls `count` before each file operation; return
-    its exit code."""
+def prepare_texts(data_dir: Path, texts: list[str], before: Callable[[str], None] | None = None
+                  ) -> int:
+    """Prepare `texts` as data_dir/x in a fork that calls `before` with the name of each file
+    operation. Return its exit code."""
     def profile(_frame: Any, event: str, call: Any) -> None:
         if event == "c_call" and (call in CALLS or isinstance(call.__self__, io.IOBase)):
-            count(call.__name__)
+            before(call.__name__)
 
-    def find_source(*_args: Any) -> script.Source:
-        return script.Source(lambda: {"texts": texts}, 0.25, lambda: [
-            Shard(lambda text=text: [[text]], 0.25, 1) for text in texts])
-    if pid := os.fork():
-        return exit_code(pid)
-    code = 1
-    try:
-        os.dup2(os.open(data_dir.with_name("log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
-        os.dup2(1, 2)
-        script.find_source = find_source
-        # the real disk is not waited for: a process leaves the same to others without it
-        os.fsync = lambda _file: count and count("fsync")
-        settings = script.PrepareConfig("x", "char", data_dir=str(data_dir), workers=1)
-        sys.setprofile(profile if count else None)
-        script.prepare(settings, {"tokenizer": "char"}, ["text"])
-        code = 0
-    except SystemExit as e:
-        code = e.code
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        os._exit(code)
+    def work() -> None:
+        script.describe_source = lambda *_args: {"texts": texts}
+        script.open_shards = lambda *_args: [
+            script.Shard(lambda text=text: iter([io.StringIO(text)]), 0.25, 1) for text in texts]
+        # do not wait for the real disk: a process leaves the same files to others without that
+        os.fsync = lambda _file: before and before("fsync")
+        sys.setprofile(profile if before else None)
+        script.prepare(script.PrepareConfig("x", "char", 0.25, data_dir=str(data_dir), workers=1),
+                       {"tokenizer": "char"}, ["text"])
+
+    return runs.wait_for_exit(runs.fork(work, data_dir.with_name("log")))
 
 
-def dies_at(n: int) -> Count:
-    """Return a function that ends the process, as kill -9 does, when it is called the n-th time."""
-    calls = iter(range(1, n))
-    return lambda _name: next(calls, None) is None and os._exit(DIED)
-
-
-def operations(data_dir: Path, texts: list[str]) -> list[str]:
-    """Prepare `texts` and return the names of the file operations that this takes."""
+def list_operations(data_dir: Path, texts: list[str]) -> list[str]:
+    """Prepare `texts` and return the names of its file operations. Raises UserError."""
     log = data_dir.with_name("operations")
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     if code := prepare_texts(data_dir, texts, lambda name: os.write(handle, f"{name}\n".encode())):
-        fail(f"an uninterrupted preparation ends with exit code {code}; see {data_dir.parent}/log")
+        raise UserError(f"an uninterrupted preparation: expected exit code 0, got {code}; see "
+                        f"{data_dir.with_name('log')}")
     os.close(handle)
     return log.read_text().splitlines()
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    """Return the content of each file in a folder, by name."""
-    return {path.name: path.read_bytes() for path in folder.glob("*")}
+def read_dataset(folder: Path) -> tuple[dict[str, Any], list[bytes]]:
+    """Return meta.json and the tokens of both splits, as training reads them. Raises UserError."""
+    meta = read_meta(folder)
+    splits = [Split(folder, name, meta, block_size=1, seed=1, shift=True)
+              for name in ("train", "val")]
+    return meta, [split.read(0, split.ends[-1]) for split in splits]
 
 
-def opened(folder: Path) -> tuple[dict[str, Any], list[bytes]] | str:
-    """Return what training would read, meta.json and the tokens of both splits, or why it would not
-    start."""
-    try:
-        meta, tokens = read_meta(folder), []
-        for name in ("train", "val"):
-            split = Split(folder, name, meta, block_size=1, seed=1, shift=True)
-            tokens.append(split.read(0, split.ends[-1]))
-        return meta, tokens
-    except BadData as e:
-        return str(e)
-
-
-def wrong(data_dir: Path, allowed: list[Any]) -> str:
-    """Return what is wrong with a training that starts now, or ""."""
-    with redirect_stderr(io.StringIO()) as said:
+def check_dataset(folder: Path, allowed: list[Any]) -> str:
+    """Return the problem of a training run that starts now, or "". It must read one of the
+    `allowed` datasets without a note, or end with one line."""
+    with redirect_stderr(io.StringIO()) as printed:
         try:
-            found = opened(data_dir / "x")
+            found = read_dataset(folder)
+        except UserError as e:
+            return f"more than a line: {e}" if "\n" in str(e) else ""
         except Exception as e:
             return f"training ends in {e!r}"
-    if said.getvalue():
-        return f"training guesses: {said.getvalue()}"
-    if isinstance(found, str):
-        return f"more than a line: {found!r}" * ("\n" in found)
-    return "training starts on another dataset" * (found not in allowed)
+    if printed.getvalue():
+        return f"training guesses: {printed.getvalue()}"
+    return "" if found in allowed else "training starts on another dataset"
 
 
-def killed(data_dir: Path, texts: list[str], n: int, dice: random.Random, right: dict[str, bytes],
-           allowed: list[Any]) -> str:
-    """Prepare `texts`, die before operation n, then at a random one, then prepare them again.
-    Return what is wrong, or ""."""
-    for death, again in ((n, False), (dice.randint(1, n + 9), True)):
-        code = prepare_texts(data_dir, texts, dies_at(death))
-        if code not in ((DIED, 0) if again else (DIED,)):
-            return f"preparation {1 + again} ends with exit code {code}"
-        if problem := wrong(data_dir, allowed):
-            return f"after kill {1 + again}, before operation {death}: {problem}"
+def die_twice(data_dir: Path, texts: list[str], n: int, rng: random.Random, right: Path,
+              allowed: list[Any]) -> str:
+    """Prepare `texts` and die before operation n, again before a random one, then prepare them
+    again. Return the problem, or ""."""
+    def die_at(n: int) -> Callable[[str], None]:
+        calls = iter(range(1, n))
+        return lambda _name: next(calls, None) is None and os._exit(DIED)
+
+    for number, codes in ((n, (DIED,)), (rng.randint(1, n + 9), (DIED, 0))):
+        code = prepare_texts(data_dir, texts, die_at(number))
+        if code not in codes:
+            return f"before operation {number}: exit code {code}"
+        if problem := check_dataset(data_dir / "x", allowed):
+            return f"before operation {number}: {problem}"
     if code := prepare_texts(data_dir, texts):
-        return f"the next preparation ends with exit code {code}, see {data_dir.parent}/log"
-    return "the next preparation gives other files" * (files(data_dir / "x") != right)
+        return f"the next preparation: exit code {code}, see {data_dir.with_name('log')}"
+    found, expected = ({path.name: path.read_bytes() for path in folder.glob("*")}
+                       for folder in (data_dir / "x", right))
+    return "" if found == expected else "the next preparation gives other files"
 
 
-def prepare(part: Part, place: Path) -> int:
-    """Each operation of a preparation, of one file and of shards, new and replacing another."""
-    older, data_dir, cases, results = place / "older", place / "data", [], []
+def prepare(part: Part, place: Path) -> str:
+    """Die in preparations of one file and of shards, new and replacing another dataset."""
+    data_dir, cases = place / "data", []
+
+    def restore(i: int) -> None:
+        shutil.rmtree(data_dir, ignore_errors=True)
+        shutil.copytree(place / f"old{i}", data_dir)
+
     for i, change in enumerate(CHANGES):
-        for folder, texts in zip((older / str(i), place / "new" / str(i)), change):
-            folder.mkdir(parents=True)
+        for folder, texts in zip((place / f"old{i}", place / f"new{i}"), change):
+            folder.mkdir()
             if texts:
                 prepare_texts(folder, texts)
-        shutil.rmtree(data_dir, ignore_errors=True)
-        shutil.copytree(older / str(i), data_dir)
-        before = ["", *operations(data_dir, change[1])]
+        restore(i)
+        before = ["", *list_operations(data_dir, change[1])]
         cases += [(i, n, before[n - 1]) for n in range(1, len(before))]
-        results.append([opened(older / str(i) / "x"), opened(place / "new" / str(i) / "x")])
-    for number in part.choose([name in ("replace", "remove") for *_, name in cases], few=100):
+    for number in part.choose([name in ("replace", "unlink") for *_, name in cases], few=100):
         i, n, name = cases[number]
-        shutil.rmtree(data_dir)
-        shutil.copytree(older / str(i), data_dir)
-        problem = killed(data_dir, CHANGES[i][1], n, part.dice(number),
-                         files(place / "new" / str(i) / "x"), results[i])
+        restore(i)
+        datasets = [read_dataset(place / f"{age}{i}" / "x") for age, texts
+                    in zip(("old", "new"), CHANGES[i]) if texts]
+        problem = die_twice(data_dir, CHANGES[i][1], n, part.rng(number), place / f"new{i}" / "x",
+                            datasets)
         part.count(number, problem and f"change {i}, after {name}: {problem}")
-    return part.end(f"of {len(cases):,} operations of {len(CHANGES)} preparations")
+    return f"of {len(cases):,} operations of {len(CHANGES)} preparations"

@@ -1,0 +1,182 @@
+"""Start real training runs and compare how they end, bit for bit. Shared by tools.crash, tools.gpu,
+tools.bench, tools.same and the tests."""
+import hashlib
+import json
+import os
+import resource
+import select
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import train
+from keepgpt.checkpoint import CorruptCheckpoint, read_bundle, read_newest
+from keepgpt.config import TrainConfig, parse
+from keepgpt.process import UserError
+
+REPO = Path(__file__).resolve().parents[1]
+TIME_LIMIT = 300  # seconds; a process that takes longer hangs
+STATES: dict[str, str] = {}  # what `read_state` has found, by the sha256 of the file
+
+
+def prepare_source(place: Path) -> Path:
+    """Prepare a small real text, the source of this program, as a dataset of characters. Return its
+    folder."""
+    subprocess.run([sys.executable, REPO / "prepare.py", REPO / "train.py", REPO / "model.py",
+                    "--name=source", "--tokenizer=char", f"--data_dir={place}"],
+                   check=True, stdout=subprocess.DEVNULL)
+    return place / "source"
+
+
+def to_flags(settings: dict[str, Any]) -> list[str]:
+    """Return settings as arguments of a command."""
+    return [f"--{key}={value}" for key, value in settings.items()]
+
+
+def fork(work: Callable[[], int | None], log: Path) -> int:
+    """Run `work` in a fork of this process, its output appended to `log`. Return the process id.
+    The fork's exit code is what `work` returns."""
+    if pid := os.fork():
+        return pid
+    code = 1
+    try:
+        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        code = work() or 0
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def start(settings: dict[str, Any], ranks: int = 0, largest_file: int = 0) -> int:
+    """Start train.py, its output appended to <out_dir>.log. Return the process id.
+
+    With 0 `ranks` it is a fork, which finds torch imported; otherwise the real command, behind
+    torchrun for several ranks. `largest_file` limits the bytes of any file that it writes.
+    """
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
+                "--max-restarts=20"] if ranks > 1 else []
+
+    def work() -> int:
+        if largest_file:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+        if ranks:
+            os.execv(sys.executable, [sys.executable, *torchrun, str(REPO / "train.py"),
+                                      *to_flags(settings)])
+        return train.main(*parse(TrainConfig, "", to_flags(settings))[:2])
+
+    return fork(work, Path(f"{settings['out_dir']}.log"))
+
+
+def wait_for_exit(pid: int, seconds: float | None = None) -> int | None:
+    """Return the exit code of a child, or None if it still runs after `seconds` (TIME_LIMIT)."""
+    handle = os.pidfd_open(pid)
+    ended = select.select([handle], [], [], TIME_LIMIT if seconds is None else seconds)[0]
+    os.close(handle)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) if ended else None
+
+
+def run(settings: dict[str, Any], ranks: int = 0, code: int = 0) -> float:
+    """Run train.py to its end and return its seconds. Raises UserError if it hangs or ends with
+    another exit code."""
+    started, pid = time.perf_counter(), start(settings, ranks)
+    found = wait_for_exit(pid)
+    if found is None:
+        os.kill(pid, signal.SIGKILL)  # the ranks of a torchrun die with it
+        raise UserError(f"an uninterrupted run hangs; see {settings['out_dir']}.log")
+    if found != code:
+        raise UserError(f"an uninterrupted run: expected exit code {code}, got {found}; see "
+                        f"{settings['out_dir']}.log")
+    return time.perf_counter() - started
+
+
+def last_step(out: Path) -> int:
+    """Return the last step in metrics.jsonl, whose last line may be incomplete; 0 for none."""
+    path = out / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def digest(value: Any) -> str:
+    """Return the sha256 of nested dicts and lists of tensors and plain values."""
+    sha = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            sha.update(value.contiguous().numpy().tobytes())
+        elif isinstance(value, dict):
+            add([item for key in sorted(value, key=str) for item in (key, value[key])])
+        elif isinstance(value, (list, tuple)):
+            sha.update(f"{len(value)}:".encode())
+            for item in value:
+                add(item)
+        else:
+            sha.update(f"{value!r},".encode())
+
+    add(value)
+    return sha.hexdigest()
+
+
+def state_of(bundle: dict[str, Any]) -> str:
+    """Return the digest of all that a checkpoint holds, except for the run's name and folder and,
+    in an elastic run, the generators, whose number is that of the ranks."""
+    left_out = ("run", "config", *(["rng"] if bundle["config"]["elastic"] else []))
+    return digest({key: value for key, value in bundle.items() if key not in left_out})
+
+
+def read_state(path: Path) -> str:
+    """Return the state in a checkpoint file, "corrupt", or "" if it does not exist."""
+    if not path.exists():
+        return ""
+    content = hashlib.sha256(path.read_bytes()).hexdigest()
+    if content not in STATES:
+        try:
+            STATES[content] = state_of(read_bundle(path))
+        except CorruptCheckpoint:
+            STATES[content] = "corrupt"
+        except Exception as e:  # a run would end with it instead of trying an older checkpoint
+            STATES[content] = repr(e)
+    return STATES[content]
+
+
+def newest_state(folder: Path) -> str:
+    """Return the state that a run would resume from, or ""."""
+    try:
+        return state_of(read_newest(folder))
+    except CorruptCheckpoint:
+        return ""
+    except Exception as e:
+        return repr(e)
+
+
+def list_temporary(folder: Path) -> str:
+    """Return the names of temporary files."""
+    return ", ".join(path.name for path in folder.glob("*.tmp"))
+
+
+def read_end(out: Path) -> dict[str, Any]:
+    """Return all that a run leaves in its folder, except for its speed."""
+    rows = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return {"ckpt.pt": read_state(out / "ckpt.pt"), "best.pt": read_state(out / "best.pt"),
+            "metrics.jsonl": [row | {"tokens_per_s": 0, "mfu": 0} for row in rows],
+            "temporary files": list_temporary(out)}
+
+
+def compare_end(code: int | None, out: Path, expected: dict[str, Any]) -> str:
+    """Return how the end of a run differs from the `expected` one, or ""."""
+    if code != 0:
+        return f"exit code {code}, see {out}.log"
+    names = [name for name, value in read_end(out).items() if value != expected[name]]
+    return f"{', '.join(names)}: not as in the uninterrupted run" if names else ""
