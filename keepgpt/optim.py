@@ -16,8 +16,8 @@ from keepgpt.process import UserError
 FUSED_QKV = "c_attn.weight"
 # Newton-Schulz's polynomial a x + b x^3 + c x^5, and how often to apply it (Jordan et al. 2024)
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
-# Muon's momentum rises from the first number to config.muon_momentum in so many steps
-# (modded-nanogpt's record of 2024-12-08)
+# Muon's momentum rises from the first number to config.muon_momentum in 300 steps: in
+# modded-nanogpt's records that lowers the loss by 0.013
 FIRST_MOMENTUM, MOMENTUM_WARMUP = 0.85, 300
 
 
@@ -45,8 +45,9 @@ class Muon(AdamW):
     __setstate__ = torch.optim.Optimizer.__setstate__  # Adam's wants moments of all parameters
 
     def __init__(self, groups: list[dict], dtype: torch.dtype, **defaults: object) -> None:
-        """A Muon group has, beside AdamW's keys, `momentum` and `parts`: how many matrices lie one
-        below the other in each of its parameters. Newton-Schulz computes in `dtype`."""
+        """Expect in a Muon group, beside AdamW's keys, `momentum` and `parts`: the number of
+        matrices that lie below one another in each of its parameters. Newton-Schulz computes in
+        `dtype`."""
         super().__init__(groups, **defaults)
         self.dtype = dtype
 
