@@ -39,7 +39,7 @@ from keepgpt.distributed import (
 )
 from keepgpt.loader import Loader, Split, seed_of
 from keepgpt.metrics import Metrics, Throughput
-from keepgpt.optim import get_lr, make_optimizer
+from keepgpt.optim import get_lr, make_optimizer, set_rates
 from keepgpt.pretrained import crop_weights, read_weights
 from keepgpt.process import (
     EXIT_FAILED,
@@ -148,7 +148,8 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks
     else:
         model = load_pretrained(source, config, given, data)
         config = replace(config, **{key: getattr(model.args, key) for key in ARCHITECTURE})
-    if config.elastic:  # the number of threads decides the order of a sum
+    # the number of threads decides the order of a sum; each rank computes Muon's update itself
+    if config.elastic or config.optimizer == "muon" and ranks.world_size > 1:
         threads = ranks.from_first(torch.get_num_threads())
         torch.set_num_threads(bundle.get("threads", threads) if bundle else threads)
     loader, splits = open_data(folder, config, data, ranks)
@@ -188,7 +189,7 @@ def build_run(config: TrainConfig, ranks: Ranks, data: dict[str, Any], loader: L
             loss = train_model(x.to(device), y.to(device))
         loss.backward()
         model.zero_grad(set_to_none=True)
-    optimizer = make_optimizer(model, config)
+    optimizer = make_optimizer(model, config, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     return Run(config, ranks, data, loader, splits, model, compiled_model, train_model, dtype,
                autocast, optimizer, scaler, secrets.token_hex(8))
@@ -384,8 +385,7 @@ def update(run: Run, saver: checkpoint.Saver, losses: Tensor) -> tuple[Tensor, T
         run.healthy *= torch.isfinite(loss + grad_norm)
         # the optimizer reads this on the device; it changes nothing if it is 1
         optimizer.found_inf = 1 - run.healthy
-    for group in optimizer.param_groups:
-        group["lr"] = get_lr(run.step, config)
+    set_rates(optimizer, run.step, config)
     saver.wait_for_copy()
     # on MPS AdamW ignores found_inf
     if run.ranks.device.type != "mps" or run.healthy:

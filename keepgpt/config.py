@@ -67,7 +67,9 @@ class TrainConfig:
     norm_eps: float = setting(1e-6, "qwen3: added to RMSNorm's mean square", least=1e-12)
     tie_embeddings: bool = setting(True,
         "qwen3: the output layer is the token embedding; False = has its own weights")
-    # AdamW and its schedule
+    # the optimizer and its schedule
+    optimizer: Literal["adamw", "muon"] = setting("adamw",
+        "adamw | muon (the blocks' matrices; AdamW for the rest): fewer tokens to the same loss")
     learning_rate: float = setting(6e-4, "peak learning rate", least=0)
     max_iters: int = setting(600000, "number of steps of the run", least=0)
     weight_decay: float = setting(1e-1, "on matrices and embeddings, not biases and norms", least=0)
@@ -75,10 +77,19 @@ class TrainConfig:
     beta2: float = setting(0.95,
         "AdamW's decay of the mean square; 0.99 if a step has few tokens", least=0, below=1)
     grad_clip: float = setting(1.0, "maximum of the global gradient norm; 0 = no clipping", least=0)
-    decay_lr: bool = setting(True, "linear warm-up, then cosine decay; False = constant")
+    muon_lr: float = setting(0.02, "peak learning rate of Muon, at any width", least=0)
+    muon_momentum: float = setting(0.95,
+        "Muon's decay of the mean gradient; rises from 0.85 in 300 steps", least=0, below=1)
+    decay_lr: bool = setting(True, "linear warm-up, then lr_schedule; False = constant")
+    lr_schedule: Literal["cosine", "linear", "constant"] = setting("cosine",
+        "after the warm-up: cosine | linear (constant, then linear decay) | constant")
+    decay_fraction: float = setting(0.65,
+        "linear: the share of lr_decay_iters, at its end, that decays", least=0)
     warmup_iters: int = setting(2000, "steps of linear warm-up", least=0)
-    lr_decay_iters: int = setting(600000, "step where the cosine reaches min_lr", least=0)
-    min_lr: float = setting(6e-5, "final learning rate, usually learning_rate / 10", least=0)
+    lr_decay_iters: int = setting(600000, "step where the decay reaches min_lr", least=0)
+    min_lr: float = setting(6e-5,
+        "final learning rate, usually learning_rate / 10; Muon's: the same share of muon_lr",
+        least=0)
     # evaluating, logging and saving
     eval_interval: int = setting(2000, "steps between evaluations", least=1)
     eval_iters: int = setting(200,
@@ -111,7 +122,7 @@ class TrainConfig:
 
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "architecture", "n_kv_head",
                 "head_dim", "n_ff", "rope_theta", "norm_eps", "tie_embeddings")
-FIXED = ("seed", *ARCHITECTURE)  # see resume_config
+FIXED = ("seed", "optimizer", *ARCHITECTURE)  # see resume_config
 
 
 def resume_config(config: TrainConfig, given: dict[str, Any], bundle: dict[str, Any],
@@ -122,12 +133,14 @@ def resume_config(config: TrainConfig, given: dict[str, Any], bundle: dict[str, 
     Raises UserError for a change that would make it another run.
     """
     known = {f.name for f in fields(TrainConfig)}
-    saved = {key: value for key, value in bundle["config"].items() if key in known}
+    # a checkpoint may be older than a setting
+    saved = asdict(TrainConfig(**{key: value for key, value in bundle["config"].items()
+                                  if key in known}))
     # the folder may have moved; the run's first init_from stays recorded
     resumed = replace(TrainConfig(**saved | given), out_dir=config.out_dir,
                       init_from=bundle["config"]["init_from"])
     changes = {key: f"{key} {saved[key]} -> {value}" for key, value in given.items()
-               if key != "init_from" and saved.get(key, value) != value}
+               if key != "init_from" and saved[key] != value}
     # with elastic=True, sums over batches of another size would round differently
     for key in FIXED + (("batch_size",) if resumed.elastic else ()):
         if key in changes:
