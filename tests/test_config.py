@@ -248,10 +248,10 @@ def test_a_helper_named_like_a_key_is_allowed(file, text, capsys):
 
 
 def test_unused_names_in_a_file_are_listed_in_one_line(file, capsys):
-    assert read(file("print = 3\nuse_rope = True\n_own = 1\nn_kv_head = n_head = 4")).n_head == 4
+    assert read(file("print = 3\nuse_rope = True\n_own = 1\nn_experts = n_head = 4")).n_head == 4
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and line.startswith("note: ")
-    assert line.endswith(": n_kv_head, print, use_rope\n")
+    assert line.endswith(": n_experts, print, use_rope\n")
 
 
 @pytest.mark.parametrize("theirs, spins", [

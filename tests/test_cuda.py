@@ -60,7 +60,7 @@ def test_graphs_are_static_whichever_is_compiled_first(evaluated_first, monkeypa
     monkeypatch.setattr(torch, "compile", lambda *a, **how: compile(*a, backend=backend, **how))
     monkeypatch.setattr(runtime, "find_compiler_problem", lambda *_: "")
     torch._dynamo.reset()
-    run, signals = tiny_run(compile=True, eval_iters=3), SimpleNamespace(came=False)
+    run, signals = tiny_run(compile=True, eval_iters=3), SimpleNamespace(received=False)
     run.splits["train"].windows = run.splits["val"].windows = 4 + 4 + 1  # the last batch is smaller
     works = [lambda: evaluate(run, signals), lambda: compute_gradient(run)]
     for work in works if evaluated_first else reversed(works):
@@ -74,7 +74,7 @@ def test_graphs_are_static_whichever_is_compiled_first(evaluated_first, monkeypa
 def test_a_smaller_last_batch_counts_in_an_evaluation():
     run = tiny_run(eval_iters=3)
     run.splits["train"].windows = run.splits["val"].windows = 9
-    losses = evaluate(run, SimpleNamespace(came=False))
+    losses = evaluate(run, SimpleNamespace(received=False))
     x, y = run.splits["val"].rows(0, 9)
     with torch.no_grad(), run.autocast:
         assert losses["val_loss"] == pytest.approx(run.model(x, y).item(), rel=1e-3)

@@ -25,7 +25,7 @@ from keepgpt.tokenizer import from_meta
 from model import GPT
 from tools import runs
 from tools.bench import sides
-from tools.measure import REPO, Row, compare, seconds
+from tools.measure import REPO, Row, call, compare, seconds
 from train import compute_gradient, update
 
 CPU = torch.device("cpu")
@@ -52,6 +52,8 @@ def measure_step(name: str, config: BenchConfig, _folder: Path) -> Row:
     for side, title in (("plain", "plain PyTorch"), ("transformers", "Transformers")):
         if side in t:
             row |= {f"{title}, ms": 1e3 * t[side], f"{title} / keepGPT": t[side] / t["ours"]}
+    if settings.optimizer == "muon":
+        row["optimizer's share"] = call(f"sides.time_optimizer{args}") / t["ours"]
     row["tokens/s"] = settings.tokens_per_step / t["ours"]
     if peak := peak_flops(pick_device(config.device)):
         with torch.device("meta"):

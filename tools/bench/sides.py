@@ -31,14 +31,19 @@ def shape(*sizes: int, **settings: Any) -> dict[str, Any]:
     return dict(zip(SIZES, sizes)) | {"dropout": 0.0} | settings
 
 
-# each is a row of `bench train`, those with a batch in their name on CUDA only. Settings other than
-# sizes and dropout leave Transformers' GPT-2 out
+MODERN = {"architecture": "qwen3", "tie_embeddings": False, "optimizer": "muon",
+          "lr_schedule": "linear"}
+# each is a row of `bench train`, those with a batch in their name on CUDA only
 SHAPES = {
     "4 layers, width 128": shape(4, 4, 128, 64, 12, 65),
     "6 layers, width 384": shape(6, 6, 384, 256, 16, 65),
     "6 layers, dropout 0.2": shape(6, 6, 384, 256, 16, 65, dropout=0.2),
     "GPT-2 124M": shape(12, 12, 768, 1024, 1, 50257),
+    "Qwen3 and Muon, 4 layers, width 128": shape(4, 4, 128, 192, 12, 65, **MODERN),
+    "Qwen3 and Muon, 124M": shape(12, 6, 768, 1024, 1, 50257, **MODERN),
     **{f"GPT-2 124M, batch {n}": shape(12, 12, 768, 1024, n, 50257) for n in (16, 32, 64)},
+    **{f"Qwen3 and Muon, 124M, batch {n}": shape(12, 6, 768, 1024, n, 50257, **MODERN)
+       for n in (16, 32, 64)},
     **{f"GPT-2 350M, batch {n}": shape(24, 16, 1024, 1024, n, 50257) for n in (8, 16, 32)}}
 
 
@@ -82,8 +87,33 @@ def train_ours(name: str, device: str) -> float:
     return time_steps(lambda: update(run, saver, compute_gradient(run)), run.ranks.device)
 
 
+def time_optimizer(name: str, device: str) -> float:
+    """Time the optimizer's part of train_ours."""
+    run = new_run(name, pick_device(device))
+    compute_gradient(run)
+    grads = [p.grad for p in run.model.parameters()]
+
+    def step() -> None:
+        for p, grad in zip(run.model.parameters(), grads):
+            p.grad = grad
+        run.optimizer.step()
+
+    return time_steps(step, run.ranks.device)
+
+
+def make_peer_optimizers(network: nn.Module, name: str) -> list[torch.optim.Optimizer]:
+    """Return PyTorch's own AdamW, and its Muon for the matrices of the blocks if the shape has
+    optimizer=muon."""
+    config, muon = make_settings(name)[0], []
+    if config.optimizer == "muon":
+        muon = [p for n, p in network.named_parameters() if p.dim() == 2 and ".layers." in n]
+    rest = [p for p in network.parameters() if all(p is not matrix for matrix in muon)]
+    return ([torch.optim.AdamW(rest, lr=1e-3)]
+            + ([torch.optim.Muon(muon, lr=config.muon_lr)] if muon else []))
+
+
 def train_peer(loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], network: nn.Module,
-               optimizer: torch.optim.Optimizer, name: str, device: torch.device
+               optimizers: list[torch.optim.Optimizer], name: str, device: torch.device
                ) -> float:
     """Time steps of another program: `loss_of(x, y)` is the loss of a micro-batch of random tokens,
     already on the device. Float32 on a CPU, the default; the autocast of train.py on CUDA."""
@@ -96,8 +126,9 @@ def train_peer(loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], ne
             loss = loss_of(*batch)
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
 
     return time_steps(step, device)
 
@@ -108,6 +139,8 @@ def train_plain(name: str, device: str) -> float:
     model_module.dropout = F.dropout
     model_module.attend = lambda q, k, v, p: F.scaled_dot_product_attention(
         q, k, v, dropout_p=p, is_causal=True)
+    model_module.rms_norm = lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps)
+    model_module.rotate = rotate_plain
     torch.set_float32_matmul_precision("high")
     where, (config, args) = pick_device(device), make_settings(name)
     cuda = where.type == "cuda"
@@ -119,20 +152,30 @@ def train_plain(name: str, device: str) -> float:
         return F.cross_entropy(network(x).flatten(0, 1), y.flatten())
 
     # on CUDA nanoGPT's AdamW is fused, as ours is
-    optimizer = (make_optimizer(network, config) if cuda
-                 else torch.optim.AdamW(network.parameters(), lr=1e-3))
+    optimizers = ([make_optimizer(network, config)] if cuda and config.optimizer == "adamw"
+                  else make_peer_optimizers(network, name))
     return train_peer(torch.compile(loss_of, dynamic=False) if cuda else loss_of, network,
-                      optimizer, name, where)
+                      optimizers, name, where)
+
+
+def rotate_plain(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate as Transformers does: with a concatenation of halves."""
+    cos, sin, half = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1), x.size(-1) // 2
+    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
 
 
 def make_transformers(name: str) -> nn.Module:
-    """Return Transformers' GPT-2 of a shape, with its defaults. Raises ValueError for a shape of
-    another architecture."""
+    """Return Transformers' model of a shape, with its defaults."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    from transformers import GPT2Config, GPT2LMHeadModel
-    if others := SHAPES[name].keys() - {*SIZES, "dropout"}:
-        raise ValueError(f"{name} has {others}, GPT-2 does not")
+    from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
     args = make_settings(name)[1]
+    if args.architecture == "qwen3":
+        return Qwen3ForCausalLM(Qwen3Config(
+            vocab_size=args.vocab_size, max_position_embeddings=args.block_size,
+            hidden_size=args.n_embd, num_hidden_layers=args.n_layer,
+            num_attention_heads=args.n_head, num_key_value_heads=args.K, head_dim=args.D,
+            intermediate_size=args.ff_width, tie_word_embeddings=args.tie_embeddings,
+            attention_dropout=args.dropout, bos_token_id=0, eos_token_id=None))
     return GPT2LMHeadModel(GPT2Config(
         vocab_size=args.vocab_size, n_positions=args.block_size, n_embd=args.n_embd,
         n_layer=args.n_layer, n_head=args.n_head, resid_pdrop=args.dropout,
@@ -140,12 +183,12 @@ def make_transformers(name: str) -> nn.Module:
 
 
 def train_transformers(name: str, device: str) -> float:
-    """Time steps of Transformers' GPT-2."""
+    """Time steps of Transformers' model."""
     torch.set_float32_matmul_precision("high")
     where = pick_device(device)
     network = make_transformers(name).to(where).train()
-    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
-    return train_peer(lambda x, y: network(x, labels=x).loss, network, optimizer, name, where)
+    return train_peer(lambda x, y: network(x, labels=x).loss, network,
+                      make_peer_optimizers(network, name), name, where)
 
 
 def count_tokens(name: str, device: torch.device) -> int:

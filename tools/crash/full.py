@@ -30,7 +30,9 @@ def check_full_disk(settings: dict[str, Any], older: Path, limit: int, instant: 
         code = runs.wait_for_exit(pid)
         (out / "filler").unlink()
     if limit or code != 0:  # 0: the last checkpoint was saved before the disk was full
-        if code != EXIT_FAILED or f"done at step {settings['max_iters']}" not in log.read_text():
+        # before the first step, a full disk ends the run with one line
+        ends = (f"done at step {settings['max_iters']}", "error: ")
+        if code != EXIT_FAILED or not any(end in log.read_text() for end in ends):
             return f"training did not continue (exit code {code}), see {log}"
         if runs.newest_state(out) not in allowed:
             return "the older checkpoint is lost"
