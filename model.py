@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from keepgpt.kernels import LinearCrossEntropy, attend, compute_dtype, dropout, rms_norm, rotate
+from keepgpt.kernels import LinearCrossEntropy, attend, compute_dtype, dropout, norm_and_rotate, rms_norm
 
 
 @dataclass(frozen=True)
@@ -181,9 +181,9 @@ class Qwen3Attention(nn.Module):
         x = x.to(compute_dtype(x))  # once, not in each linear layer
         q, k, v = (linear(x).unflatten(-1, (-1, self.D))  # (B, T, H or K, D)
                    for linear in (self.q_proj, self.k_proj, self.v_proj))
-        q = rotate(self.q_norm(q), cos, sin).to(v.dtype)
-        k = rotate(self.k_norm(k), cos, sin).to(v.dtype)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H or K, T, D)
+        q, k = (norm_and_rotate(t, norm.weight, norm.eps, cos, sin)  # (B, H or K, T, D)
+                for t, norm in ((q, self.q_norm), (k, self.k_norm)))
+        v = v.transpose(1, 2)  # (B, K, T, D)
         y = attend_cached(q, k, v, kv, past, self.dropout if self.training else 0.0)
         return dropout(self.o_proj(y.to(x.dtype)), self.dropout, self.training)  # (B, T, C)
 
@@ -221,10 +221,10 @@ class Qwen3Block(nn.Module):
 
 
 def rotary_angles(positions: Tensor, D: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Return the cosines and sines, (T, 1, D / 2), by which RoPE rotates a head at `positions`,
+    """Return the cosines and sines, (T, D / 2), by which RoPE rotates a head at `positions`,
     (T,): Su et al. 2021, section 3.4.2. Always float32, as in Hugging Face's."""
     frequencies = 1 / theta ** (torch.arange(0, D, 2, device=positions.device).float() / D)
-    angles = (positions.unsqueeze(1) * frequencies).unsqueeze(1)
+    angles = positions.unsqueeze(1) * frequencies
     return angles.cos(), angles.sin()
 
 

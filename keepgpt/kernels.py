@@ -95,33 +95,52 @@ class RMSNormFunction(torch.autograd.Function):
         return dx.addcmul_(mean, scale), None, dweight, None
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return x (B, T, H, D) with each pair of elements i and i + D / 2 rotated by the angle whose
-    cos and sin (T, 1, D / 2) are given (Su et al. 2021)."""
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+def norm_and_rotate(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return x (B, T, H, D) as (B, H, T, D), each head normalized by `rms_norm`, then its elements
+    i and i + D / 2 rotated by the angles whose cos and sin, (T, D / 2), are given (Su et al. 2021).
+    """
     if has_own_backward(x):
-        return Rotation.apply(x, cos, sin)
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+        return NormAndRotate.apply(x, weight, eps, cos, sin)
+    a, b = rms_norm(x, weight, eps).transpose(1, 2).chunk(2, -1)
+    cos, sin = cos.to(a.dtype), sin.to(a.dtype)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
-class Rotation(torch.autograd.Function):
-    """`rotate` on a CPU, in half of its time."""
+class NormAndRotate(torch.autograd.Function):
+    """`norm_and_rotate` on a CPU, with fewer passes over the memory."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Return the rotated x."""
-        ctx.save_for_backward(cos, sin)
-        y, half = x * torch.cat((cos, cos), -1), x.size(-1) // 2
-        y[..., :half].addcmul_(x[..., half:], sin, value=-1)
-        y[..., half:].addcmul_(x[..., :half], sin)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor
+                ) -> Tensor:
+        """Return the rotated norm of x."""
+        B, T, H, D = x.shape
+        wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+        weight, cos, sin = (t.to(wide) for t in (weight, cos, sin))
+        unit = torch.empty(B, H, T, D, dtype=wide).copy_(x.transpose(1, 2))
+        norm = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)  # (B, H, T, 1)
+        scale = norm.square_().div_(D).add_(eps).rsqrt_()
+        (a, b), (u, v) = unit.mul_(scale).chunk(2, -1), weight.chunk(2)
+        y = x.new_empty(B, H, T, D)
+        half = torch.mul(a, cos * u).addcmul_(b, sin * v, value=-1)
+        y[..., :D // 2] = half
+        y[..., D // 2:] = torch.mul(b, cos * v, out=half).addcmul_(a, sin * u)
+        ctx.save_for_backward(unit, scale, weight, cos, sin)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
-        """Return the gradient of x: dy, rotated back."""
-        cos, sin = ctx.saved_tensors
-        return Rotation.apply(dy, cos, -sin), None, None  # its own inverse, with -sin
+        """Return the gradients of x and weight."""
+        unit, scale, weight, cos, sin = ctx.saved_tensors
+        B, H, T, D = unit.shape
+        dy = dy.to(unit.dtype)
+        (a, b), dx = dy.chunk(2, -1), torch.empty_like(unit)
+        torch.mul(a, cos, out=dx[..., :D // 2]).addcmul_(b, sin)  # rotate back
+        torch.mul(b, cos, out=dx[..., D // 2:]).addcmul_(a, sin, value=-1)
+        product = (dx * unit).view(-1, D)
+        dweight = product.sum(0)
+        mean = (product @ weight).view(B, H, T, 1).div_(-D)
+        dx.mul_(weight).addcmul_(unit, mean).mul_(scale)
+        return dx.transpose(1, 2), dweight, None, None, None
 
 
 class LinearCrossEntropy(torch.autograd.Function):

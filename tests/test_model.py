@@ -24,9 +24,9 @@ from keepgpt.kernels import (
     attend,
     dropout,
     dropout_mask,
+    norm_and_rotate,
     pack_linear_layers,
     rms_norm,
-    rotate,
 )
 from keepgpt.optim import make_optimizer
 from keepgpt.pretrained import crop_weights, read_weights
@@ -789,14 +789,20 @@ def test_rms_norm_and_rotation_agree_with_pytorch(dtype, most):
                            torch.autograd.grad(expected, exact, dy.double())):
         agree(ours.double(), right, most)
 
-    angles = torch.randn(20, 1, 12)
-    y = rotate(x, angles.cos(), angles.sin())
-    z = torch.complex(*exact[0].chunk(2, -1)) * torch.polar(torch.ones(()).double(),
-                                                           angles.double())
+    angles, dy = torch.randn(20, 12), dy.transpose(1, 2).to(dtype)
+    rotations = torch.polar(torch.ones(()).double(), angles.double())
+    normed = F.rms_norm(exact[0], weight.shape, exact[1], 1e-2).transpose(1, 2)
+    z = torch.complex(*normed.chunk(2, -1)) * rotations
     expected = torch.cat((z.real, z.imag), -1)
-    agree(y.double(), expected, max(most, 1e-7))  # the angles are float32
-    agree(torch.autograd.grad(y, x, dy.to(dtype))[0].double(),
-          torch.autograd.grad(expected, exact[0], dy.double())[0], max(most, 1e-7))
+    right = torch.autograd.grad(expected, exact, dy.double())
+    for no_grad in (False, True):
+        with torch.set_grad_enabled(not no_grad):
+            y = norm_and_rotate(x, weight, 1e-2, angles.cos(), angles.sin())
+        agree(y.double(), expected, max(most, 1e-6))  # the angles are float32
+        assert y.dtype == dtype and y.shape == (3, 4, 20, 24)
+        if not no_grad:
+            for ours, theirs in zip(torch.autograd.grad(y, (x, weight), dy), right):
+                agree(ours.double(), theirs, max(most, 1e-6))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.25])

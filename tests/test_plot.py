@@ -46,15 +46,15 @@ def test_a_log_is_read_exactly(tmp_path):
         assert run.logged[key].tolist() == [row[key] for row in STEPS]
     assert run.evaluated["step"].tolist() == [0, 4, 8]
     assert run.evaluated["val_loss"].tolist() == [5.5, 2.6, 2.7]
-    x, val_x = run.x("hours")
+    x, val_x = run.x("minutes")
     assert np.allclose(x * 3600, SECONDS)
-    assert np.allclose(val_x * 3600, [0, 6, 7])  # an evaluation takes none of the hours
+    assert np.allclose(val_x * 60, [0, 6, 7])  # an evaluation takes no time
 
 
 def test_a_truncated_last_line_is_skipped(tmp_path):
     whole = read_run(written(tmp_path / "whole", ROWS))
     cut = read_run(written(tmp_path / "cut", ROWS, '{"step": 9, "tok'))
-    assert cut.x("hours")[0].tolist() == whole.x("hours")[0].tolist()
+    assert cut.x("minutes")[0].tolist() == whole.x("minutes")[0].tolist()
 
 
 def test_smooth_averages_neighbours():
@@ -82,7 +82,7 @@ def test_long_and_short_runs_are_drawn(tmp_path):
             written(tmp_path / "evaluation", EVALUATIONS[:1])]
     for folders in (runs, runs[1:2], runs[2:]):
         target = tmp_path / f"{len(folders)}{folders[0].name}.png"
-        done = plot(*folders, x="hours", to=target, code=0)
+        done = plot(*folders, x="minutes", to=target, code=0)
         assert (done.stdout, done.stderr) == (f"{target}\n", "")
         assert size(target) == (1400, 900)
 

@@ -13,13 +13,13 @@ from keepgpt.process import UserError, describe, exit_with
 
 LOGGED = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s")  # keys of a logged step
 EVALUATED = ("step", "val_loss")
-LABELS = {"steps": "steps", "tokens": "tokens", "hours": "hours of training, without evaluations"}
+LABELS = {"steps": "steps", "tokens": "tokens", "minutes": "minutes of training, without evaluations"}
 
 
 @dataclass(frozen=True)
 class PlotConfig:
     """The settings of tools.plot."""
-    x: Literal["steps", "tokens", "hours"] = setting("steps", "the horizontal axis")
+    x: Literal["steps", "tokens", "minutes"] = setting("steps", "the horizontal axis")
     to: str = setting("curves.png", "the picture's file")
 
 
@@ -37,7 +37,7 @@ class History:
         if axis == "steps":
             return step, self.evaluated["step"]
         seconds = np.diff(tokens, prepend=0) / self.logged["tokens_per_s"]
-        x = tokens if axis == "tokens" else np.cumsum(seconds) / 3600
+        x = tokens if axis == "tokens" else np.cumsum(seconds) / 60
         return x, np.interp(self.evaluated["step"], [0, *step], [0, *x])
 
 
