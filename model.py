@@ -15,7 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from keepgpt.kernels import LinearCrossEntropy, attend, compute_dtype, dropout, norm_and_rotate, rms_norm
+from keepgpt.kernels import (
+    LinearCrossEntropy,
+    attend,
+    compute_dtype,
+    dropout,
+    norm_and_rotate,
+    rms_norm,
+)
 
 
 @dataclass(frozen=True)

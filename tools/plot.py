@@ -13,7 +13,7 @@ from keepgpt.process import UserError, describe, exit_with
 
 LOGGED = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s")  # keys of a logged step
 EVALUATED = ("step", "val_loss")
-LABELS = {"steps": "steps", "tokens": "tokens", "minutes": "minutes of training, without evaluations"}
+LABELS = {"steps": "steps", "tokens": "tokens", "minutes": "minutes, without evaluations"}
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ def train_plain(name: str, device: str) -> float:
     model_module.attend = lambda q, k, v, p: F.scaled_dot_product_attention(
         q, k, v, dropout_p=p, is_causal=True)
     model_module.rms_norm = lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps)
-    model_module.rotate = rotate_plain
+    model_module.norm_and_rotate = norm_and_rotate_plain
     torch.set_float32_matmul_precision("high")
     where, (config, args) = pick_device(device), make_settings(name)
     cuda = where.type == "cuda"
@@ -158,8 +158,10 @@ def train_plain(name: str, device: str) -> float:
                       optimizers, name, where)
 
 
-def rotate_plain(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate as Transformers does: with a concatenation of halves."""
+def norm_and_rotate_plain(x: torch.Tensor, weight: torch.Tensor, eps: float, cos: torch.Tensor,
+                          sin: torch.Tensor) -> torch.Tensor:
+    """Normalize and rotate as Transformers does: with a concatenation of halves."""
+    x = F.rms_norm(x, weight.shape, weight, eps).transpose(1, 2)
     cos, sin, half = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1), x.size(-1) // 2
     return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
 

@@ -18,6 +18,7 @@ RUN = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "dropout": 0.1
        "eval_interval": 10, "eval_iters": 2, "log_interval": 1,
        "checkpoint_interval": INTERVAL, "keep_checkpoints": KEEP,
        "device": "cpu", "compile": False, "init_from": "auto"}
+MODERN = {"architecture": "qwen3", "optimizer": "muon", "lr_schedule": "linear", "muon_lr": 1.0}
 PAGE = 1 << 12  # bytes
 
 
@@ -26,6 +27,7 @@ class CrashConfig:
     """The settings of tools.crash."""
     cases: int = setting(0, "cases of each part; 0 = a few, 1e9 = all", least=0)
     torchrun_cases: int = setting(2, "kill: kills of a rank or torchrun, in two-rank runs", least=0)
+    modern: bool = setting(False, "kill, nth, power, rot, elastic: train a Qwen3 with Muon")
     seed: int = setting(1, "seed of the cases")
     only: int = setting(-1, "the number of the one case (kill: run) to try", least=-1)
     exec: bool = setting(False, "kill: start a new interpreter each time instead of a fork")
@@ -38,6 +40,7 @@ class Part:
     def __init__(self, name: str, config: CrashConfig) -> None:
         self.name, self.config, self.started = name, config, time.perf_counter()
         self.cases = self.failures = 0
+        self.run = RUN | (MODERN if config.modern else {})
 
     def rng(self, case: int) -> random.Random:
         """Return the random numbers of a case; they do not depend on the cases before it."""
@@ -60,9 +63,10 @@ class Part:
             print(f"{self.name}: FAILURE: {problem}{again}", flush=True)
 
 
-def make_bundles(place: Path) -> list[dict[str, Any]]:
+def make_bundles(part: Part, place: Path) -> list[dict[str, Any]]:
     """Return four checkpoints of a small run, in the order of their steps."""
-    settings, bundles = RUN | {"dataset": runs.prepare_source(place), "out_dir": place / "run"}, []
+    source, bundles = runs.prepare_source(place), []
+    settings = part.run | {"dataset": source, "out_dir": place / "run"}
     for step in (2, 4, 6, 8):
         runs.run(settings | {"max_iters": step})
         bundles.append(checkpoint.read_bundle(place / "run" / "ckpt.pt"))

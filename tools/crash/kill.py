@@ -10,7 +10,7 @@ from typing import Any
 
 from keepgpt import checkpoint
 from tools import runs
-from tools.crash.common import INTERVAL, RUN, Part
+from tools.crash.common import INTERVAL, Part
 
 
 def list_processes(out: Path) -> list[int]:
@@ -100,7 +100,7 @@ def kill_runs(part: Part, settings: dict[str, Any], place: Path, references: lis
 
 def kill(part: Part, place: Path) -> str:
     """Kill runs of one process, then ranks and torchruns of two-rank runs."""
-    settings = RUN | {"dataset": runs.prepare_source(place)}
+    settings = part.run | {"dataset": runs.prepare_source(place)}
     one = kill_runs(part, settings, place / "one", [1, 0], [int(part.config.exec)],
                     part.config.cases or 20)
     two = Counter()
@@ -113,7 +113,7 @@ def kill(part: Part, place: Path) -> str:
 
 def elastic(part: Part, place: Path) -> str:
     """Kill whole jobs that come back on 1, 2 or 4 ranks at random."""
-    settings = RUN | {"dataset": runs.prepare_source(place), "elastic": True,
+    settings = part.run | {"dataset": runs.prepare_source(place), "elastic": True,
                       "gradient_accumulation_steps": 4, "max_iters": 160, "warmup_iters": 160}
     seen = kill_runs(part, settings, place / "runs", [0, 2, 4], [0, 2, 4], part.config.cases or 6)
     return (f"kills; {seen['on 0']}, {seen['on 2']} and {seen['on 4']} starts on 1, 2 and 4 ranks; "

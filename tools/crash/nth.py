@@ -115,7 +115,7 @@ def check_faulty_save(folder: Path, older: list, new: dict, later: dict, best: b
 
 def nth(part: Part, place: Path) -> str:
     """Let each operation of a save fail in each way, in folders with and without checkpoints."""
-    bundles, cases = make_bundles(place), []
+    bundles, cases = make_bundles(part, place), []
     for count, best in BEFORE:
         folder = place / f"{count}{best}"
         folder.mkdir()

@@ -99,7 +99,7 @@ def power(part: Part, place: Path) -> str:
     """Cut the power after each operation of four saves, with all that may be on the disk then."""
     disk, states, bests, folder = FaultyDisk(), [""], [""], place / "recorded"
     folder.mkdir()
-    for i, bundle in enumerate(make_bundles(place)):
+    for i, bundle in enumerate(make_bundles(part, place)):
         best = i % 2 == 0
         checkpoint.commit(bundle, folder, KEEP, best, disk)
         disk.log.append(("saved", [], None))

@@ -29,7 +29,7 @@ def corrupt(raw: bytes, edges: list[int], case: int, rng: random.Random) -> tupl
 
 def rot(part: Part, place: Path) -> str:
     """Corrupt the newest checkpoint: it must be rejected, and the one before it used."""
-    older, newer = make_bundles(place)[-2:]
+    older, newer = make_bundles(part, place)[-2:]
     folder, path = place / "rot", place / "rot" / "ckpt.pt"
     folder.mkdir()
     checkpoint.commit(older, folder, KEEP, True, Disk())
