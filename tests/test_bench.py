@@ -9,7 +9,7 @@ from conftest import complaint, run
 
 import tools.gpu as gpu
 from keepgpt.process import UserError
-from model import KVCache
+from model import GPT, KVCache
 from tools import measure
 from tools.bench import parts, sides
 
@@ -66,10 +66,11 @@ def test_a_side_that_fails_is_left_out():
         measure.compare(1, "1 / 0")
 
 
-def test_transformers_gpt2_stands_for_gpt2_only(monkeypatch):
-    monkeypatch.setitem(sides.SHAPES, "other", sides.shape(1, 1, 8, 8, 1, 65, bias=True))
-    with pytest.raises(ValueError):
-        sides.make_transformers("other")
+def test_transformers_qwen3_has_as_many_parameters():
+    name = "Qwen3 and Muon, 4 layers, width 128"
+    sizes = [sum(p.numel() for p in network.parameters()) for network in
+             (sides.make_transformers(name), GPT(sides.make_settings(name)[1]))]
+    assert sizes[0] == sizes[1]
 
 
 def call_in_small(expression: str) -> object:
