@@ -329,21 +329,26 @@ class GPT(nn.Module):
 
 
 def load_model(args: dict[str, Any], state: dict[str, Tensor]) -> GPT:
-    """Return the network of these ModelArgs with these weights, in float32. The network takes the
-    tensors themselves where they are float32. Raises ValueError if they do not fit."""
+    """Return the network of these ModelArgs with these weights, in float32. Raises ValueError if
+    they do not fit."""
     args = ModelArgs(**args)
     blocks = {name.split(".")[2] for name in state
               if name.startswith(("transformer.h.", "model.layers."))}
+    sizes = {"n_layer": (args.n_layer, len(blocks))}
+    for key, size in (("transformer.wte", args.vocab_size), ("transformer.wpe", args.block_size),
+                      ("model.embed_tokens", args.vocab_size)):
+        if (weight := state.get(f"{key}.weight")) is not None:
+            sizes[key] = ((size, args.n_embd), tuple(weight.shape))
     try:
-        if len(blocks) != args.n_layer:
-            raise ValueError(f"n_layer: expected {args.n_layer}, got {len(blocks)}")
-        with torch.device("meta"):  # an absurd size must not allocate a network
-            model = GPT(args)
-        model.load_state_dict(state, assign=True)
+        for key, (expected, got) in sizes.items():  # an absurd size must not allocate a network
+            if expected != got:
+                raise ValueError(f"{key}: expected {expected}, got {got}")
+        model = GPT(args)  # the meta device would load the compiler, which takes a second
+        model.load_state_dict(state)
     except (RuntimeError, OverflowError, TypeError, ValueError) as e:
         reason = (str(e).splitlines()[1:] or [str(e)])[0].strip()
         raise ValueError(f"the weights do not fit the network: {reason}") from None
-    return model.float()
+    return model
 
 
 def compile_decode(model: GPT, cache: KVCache) -> Callable[[Tensor], Tensor]:
