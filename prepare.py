@@ -245,14 +245,15 @@ def read_previous(folder: Path, request: dict[str, Any], wanted: dict[str, Any]
 
 
 def write_dataset(folder: Path, request: dict[str, Any], wanted: dict[str, Any],
-                  shards: list[Shard], check_text: Callable[[], None], workers: int
-                  ) -> dict[str, Any]:
-    """Write a dataset, or the rest of an interrupted one. Return its meta.
+                  previous: tuple[dict[str, Any], list[dict[str, int]]], shards: list[Shard],
+                  check_text: Callable[[], None], workers: int) -> dict[str, Any]:
+    """Write a dataset, or the rest of an interrupted one, the `previous` of `read_previous`. Return
+    its meta.
 
     meta.json without a fingerprint lists the complete shards of an unfinished dataset. It is there
     before the first file is replaced: a kill leaves the old dataset, an unfinished one, or the new.
     """
-    meta, done = read_previous(folder, request, wanted)
+    meta, done = previous
     if not meta and (folder / "meta.json").exists():
         print(f"{folder}: its text or settings differ; replacing it", flush=True)
     name, single, lengths = request["name"], len(shards) == 1, None
@@ -372,16 +373,16 @@ def prepare(config: PrepareConfig, given: dict[str, Any], paths: list[str]) -> N
             raise UserError(f"{name}: the text changed while it was read. Try: the same command on "
                             "files that no program writes to")
 
-    meta, _ = read_previous(folder, request, wanted)
+    meta, done = read_previous(folder, request, wanted)
     if "fingerprint" not in meta:
         lock_out_dir(folder, DAY)
-        meta, _ = read_previous(folder, request, wanted)  # by the preparation that had the lock
+        meta, done = read_previous(folder, request, wanted)  # another preparation had the lock
     exists = "fingerprint" in meta
     if not exists:
         check_folder(folder)
         try:
             shards = open_shards(known, paths, config, val_fraction)
-            meta = write_dataset(folder, request, wanted, shards, check_text,
+            meta = write_dataset(folder, request, wanted, (meta, done), shards, check_text,
                                  config.workers or os.cpu_count() or 1)
         except (OSError, ValueError, IndexError):
             check_text()  # a text that changes may cause these

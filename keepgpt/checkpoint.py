@@ -160,9 +160,10 @@ def has_run(folder: Path) -> bool:
 
 
 def find_foreign(folder: Path) -> Path | None:
-    """Return the folder's ckpt.pt if another program wrote it, as nanoGPT does, else None."""
+    """Return the folder's ckpt.pt if another program wrote it, as nanoGPT does. Return None beside
+    other checkpoints of keepGPT: ckpt.pt may be one that is corrupt."""
     path = folder / "ckpt.pt"
-    if numbered(folder) or not zipfile.is_zipfile(path):
+    if (folder / "best.pt").exists() or numbered(folder) or not zipfile.is_zipfile(path):
         return None
     with open(path, "rb") as f:
         f.seek(-len(MAGIC) - 4, os.SEEK_END)

@@ -93,7 +93,7 @@ def describe_nanogpt_data(folder: Path) -> dict[str, Any]:
         tokenizer, vocab_size = {"kind": "char", "chars": chars}, len(chars)
         digest.update(chars.encode())
     elif np.concatenate(ids).max(initial=0) < 256:
-        raise BadData(f"{folder}: expected GPT-2's tokens, as there is no meta.json or meta.pkl, "
+        raise BadData(f"{folder}: expected GPT-2's tokens without a meta.json or meta.pkl, "
                       "got ids that are all below 256. Try: prepare it again")
     else:
         warn(f"{folder}: no meta.json or meta.pkl; reading its tokens as GPT-2's")

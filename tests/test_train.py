@@ -332,8 +332,11 @@ def test_the_compiler_is_loaded_only_if_used(dataset, tmp_path):
     program = ("import sys, runpy\n"
                "try:\n    runpy.run_path('train.py', run_name='__main__')\n"
                "finally:\n    print('torch._dynamo' in sys.modules)")
-    done = subprocess.run([sys.executable, "-c", program,
-                           *(f"--{key}={value}" for key, value in flags.items())], cwd=REPO,
-                          env=os.environ | {"PYTHONPATH": str(REPO)}, capture_output=True,
-                          text=True)
-    assert "done at step 4" in done.stdout and done.stdout.endswith("False\n"), done.stderr
+    for steps in (4, 6):  # from scratch, then resumed
+        flags |= {"max_iters": steps, "init_from": "auto"}
+        done = subprocess.run([sys.executable, "-c", program,
+                               *(f"--{key}={value}" for key, value in flags.items())], cwd=REPO,
+                              env=os.environ | {"PYTHONPATH": str(REPO)}, capture_output=True,
+                              text=True)
+        assert f"done at step {steps}" in done.stdout, done.stderr
+        assert done.stdout.endswith("False\n")

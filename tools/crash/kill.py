@@ -40,10 +40,11 @@ def finish_killed_run(settings: dict[str, Any], lives: dict[int, float], kills: 
     None if it hangs.
 
     Each start is on one of the numbers of ranks in `lives`, and each kill at an instant that is
-    uniform over the seconds an uninterrupted run takes on it. With several numbers the whole job
-    is killed, otherwise any of its processes.
+    uniform over the seconds an uninterrupted run takes on it; over more of them on a busy machine,
+    where a start alone takes so long. With several numbers the whole job is killed, otherwise any
+    of its processes.
     """
-    out, pid = settings["out_dir"], 0
+    out, pid, step = settings["out_dir"], 0, -1
     while True:
         if not pid:
             ranks = rng.choice(list(lives))
@@ -61,7 +62,9 @@ def finish_killed_run(settings: dict[str, Any], lives: dict[int, float], kills: 
             runs.wait_for_exit(pid)
             seen["in a save"] += bool(list_unfinished(out) - before)
             seen["lost steps"] = max(seen["lost steps"], count_lost_steps(out))
-            pid = 0
+            if runs.last_step(out) == step:  # this start made no step
+                lives[ranks] *= 1.1
+            step, pid = runs.last_step(out), 0
     if code is None:
         os.kill(pid, signal.SIGKILL)
     return code
