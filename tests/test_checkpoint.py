@@ -177,3 +177,12 @@ def test_an_evaluation_waits_for_a_best_save(bundle, tmp_path):
     run = SimpleNamespace(step=2, ranks=Ranks(0, 1, cpu))
     assert not record_evaluation(run, saver, {"val_loss": 6.0})
     assert record_evaluation(run, saver, {"val_loss": 4.0})
+
+
+def test_best_is_resumed_when_ckpt_has_lost_its_end(bundle, tmp_path):
+    commit(bundle, tmp_path, 2, True, Disk())
+    for path in tmp_path.glob("ckpt*.pt"):
+        path.unlink()
+    torch.save(bundle, tmp_path / "ckpt.pt")  # an intact zip without our checksum
+    assert checkpoint.find_foreign(tmp_path) is None
+    assert read_newest(tmp_path)["step"] == bundle["step"]
