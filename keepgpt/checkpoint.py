@@ -8,7 +8,6 @@ the same file, with an fsync of the folder after each. Only then are old checkpo
 import errno
 import math
 import os
-import pickle
 import re
 import sys
 import threading
@@ -51,7 +50,7 @@ class Disk:
 
 
 class ChecksummedFile:
-    """A file for torch.save to write to, which keeps the CRC32 of its bytes."""
+    """A file for torch.save to write to, which computes the CRC32 of its bytes."""
 
     def __init__(self, disk: Disk, path: Path) -> None:
         self.disk, self.crc, self.file, self.error = disk, 0, disk.create(path), None
@@ -72,8 +71,7 @@ class ChecksummedFile:
 
 
 def write_bundle(bundle: dict[str, Any], path: Path, disk: Disk) -> None:
-    """Write a new checkpoint file and fsync it. Raises OSError, and may leave a part of the
-    file."""
+    """Write a new checkpoint file and fsync it. Raises OSError; a part of the file may be left."""
     out = ChecksummedFile(disk, path)
     try:
         torch.save(bundle, out)
@@ -86,8 +84,7 @@ def write_bundle(bundle: dict[str, Any], path: Path, disk: Disk) -> None:
 
 
 def link(name: Path, target: Path, disk: Disk) -> None:
-    """Make `name` another name of the file `target`, or a copy where the file system has no
-    links."""
+    """Make `name` another name of the file `target`; a copy where there are no hard links."""
     temporary = name.with_suffix(".pt.tmp")
     try:
         disk.link(target, temporary)
@@ -100,10 +97,7 @@ def link(name: Path, target: Path, disk: Disk) -> None:
 
 def commit(bundle: dict[str, Any], folder: Path, keep: int, best: bool, disk: Disk) -> None:
     """Save `bundle` durably as the newest checkpoint of `folder`, and as best.pt if it is the
-    `best`.
-
-    Raises OSError or CorruptCheckpoint; the older checkpoints are then as they were.
-    """
+    `best`. Raises OSError or CorruptCheckpoint; the older checkpoints are then as they were."""
     path = path_of(folder, bundle["step"])
     temporary = path.with_suffix(".pt.tmp")
     try:
@@ -192,10 +186,6 @@ def read_bundle(path: Path) -> dict[str, Any]:
         bundle = torch.load(path, map_location="cpu", weights_only=True)
     except CorruptCheckpoint:
         raise
-    except OSError as e:
-        raise CorruptCheckpoint(e.strerror) from None
-    except pickle.UnpicklingError:
-        raise CorruptCheckpoint("expected only plain values and tensors") from None
     except Exception as e:  # torch.load raises many types
         raise CorruptCheckpoint(f"can't be read: {(str(e) or repr(e)).splitlines()[0]}") from None
     if not isinstance(bundle, dict) or bundle.get("format") != FORMAT:
@@ -224,8 +214,7 @@ def read_newest(folder: Path, prefer_best: bool = False) -> dict[str, Any]:
 
 
 def check_finite(bundle: dict[str, Any]) -> None:
-    """Raise ArithmeticError for weights or moments that are not finite: they must not replace
-    good ones."""
+    """Raise ArithmeticError for weights or moments that are not finite."""
     moments = {f"{key} of parameter {i}": tensor
                for i, state in bundle["optimizer"]["state"].items()
                for key, tensor in state.items()}
@@ -235,11 +224,8 @@ def check_finite(bundle: dict[str, Any]) -> None:
 
 
 class Saver:
-    """Save checkpoints in a background thread, one at a time, and own best_val_loss.
-
-    All saves reuse one copy of the bundle on the host. From CUDA it is made into pinned memory, on
-    a stream of its own.
-    """
+    """Save checkpoints in a background thread, one at a time, and own best_val_loss. All saves
+    reuse one copy of the bundle on the host, made from CUDA on a stream of its own."""
 
     def __init__(self, folder: Path | None, keep: int, best_val_loss: float,
                  before_commit: Callable[[], None], device: torch.device,
@@ -306,7 +292,7 @@ class Saver:
 
     def _copy(self, live: dict[str, Any]) -> dict[str, Any]:
         """Return the bundle with its tensors on the host, valid once the stream is done."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         map_tensors(lambda path, tensor: tensors.setdefault(path, tensor.detach()), live)
         if self.copies.keys() != tensors.keys():
             self.copies = allocate(tensors, pinned=self.stream is not None)

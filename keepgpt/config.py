@@ -14,13 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from math import inf
 from typing import Any, Literal, get_args, get_type_hints
 
-from keepgpt.process import (
-    UserError,
-    exit_with,
-    leave_closed_output,
-    prepare_process,
-    warn,
-)
+from keepgpt.process import UserError, prepare_process, run_or_exit, warn
 
 # what nanoGPT's train.py has imported before it runs a config file
 MODULES = {"os": "os", "time": "time", "math": "math", "pickle": "pickle", "np": "numpy",
@@ -57,16 +51,12 @@ class TrainConfig:
     bias: bool = setting(False, "gpt2: biases in Linear and LayerNorm; False is faster")
     architecture: Literal["gpt2", "qwen3"] = setting("gpt2",
         "gpt2 | qwen3 (RMSNorm, RoPE, QK-norm, SwiGLU): a lower loss from the same tokens")
-    n_kv_head: int = setting(0,
-        "qwen3: heads of keys and values; fewer make a smaller cache; 0 = n_head", least=0)
+    n_kv_head: int = setting(0, "qwen3: heads of keys and values; 0 = n_head", least=0)
     head_dim: int = setting(0, "qwen3: width of a head; 0 = n_embd / n_head", least=0)
-    n_ff: int = setting(0,
-        "qwen3: width inside the MLP; 0 = 8/3 n_embd, rounded up to a multiple of 64", least=0)
-    rope_theta: float = setting(10000.0,
-        "qwen3: base of the rotary wavelengths; 1e6 for blocks of over 8,000 tokens", least=1)
+    n_ff: int = setting(0, "qwen3: width in the MLP; 0 = 8/3 n_embd, a multiple of 64", least=0)
+    rope_theta: float = setting(1e4, "qwen3: base of the rotary wavelengths", least=1)
     norm_eps: float = setting(1e-6, "qwen3: added to RMSNorm's mean square", least=1e-12)
-    tie_embeddings: bool = setting(True,
-        "qwen3: the output layer is the token embedding; False = has its own weights")
+    tie_embeddings: bool = setting(True, "qwen3: the output layer is the token embedding")
     # the optimizer and its schedule
     optimizer: Literal["adamw", "muon"] = setting("adamw",
         "adamw | muon (the blocks' matrices; AdamW for the rest): fewer tokens to the same loss")
@@ -74,26 +64,20 @@ class TrainConfig:
     max_iters: int = setting(600000, "number of steps of the run", least=0)
     weight_decay: float = setting(1e-1, "on matrices and embeddings, not biases and norms", least=0)
     beta1: float = setting(0.9, "AdamW's decay of the mean gradient", least=0, below=1)
-    beta2: float = setting(0.95,
-        "AdamW's decay of the mean square; 0.99 if a step has few tokens", least=0, below=1)
+    beta2: float = setting(0.95, "AdamW's decay of the mean square", least=0, below=1)
     grad_clip: float = setting(1.0, "maximum of the global gradient norm; 0 = no clipping", least=0)
     muon_lr: float = setting(0.02, "peak learning rate of Muon, at any width", least=0)
-    muon_momentum: float = setting(0.95,
-        "Muon's decay of the mean gradient; rises from 0.85 in 300 steps", least=0, below=1)
+    muon_momentum: float = setting(0.95, "Muon's decay of the mean gradient", least=0, below=1)
     decay_lr: bool = setting(True, "linear warm-up, then lr_schedule; False = constant")
     lr_schedule: Literal["cosine", "linear", "constant"] = setting("cosine",
         "after the warm-up: cosine | linear (constant, then linear decay) | constant")
-    decay_fraction: float = setting(0.65,
-        "linear: the share of lr_decay_iters, at its end, that decays", least=0)
+    decay_fraction: float = setting(0.65, "linear: the share of lr_decay_iters that decays", least=0)
     warmup_iters: int = setting(2000, "steps of linear warm-up", least=0)
     lr_decay_iters: int = setting(600000, "step where the decay reaches min_lr", least=0)
-    min_lr: float = setting(6e-5,
-        "final learning rate, usually learning_rate / 10; Muon's: the same share of muon_lr",
-        least=0)
+    min_lr: float = setting(6e-5, "final learning rate; Muon's: the same share of muon_lr", least=0)
     # evaluating, logging and saving
     eval_interval: int = setting(2000, "steps between evaluations", least=1)
-    eval_iters: int = setting(200,
-        "micro-batches to evaluate of each split, always the same", least=1)
+    eval_iters: int = setting(200, "micro-batches to evaluate of each split", least=1)
     eval_only: bool = setting(False, "evaluate once and exit")
     log_interval: int = setting(1, "steps between log lines", least=1)
     sample_tokens: int = setting(0, "tokens of a sample to show at each evaluation", least=0)
@@ -127,36 +111,30 @@ FIXED = ("seed", "optimizer", *ARCHITECTURE)  # see resume_config
 
 def resume_config(config: TrainConfig, given: dict[str, Any], bundle: dict[str, Any],
                   data: dict[str, Any]) -> tuple[TrainConfig, list[str]]:
-    """Return a checkpoint's settings overridden by the `given` ones, and a line for each change.
-    `config` is this command's, `data` describes its dataset.
-
-    Raises UserError for a change that would make it another run.
-    """
-    known = {f.name for f in fields(TrainConfig)}
+    """Return a checkpoint's settings overridden by the `given` ones of this command's `config`,
+    and a line for each change. Raises UserError for what would make it another run; `data`
+    describes the dataset."""
     # a checkpoint may be older than a setting
-    saved = asdict(TrainConfig(**{key: value for key, value in bundle["config"].items()
-                                  if key in known}))
+    saved = asdict(TrainConfig()) | bundle["config"]
     # the folder may have moved; the run's first init_from stays recorded
-    resumed = replace(TrainConfig(**saved | given), out_dir=config.out_dir,
-                      init_from=bundle["config"]["init_from"])
+    resumed = saved | given | {"out_dir": config.out_dir, "init_from": saved["init_from"]}
     changes = {key: f"{key} {saved[key]} -> {value}" for key, value in given.items()
                if key != "init_from" and saved[key] != value}
     # with elastic=True, sums over batches of another size would round differently
-    for key in FIXED + (("batch_size",) if resumed.elastic else ()):
+    for key in FIXED + (("batch_size",) if resumed["elastic"] else ()):
         if key in changes:
             raise UserError(f"{changes[key]} would make this another run. Try: leave --{key} out, "
                             "or another --out_dir")
-    rows, old_rows = (c["batch_size"] * c["gradient_accumulation_steps"]
-                      for c in (asdict(resumed), saved))
+    rows, old_rows = (each["batch_size"] * each["gradient_accumulation_steps"]
+                      for each in (resumed, saved))
     if rows != old_rows:
         raise UserError(f"batch_size x gradient_accumulation_steps: expected {old_rows} as before, "
                         f"got {rows}")
     if data["fingerprint"] != bundle["data"]["fingerprint"]:
-        raise UserError(f"dataset {resumed.dataset}: expected {bundle['data']['name']} with "
-                        f"fingerprint {bundle['data']['fingerprint'][:12]}, which this run was "
-                        f"trained on, got {data['fingerprint'][:12]}. Try: prepare the same text "
-                        "again")
-    return resumed, list(changes.values())
+        raise UserError(f"dataset {resumed['dataset']}: it is not the {bundle['data']['name']} that "
+                        "this run was trained on. Try: prepare the same text again")
+    known = {f.name for f in fields(TrainConfig)}
+    return TrainConfig(**{key: resumed[key] for key in known}), list(changes.values())
 
 
 def check_memory(config: TrainConfig, vocab_size: int) -> None:
@@ -167,11 +145,9 @@ def check_memory(config: TrainConfig, vocab_size: int) -> None:
     # float32 weights, gradients and two moments; int64 inputs and targets; losses
     needed = 16 * max(parameters, config.batch_size * config.block_size,
                       config.gradient_accumulation_steps)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory:
-        raise UserError(f"this run needs {needed / 1e9:,.0f} GB, the machine has "
-                        f"{memory / 1e9:,.0f}. Try: smaller n_layer, n_embd, batch_size or "
-                        "gradient_accumulation_steps")
+    if needed > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+        raise UserError(f"this run needs {needed / 1e9:,.0f} GB, more than this machine has. Try: "
+                        "smaller n_layer, n_embd, batch_size or gradient_accumulation_steps")
 
 
 def options_of(kind: Any) -> set[Any]:
@@ -302,9 +278,4 @@ def command_line(settings: type, usage: str) -> tuple[Any, dict[str, Any], list[
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a locale may lack a character
     prepare_process()
-    try:
-        return parse(settings, usage, sys.argv[1:])
-    except UserError as e:
-        exit_with(e)
-    except OSError as e:
-        leave_closed_output(e)
+    return run_or_exit(lambda: parse(settings, usage, sys.argv[1:]))

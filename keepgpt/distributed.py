@@ -4,7 +4,6 @@ import os
 import random
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -168,33 +167,14 @@ def join_ranks(config: TrainConfig) -> Ranks:
                else config.backend)
     if backend == "nccl" and device.type != "cuda":
         raise UserError(f"backend=nccl needs CUDA, got device {device.type}. Try: --backend=auto")
-    store, rank, world_size = make_store()
     timeout = timedelta(seconds=config.rank_timeout)
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun keeps this store for all its restarts, with the addresses of killed ranks in it
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
                             timeout=timeout)
     return Ranks(rank, world_size, device, dist.new_group(backend="gloo", timeout=timeout))
-
-
-def make_store() -> tuple[dist.Store, int, int]:
-    """Return the store in which the ranks of this start find each other, rank and world size.
-
-    torchrun keeps one store for all its restarts, with the addresses of killed ranks in it, and
-    hosts may have restarted unequally often. Rank 0 therefore gives this start a number and sends
-    it to each rank that asks; a rank accepts only the answer to its own question.
-    """
-    store, rank, world_size = next(dist.rendezvous("env://"))
-    if rank == 0:
-        number = store.add("starts", 1)
-        while store.add(f"told {number}", 0) < world_size - 1:
-            for other in range(1, world_size):
-                question = store.add(f"questions of {other}", 0)
-                store.set(f"answer to {other}, {question}", str(number))
-            time.sleep(0.01)
-    else:
-        question = store.add(f"questions of {rank}", 1)
-        number = int(store.get(f"answer to {rank}, {question}"))
-        store.add(f"told {number}", 1)
-    return dist.PrefixStore(f"start {number}", store), rank, world_size
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -212,24 +192,20 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if bf16_cpu else torch.float32
 
 
-def find_compiler_problem(device: torch.device, deterministic: bool) -> str:
-    """Return what torch.compile needs and this machine lacks, or ""."""
-    if device.type == "cuda" and deterministic and torch.__version__ < (2, 10):
-        return "torch 2.10 or newer for deterministic=True"  # older ones choose kernels by timing
-    found = [os.environ.get(name, "") for name in ("CC", "CXX")] + ["cc", "gcc", "clang"]
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        return "the package triton"
-    if device.type == "cpu":  # as torch._inductor.config.cpp.cxx has it
-        found = [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
-    return "" if any(map(shutil.which, filter(None, found))) else f"a compiler ({found[-1]})"
-
-
 def can_compile(device: torch.device, deterministic: bool = False) -> bool:
-    """Return True if torch.compile works on this machine, else print why not."""
-    problem = find_compiler_problem(device, deterministic)
-    if problem:
-        warn(f"torch.compile needs {problem}; continuing without it")
-    return not problem
+    """Return True if torch.compile works on this machine, else print what it needs."""
+    cuda, needs = device.type == "cuda", ""
+    compilers = ([os.environ.get("CC", "cc"), "gcc", "clang"] if cuda else
+                 [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")])
+    if cuda and deterministic and torch.__version__ < (2, 10):  # chooses kernels by their times
+        needs = "torch 2.10 or newer for deterministic=True"
+    elif cuda and importlib.util.find_spec("triton") is None:
+        needs = "the package triton"
+    elif not any(map(shutil.which, compilers)):
+        needs = f"a compiler ({compilers[-1]})"
+    if needs:
+        warn(f"torch.compile needs {needs}; continuing without it")
+    return not needs
 
 
 def device_name(device: torch.device) -> str:
@@ -255,9 +231,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 def restore_rng(state: dict[str, Any], device: torch.device) -> None:
     """Restore the states that `rng_state` returned."""
     random.setstate(state["python"])
-    numpy_state = state["numpy"]
-    np.random.set_state(numpy_state | {"state": numpy_state["state"] | {
-        "key": np.array(numpy_state["state"]["key"], dtype=np.uint32)}})
+    np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
     if device.type == "cuda" and state["cuda"] is not None:
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -46,21 +46,27 @@ class Metrics:
         `quiet`, on other ranks than the first, print nothing. Raises UserError.
         """
         self.live = False  # the cursor is at the end of a line that the next one replaces
-        self.wandb, self.quiet, self.path = None, quiet, None
-        # rows since the last successful fsync, how many bytes of them are in the file, and the
-        # bytes before them, which are on the disk
-        self.lock, self.rows, self.written, self.safe = Lock(), b"", 0, 0
-        self.suspect = False  # an fsync has failed
-        self.file = os.open(os.devnull, os.O_WRONLY)
-        if out_dir is None:
+        self.wandb, self.quiet, self.path = None, quiet, out_dir and out_dir / "metrics.jsonl"
+        if not self.path:
             return
-        self.path = out_dir / "metrics.jsonl"
+
+        def is_before(line: bytes) -> bool:
+            try:
+                row = json.loads(line)
+                repeated = row["step"] == step and "val_loss" in row and not evaluated
+                return line.endswith(b"\n") and row["step"] <= step and not repeated
+            except (ValueError, KeyError, TypeError):
+                return False
+
         try:
             lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-            self._replace(b"".join(line for line in lines if _is_before(line, step, evaluated)))
+            write_atomically(self.path, b"".join(filter(is_before, lines)))
+            self.file = os.open(self.path, os.O_WRONLY)
         except OSError as e:
             reason, code = describe(e)
             raise UserError(f"{self.path}: {reason}", code) from None
+        # the rows since the last successful fsync; the bytes before them are on the disk
+        self.lock, self.rows, self.safe = Lock(), b"", self.path.stat().st_size
 
     def start_wandb(self, config: dict[str, Any], run_id: str | None) -> str | None:
         """Also log to Weights & Biases, into the run `run_id` if given. Return the run's id. A
@@ -76,16 +82,15 @@ class Metrics:
             return run_id
 
     def log(self, row: dict[str, Any], **summary: Any) -> None:
-        """Log a row, and `summary` to wandb's summary. If the disk is full, rows are buffered and
-        written later; no checkpoint is saved before them."""
+        """Log a row, and `summary` to wandb's summary. If the disk is full, rows are written later;
+        no checkpoint is saved before them."""
         if self.path:
             with self.lock:
                 self.rows += json.dumps(row).encode() + b"\n"
                 try:
                     self._write()
                 except OSError as e:
-                    self.say(f"warning: metrics.jsonl: {describe(e)[0]}; buffering rows and "
-                             "retrying")
+                    self.say(f"warning: metrics.jsonl: {describe(e)[0]}; trying again later")
         if self.wandb:
             try:
                 self.wandb.log(row, step=row["step"])
@@ -111,38 +116,21 @@ class Metrics:
                  + f", {minutes // 60}:{minutes % 60:02}:{seconds:02} left", live=True)
 
     def sync(self) -> None:
-        """Fsync the rows, before a checkpoint of their step is written. Raises OSError.
-
-        After a failed fsync the kernel may treat unwritten pages as clean, so the next call writes
-        a new file.
-        """
+        """Fsync the rows, before a checkpoint of their step is written. Raises OSError."""
         with self.lock:
-            if self.suspect:
-                self._replace(self.path.read_bytes()[:self.safe] + self.rows)
-                return
             self._write()
-            try:
-                os.fsync(self.file)
-            except OSError:
-                self.suspect = True
-                raise
-            self.safe, self.rows, self.written = self.safe + len(self.rows), b"", 0
-
-    def _replace(self, content: bytes) -> None:
-        """Replace the file and append to the new one. Raises OSError."""
-        write_atomically(self.path, content)
-        os.close(self.file)
-        self.file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
-        self.rows, self.written, self.safe, self.suspect = b"", 0, len(content), False
+            os.fsync(self.file)
+            self.safe, self.rows = self.safe + len(self.rows), b""
 
     def _write(self) -> None:
-        """Append the buffered rows. Raises OSError."""
-        while self.written < len(self.rows):
-            self.written += os.write(self.file, memoryview(self.rows)[self.written:])
+        """Write all rows since the last successful fsync, also those written before: after a failed
+        one, the kernel may have dropped them. Raises OSError."""
+        done = 0
+        while done < len(self.rows):
+            done += os.pwrite(self.file, memoryview(self.rows)[done:], self.safe + done)
 
     def close(self) -> None:
-        """Close the file and end the wandb run."""
-        os.close(self.file)
+        """End the wandb run."""
         if self.wandb:
             self.wandb.finish()
 
@@ -153,21 +141,11 @@ class Metrics:
         tty = sys.stdout.isatty()
         if live and tty:  # a wrapped line could not be replaced
             text = text[:shutil.get_terminal_size().columns - 1]
+        start, end = "\r\033[K" if tty and self.live else "", "" if live and tty else "\n"
         try:
-            print("\r\033[K" * (tty and self.live) + text, end="" if live and tty else "\n",
-                  flush=True)
+            print(start + text, end=end, flush=True)
         except OSError as e:  # the reader has left, as `| head` does, or a log's disk is full
             if not isinstance(e, BrokenPipeError):
                 warn(f"stdout: {describe(e)[0]}; continuing with metrics.jsonl only")
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         self.live = live
-
-
-def _is_before(line: bytes, step: int, evaluated: bool) -> bool:
-    """Return True if a line of metrics.jsonl is complete and belongs to the run up to `step`."""
-    try:
-        row = json.loads(line)
-        repeated = row["step"] == step and "val_loss" in row and not evaluated
-        return line.endswith(b"\n") and row["step"] <= step and not repeated
-    except (ValueError, KeyError, TypeError):
-        return False

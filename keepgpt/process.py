@@ -7,7 +7,6 @@ import os
 import platform
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,30 +16,57 @@ EXIT_FAILED = 1  # a crash, a full disk or a failed last save: trying again may 
 EXIT_MISTAKE = 2  # the command, a file or the machine must be changed first
 EXIT_NOT_FINITE = 3  # trying again would meet the same numbers
 EXIT_STOPPED = 75  # by a signal, everything saved: the same command with init_from=auto resumes
-EXIT_INTERRUPTED = 130  # by a second Ctrl-C
+EXIT_INTERRUPTED = 130  # by another Ctrl-C
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
 
 
 class UserError(Exception):
     """A mistake in the command, a file or the machine; the text is one line that says how to fix
-    it. `local`: on this rank alone, not on all of them."""
+    it, `code` the exit code."""
 
-    def __init__(self, message: str, code: int = EXIT_MISTAKE, local: bool = False) -> None:
-        super().__init__(message, code, local)
-        self.message, self.code, self.local = message, code, local
+    def __init__(self, message: str, code: int = EXIT_MISTAKE) -> None:
+        super().__init__(message, code)
+        self.code = code
 
     def __str__(self) -> str:
-        return self.message
+        return self.args[0]
 
 
 def exit_with(error: UserError) -> NoReturn:
-    """Print an error in one line and exit with its code."""
-    if error.local or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr, flush=True)
-    else:
-        time.sleep(1)  # torchrun kills all ranks as soon as one ends: let the first one print
+    """Print an error in one line and exit with its code. If other ranks have met it as well, only
+    the first one prints it: torchrun ends the others as soon as one has ended."""
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(1)
+    print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr, flush=True)
     sys.exit(error.code)
+
+
+def run_or_exit(work: Callable[[], Any], hint: str = "") -> Any:
+    """Return what `work` returns. End the process, with one line at most, at a mistake, a failed
+    file operation, an interruption, or full memory, where `hint` says what to try."""
+    try:
+        return work()
+    except UserError as e:
+        exit_with(e)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    except Stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print("stopped while starting, with nothing new to save; "
+                  "continue with --init_from=auto")
+        sys.exit(EXIT_STOPPED)
+    except OSError as e:
+        if isinstance(e, BrokenPipeError):  # stdout's reader has left, as `| head` does
+            os._exit(0)
+        print(f"error: {e}", file=sys.stderr, flush=True)
+        os._exit(EXIT_FAILED)  # a flush of stdout would fail again
+    except (MemoryError, RuntimeError) as e:
+        if not (isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError"
+                or "allocate" in str(e)):  # torch's on a CPU
+            raise
+        exit_with(UserError(f"out of memory: {e}. Try: {hint}", EXIT_FAILED))
 
 
 def describe(error: OSError) -> tuple[str, int]:
@@ -48,12 +74,6 @@ def describe(error: OSError) -> tuple[str, int]:
     later."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     return (error.strerror or str(error)).lower(), EXIT_FAILED if full else EXIT_MISTAKE
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Return True if an exception is Python's or torch's way to say that memory is full."""
-    return (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-            or "allocate" in str(error))
 
 
 def warn(message: str) -> None:
@@ -78,13 +98,6 @@ def sync(path: str | os.PathLike) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def leave_closed_output(error: OSError) -> NoReturn:
-    """Exit after a failed write to stdout, silently if its reader has left (`| head`)."""
-    if not isinstance(error, BrokenPipeError):
-        print(f"error: stdout: {describe(error)[0]}", file=sys.stderr, flush=True)
-    os._exit(0 if isinstance(error, BrokenPipeError) else EXIT_FAILED)  # a flush would fail again
 
 
 def prepare_process() -> None:
@@ -123,7 +136,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 def lock_out_dir(out_dir: Path, patience: float) -> None:
     """Make out_dir and lock it until this process ends; wait up to `patience` seconds for another
     process that is ending. Raises UserError."""
-    deadline, waiting = time.monotonic() + patience, False
+    deadline = time.monotonic() + patience
     try:
         new = [folder for folder in (out_dir, *out_dir.parents) if not folder.exists()]
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -132,15 +145,11 @@ def lock_out_dir(out_dir: Path, patience: float) -> None:
         file = os.open(out_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # closing it would unlock
         while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
+                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise UserError(f"another process is writing to {out_dir}. Try: wait for its "
                                     "end, or another folder") from None
-                if not waiting:
-                    print(f"another process is writing to {out_dir}; waiting", flush=True)
-                waiting = True
             time.sleep(0.1)
     except OSError as e:
         reason, code = describe(e)
@@ -152,33 +161,20 @@ class Stopped(BaseException):
 
 
 class Signals:
-    """Let SIGINT, SIGTERM and SIGUSR1 ask the run to save and exit, and a second Ctrl-C exit at
+    """Let SIGINT, SIGTERM and SIGUSR1 ask the run to save and exit, and another Ctrl-C exit at
     once. Before the first `interrupt` call has ended nothing is new: a signal raises Stopped."""
 
     def __init__(self) -> None:
-        self.received, self.interruptible = False, True
-        numbers, wake = os.pipe()
-        os.set_blocking(wake, False)
-        threading.Thread(target=self._exit_at_second, args=(numbers,), daemon=True).start()
-        signal.set_wakeup_fd(wake)
+        self.received, self.interruptible, self.time = False, True, 0.0
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._handle)
 
-    def _exit_at_second(self, numbers: int) -> None:
-        """Exit at a second Ctrl-C. This is a thread, because Python calls `_handle` only after a
-        collective or a kernel returns."""
-        first_at = None
-        while True:
-            number = os.read(numbers, 1)[0]
-            if first_at is None:
-                first_at = time.monotonic()
-            # torchrun sends the terminal's Ctrl-C again: that is not a second one
-            elif number == signal.SIGINT and ("RANK" not in os.environ
-                                              or time.monotonic() - first_at > 1):
-                os._exit(EXIT_INTERRUPTED)
-
-    def _handle(self, _number: int, _frame: Any) -> None:
-        self.received = True
+    def _handle(self, number: int, _frame: Any) -> None:
+        # torchrun sends the terminal's Ctrl-C again: that is not another one
+        if self.received and number == signal.SIGINT and time.monotonic() > self.time + 1:
+            os._exit(EXIT_INTERRUPTED)
+        if not self.received:
+            self.received, self.time = True, time.monotonic()
         if self.interruptible:
             self.interruptible = False
             raise Stopped
