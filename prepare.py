@@ -60,7 +60,6 @@ from keepgpt.process import (
     UserError,
     describe,
     exit_with,
-    leave_closed_output,
     lock_out_dir,
     sync,
     write_atomically,
@@ -391,11 +390,8 @@ def prepare(config: PrepareConfig, given: dict[str, Any], paths: list[str]) -> N
             remove_ours(folder, ending=".tmp")
     tokens, label = meta["tokens"], wanted.get("name", wanted["kind"])
     took = "exists already" if exists else f"took {time.perf_counter() - started:.1f} s"
-    try:
-        print(f"{folder}: {tokens['train']:,} train and {tokens['val']:,} val tokens of {label}, "
-              f"{meta['vocab_size']:,} in the vocabulary: {took}", flush=True)
-    except OSError as e:
-        leave_closed_output(e)
+    print(f"{folder}: {tokens['train']:,} train and {tokens['val']:,} val tokens of {label}, "
+          f"{meta['vocab_size']:,} in the vocabulary: {took}", flush=True)
 
 
 if __name__ == "__main__":

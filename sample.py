@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from keepgpt.config import command_line, setting
-from keepgpt.process import UserError, exit_with, is_out_of_memory, leave_closed_output
+from keepgpt.process import UserError, exit_with, run_or_exit
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ from keepgpt.dataset import dataset_folder, read_meta
 from keepgpt.distributed import can_compile, pick_device, pick_dtype
 from keepgpt.kernels import pack_linear_layers
 from keepgpt.pretrained import crop_weights, read_weights
-from model import GPT, ModelArgs, generate, load_model
+from model import GPT, generate, load_model
 
 SMALL = 4e6  # parameters; below, weights stay in the CPU's cache, where float32 is fastest
 GPT2 = {"name": "GPT-2", "tokenizer": {"kind": "gpt2"}, "vocab_size": 50257}
@@ -60,26 +60,22 @@ GPT2 = {"name": "GPT-2", "tokenizer": {"kind": "gpt2"}, "vocab_size": 50257}
 def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
     """Return the model, its tokenizer, and a line about where they come from. Raises UserError."""
     folder, origin = Path(config.out_dir), config.init_from
-    try:
-        if origin in ("best", "resume") and (foreign := find_foreign(folder)):
-            origin = str(foreign)
-        if origin in ("best", "resume"):
-            if not has_run(folder):
-                raise UserError(f"{folder}: no checkpoint. Try: --out_dir=<folder of a run>, or "
-                                "first: python train.py config/train_plays_cpu.py")
-            bundle = read_newest(folder, prefer_best=origin == "best")
-            args, state, data = bundle["model_args"], bundle["model"], bundle["data"]
-            origin = f"{folder}: step {bundle['step']}"
-            if evaluation := bundle["evaluation"]:
-                origin += f", val loss {evaluation['val_loss']:.4f} at step {evaluation['step']}"
-        else:
-            args, state, data = read_weights(origin)
-        ModelArgs(**args)  # check the sizes before they are used
-        meta = find_meta(config, origin, args["vocab_size"], data)
-        vocabulary = tokenizer.from_meta(meta)
-        model = load_model(*crop_weights(args, state, vocabulary.vocab_size, args["block_size"]))
-    except (TypeError, ValueError) as e:
-        raise UserError(str(e)) from None
+    if origin in ("best", "resume") and (foreign := find_foreign(folder)):
+        origin = str(foreign)
+    if origin in ("best", "resume"):
+        if not has_run(folder):
+            raise UserError(f"{folder}: no checkpoint. Try: --out_dir=<folder of a run>, or "
+                            "first: python train.py config/train_plays_cpu.py")
+        bundle = read_newest(folder, prefer_best=origin == "best")
+        args, state, data = bundle["model_args"], bundle["model"], bundle["data"]
+        origin = f"{folder}: step {bundle['step']}"
+        if evaluation := bundle["evaluation"]:
+            origin += f", val loss {evaluation['val_loss']:.4f} at step {evaluation['step']}"
+    else:
+        args, state, data = read_weights(origin)
+    meta = find_meta(config, origin, args["vocab_size"], data)
+    vocabulary = tokenizer.from_meta(meta)
+    model = load_model(*crop_weights(args, state, vocabulary.vocab_size, args["block_size"]))
     return model.eval(), vocabulary, origin
 
 
@@ -98,10 +94,10 @@ def find_meta(config: SampleConfig, origin: str, vocab_size: int, data: dict[str
             meta = read_meta(dataset_folder(config.data_dir, data["dataset"]))
     try:
         tokenizer.check_tokenizer(origin, vocab_size, data, meta)
-    except ValueError as e:
-        if "folder" in data and not config.dataset:
-            return {"tokenizer": tokenizer.describe_tokenizer(str(data["folder"]))}
-        raise UserError(f"{e}. Try: --dataset=<the dataset of these weights>") from None
+    except UserError:
+        if "folder" not in data or config.dataset:
+            raise
+        return {"tokenizer": tokenizer.describe_tokenizer(str(data["folder"]))}
     return meta
 
 
@@ -162,16 +158,4 @@ def main(config: SampleConfig) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        main(CONFIG)
-    except KeyboardInterrupt:
-        print()
-        sys.exit(130)
-    except UserError as e:
-        exit_with(e)
-    except (MemoryError, RuntimeError) as e:
-        if not is_out_of_memory(e):
-            raise
-        exit_with(UserError(f"out of memory: {e}. Try: a smaller --num_samples"))
-    except OSError as e:
-        leave_closed_output(e)
+    run_or_exit(lambda: main(CONFIG), "a smaller --num_samples")

@@ -10,8 +10,6 @@ if __name__ == "__main__":  # before torch is loaded: --help and mistakes answer
     CONFIG, GIVEN, _ = command_line(TrainConfig, "python train.py [config/x.py] [--key=value ...]")
 
 import math
-import os
-import secrets
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -46,12 +44,10 @@ from keepgpt.process import (
     EXIT_NOT_FINITE,
     EXIT_STOPPED,
     Signals,
-    Stopped,
     UserError,
     describe,
-    exit_with,
-    is_out_of_memory,
     lock_out_dir,
+    run_or_exit,
     warn,
 )
 from keepgpt.tokenizer import check_tokenizer, from_meta
@@ -73,7 +69,6 @@ class Run:
     autocast: Any
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    id: str
     step: int = 0  # updates done
     evaluation: dict[str, Any] = field(default_factory=dict)  # the last one: step and losses
     wandb_run_id: str | None = None
@@ -86,7 +81,7 @@ class Run:
 
     def bundle(self, best_val_loss: float) -> dict[str, Any]:
         """Return the bundle (checkpoint.SCHEMA), with the live tensors. Every rank must call it."""
-        return {"format": checkpoint.FORMAT, "run": self.id, "step": self.step,
+        return {"format": checkpoint.FORMAT, "step": self.step,
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "rng": self.ranks.gather(rng_state(self.ranks.device)),
@@ -110,7 +105,6 @@ class Run:
             print(f"ranks {len(bundle['rng'])} -> {self.ranks.world_size}: "
                   + ("bit-identical" if exact else
                      "the same batches, and the same losses up to rounding"))
-        self.id = bundle["run"]
         for key in ("step", "evaluation", "wandb_run_id"):
             setattr(self, key, bundle[key])
         self.applied.fill_(self.step)
@@ -119,7 +113,6 @@ class Run:
 def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks
           ) -> tuple[Run, checkpoint.Saver, Metrics]:
     """Start the run that a command asks for, or resume it. Raises UserError."""
-    out_dir = Path(config.out_dir) if ranks.rank == 0 and not config.eval_only else None
     bundle = ranks.on_first(lambda: find_checkpoint(config))
 
     # data
@@ -133,16 +126,10 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks
         config, changes = resume_config(config, given, bundle, data)
         if ranks.rank == 0:
             print(f"resuming {config.out_dir} at step {bundle['step']}", *changes, sep=", ")
-        try:
-            model = load_model(bundle["model_args"] | {"dropout": config.dropout}, bundle["model"])
-        except (TypeError, ValueError) as e:
-            raise UserError(f"the checkpoint in {config.out_dir}: {e}") from None
+        model = load_model(bundle["model_args"] | {"dropout": config.dropout}, bundle["model"])
     elif (source := config.init_from.removeprefix("auto:")) in ("scratch", "auto"):
-        try:
-            args = ModelArgs(vocab_size=data["vocab_size"], dropout=config.dropout,
-                             **{key: getattr(config, key) for key in ARCHITECTURE})
-        except ValueError as e:
-            raise UserError(str(e)) from None
+        args = ModelArgs(vocab_size=data["vocab_size"], dropout=config.dropout,
+                         **{key: getattr(config, key) for key in ARCHITECTURE})
         check_memory(config, data["vocab_size"])
         model = GPT(args)
     else:
@@ -152,12 +139,12 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks
     if config.elastic or config.optimizer == "muon" and ranks.world_size > 1:
         threads = ranks.from_first(torch.get_num_threads())
         torch.set_num_threads(bundle.get("threads", threads) if bundle else threads)
-    loader, splits = open_data(folder, config, data, ranks)
-    run = build_run(config, ranks, data, loader, splits, model)
+    run = build_run(config, ranks, data, *open_data(folder, config, data, ranks), model)
 
     # resume
     if bundle:
         run.restore(bundle)
+    out_dir = Path(config.out_dir) if ranks.rank == 0 and not config.eval_only else None
     metrics = Metrics(out_dir, run.step, run.evaluation.get("step") == run.step,
                       quiet=ranks.rank > 0)
     saver = checkpoint.Saver(out_dir, config.keep_checkpoints,
@@ -192,7 +179,7 @@ def build_run(config: TrainConfig, ranks: Ranks, data: dict[str, Any], loader: L
     optimizer = make_optimizer(model, config, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     return Run(config, ranks, data, loader, splits, model, compiled_model, train_model, dtype,
-               autocast, optimizer, scaler, secrets.token_hex(8))
+               autocast, optimizer, scaler)
 
 
 def find_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
@@ -209,11 +196,7 @@ def find_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
         raise UserError(f"{foreign}: expected a checkpoint of keepGPT. Its weights can be loaded. "
                         f"Try: --init_from={foreign} --out_dir=<new folder>")
     if resume:
-        try:
-            return checkpoint.read_newest(out_dir)
-        except checkpoint.CorruptCheckpoint as e:
-            raise UserError(f"nothing to resume: {e}. Try: --init_from=scratch "
-                            "--out_dir=<new folder>") from None
+        return checkpoint.read_newest(out_dir)
     if has_run and not config.eval_only:
         raise UserError(f"{out_dir} already holds a run. Try: --init_from=resume to continue it, "
                         "or --out_dir=<new folder>")
@@ -224,23 +207,17 @@ def load_pretrained(source: str, config: TrainConfig, given: dict[str, Any],
                     data: dict[str, Any]) -> GPT:
     """Return a model with the weights of `source` (see pretrained.read_weights), cropped to the
     dataset's vocabulary and the config's block_size. Raises UserError."""
-    try:
-        args, state, tokens = read_weights(source)
-        have_args = ModelArgs(**args)  # raises ValueError for impossible sizes
-        for key in ARCHITECTURE:
-            value, have = given.get(key), getattr(have_args, key)
-            if value is not None and value != have and not (key == "block_size" and value < have):
-                raise ValueError(f"it has {key}={have}, not {value}. Try: leave --{key} out")
-        try:
-            check_tokenizer(source, args["vocab_size"], tokens, data)
-        except ValueError as e:
-            raise ValueError(f"{e}. Try: prepare the text with the tokenizer of those weights"
-                             ) from None
-        args, state = crop_weights(args, state, data["vocab_size"],
-                                   min(config.block_size, args["block_size"]))
-        return load_model(args | {"dropout": config.dropout}, state)
-    except (TypeError, ValueError) as e:
-        raise UserError(f"init_from: {e}") from None
+    args, state, tokens = read_weights(source)
+    have_args = ModelArgs(**args)  # raises UserError for impossible sizes
+    for key in ARCHITECTURE:
+        value, have = given.get(key), getattr(have_args, key)
+        if value is not None and value != have and not (key == "block_size" and value < have):
+            raise UserError(f"init_from={source} has {key}={have}, not {value}. "
+                            f"Try: leave --{key} out")
+    check_tokenizer(source, args["vocab_size"], tokens, data)
+    args, state = crop_weights(args, state, data["vocab_size"],
+                               min(config.block_size, args["block_size"]))
+    return load_model(args | {"dropout": config.dropout}, state)
 
 
 def open_data(folder: Path, config: TrainConfig, data: dict[str, Any],
@@ -273,10 +250,10 @@ def announce(run: Run, metrics: Metrics, out_dir: Path | None) -> None:
                + (", compiled" if run.compiled_model is not run.model else ""))
     metrics.say(f"{parameters / 1e6:.2f}M parameters, {config.tokens_per_step:,} tokens/step, "
                 f"{data['tokens']['train']:,} of {data['name']}; {machine}")
-    if out_dir is None:
+    if not out_dir:
         return
     try:
-        write_card(config, data, parameters, run.step, machine)
+        write_card(config, data, run.step, machine)
     except OSError as e:
         warn(f"not writing {out_dir}/README.md: {describe(e)[0]}")
     if config.wandb_log:
@@ -285,8 +262,7 @@ def announce(run: Run, metrics: Metrics, out_dir: Path | None) -> None:
 
 @torch.no_grad()
 def evaluate(run: Run, signals: Signals) -> dict[str, float] | None:
-    """Return the mean loss over the first windows of each split, shared among the ranks; None if a
-    signal came."""
+    """Return each split's mean loss, computed by all ranks together; None if a signal came."""
     run.model.eval()
     config, ranks, losses = run.config, run.ranks, {}
     for name, split in run.splits.items():
@@ -484,33 +460,21 @@ def train(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
     # all ranks wait for the last save: torchrun kills the others when one has ended
     saved = ranks.from_first(saver.wait())
     metrics.close()
+    code = EXIT_FAILED if not saved else 0
     if not config.eval_only:
         metrics.say(f"{'stopped' if stopped else 'done'} at step {run.step}, "
                     + ("with nothing to save yet" if not run.step else
                        f"{'saved' if saved else 'NOT SAVED'} in {config.out_dir}")
                     + ("; continue with --init_from=auto" if stopped else ""))
-    code = (EXIT_FAILED if not saved else
-            EXIT_STOPPED if not config.eval_only and stopped else 0)
+        code = code or (EXIT_STOPPED if stopped else 0)
     ranks.exit(code)
     return code
 
 
 def main(config: TrainConfig, given: dict[str, Any]) -> int:
     """Train. Return the exit code, or exit with one line for a mistake."""
-    try:
-        return train(config, given, Signals())
-    except Stopped:
-        if os.environ.get("RANK", "0") == "0":
-            print("stopped while starting, with nothing new to save; "
-                  "continue with --init_from=auto")
-        return EXIT_STOPPED
-    except UserError as e:
-        exit_with(e)
-    except (MemoryError, RuntimeError) as e:
-        if not is_out_of_memory(e):
-            raise
-        exit_with(UserError(f"out of memory: {e}. Try: a smaller --batch_size and more "
-                            "--gradient_accumulation_steps", EXIT_FAILED, local=True))
+    return run_or_exit(lambda: train(config, given, Signals()),
+                       "a smaller --batch_size and more --gradient_accumulation_steps")
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ FORMAT = 1
 MAGIC = b"keepGPT\n"
 ALIGNMENT = 64  # bytes of a cache line
 # the bundle that a checkpoint holds: every key with its type
-SCHEMA = {"format": int, "run": str, "step": int, "model": dict, "optimizer": dict, "scaler": dict,
+SCHEMA = {"format": int, "step": int, "model": dict, "optimizer": dict, "scaler": dict,
           "rng": list, "config": dict, "model_args": dict, "data": dict, "evaluation": dict,
           "best_val_loss": float, "wandb_run_id": str | None}
 
@@ -210,7 +210,8 @@ def read_newest(folder: Path, prefer_best: bool = False) -> dict[str, Any]:
         except CorruptCheckpoint as e:
             tried.append(f"{path.name}: {e}")
             print(f"skipping {path}: {e}", file=sys.stderr)
-    raise CorruptCheckpoint(f"no intact checkpoint in {folder} ({'; '.join(tried) or 'none'})")
+    raise CorruptCheckpoint(f"no intact checkpoint in {folder} ({'; '.join(tried) or 'none'}). "
+                            "Try: another --out_dir")
 
 
 def check_finite(bundle: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import inspect
 import os
 import signal
 import sys
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from math import inf
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -71,7 +71,7 @@ class TrainConfig:
     decay_lr: bool = setting(True, "linear warm-up, then lr_schedule; False = constant")
     lr_schedule: Literal["cosine", "linear", "constant"] = setting("cosine",
         "after the warm-up: cosine | linear (constant, then linear decay) | constant")
-    decay_fraction: float = setting(0.65, "linear: the share of lr_decay_iters that decays", least=0)
+    decay_fraction: float = setting(0.65, "linear: share of lr_decay_iters that decays", least=0)
     warmup_iters: int = setting(2000, "steps of linear warm-up", least=0)
     lr_decay_iters: int = setting(600000, "step where the decay reaches min_lr", least=0)
     min_lr: float = setting(6e-5, "final learning rate; Muon's: the same share of muon_lr", least=0)
@@ -131,7 +131,7 @@ def resume_config(config: TrainConfig, given: dict[str, Any], bundle: dict[str, 
         raise UserError(f"batch_size x gradient_accumulation_steps: expected {old_rows} as before, "
                         f"got {rows}")
     if data["fingerprint"] != bundle["data"]["fingerprint"]:
-        raise UserError(f"dataset {resumed['dataset']}: it is not the {bundle['data']['name']} that "
+        raise UserError(f"dataset {resumed['dataset']}: not the {bundle['data']['name']} that "
                         "this run was trained on. Try: prepare the same text again")
     known = {f.name for f in fields(TrainConfig)}
     return TrainConfig(**{key: resumed[key] for key in known}), list(changes.values())

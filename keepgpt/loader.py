@@ -18,13 +18,6 @@ from torch import Tensor
 from keepgpt.dataset import BadData, split_files
 
 
-class BadToken(BadData):
-    """An id outside the vocabulary, which one rank of several may read."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message, local=True)
-
-
 def mix(x: np.ndarray) -> np.ndarray:
     """Scramble uint64 values: the finalizer of SplitMix64 (Steele, Lea, Flood 2014)."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
@@ -67,11 +60,8 @@ class Split:
     def __init__(self, folder: Path, split: str, meta: dict[str, Any], block_size: int, seed: int,
                  shift: bool) -> None:
         """Open the files of `split` that `meta` names. With `shift`, each epoch cuts at another
-        offset; otherwise the windows are the same in each.
-
-        Raises BadData if a file can't be read or has another number of tokens, or if all of them
-        hold no window of block_size tokens and their targets.
-        """
+        offset. Raises BadData if a file can't be read or has another number of tokens, or if all
+        of them hold no window of block_size tokens and their targets."""
         self.paths, self.files, self.ends = [], [], []  # a file ends where the next one starts
         self.dtype, self.block_size = np.dtype(meta["dtype"]), block_size
         self.vocab_size = meta["vocab_size"]
@@ -114,7 +104,7 @@ class Split:
 
     def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Return windows first ... first + count - 1 of the endless sequence of epochs: inputs and
-        targets, (count, T) int64 each. Raises BadToken for an id outside the vocabulary."""
+        targets, (count, T) int64 each. Raises BadData for an id outside the vocabulary."""
         epoch, index = np.divmod(np.arange(first, first + count, dtype=np.uint64),
                                  np.uint64(self.windows))
         key = mix(epoch ^ self.key)
@@ -125,7 +115,7 @@ class Split:
         if rows.max() >= self.vocab_size:
             row, column = np.argwhere(rows >= self.vocab_size)[0]
             path = self.paths[bisect_right(self.ends, int(start[row]) + int(column))]
-            raise BadToken(f"{path}: expected token ids below {self.vocab_size}, got "
+            raise BadData(f"{path}: expected token ids below {self.vocab_size}, got "
                            f"{rows[row, column]}: the file is corrupt. Try: prepare.py again")
         window = torch.from_numpy(rows.astype(np.int64))  # (count, T + 1)
         return window[:, :-1], window[:, 1:]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from keepgpt.config import ARCHITECTURE
+from keepgpt.process import UserError
 
 ARGS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout")  # nanoGPT's
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -33,14 +34,14 @@ def read_weights(source: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
     """Return (ModelArgs as a dict, state dict, data) of one of NAMES, another name on the hub, a
     folder in Hugging Face's format, or a checkpoint file of keepGPT or nanoGPT. `data` has the
     source's "tokenizer", its "token_of_id", the name of its "dataset" (nanoGPT), or nothing. Raises
-    ValueError."""
+    UserError."""
     if source in NAMES:
         folder = download(f"openai-community/{source}")
         return *read_hugging_face(folder), {"tokenizer": {"kind": "gpt2"}}
     path = Path(source)
     if (path / "ckpt.pt").exists():
         best = path / ("best.pt" if (path / "best.pt").exists() else "ckpt.pt")
-        raise ValueError(f"init_from={source}: expected a file, got a run's folder. "
+        raise UserError(f"init_from={source}: expected a file, got a run's folder. "
                          f"Try: --init_from={best}")
     if path.is_dir():
         return *read_hugging_face(path), read_tokenizer(path)
@@ -48,7 +49,7 @@ def read_weights(source: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
         if re.fullmatch(r"[\w-]+/[\w.-]+(?<!\.pt)", source) and not path.parent.exists():
             folder = download(source)
             return *read_hugging_face(folder), read_tokenizer(folder)
-        raise ValueError(f"init_from={source}: no such file, folder or model. "
+        raise UserError(f"init_from={source}: no such file, folder or model. "
                          f"Try: one of {', '.join(NAMES)}, or OWNER/NAME of a Qwen3")
     saved = load_tensors(path)
     try:
@@ -60,31 +61,31 @@ def read_weights(source: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
         state = {name.removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()
                  if not name.endswith(redundant)}
     except (LookupError, TypeError, AttributeError) as e:
-        raise ValueError(f"{source}: expected a checkpoint of keepGPT or nanoGPT: {e}") from None
+        raise UserError(f"{source}: expected a checkpoint of keepGPT or nanoGPT: {e}") from None
     return args, state, data
 
 
 def load_tensors(path: Path) -> Any:
     """Return the content of a .safetensors file or of one that torch.save wrote, after checking the
-    CRC32s that torch.load ignores. Raises ValueError."""
+    CRC32s that torch.load ignores. Raises UserError."""
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
             return load_file(path)
         if zipfile.is_zipfile(path) and (name := zipfile.ZipFile(path).testzip()):
-            raise ValueError(f"{name} is corrupt")
+            raise UserError(f"{name} is corrupt")
         return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
-        raise ValueError(f"{path}: needs one more package. Try: pip install safetensors") from None
+        raise UserError(f"{path}: needs one more package. Try: pip install safetensors") from None
     except pickle.UnpicklingError:
-        raise ValueError(f"{path}: expected only plain values and tensors") from None
+        raise UserError(f"{path}: expected only plain values and tensors") from None
     except Exception as e:  # safetensors and torch.load raise many types
-        raise ValueError(f"{path}: can't be read: {str(e).partition(chr(10))[0]}") from None
+        raise UserError(f"{path}: can't be read: {str(e).partition(chr(10))[0]}") from None
 
 
 def read_hugging_face(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return (ModelArgs as a dict, state dict) of a GPT-2 or a dense Qwen3 in Hugging Face's
-    format. Raises ValueError for another architecture.
+    format. Raises UserError for another architecture.
 
     Weights become float32, whatever they are in the files: 4 bytes for each parameter (Qwen3-0.6B
     2.4 GB, 8B 33 GB), and training with AdamW takes 16. One shard at a time is read.
@@ -95,7 +96,7 @@ def read_hugging_face(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")):
         tensors = load_tensors(file)
         if not (isinstance(tensors, dict) and all(map(torch.is_tensor, tensors.values()))):
-            raise ValueError(f"{file}: expected only tensors")
+            raise UserError(f"{file}: expected only tensors")
         for name, tensor in tensors.items():
             if name == "lm_head.weight":
                 if args.get("tie_embeddings", True):
@@ -110,12 +111,12 @@ def read_hugging_face(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             state[name] = tensor.to(torch.float32, copy=True,
                                     memory_format=torch.contiguous_format)
     if not state:
-        raise ValueError(f"{folder}: expected *.safetensors or pytorch_model*.bin")
+        raise UserError(f"{folder}: expected *.safetensors or pytorch_model*.bin")
     return args, state
 
 
 def read_args(folder: Path) -> dict[str, Any]:
-    """Return the ModelArgs, as a dict, of a folder's config.json. Raises ValueError for an
+    """Return the ModelArgs, as a dict, of a folder's config.json. Raises UserError for an
     architecture that they can't represent."""
     config = read_json(folder / "config.json")
     try:
@@ -137,11 +138,11 @@ def read_args(folder: Path) -> dict[str, Any]:
                      "rope_theta": rope.get("rope_theta") or config.get("rope_theta", 10000.0)}
     except (LookupError, TypeError, AttributeError):
         model_type = config.get("model_type") if isinstance(config, dict) else None
-        raise ValueError(f"{folder}/config.json: expected a GPT-2 or Qwen3, with its sizes; "
+        raise UserError(f"{folder}/config.json: expected a GPT-2 or Qwen3, with its sizes; "
                          f"model_type is {model_type!r}") from None
     for key, value in supported.items():
         if config.get(key, value) != value:
-            raise ValueError(f"{folder}/config.json: {key} is {config[key]!r}; "
+            raise UserError(f"{folder}/config.json: {key} is {config[key]!r}; "
                              f"only {value!r} can be loaded")
     return args
 
@@ -149,7 +150,7 @@ def read_args(folder: Path) -> dict[str, Any]:
 def read_tokenizer(folder: Path) -> dict[str, Any]:
     """Return the "tokenizer" that tools.export wrote into a folder, else the "token_of_id" of its
     tokenizer's file, with the "folder" if that is a tokenizer.json, else nothing. Raises
-    ValueError."""
+    UserError."""
     path = next((path for name in ("keepgpt.json", "tokenizer.json", "vocab.json")
                  if (path := folder / name).exists()), None)
     if not path:
@@ -164,15 +165,15 @@ def read_tokenizer(folder: Path) -> dict[str, Any]:
         token_of_id |= {token["id"]: token["content"] for token in content.get("added_tokens", [])}
         return {"token_of_id": token_of_id, "folder": folder}
     except (LookupError, TypeError, AttributeError) as e:
-        raise ValueError(f"{path}: can't be read: {type(e).__name__}: {e}") from None
+        raise UserError(f"{path}: can't be read: {type(e).__name__}: {e}") from None
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file. Raises ValueError."""
+    """Return the content of a JSON file. Raises UserError."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
-        raise ValueError(f"{path}: can't be read: {e}") from None
+        raise UserError(f"{path}: can't be read: {e}") from None
 
 
 def download(name: str) -> Path:
@@ -181,10 +182,10 @@ def download(name: str) -> Path:
         from huggingface_hub import snapshot_download
         return Path(snapshot_download(name, allow_patterns=PATTERNS))
     except ImportError:
-        raise ValueError(f"{name}: needs two more packages. "
+        raise UserError(f"{name}: needs two more packages. "
                          "Try: pip install huggingface_hub safetensors") from None
     except Exception as e:
-        raise ValueError(f"{name}: can't be downloaded ({type(e).__name__}). Try: --init_from="
+        raise UserError(f"{name}: can't be downloaded ({type(e).__name__}). Try: --init_from="
                          "FOLDER, one with its config.json and model.safetensors") from None
 
 

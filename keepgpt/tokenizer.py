@@ -271,7 +271,7 @@ def from_meta(meta: dict[str, Any]) -> Tokenizer:
 
 def check_tokenizer(source: str, vocab_size: int, data: dict[str, Any], meta: dict[str, Any]
                     ) -> None:
-    """Raise ValueError if the weights of `source`, with `vocab_size` rows, were trained on other
+    """Raise UserError if the weights of `source`, with `vocab_size` rows, were trained on other
     tokens than the dataset that `meta` describes; `data` is what `source` says about its own. Warn
     if it says nothing."""
     name, ours, got = meta["name"], meta["tokenizer"], ""
@@ -279,8 +279,8 @@ def check_tokenizer(source: str, vocab_size: int, data: dict[str, Any], meta: di
     # rows of no token: nanoGPT has 50304 for GPT-2's 50257, Qwen3 151936 for 151669
     padding = {"gpt2": 63, "hf": vocab_size if says else 0}.get(ours["kind"], 0)
     if not 0 <= vocab_size - meta["vocab_size"] <= padding:
-        raise ValueError(f"{source}: expected the {meta['vocab_size']:,} tokens of {name}, "
-                         f"got {vocab_size:,}")
+        raise UserError(f"{source}: expected the {meta['vocab_size']:,} tokens of {name}, "
+                        f"got {vocab_size:,}. Try: a dataset prepared with their tokenizer")
     if "tokenizer" in data:
         if data["tokenizer"] | {"name": ""} != ours | {"name": ""}:
             got = "another vocabulary of that size"
@@ -292,4 +292,5 @@ def check_tokenizer(source: str, vocab_size: int, data: dict[str, Any], meta: di
         warn(f"{source} does not say which tokens it was trained on; only their number was "
              f"compared with {name}")
     if got:
-        raise ValueError(f"{source}: expected the tokens of {name}, got {got}")
+        raise UserError(f"{source}: expected the tokens of {name}, got {got}. "
+                        "Try: a dataset prepared with their tokenizer")

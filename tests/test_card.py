@@ -7,25 +7,21 @@ import torch
 from conftest import REPO, bits, run
 
 
-def starts(text: str) -> list[list[str]]:
-    """Return the cells of the table of starts."""
-    lines = text.split("## Starts")[1].strip().splitlines()[2:]
-    return [line.strip("| ").split(" | ") for line in lines]
+START = r"- 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC, step (\d+): `(.*)`; (.*); (1 x cpu.*); (Python .*)"
 
 
 def test_the_card_lists_each_start_and_reproduces_the_run(train, tmp_path):
     train(max_iters=20, init_from="auto")
     train(init_from="resume", learning_rate=1e-3)
     card = (tmp_path / "out/README.md").read_text()
-    first, second = starts(card)
-    assert [first[1], second[1]] == ["0", "20"]
-    assert "--max_iters=20" in first[2] and "--learning_rate=0.001" in second[2]
-    for when, _, _, commit, machine, packages in (first, second):
-        assert re.fullmatch(r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d", when)
-        assert machine.startswith("1 x cpu, ")
+    first, second = [re.fullmatch(START, line).groups()
+                     for line in card.split("## Starts")[1].strip().splitlines()]
+    assert [first[0], second[0]] == ["0", "20"]
+    assert "--max_iters=20" in first[1] and "--learning_rate=0.001" in second[1]
+    for _, _, commit, _, packages in (first, second):
         assert f"torch {torch.__version__}" in packages
         git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=REPO, capture_output=True, text=True)
-        assert commit.startswith(git.stdout.strip() if git.returncode == 0 else "not in git")
+        assert (git.stdout.strip() if git.returncode == 0 else "not in git") in commit
     bundle = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
     assert bundle["data"]["fingerprint"] in card and bundle["config"]["init_from"] == "auto"
 

@@ -438,12 +438,12 @@ def test_a_mistake_exits_2_with_one_line(file, script, argv, says):
     assert done.stderr.startswith("error: ") and says in done.stderr
 
 
-def test_only_the_first_rank_of_a_host_prints_an_error(monkeypatch, capsys):
-    for rank, lines in (("0", 1), ("1", 0)):
-        monkeypatch.setenv("LOCAL_RANK", rank)
-        with pytest.raises(SystemExit) as end:
-            exit_with(UserError("two\nlines"))
-        assert end.value.code == 2 and capsys.readouterr().err.count("\n") == lines
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rank_prints_an_error_in_one_line(monkeypatch, capsys, rank):
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    with pytest.raises(SystemExit) as end:
+        exit_with(UserError("two\nlines"))
+    assert end.value.code == 2 and capsys.readouterr().err == "error: two lines\n"
 
 
 # --help

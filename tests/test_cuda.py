@@ -58,7 +58,7 @@ def test_graphs_are_static_whichever_is_compiled_first(evaluated_first, monkeypa
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", lambda *a, **how: compile(*a, backend=backend, **how))
-    monkeypatch.setattr(runtime, "find_compiler_problem", lambda *_: "")
+    monkeypatch.setattr("train.can_compile", lambda *_: True)
     torch._dynamo.reset()
     run, signals = tiny_run(compile=True, eval_iters=3), SimpleNamespace(received=False)
     run.splits["train"].windows = run.splits["val"].windows = 4 + 4 + 1  # the last batch is smaller
@@ -111,13 +111,14 @@ def test_the_compiled_loss_keeps_no_float32_logits():
     assert buffers and not [line for line in buffers if "float32" in line], buffers
 
 
-def test_deterministic_is_compiled_only_where_the_compiler_repeats(monkeypatch):
-    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.9.1+cu128"))
-    assert "2.10" in runtime.find_compiler_problem(CUDA, True)
-    assert "2.10" not in runtime.find_compiler_problem(CUDA, False)
-    assert "2.10" not in runtime.find_compiler_problem(CPU, True)
-    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.10.0+cu128"))
-    assert "2.10" not in runtime.find_compiler_problem(CUDA, True)
+def test_deterministic_is_compiled_only_where_the_compiler_repeats(monkeypatch, capsys):
+    monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda _: True)  # triton
+    for version, device, deterministic, can in (
+            ("2.9.1+cu128", CUDA, True, False), ("2.9.1+cu128", CUDA, False, True),
+            ("2.9.1+cu128", CPU, True, True), ("2.10.0+cu128", CUDA, True, True)):
+        monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+        assert runtime.can_compile(device, deterministic) == can
+        assert ("2.10" in capsys.readouterr().err) == (not can)
 
 
 def test_deterministic_sums_over_gpus_leave_the_switch_out(monkeypatch):

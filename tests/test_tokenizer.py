@@ -200,7 +200,7 @@ def test_other_tokens_than_the_folders_are_refused(qwen, capsys):
     for rows, data in ((size - 1, same), (size + 300, {}), (size, swapped),
                        (size, {"tokenizer": meta["tokenizer"] | {"json": "{}"}}),
                        (size, {"tokenizer": {"kind": "gpt2"}})):
-        with pytest.raises(ValueError):
+        with pytest.raises(UserError):
             check_tokenizer("f", rows, data, meta)
 
 

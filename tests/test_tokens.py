@@ -118,7 +118,7 @@ def test_as_many_other_characters_are_refused(trained, dataset, ciphered, tmp_pa
              for folder in (dataset, ciphered)]
     assert sizes[0] == sizes[1]
     line = complaint(train(trained / "ckpt.pt", ciphered, tmp_path, code=None))
-    assert "prepare the text" in line
+    assert "dataset prepared" in line
     assert complaint(run("sample.py", out_dir=trained, dataset=ciphered, code=None))
 
 
@@ -130,7 +130,7 @@ def test_gpt_2_s_padded_vocabulary_is_gpt_2_s(size, passes, capsys):
         check_tokenizer("out/ckpt.pt", size, {}, meta)
         assert capsys.readouterr().err.count("\n") == 1
     else:
-        with pytest.raises(ValueError):
+        with pytest.raises(UserError):
             check_tokenizer("out/ckpt.pt", size, {}, meta)
 
 

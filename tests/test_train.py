@@ -171,6 +171,12 @@ def test_a_corrupt_token_id_exits_with_one_line(train, dataset, tmp_path, ranks)
     assert done.returncode and done.stderr.count("error: ") and "IndexError" not in done.stderr
 
 
+@pytest.mark.slow
+def test_only_the_first_of_several_ranks_prints_a_common_error():
+    done = run("train.py", dataset="missing", ranks=2, code=None, fresh=True)
+    assert done.returncode and done.stderr.count("error: no prepared dataset") == 1
+
+
 def test_nccl_without_cuda_is_refused_for_several_ranks(train):
     train(max_iters=1, device="cpu", backend="nccl")
     done = train(ranks=2, out="other", device="cpu", backend="nccl", code=None)
