@@ -54,12 +54,12 @@ class ModelArgs:
         for key, default in lacks.items():
             if getattr(self, key) != default:
                 raise UserError(f"{key}={getattr(self, key)}: {self.architecture} has no such "
-                                 f"setting. Try: leave --{key} out")
+                                f"setting. Try: leave --{key} out")
         for f in fields(self):
             size, least = getattr(self, f.name), int(f.default != 0)
             if f.type is int and (type(size) is not int or size < least):
                 raise UserError(f"{f.name}: expected a whole number of at least {least}, "
-                                 f"got {size!r}")
+                                f"got {size!r}")
         if not self.head_dim and self.n_embd % self.n_head:
             raise UserError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
         if self.n_head % self.K:

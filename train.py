@@ -354,17 +354,14 @@ def update(run: Run, saver: checkpoint.Saver, losses: Tensor) -> tuple[Tensor, T
     grad_norm = torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters()])
     if config.grad_clip:
         torch.nn.utils.clip_grads_with_norm_(run.model.parameters(), config.grad_clip, grad_norm)
-    if scaler.is_enabled():
-        # float16 gradients overflow now and then: the scaler skips that update
-        run.healthy *= torch.isfinite(loss)
-    else:
-        run.healthy *= torch.isfinite(loss + grad_norm)
-        # the optimizer reads this on the device; it changes nothing if it is 1
-        optimizer.found_inf = 1 - run.healthy
+    on_cuda = run.ranks.device.type == "cuda"
+    # float16 gradients overflow now and then: the scaler skips that update
+    run.healthy *= torch.isfinite(loss if scaler.is_enabled() else loss + grad_norm)
+    if on_cuda and not scaler.is_enabled():
+        optimizer.found_inf = 1 - run.healthy  # read on the device: 1 changes nothing
     set_rates(optimizer, run.step, config)
     saver.wait_for_copy()
-    # on MPS AdamW ignores found_inf
-    if run.ranks.device.type != "mps" or run.healthy:
+    if on_cuda or run.healthy:  # elsewhere the host decides
         scaler.step(optimizer)
     scaler.update()
     if scaler.is_enabled():
@@ -385,8 +382,6 @@ def halt_unless_healthy(run: Run, metrics: Metrics, saver: checkpoint.Saver) -> 
     metrics.say(f"step {step + 1}: the loss or the gradient is not finite; the update was skipped "
                 "and the run ends.\nLikely causes: a learning rate that is too high (it was "
                 f"{get_lr(step, run.config):.2e}), too little warm-up, float16, or corrupt data.")
-    if run.scaler.get_scale() < 1:
-        metrics.say("float16 gradients overflow at every scale. Try: --dtype=bfloat16")
     metrics.say(f"{out_dir}/ckpt.pt is older. Try: --init_from=resume with a lower --learning_rate."
                 if checkpoint.has_run(out_dir) else "Nothing was saved before.")
     sys.exit(EXIT_NOT_FINITE)

@@ -34,33 +34,24 @@ class Muon(AdamW):
     """Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks") for the
     parameter groups that have a `momentum`, AdamW for the others.
 
-    The momentum of each matrix's gradient is orthogonalized: the update has singular values near 1.
-    A matrix is updated by lr * max(1, R / C)^0.5 times that. Then its effect on a layer's output
-    does not depend on the width, and one `lr` suits all widths (Yang, Simon and Bernstein 2023, "A
-    Spectral Condition for Feature Learning"). Like the fused AdamW, it reads `found_inf`, a tensor
-    that GradScaler or the training loop sets: 1 changes nothing.
-
-    `torch.optim.Muon` computes the same one matrix at a time.
+    The momentum of each matrix's gradient is orthogonalized, so its singular values lie near 1, and
+    multiplied by lr * max(1, R / C)^0.5. Then one `lr` suits all widths (Yang, Simon and Bernstein
+    2023, "A Spectral Condition for Feature Learning"). Like the fused AdamW, it changes nothing if
+    `found_inf`, which GradScaler or the training loop may set, is 1. `torch.optim.Muon` computes
+    the same one matrix at a time.
     """
     __setstate__ = torch.optim.Optimizer.__setstate__  # Adam's wants moments of all parameters
 
     def __init__(self, groups: list[dict], dtype: torch.dtype, **defaults: object) -> None:
-        """Expect in a Muon group, beside AdamW's keys, `momentum` and `parts`: the number of
-        matrices that lie below one another in each of its parameters. Newton-Schulz computes in
-        `dtype`."""
+        """Expect `momentum` in a Muon group, and `parts`: how many matrices lie below one another
+        in each of its parameters. Newton-Schulz computes in `dtype`."""
         super().__init__(groups, **defaults)
         self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update all parameters that have a gradient. Frees the gradients of the matrices."""
-        skip = None
-        if getattr(self, "found_inf", None) is not None:
-            skip = self.found_inf > 0
-            if skip.device.type == "cpu":  # the host decides; elsewhere it would have to wait
-                if skip:
-                    return
-                skip = None
+        skip = self.found_inf > 0 if getattr(self, "found_inf", None) is not None else None
         for group in self.param_groups:
             if "momentum" in group:
                 self.update_matrices(group, skip)
@@ -99,12 +90,9 @@ class Muon(AdamW):
 
 
 def orthogonalize(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return U V^T, nearly, in x's dtype, for each matrix U S V^T of `x` (N, R, C): its singular
-    values lie around 1, within 0.3 or so. Compute in `dtype`.
-
-    The Newton-Schulz iteration (Jordan et al. 2024) applies an odd polynomial to the singular
-    values, which leaves U and V as they are. A matrix of zeros remains one.
-    """
+    """Return nearly U V^T, in x's dtype, for each matrix U S V^T of `x` (N, R, C). Newton-Schulz's
+    iteration (Jordan et al. 2024), in `dtype`, brings the singular values to within 0.3 or so of 1
+    by an odd polynomial."""
     a, b, c = COEFFICIENTS
     tall = x.size(1) > x.size(2)
     y = x.mT if tall else x  # (N, R, C), R <= C: the products below are R wide
@@ -118,12 +106,9 @@ def orthogonalize(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def make_optimizer(model: nn.Module, config: TrainConfig,
                    dtype: torch.dtype = torch.float32) -> AdamW:
-    """Return the optimizer of all parameters of `model`. Weight decay is for matrices and
-    embeddings only, not for biases and norms.
-
-    Muon takes the matrices of the blocks, AdamW the embeddings, the output layer, biases and norms.
-    `dtype` is that of the model's matrix products. Raises UserError.
-    """
+    """Return the optimizer of all parameters of `model`, whose matrix products are in `dtype`.
+    Muon takes the matrices of the blocks, AdamW all else. Biases and norms do not decay. Raises
+    UserError."""
     named = dict(model.named_parameters())  # a shared parameter occurs once
     # the blocks' modules are numbered: transformer.h.0.attn, model.layers.0.self_attn
     matrices = {name: p for name, p in named.items() if config.optimizer == "muon"
@@ -150,9 +135,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig,
 
 
 def set_rates(optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> None:
-    """Set the learning rate of each parameter group, and Muon's momentum, for the update that
-    follows `step`. Muon's rate is at each step the same fraction of muon_lr as AdamW's is of
-    learning_rate."""
+    """Set each group's learning rate, and Muon's momentum, for the update that follows `step`. Muon
+    has the same fraction of muon_lr as AdamW has of learning_rate."""
     for group in optimizer.param_groups:
         group["lr"] = get_lr(step, config)
         if "momentum" in group:
@@ -167,9 +151,9 @@ def get_momentum(step: int, config: TrainConfig) -> float:
 
 
 def get_lr(step: int, config: TrainConfig) -> float:
-    """Return the learning rate of the update that follows `step`: linear warm-up, then the
-    schedule. It is a cosine down to min_lr (Loshchilov and Hutter 2017), or constant and then
-    linear down to min_lr over the last decay_fraction of lr_decay_iters, or constant."""
+    """Return the learning rate of the update that follows `step`: linear warm-up, then a cosine
+    (Loshchilov and Hutter 2017), or constant and linear over the last decay_fraction of
+    lr_decay_iters, both down to min_lr, or constant."""
     if not config.decay_lr:
         return config.learning_rate
     if step < config.warmup_iters:

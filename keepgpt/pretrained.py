@@ -1,7 +1,6 @@
 """Read weights from Hugging Face folders, the hub, and checkpoints of keepGPT and nanoGPT, as plain
 dicts: the ModelArgs, the state dict, and a description of the tokens."""
 import json
-import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -35,22 +34,20 @@ def read_weights(source: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
     folder in Hugging Face's format, or a checkpoint file of keepGPT or nanoGPT. `data` has the
     source's "tokenizer", its "token_of_id", the name of its "dataset" (nanoGPT), or nothing. Raises
     UserError."""
-    if source in NAMES:
-        folder = download(f"openai-community/{source}")
-        return *read_hugging_face(folder), {"tokenizer": {"kind": "gpt2"}}
     path = Path(source)
+    if source in NAMES:
+        path = download(f"openai-community/{source}")
+        return *read_hugging_face(path), {"tokenizer": {"kind": "gpt2"}}
     if (path / "ckpt.pt").exists():
-        best = path / ("best.pt" if (path / "best.pt").exists() else "ckpt.pt")
         raise UserError(f"init_from={source}: expected a file, got a run's folder. "
-                         f"Try: --init_from={best}")
+                        f"Try: --init_from={path / 'ckpt.pt'}")
+    if re.fullmatch(r"[\w-]+/[\w.-]+(?<!\.pt)", source) and not path.parent.exists():
+        path = download(source)
     if path.is_dir():
         return *read_hugging_face(path), read_tokenizer(path)
     if not path.exists():
-        if re.fullmatch(r"[\w-]+/[\w.-]+(?<!\.pt)", source) and not path.parent.exists():
-            folder = download(source)
-            return *read_hugging_face(folder), read_tokenizer(folder)
         raise UserError(f"init_from={source}: no such file, folder or model. "
-                         f"Try: one of {', '.join(NAMES)}, or OWNER/NAME of a Qwen3")
+                        f"Try: one of {', '.join(NAMES)}, or OWNER/NAME of a Qwen3")
     saved = load_tensors(path)
     try:
         args = {key: saved["model_args"][key] for key in ARGS}
@@ -77,19 +74,13 @@ def load_tensors(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         raise UserError(f"{path}: needs one more package. Try: pip install safetensors") from None
-    except pickle.UnpicklingError:
-        raise UserError(f"{path}: expected only plain values and tensors") from None
     except Exception as e:  # safetensors and torch.load raise many types
         raise UserError(f"{path}: can't be read: {str(e).partition(chr(10))[0]}") from None
 
 
 def read_hugging_face(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return (ModelArgs as a dict, state dict) of a GPT-2 or a dense Qwen3 in Hugging Face's
-    format. Raises UserError for another architecture.
-
-    Weights become float32, whatever they are in the files: 4 bytes for each parameter (Qwen3-0.6B
-    2.4 GB, 8B 33 GB), and training with AdamW takes 16. One shard at a time is read.
-    """
+    format. Weights become float32. Raises UserError."""
     args = read_args(folder)
     state, prefix = {}, "transformer." if args["architecture"] == "gpt2" else "model."
     # a sharded model's index is not needed: each file has the names of its tensors
@@ -98,11 +89,10 @@ def read_hugging_face(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if not (isinstance(tensors, dict) and all(map(torch.is_tensor, tensors.values()))):
             raise UserError(f"{file}: expected only tensors")
         for name, tensor in tensors.items():
-            if name == "lm_head.weight":
-                if args.get("tie_embeddings", True):
-                    continue  # the twin of the token embedding
-            else:
+            if name != "lm_head.weight":
                 name = prefix + name.removeprefix(prefix)
+            elif args.get("tie_embeddings", True):
+                continue  # the twin of the token embedding
             if name.endswith((".attn.bias", ".attn.masked_bias")):
                 continue  # the causal mask
             if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
@@ -139,18 +129,17 @@ def read_args(folder: Path) -> dict[str, Any]:
     except (LookupError, TypeError, AttributeError):
         model_type = config.get("model_type") if isinstance(config, dict) else None
         raise UserError(f"{folder}/config.json: expected a GPT-2 or Qwen3, with its sizes; "
-                         f"model_type is {model_type!r}") from None
+                        f"model_type is {model_type!r}") from None
     for key, value in supported.items():
         if config.get(key, value) != value:
             raise UserError(f"{folder}/config.json: {key} is {config[key]!r}; "
-                             f"only {value!r} can be loaded")
+                            f"only {value!r} can be loaded")
     return args
 
 
 def read_tokenizer(folder: Path) -> dict[str, Any]:
     """Return the "tokenizer" that tools.export wrote into a folder, else the "token_of_id" of its
-    tokenizer's file, with the "folder" if that is a tokenizer.json, else nothing. Raises
-    UserError."""
+    tokenizer's file and, of a tokenizer.json, the "folder". Raises UserError."""
     path = next((path for name in ("keepgpt.json", "tokenizer.json", "vocab.json")
                  if (path := folder / name).exists()), None)
     if not path:
@@ -183,10 +172,10 @@ def download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=PATTERNS))
     except ImportError:
         raise UserError(f"{name}: needs two more packages. "
-                         "Try: pip install huggingface_hub safetensors") from None
+                        "Try: pip install huggingface_hub safetensors") from None
     except Exception as e:
         raise UserError(f"{name}: can't be downloaded ({type(e).__name__}). Try: --init_from="
-                         "FOLDER, one with its config.json and model.safetensors") from None
+                        "FOLDER, one with its config.json and model.safetensors") from None
 
 
 def crop_weights(args: dict[str, Any], state: dict[str, Tensor], vocab_size: int,

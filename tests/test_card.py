@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import REPO, bits, run
 
-
 START = r"- 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC, step (\d+): `(.*)`; (.*); (1 x cpu.*); (Python .*)"
 
 
