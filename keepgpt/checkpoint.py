@@ -8,6 +8,7 @@ the same file, with an fsync of the folder after each. Only then are old checkpo
 import errno
 import math
 import os
+import pickle
 import re
 import sys
 import threading
@@ -186,6 +187,8 @@ def read_bundle(path: Path) -> dict[str, Any]:
         bundle = torch.load(path, map_location="cpu", weights_only=True)
     except CorruptCheckpoint:
         raise
+    except pickle.UnpicklingError:  # its text would advise to load it unsafely
+        raise CorruptCheckpoint("expected only plain values and tensors") from None
     except Exception as e:  # torch.load raises many types
         raise CorruptCheckpoint(f"can't be read: {(str(e) or repr(e)).splitlines()[0]}") from None
     if not isinstance(bundle, dict) or bundle.get("format") != FORMAT:

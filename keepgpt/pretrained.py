@@ -1,6 +1,7 @@
 """Read weights from Hugging Face folders, the hub, and checkpoints of keepGPT and nanoGPT, as plain
 dicts: the ModelArgs, the state dict, and a description of the tokens."""
 import json
+import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -74,6 +75,8 @@ def load_tensors(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except ImportError:
         raise UserError(f"{path}: needs one more package. Try: pip install safetensors") from None
+    except pickle.UnpicklingError:  # its text would advise to load it unsafely
+        raise UserError(f"{path}: expected only plain values and tensors") from None
     except Exception as e:  # safetensors and torch.load raise many types
         raise UserError(f"{path}: can't be read: {str(e).partition(chr(10))[0]}") from None
 

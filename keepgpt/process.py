@@ -150,6 +150,9 @@ def lock_out_dir(out_dir: Path, patience: float) -> None:
                 if time.monotonic() > deadline:
                     raise UserError(f"another process is writing to {out_dir}. Try: wait for its "
                                     "end, or another folder") from None
+            if patience:
+                print(f"another process is writing to {out_dir}; waiting", flush=True)
+                patience = 0
             time.sleep(0.1)
     except OSError as e:
         reason, code = describe(e)

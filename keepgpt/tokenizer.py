@@ -280,7 +280,7 @@ def check_tokenizer(source: str, vocab_size: int, data: dict[str, Any], meta: di
     padding = {"gpt2": 63, "hf": vocab_size if says else 0}.get(ours["kind"], 0)
     if not 0 <= vocab_size - meta["vocab_size"] <= padding:
         raise UserError(f"{source}: expected the {meta['vocab_size']:,} tokens of {name}, "
-                        f"got {vocab_size:,}. Try: a dataset prepared with their tokenizer")
+                        f"got {vocab_size:,}. Try: --dataset=<one with their tokens>")
     if "tokenizer" in data:
         if data["tokenizer"] | {"name": ""} != ours | {"name": ""}:
             got = "another vocabulary of that size"
@@ -293,4 +293,4 @@ def check_tokenizer(source: str, vocab_size: int, data: dict[str, Any], meta: di
              f"compared with {name}")
     if got:
         raise UserError(f"{source}: expected the tokens of {name}, got {got}. "
-                        "Try: a dataset prepared with their tokenizer")
+                        "Try: --dataset=<one with their tokens>")

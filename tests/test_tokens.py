@@ -118,7 +118,7 @@ def test_as_many_other_characters_are_refused(trained, dataset, ciphered, tmp_pa
              for folder in (dataset, ciphered)]
     assert sizes[0] == sizes[1]
     line = complaint(train(trained / "ckpt.pt", ciphered, tmp_path, code=None))
-    assert "dataset prepared" in line
+    assert "--dataset=" in line
     assert complaint(run("sample.py", out_dir=trained, dataset=ciphered, code=None))
 
 
