@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from keepgpt import checkpoint
 from keepgpt.card import write_card
-from keepgpt.config import ARCHITECTURE, check_memory, resume_config
+from keepgpt.config import ARCHITECTURE, resume_config
 from keepgpt.dataset import dataset_folder, read_meta
 from keepgpt.distributed import (
     Ranks,
@@ -130,7 +130,6 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks
     elif (source := config.init_from.removeprefix("auto:")) in ("scratch", "auto"):
         args = ModelArgs(vocab_size=data["vocab_size"], dropout=config.dropout,
                          **{key: getattr(config, key) for key in ARCHITECTURE})
-        check_memory(config, data["vocab_size"])
         model = GPT(args)
     else:
         model = load_pretrained(source, config, given, data)
