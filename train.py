@@ -72,12 +72,8 @@ class Run:
     step: int = 0  # updates done
     evaluation: dict[str, Any] = field(default_factory=dict)  # the last one: step and losses
     wandb_run_id: str | None = None
-    healthy: Tensor = field(init=False)  # 1; 0 after the first non-finite number
-    applied: Tensor = field(init=False)  # updates made; stays behind `step` once not healthy
-
-    def __post_init__(self) -> None:
-        self.healthy = torch.ones((), device=self.ranks.device)
-        self.applied = torch.zeros((), device=self.ranks.device)
+    healthy: Tensor | int = 1  # 0 after the first non-finite number
+    applied: Tensor | int = 0  # updates made; stays behind `step` once not healthy
 
     def bundle(self, best_val_loss: float) -> dict[str, Any]:
         """Return the bundle (checkpoint.SCHEMA), with the live tensors. Every rank must call it."""
@@ -105,9 +101,8 @@ class Run:
             print(f"ranks {len(bundle['rng'])} -> {self.ranks.world_size}: "
                   + ("bit-identical" if exact else
                      "the same batches, and the same losses up to rounding"))
-        for key in ("step", "evaluation", "wandb_run_id"):
-            setattr(self, key, bundle[key])
-        self.applied.fill_(self.step)
+        self.step = self.applied = bundle["step"]
+        self.evaluation, self.wandb_run_id = bundle["evaluation"], bundle["wandb_run_id"]
 
 
 def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks
@@ -355,9 +350,9 @@ def update(run: Run, saver: checkpoint.Saver, losses: Tensor) -> tuple[Tensor, T
         torch.nn.utils.clip_grads_with_norm_(run.model.parameters(), config.grad_clip, grad_norm)
     on_cuda = run.ranks.device.type == "cuda"
     # float16 gradients overflow now and then: the scaler skips that update
-    run.healthy *= torch.isfinite(loss if scaler.is_enabled() else loss + grad_norm)
+    run.healthy = run.healthy * torch.isfinite(loss if scaler.is_enabled() else loss + grad_norm)
     if on_cuda and not scaler.is_enabled():
-        optimizer.found_inf = 1 - run.healthy  # read on the device: 1 changes nothing
+        optimizer.found_inf = 1.0 - run.healthy  # read on the device: 1 changes nothing
     set_rates(optimizer, run.step, config)
     saver.wait_for_copy()
     if on_cuda or run.healthy:  # elsewhere the host decides
@@ -365,9 +360,9 @@ def update(run: Run, saver: checkpoint.Saver, losses: Tensor) -> tuple[Tensor, T
     scaler.update()
     if scaler.is_enabled():
         # below 1, even unscaled gradients overflow
-        run.healthy *= scaler.scale(torch.ones_like(loss)) >= 1
+        run.healthy = run.healthy * (scaler.scale(torch.ones_like(loss)) >= 1)
     optimizer.zero_grad(set_to_none=True)
-    run.applied += run.healthy
+    run.applied = run.applied + run.healthy
     run.step += 1
     return loss, grad_norm
 
