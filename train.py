@@ -11,6 +11,7 @@ if __name__ == "__main__":  # before torch is loaded: --help and mistakes answer
 
 import math
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -36,7 +37,7 @@ from keepgpt.distributed import (
     rng_state,
 )
 from keepgpt.loader import Loader, Split, seed_of
-from keepgpt.metrics import Metrics, Throughput
+from keepgpt.metrics import Metrics
 from keepgpt.optim import get_lr, make_optimizer, set_rates
 from keepgpt.pretrained import crop_weights, read_weights
 from keepgpt.process import (
@@ -387,10 +388,7 @@ def train(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
     ranks = join_ranks(config)
     run, saver, metrics = start(config, given, ranks)
     config, first_step, unsaved = run.config, run.step, False
-    peak = peak_flops(ranks.device)
-    throughput = Throughput(config.tokens_per_step, run.model.flops_per_token(),
-                            peak and peak * ranks.world_size)
-    throughput.restart(run.step)
+    peak, clock, clock_step = peak_flops(ranks.device), time.perf_counter(), run.step
     while True:
         ending = run.step >= config.max_iters
 
@@ -399,14 +397,14 @@ def train(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
         if config.eval_only or due and run.evaluation.get("step") != run.step:
             halt_unless_healthy(run, metrics, saver)
             losses = signals.interrupt(lambda: evaluate(run, signals), ranks.world_size,
-                                              nothing_new=run.step == first_step)
+                                       nothing_new=run.step == first_step)
             if losses:  # else a signal came: the resumed run evaluates at this step
                 best, unsaved = record_evaluation(run, saver, losses), run.step > 0
                 metrics.log_evaluation(run.evaluation, best, min(saver.best_val_loss,
                                                                  losses["val_loss"]))
                 if config.sample_tokens and ranks.rank == 0:
                     metrics.say(generate_sample(run) + "\n")
-            throughput.restart(run.step)
+            clock, clock_step = time.perf_counter(), run.step
         if config.eval_only:
             break
 
@@ -428,7 +426,7 @@ def train(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
 
         # a step: the gradient of all micro-batches, then one update
         losses = signals.interrupt(lambda: compute_gradient(run), ranks.world_size,
-                                          nothing_new=run.step == first_step)
+                                   nothing_new=run.step == first_step)
         if losses is None:  # a signal came and interrupted it
             run.optimizer.zero_grad(set_to_none=True)
             continue
@@ -440,11 +438,16 @@ def train(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
         if log or ranks.device.type == "cpu":
             halt_unless_healthy(run, metrics, saver)
         if log:
-            metrics.log_step({
-                "step": run.step, "tokens": run.step * config.tokens_per_step,
-                "loss": loss.item(), "lr": get_lr(run.step - 1, config),
-                "grad_norm": grad_norm.item(), **throughput.measure(run.step)},
-                config.max_iters, config.tokens_per_step)
+            row = {"step": run.step, "tokens": run.step * config.tokens_per_step,
+                   "loss": loss.item(), "lr": get_lr(run.step - 1, config),
+                   "grad_norm": grad_norm.item()}
+            seconds = (time.perf_counter() - clock) / (run.step - clock_step)
+            row["tokens_per_s"] = config.tokens_per_step / seconds
+            if peak:  # the model FLOPs utilization (Chowdhery et al. 2022, PaLM, appendix B)
+                row["mfu"] = (run.model.flops_per_token() * row["tokens_per_s"]
+                              / (peak * ranks.world_size))
+            metrics.log_step(row, config.max_iters, seconds)
+            clock, clock_step = time.perf_counter(), run.step
 
     # all ranks wait for the last save: torchrun kills the others when one has ended
     saved = ranks.from_first(saver.wait())

@@ -1,37 +1,13 @@
-"""The log of a run: lines on the terminal, rows in metrics.jsonl, Weights & Biases, throughput."""
+"""The log of a run: lines on the terminal, rows in metrics.jsonl, Weights & Biases."""
 import json
 import os
 import shutil
 import sys
-import time
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from keepgpt.process import UserError, describe, warn, write_atomically
-
-
-class Throughput:
-    """Measure the training speed between two logged steps, without evaluations."""
-
-    def __init__(self, tokens_per_step: int, flops_per_token: int, peak: float | None) -> None:
-        """Take the peak of all devices together in FLOP/s, None if it is not known."""
-        self.tokens_per_step, self.flops_per_token, self.peak = (
-            tokens_per_step, flops_per_token, peak)
-
-    def restart(self, step: int) -> None:
-        """Restart the clock at this step."""
-        self.step, self.clock = step, time.perf_counter()
-
-    def measure(self, step: int) -> dict[str, float]:
-        """Return tokens_per_s since the last call and, if the peak is known, mfu: the model FLOPs
-        utilization (Chowdhery et al. 2022, appendix B)."""
-        seconds = (time.perf_counter() - self.clock) / (step - self.step)
-        self.restart(step)
-        speed = {"tokens_per_s": self.tokens_per_step / seconds}
-        if self.peak:
-            speed["mfu"] = self.flops_per_token * speed["tokens_per_s"] / self.peak
-        return speed
 
 
 class Metrics:
@@ -105,11 +81,10 @@ class Metrics:
         self.say(f"step {evaluation['step']}: train loss {evaluation['train_loss']:.4f}, "
                  f"val loss {evaluation['val_loss']:.4f}" + (", the best so far" if best else ""))
 
-    def log_step(self, row: dict[str, Any], max_iters: int, tokens_per_step: int) -> None:
+    def log_step(self, row: dict[str, Any], max_iters: int, step_seconds: float) -> None:
         """Log a training step; on the terminal also the time left until max_iters."""
         self.log(row)
-        left = (max_iters - row["step"]) * tokens_per_step / row["tokens_per_s"]
-        minutes, seconds = divmod(round(left), 60)
+        minutes, seconds = divmod(round((max_iters - row["step"]) * step_seconds), 60)
         self.say(f"step {row['step']}/{max_iters}: loss {row['loss']:.4f}, lr {row['lr']:.2e}, "
                  f"{row['tokens_per_s']:,.0f} tokens/s"
                  + (f", MFU {row['mfu']:.1%}" if "mfu" in row else "")
