@@ -5,6 +5,7 @@ A save copies the live tensors, writes them to a temporary file, fsyncs it, read
 it, and renames it to ckpt-<step>.pt. Then best.pt, if it is the best, and ckpt.pt become names of
 the same file, with an fsync of the folder after each. Only then are old checkpoints removed.
 """
+import errno
 import math
 import os
 import pickle
@@ -88,7 +89,9 @@ def link(name: Path, target: Path, disk: Disk) -> None:
     temporary = name.with_suffix(".pt.tmp")
     try:
         disk.link(target, temporary)
-    except OSError:
+    except OSError as e:
+        if e.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise  # the link may have been made: a copy would overwrite the target
         write_bundle(torch.load(target, map_location="cpu", weights_only=True), temporary, disk)
     disk.rename(temporary, name)
 
