@@ -235,4 +235,4 @@ def read_rows(path: str, text_key: str) -> Iterator[str]:
                 number += 1
     except Exception as e:  # of several packages
         raise UserError(f"{path}: expected texts under {text_key!r}, got {number} of them, then "
-                        f"{e!r}. Try: --text_key=KEY, or the command without this file") from None
+                        f"{e!r}. Try: --text_key=KEY, or another copy of the file") from None
