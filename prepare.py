@@ -80,8 +80,8 @@ def split_documents(shards: list[Shard], k: int, cut: Callable[[str], int]) -> I
 
 
 def complete_tokenizer(wanted: dict[str, Any], shards: list[Shard]) -> dict[str, Any]:
-    """Return the description of the wanted tokenizer, with what it learns from the text: all of its
-    characters, or a byte-pair encoding of the first gigabyte of train."""
+    """Return the description of the wanted tokenizer, with the characters of the text, or with a
+    byte-pair encoding trained on the first gigabyte that goes to train."""
     chunks = (chunk for k in range(len(shards))
               for chunk in split_documents(shards, k, Tokenizer.cut))
 
@@ -188,29 +188,22 @@ def remove_ours(folder: Path, keep: Iterable[str] = (), ending: str = "") -> Non
             path.unlink()
 
 
-def check_request(name: str, given: dict[str, Any], known: str) -> None:
-    """Raise UserError if a command line makes no sense."""
-    if not name or os.path.basename(name) != name or name.startswith("."):
-        raise UserError(f"--name={name}: expected a name for the folder data/NAME")
-    if name in DATASETS and (name != known or given.keys() & {"tokenizer", "val_fraction"}):
-        raise UserError(f"{name} has its own text, tokenizer and split. Try: --name=NAME for "
-                        "another dataset")
-
-
 def prepare(config: PrepareConfig, given: dict[str, Any], paths: list[str]) -> None:
     """Prepare the dataset that a command line asks for, unless it exists. Raises UserError."""
     started = time.perf_counter()
-    if not paths:
-        raise UserError(f"expected a dataset ({', '.join(DATASETS)}), or files and folders. "
-                        "Try: --help")
     known = paths[0] if len(paths) == 1 and paths[0] in DATASETS else ""
-    source = describe_source(known, paths, config.text_key)
     name = config.name or known
-    check_request(name, given, known)
+    if not paths or not name or os.path.basename(name) != name or name[0] == ".":
+        raise UserError(f"expected {', '.join(DATASETS)}, or files and folders with --name=NAME, a "
+                        f"folder in {config.data_dir}, got --name={name}. Try: --help")
+    if name in DATASETS and (name != known or given.keys() & {"tokenizer", "val_fraction"}):
+        raise UserError(f"{name} has its own text, tokenizer and split. Try: --name=NAME for "
+                        "another dataset")
+    source = describe_source(known, paths, config.text_key)
     _, tokenizer, val_fraction = DATASETS.get(known, ("", config.tokenizer, config.val_fraction))
-    val_fraction = given.get("val_fraction", val_fraction)
     wanted = describe_tokenizer(given.get("tokenizer", tokenizer))
-    request = {"format": 1, "name": name, "source": source, "val_fraction": val_fraction}
+    request = {"format": 1, "name": name, "source": source,
+               "val_fraction": given.get("val_fraction", val_fraction)}
     folder = dataset_folder(config.data_dir, name)
     folder = Path(min(str(folder), os.path.relpath(folder), key=len))
 
@@ -223,14 +216,14 @@ def prepare(config: PrepareConfig, given: dict[str, Any], paths: list[str]) -> N
     if "fingerprint" not in meta:
         process.lock_out_dir(folder, DAY)
         meta = read_previous(folder, request, wanted)  # another preparation had the lock
-    exists = "fingerprint" in meta
-    if not exists:
+    took = "exists already"
+    if "fingerprint" not in meta:
         foreign = [path for path in folder.glob("*.bin") if OURS.fullmatch(path.name)]
         if foreign and not (folder / "meta.json").exists():
             raise UserError(f"{foreign[0]} has no meta.json: it was not made by prepare.py, or "
                             f"meta.json was lost. Try: another --name, or rm -r {folder}")
         try:
-            shards = open_shards(source, val_fraction, folder.parent)
+            shards = open_shards(source, request["val_fraction"], folder.parent)
             if meta:
                 print(f"{folder}: {len(meta['files']['val'])} of {len(shards)} shards are "
                       "complete; continuing", flush=True)
@@ -245,8 +238,8 @@ def prepare(config: PrepareConfig, given: dict[str, Any], paths: list[str]) -> N
             raise
         finally:
             remove_ours(folder, ending=".tmp")
+        took = f"took {time.perf_counter() - started:.1f} s"
     tokens, label = meta["tokens"], wanted.get("name", wanted["kind"])
-    took = "exists already" if exists else f"took {time.perf_counter() - started:.1f} s"
     try:
         print(f"{folder}: {tokens['train']:,} train and {tokens['val']:,} val tokens of {label}, "
               f"{meta['vocab_size']:,} in the vocabulary: {took}", flush=True)
@@ -266,9 +259,7 @@ if __name__ == "__main__":
         process.exit_with(e)
     except OSError as e:
         reason, code = process.describe(e)
-        process.exit_with(UserError(
-            f"{e.filename or CONFIG.data_dir}: {reason}. Try: --data_dir=FOLDER elsewhere, or the "
-            "same command, which keeps complete shards", code))
+        process.exit_with(UserError(f"{e.filename or CONFIG.data_dir}: {reason}. Try: the same "
+                                    "command, which keeps complete shards", code))
     except KeyboardInterrupt:
-        process.exit_with(UserError(
-            "stopped. Try: the same command, which keeps complete shards", 130))
+        process.exit_with(UserError("stopped. Try: the same command, which continues", 130))

@@ -33,17 +33,14 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise BadData(f"no prepared dataset in {folder}. Try: python prepare.py {folder.name}")
     try:
         meta = json.loads(path.read_bytes())
-        for key, kind in META_TYPES.items():
-            if type(meta.get(key)) is not kind:
-                raise ValueError(f"expected {key!r} of type {kind.__name__}")
-        if meta["dtype"] not in ("uint16", "uint32"):
-            raise ValueError(f"expected dtype uint16 or uint32, got {meta['dtype']!r}")
+        wrong = [key for key, kind in META_TYPES.items() if type(meta.get(key)) is not kind]
+        if wrong or meta["dtype"] not in ("uint16", "uint32"):
+            raise ValueError(f"{', '.join(wrong) or 'dtype'} missing or wrong")
         for split in ("train", "val"):
             sum(split_files(meta, split).values())
         return meta
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-        raise BadData(f"{path} is corrupt, or its preparation was interrupted ({e!r}). Try: "
-                      "prepare.py again, with the same command") from None
+        raise BadData(f"{path}: corrupt or unfinished ({e!r}). Try: prepare.py again") from None
 
 
 def split_files(meta: dict[str, Any], split: str) -> dict[str, int]:
@@ -63,20 +60,19 @@ def describe_nanogpt_data(folder: Path) -> dict[str, Any]:
             tokens[split] = size // 2
             largest = max(largest, ids.max(initial=0))
     except OSError as e:
-        raise BadData(f"{path}: {e.strerror.lower()}; a dataset is train.bin and val.bin"
-                      ) from None
-    tokenizer, vocab_size = {"kind": "gpt2"}, 50257
+        raise BadData(f"{path}: {e.strerror.lower()}. Try: prepare it again") from None
+    meta = {"format": 1, "name": folder.name, "tokenizer": {"kind": "gpt2"}, "vocab_size": 50257,
+            "dtype": "uint16", "tokens": tokens}
     if (folder / "meta.pkl").exists():
         chars = read_meta_pkl(folder / "meta.pkl")
-        tokenizer, vocab_size = {"kind": "char", "chars": chars}, len(chars)
+        meta |= {"tokenizer": {"kind": "char", "chars": chars}, "vocab_size": len(chars)}
         digest.update(chars.encode())
     elif largest < 256:
-        raise BadData(f"{folder}: expected GPT-2's tokens without a meta.json or meta.pkl, "
-                      "got ids that are all below 256. Try: prepare it again")
+        raise BadData(f"{folder}: without meta.json and meta.pkl, expected GPT-2's tokens, got ids "
+                      "below 256. Try: prepare it again")
     else:
         warn(f"{folder}: no meta.json or meta.pkl; reading its tokens as GPT-2's")
-    return {"format": 1, "name": folder.name, "tokenizer": tokenizer, "vocab_size": vocab_size,
-            "dtype": "uint16", "tokens": tokens, "fingerprint": digest.hexdigest()}
+    return meta | {"fingerprint": digest.hexdigest()}
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -96,5 +92,4 @@ def read_meta_pkl(path: Path) -> str:
             raise ValueError("its itos does not map ids to different characters")
         return chars
     except Exception as e:  # malformed pickles raise nearly anything
-        raise BadData(f"{path} is not nanoGPT's vocabulary of characters ({e!r}). Try: prepare.py "
-                      "with the text") from None
+        raise BadData(f"{path} is not nanoGPT's vocabulary ({e!r}). Try: prepare.py") from None

