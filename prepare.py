@@ -1,10 +1,8 @@
 """Text -> data/<name>/{train,val}.bin, raw little-endian token ids, and meta.json about them.
 
-    python prepare.py plays_char
     python prepare.py novels/ notes.md 'logs/*.jsonl' --name=mine --tokenizer=bpe:4096
-    python prepare.py fineweb-edu
 
-Several Parquet files are as many shards: each becomes a file of train and one of val, and an
+Of several Parquet files each is a shard, which becomes a file of train and one of val: an
 interrupted preparation continues with the next shard. Any other text is one shard.
 """
 import hashlib
@@ -25,17 +23,15 @@ from tqdm import tqdm
 
 from keepgpt import process
 from keepgpt.config import command_line, setting
-from keepgpt.dataset import dataset_folder, split_files
+from keepgpt.dataset import SPLITS, dataset_folder, split_files
 from keepgpt.process import UserError, sync, write_atomically
-from keepgpt.text import DATASETS, Shard, describe_source, open_shards, read_block
+from keepgpt.text import DATASETS, TEXTS, Shard, describe_files, open_shards, read_block
 from keepgpt.tokenizer import Tokenizer, describe_tokenizer, from_meta, train_bpe
 
 BLOCK = 1 << 19  # characters read, and encoded, at a time
 BPE_TEXT = 10**9  # characters of the train text that a BPE is trained on
 MANY = 100  # documents: from this many on, complete ones go to val
 LONG = 1 << 20  # characters: a longer document is split in any case
-DAY = 86_400  # seconds to wait for another preparation
-SPLITS = ("train", "val")
 OURS = re.compile(r"((train|val)(-\d{5,})?\.bin|meta\.json)(\.tmp)?")
 Chunk = tuple[int, bool, str]  # (0 for train or 1 for val, a document starts here, text)
 
@@ -141,8 +137,7 @@ def read_previous(folder: Path, request: dict[str, Any], wanted: dict[str, Any])
         return {}
 
 
-def write_dataset(folder: Path, meta: dict[str, Any], shards: list[Shard],
-                  check_text: Callable[[], None]) -> dict[str, Any]:
+def write_dataset(folder: Path, meta: dict[str, Any], shards: list[Shard]) -> dict[str, Any]:
     """Write the shards that `meta` lacks. Return the complete meta.
 
     meta.json without a fingerprint lists the complete shards of an unfinished dataset. It is there
@@ -158,7 +153,6 @@ def write_dataset(folder: Path, meta: dict[str, Any], shards: list[Shard],
         before, totals = totals, write_tokens(
             [folder / f"{name}.tmp" for name in names], totals,
             split_documents(shards, k, tokenizer.cut), tokenizer, dtype)
-        check_text()
         if k + 1 == len(shards) and min(totals) < 2:
             raise UserError(f"{meta['name']}: too short, with {totals[0]} train and {totals[1]} val"
                             " tokens. Try: more text, or another --val_fraction")
@@ -199,22 +193,17 @@ def prepare(config: PrepareConfig, given: dict[str, Any], paths: list[str]) -> N
     if name in DATASETS and (name != known or given.keys() & {"tokenizer", "val_fraction"}):
         raise UserError(f"{name} has its own text, tokenizer and split. Try: --name=NAME for "
                         "another dataset")
-    source = describe_source(known, paths, config.text_key)
-    _, tokenizer, val_fraction = DATASETS.get(known, ("", config.tokenizer, config.val_fraction))
+    text, tokenizer, val_fraction = DATASETS.get(known, ("", config.tokenizer, config.val_fraction))
     wanted = describe_tokenizer(given.get("tokenizer", tokenizer))
+    source = TEXTS[text] if known else describe_files(paths, config.text_key)
     request = {"format": 1, "name": name, "source": source,
                "val_fraction": given.get("val_fraction", val_fraction)}
     folder = dataset_folder(config.data_dir, name)
     folder = Path(min(str(folder), os.path.relpath(folder), key=len))
 
-    def check_text() -> None:
-        if describe_source(known, paths, config.text_key) != source:
-            raise UserError(f"{name}: the text changed while it was read. Try: the same command on "
-                            "files that no program writes to")
-
     meta = read_previous(folder, request, wanted)
     if "fingerprint" not in meta:
-        process.lock_out_dir(folder, DAY)
+        process.lock_out_dir(folder, patience=86_400)
         meta = read_previous(folder, request, wanted)  # another preparation had the lock
     took = "exists already"
     if "fingerprint" not in meta:
@@ -232,10 +221,7 @@ def prepare(config: PrepareConfig, given: dict[str, Any], paths: list[str]) -> N
                 size = from_meta(meta).vocab_size
                 meta |= {"vocab_size": size, "dtype": "uint16" if size <= 1 << 16 else "uint32",
                          "files": {split: {} for split in SPLITS}}
-            meta = write_dataset(folder, meta, shards, check_text)
-        except Exception:
-            check_text()  # a text that changes may cause any of them
-            raise
+            meta = write_dataset(folder, meta, shards)
         finally:
             remove_ours(folder, ending=".tmp")
         took = f"took {time.perf_counter() - started:.1f} s"

@@ -11,6 +11,7 @@ from keepgpt.process import UserError, warn
 
 META_TYPES = {"name": str, "tokenizer": dict, "vocab_size": int, "dtype": str, "tokens": dict,
               "fingerprint": str}
+SPLITS = ("train", "val")
 FIRST = 1 << 19  # tokens of a .bin file without meta.json that identify it
 
 
@@ -36,7 +37,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         wrong = [key for key, kind in META_TYPES.items() if type(meta.get(key)) is not kind]
         if wrong or meta["dtype"] not in ("uint16", "uint32"):
             raise ValueError(f"{', '.join(wrong) or 'dtype'} missing or wrong")
-        for split in ("train", "val"):
+        for split in SPLITS:
             sum(split_files(meta, split).values())
         return meta
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
@@ -53,7 +54,7 @@ def describe_nanogpt_data(folder: Path) -> dict[str, Any]:
     else GPT-2's tokens. Raises BadData."""
     digest, tokens, largest = hashlib.sha256(), {}, 0
     try:
-        for split in ("train", "val"):
+        for split in SPLITS:
             path = folder / f"{split}.bin"
             size, ids = path.stat().st_size, np.fromfile(path, "<u2", FIRST)
             digest.update(f"{split} {size}".encode() + ids.tobytes())
@@ -68,8 +69,7 @@ def describe_nanogpt_data(folder: Path) -> dict[str, Any]:
         meta |= {"tokenizer": {"kind": "char", "chars": chars}, "vocab_size": len(chars)}
         digest.update(chars.encode())
     elif largest < 256:
-        raise BadData(f"{folder}: without meta.json and meta.pkl, expected GPT-2's tokens, got ids "
-                      "below 256. Try: prepare it again")
+        raise BadData(f"{folder}: expected GPT-2's tokens, got ids below 256. Try: prepare it again")
     else:
         warn(f"{folder}: no meta.json or meta.pkl; reading its tokens as GPT-2's")
     return meta | {"fingerprint": digest.hexdigest()}

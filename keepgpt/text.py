@@ -69,10 +69,8 @@ class Shard:
     val_fraction: float
 
 
-def describe_source(known: str, paths: list[str], text_key: str) -> dict[str, Any]:
-    """Return what meta.json says about the text: it changes if the text does."""
-    if known:
-        return TEXTS[DATASETS[known][0]]
+def describe_files(paths: list[str], text_key: str) -> dict[str, Any]:
+    """Return what meta.json says about the text of `paths`: it changes if the text does."""
     stats = [(path, os.stat(path)) for path in find_files(paths)]
     state = "".join(f"{path} {stat.st_size} {stat.st_mtime_ns}\n" for path, stat in stats)
     return {"paths": paths, "text_key": text_key, "files": len(stats),
@@ -81,22 +79,26 @@ def describe_source(known: str, paths: list[str], text_key: str) -> dict[str, An
 
 
 def open_shards(source: dict[str, Any], val_fraction: float, data_dir: Path) -> list[Shard]:
-    """Return the shards of the text that `source` describes: each of several Parquet files is one,
-    else all of it is. Raises UserError."""
+    """Return the shards of a text of TEXTS or `describe_files`: each of several Parquet files is
+    one, else all of it is. Raises UserError."""
+    def read(files: list[str]) -> Iterator[TextIO]:
+        yield from read_documents(files, source.get("text_key", "text"))
+        if "paths" in source and describe_files(source["paths"], source["text_key"]) != source:
+            raise UserError("the text changed while it was read. Try: the same command on files "
+                            "that no program writes to")
+
     if "text" in source:
         text = read_known(source["text"], data_dir / "tinyshakespeare" / "input.txt")
         return [Shard(lambda: iter([io.StringIO(text)]), 1, val_fraction)]
     if "hub" in source:
         train, val = download_files(source)
-        files = dict.fromkeys(train, val_fraction) | dict.fromkeys(val, 1.0)
+        shares = dict.fromkeys(train, val_fraction) | dict.fromkeys(val, 1.0)
     else:
-        files = dict.fromkeys(find_files(source["paths"]), val_fraction)
-    key = source.get("text_key", "text")
-    if len(files) > 1 and all(path.lower().endswith(".parquet") for path in files):
-        return [Shard(partial(read_documents, [path], key), count_rows(path), share)
-                for path, share in files.items()]
-    read = partial(read_documents, list(files), key)
-    return [Shard(read, sum(1 for _ in read()), val_fraction)]
+        shares = dict.fromkeys(find_files(source["paths"]), val_fraction)
+    if len(shares) > 1 and all(path.lower().endswith(".parquet") for path in shares):
+        return [Shard(partial(read, [path]), count_rows(path), share)
+                for path, share in shares.items()]
+    return [Shard(partial(read, list(shares)), sum(1 for _ in read(list(shares))), val_fraction)]
 
 
 def download_files(source: dict[str, Any]) -> list[list[str]]:

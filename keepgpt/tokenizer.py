@@ -46,7 +46,7 @@ class Tokenizer:
         return CUT.match(text).end()
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids. Raises ValueError for a character that no token stands for."""
+        """Return the ids. Raises UserError for a character that no token stands for."""
         return self.encode_to_numpy(text).tolist()
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -72,8 +72,8 @@ class CharTokenizer(Tokenizer):
     def encode_to_numpy(self, text: str) -> np.ndarray:
         """Return the ids as a uint32 array, (T,)."""
         if unknown := set(text) - self.ids.keys():
-            raise ValueError(f"not in the vocabulary of {self.vocab_size} characters: "
-                             + ", ".join(map(repr, sorted(unknown))))
+            raise UserError(f"not in the vocabulary of {self.vocab_size} characters: "
+                            + ", ".join(map(repr, sorted(unknown))))
         return np.array([self.ids[char] for char in text], np.uint32)
 
     def token_bytes(self, i: int) -> bytes:

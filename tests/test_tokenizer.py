@@ -87,7 +87,7 @@ def test_characters():
     assert char.decode([4, 2, 0]) == "éa\n"
     assert char.token_bytes(4) == "é".encode()
     assert from_meta({"tokenizer": char.description}).encode("b") == [3]
-    with pytest.raises(ValueError, match=r"not in the vocabulary of 5 characters: 'Z', '東'$"):
+    with pytest.raises(UserError, match=r"not in the vocabulary of 5 characters: 'Z', '東'$"):
         char.encode("aZ東Z")
 
 

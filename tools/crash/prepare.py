@@ -36,7 +36,7 @@ def prepare_texts(data_dir: Path, texts: list[str], before: Callable[[str], None
             before(call.__name__)
 
     def work() -> None:
-        script.describe_source = lambda *_args: {"texts": texts}
+        script.describe_files = lambda *_args: {"texts": texts}
         script.open_shards = lambda *_args: [
             script.Shard(lambda text=text: iter([io.StringIO(text)]), 1, 0.25) for text in texts]
         # do not wait for the real disk: a process leaves the same files to others without that
