@@ -110,7 +110,7 @@ def write_tokens(paths: list[Path], totals: list[int], chunks: Iterator[Chunk],
     threads, totals = os.cpu_count() or 1, list(totals)
     with (open(paths[0], "wb") as train, open(paths[1], "wb") as val, ThreadPoolExecutor(threads)
           as pool, tqdm(unit="token", unit_scale=True, disable=None) as bar):
-        while batch := list(islice(chunks, 8 * threads)):  # memory is flat
+        while batch := list(islice(chunks, 2 * threads)):  # memory is flat
             for (split, starts, _), tokens in zip(batch, pool.map(encode, batch)):
                 if starts and totals[split] > 0:  # a separator
                     end = tokenizer.encode("\n") if tokenizer.eot is None else [tokenizer.eot]

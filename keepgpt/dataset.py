@@ -69,7 +69,7 @@ def describe_nanogpt_data(folder: Path) -> dict[str, Any]:
         meta |= {"tokenizer": {"kind": "char", "chars": chars}, "vocab_size": len(chars)}
         digest.update(chars.encode())
     elif largest < 256:
-        raise BadData(f"{folder}: expected GPT-2's tokens, got ids below 256. Try: prepare it again")
+        raise BadData(f"{folder}: expected GPT-2's tokens, got ids below 256. Try: prepare again")
     else:
         warn(f"{folder}: no meta.json or meta.pkl; reading its tokens as GPT-2's")
     return meta | {"fingerprint": digest.hexdigest()}
