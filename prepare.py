@@ -101,13 +101,13 @@ def complete_tokenizer(wanted: dict[str, Any], shards: list[Shard]) -> dict[str,
 
 
 def write_tokens(paths: list[Path], totals: list[int], chunks: Iterator[Chunk],
-                 tokenizer: Tokenizer, dtype: np.dtype) -> list[int]:
-    """Encode `chunks` to a train and a val file, after `totals` tokens in earlier shards. Return
-    the new totals. Threads encode, as encoders release the GIL."""
+                 tokenizer: Tokenizer, dtype: np.dtype) -> None:
+    """Encode `chunks` to a train and a val file, by threads, as encoders release the GIL. `totals`
+    are the tokens of train and val so far."""
     def encode(chunk: Chunk) -> np.ndarray:
         return tokenizer.encode_to_numpy(chunk[2]).astype(dtype)
 
-    threads, totals = os.cpu_count() or 1, list(totals)
+    threads = os.cpu_count() or 1
     with (open(paths[0], "wb") as train, open(paths[1], "wb") as val, ThreadPoolExecutor(threads)
           as pool, tqdm(unit="token", unit_scale=True, disable=None) as bar):
         while batch := list(islice(chunks, 2 * threads)):  # memory is flat
@@ -120,7 +120,6 @@ def write_tokens(paths: list[Path], totals: list[int], chunks: Iterator[Chunk],
                 bar.update(len(tokens))
     for path in paths:
         sync(path)
-    return totals
 
 
 def read_previous(folder: Path, request: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
@@ -150,16 +149,15 @@ def write_dataset(folder: Path, meta: dict[str, Any], shards: list[Shard]) -> di
     totals = [sum(files[split].values()) for split in SPLITS]
     for k in range(len(files["val"]), len(shards)):
         names = [f"{split}-{k:05}.bin" if len(shards) > 1 else f"{split}.bin" for split in SPLITS]
-        before, totals = totals, write_tokens(
-            [folder / f"{name}.tmp" for name in names], totals,
-            split_documents(shards, k, tokenizer.cut), tokenizer, dtype)
+        write_tokens([folder / f"{name}.tmp" for name in names], totals,
+                     split_documents(shards, k, tokenizer.cut), tokenizer, dtype)
         if k + 1 == len(shards) and min(totals) < 2:
             raise UserError(f"{meta['name']}: too short, with {totals[0]} train and {totals[1]} val"
                             " tokens. Try: more text, or another --val_fraction")
         write_meta()
-        for split, name, old, new in zip(SPLITS, names, before, totals):
+        for split, name in zip(SPLITS, names):
             os.replace(folder / f"{name}.tmp", folder / name)
-            files[split][name] = new - old
+            files[split][name] = (folder / name).stat().st_size // dtype.itemsize
         sync(folder)
         write_meta()
     digest = hashlib.sha256(json.dumps([meta["tokenizer"], totals], sort_keys=True).encode())

