@@ -94,10 +94,9 @@ def open_shards(source: dict[str, Any], val_fraction: float, data_dir: Path) -> 
         shares = dict.fromkeys(train, val_fraction) | dict.fromkeys(val, 1.0)
     else:
         shares = dict.fromkeys(find_files(source["paths"]), val_fraction)
-    if len(shares) > 1 and all(path.lower().endswith(".parquet") for path in shares):
-        return [Shard(partial(read, [path]), count_rows(path), share)
-                for path, share in shares.items()]
-    return [Shard(partial(read, list(shares)), sum(1 for _ in read(list(shares))), val_fraction)]
+    parquet = all(path.lower().endswith(".parquet") for path in shares)
+    return [Shard(partial(read, files), sum(1 for _ in read(files)), shares[files[0]])
+            for files in ([[path] for path in shares] if parquet else [list(shares)])]
 
 
 def download_files(source: dict[str, Any]) -> list[list[str]]:
@@ -110,7 +109,7 @@ def download_files(source: dict[str, Any]) -> list[list[str]]:
     except Exception as e:  # of several packages
         raise UserError(f"{source['hub']}: cannot be downloaded ({e}). Try: the same command again"
                         ) from None
-    return [[os.path.join(folder, path) for path in sorted(glob.glob(pattern, root_dir=folder))]
+    return [find_files([os.path.join(glob.escape(folder), pattern)]) if pattern else []
             for pattern in source["files"]]
 
 
@@ -206,15 +205,6 @@ def read_block(document: TextIO, size: int) -> str:
     except ValueError as e:  # a UnicodeDecodeError is one
         raise UserError(f"{document.name}: expected UTF-8, got {e}. Try: convert the file or leave "
                         "it out") from None
-
-
-def count_rows(path: str) -> int:
-    """Return the number of rows of a Parquet file. Raises UserError."""
-    parquet = import_package("pyarrow.parquet")
-    try:
-        return parquet.read_metadata(path).num_rows
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path}: cannot be read ({e}). Try: another copy of it") from None
 
 
 def read_rows(path: str, text_key: str) -> Iterator[str]:
