@@ -37,8 +37,10 @@ class Tokenizer:
     """Turn text into ids below `vocab_size`, and back. `eot` is the id of the end-of-text token, or
     None; the name of such a token in a text is plain text."""
 
-    def __init__(self, description: dict[str, Any], vocab_size: int, eot: int | None) -> None:
-        self.description, self.vocab_size, self.eot = description, vocab_size, eot
+    def __init__(self, description: dict[str, Any], ids: dict[str, int], tokens: dict[int, bytes],
+                 eot: int | None) -> None:
+        self.description, self.ids, self.tokens, self.eot = description, ids, tokens, eot
+        self.vocab_size = max(ids.values(), default=-1) + 1
 
     @staticmethod
     def cut(text: str) -> int:
@@ -59,15 +61,22 @@ class Tokenizer:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         return lambda i: decoder.decode(self.token_bytes(i))
 
+    def token_bytes(self, i: int) -> bytes:
+        """Return the bytes of one token, maybe a part of a character, or b"" for an unused id."""
+        return self.tokens.get(i, b"")
+
+    def token_ids(self) -> dict[str, int]:
+        """Return every token's id, the tokens spelled as in Hugging Face's files."""
+        return self.ids
+
 
 class CharTokenizer(Tokenizer):
     """Make every character a token, its place in the description's `chars` the id."""
     cut = staticmethod(len)  # anywhere
 
     def __init__(self, description: dict[str, Any]) -> None:
-        self.chars = description["chars"]
-        self.ids = {char: i for i, char in enumerate(self.chars)}
-        super().__init__(description, len(self.chars), None)
+        ids = {char: i for i, char in enumerate(description["chars"])}
+        super().__init__(description, ids, {i: char.encode() for char, i in ids.items()}, None)
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
         """Return the ids as a uint32 array, (T,)."""
@@ -75,14 +84,6 @@ class CharTokenizer(Tokenizer):
             raise UserError(f"not in the vocabulary of {self.vocab_size} characters: "
                             + ", ".join(map(repr, sorted(unknown))))
         return np.array([self.ids[char] for char in text], np.uint32)
-
-    def token_bytes(self, i: int) -> bytes:
-        """Return the UTF-8 of one token."""
-        return self.chars[i].encode()
-
-    def token_ids(self) -> dict[str, int]:
-        """Return every token's id, the tokens spelled as in Hugging Face's files."""
-        return self.ids
 
 
 class BPETokenizer(Tokenizer):
@@ -100,24 +101,16 @@ class BPETokenizer(Tokenizer):
         self.encoding = tiktoken.Encoding(
             description["kind"], pat_str=self.pattern, mergeable_ranks=self.ranks,
             special_tokens=self.special_tokens)
-        super().__init__(description, self.encoding.n_vocab, self.special_tokens.get(EOT))
+        spelling = {byte: char for char, byte in BYTE_OF.items()}
+        ids = {"".join(map(spelling.get, token)): i for token, i in self.ranks.items()}
+        tokens = {i: token for token, i in self.ranks.items()}
+        special = {i: name.encode() for name, i in self.special_tokens.items()}
+        super().__init__(description, ids | self.special_tokens, tokens | special,
+                         self.special_tokens.get(EOT))
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
         """Return the ids as a uint32 array, (T,), which tiktoken fills without the GIL."""
         return self.encoding.encode_to_numpy(text, disallowed_special=())
-
-    def token_bytes(self, i: int) -> bytes:
-        """Return the bytes of one token, maybe a part of a character, or b"" for an unused id."""
-        try:
-            return self.encoding.decode_single_token_bytes(i)
-        except KeyError:
-            return b""
-
-    def token_ids(self) -> dict[str, int]:
-        """Return every token's id, with a printable character for each byte of a token."""
-        spelling = {byte: char for char, byte in BYTE_OF.items()}
-        return {"".join(map(spelling.get, token)): i
-                for token, i in self.ranks.items()} | self.special_tokens
 
 
 class HFTokenizer(Tokenizer):
@@ -131,7 +124,7 @@ class HFTokenizer(Tokenizer):
         except Exception as e:  # the library raises no other type
             raise UserError(f"{description['name']}/tokenizer.json: {e}") from None
         self.tokenizer.encode_special_tokens = True  # their names as plain text
-        super().__init__(description, max(self.token_ids().values()) + 1, description["eot"])
+        super().__init__(description, self.tokenizer.get_vocab(), {}, description["eot"])
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
         """Return the ids as a uint32 array, (T,), by the one method that releases the GIL."""
@@ -141,9 +134,6 @@ class HFTokenizer(Tokenizer):
     def make_decoder(self) -> Callable[[int], str]:
         stream = self.library.decoders.DecodeStream(skip_special_tokens=False)
         return lambda i: stream.step(self.tokenizer, i) or ""
-
-    def token_ids(self) -> dict[str, int]:
-        return self.tokenizer.get_vocab()
 
 
 TOKENIZERS = {"char": CharTokenizer, "gpt2": BPETokenizer, "bpe": BPETokenizer, "hf": HFTokenizer}
