@@ -11,10 +11,9 @@ import os
 import re
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 from keepgpt.process import UserError, import_package
 
@@ -60,8 +59,7 @@ PLAY_RULES = [(re.compile(pattern, re.MULTILINE), replacement) for pattern, repl
 ]]
 
 
-@dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """Describe the documents of one train and one val file."""
     read: Callable[[], Iterator[TextIO]]
     documents: int
@@ -80,23 +78,19 @@ def describe_files(paths: list[str], text_key: str) -> dict[str, Any]:
 def open_shards(source: dict[str, Any], val_fraction: float, data_dir: Path) -> list[Shard]:
     """Return the shards of a text of TEXTS or `describe_files`: each of several Parquet files is
     one, else all of it is. Raises UserError."""
-    def read(files: list[str]) -> Iterator[TextIO]:
-        yield from read_documents(files, source.get("text_key", "text"))
-        if "paths" in source and describe_files(source["paths"], source["text_key"]) != source:
-            raise UserError("the text changed while it was read. Try: the same command on files "
-                            "that no program writes to")
-
     if "text" in source:
         text = read_known(source["text"], data_dir / "tinyshakespeare" / "input.txt")
         return [Shard(lambda: iter([io.StringIO(text)]), 1, val_fraction)]
     if "hub" in source:
-        train, val = download_files(source)
+        train, val = download_files(source)  # `shares`: file -> its val_fraction
         shares = dict.fromkeys(train, val_fraction) | dict.fromkeys(val, 1.0)
     else:
         shares = dict.fromkeys(find_files(source["paths"]), val_fraction)
     parquet = all(path.lower().endswith(".parquet") for path in shares)
-    return [Shard(partial(read, files), sum(1 for _ in read(files)), shares[files[0]])
-            for files in ([[path] for path in shares] if parquet else [list(shares)])]
+    groups = [[path] for path in shares] if parquet else [list(shares)]
+    return [Shard(partial(read_documents, files, source),
+                  sum(1 for _ in read_documents(files, source)), shares[files[0]])
+            for files in groups]
 
 
 def download_files(source: dict[str, Any]) -> list[list[str]]:
@@ -184,15 +178,18 @@ def list_folder(path: str) -> list[str]:
     return files
 
 
-def read_documents(files: list[str], text_key: str) -> Iterator[TextIO]:
+def read_documents(files: list[str], source: dict[str, Any]) -> Iterator[TextIO]:
     """Yield the documents: a file, a line of a .jsonl, or a row of a .parquet is one. Line ends of
-    a file become \\n. Use up one before the next."""
+    a file become \\n. Use up one before the next. Raises UserError if the text has changed."""
     for path in files:
         if path.lower().endswith((".jsonl", ".parquet")):
-            yield from map(io.StringIO, read_rows(path, text_key))
+            yield from map(io.StringIO, read_rows(path, source.get("text_key", "text")))
         else:
             with open(path, encoding="utf-8-sig") as file:
                 yield file
+    if "paths" in source and describe_files(source["paths"], source["text_key"]) != source:
+        raise UserError("the text changed while it was read. Try: the same command on files that "
+                        "no program writes to")
 
 
 def read_block(document: TextIO, size: int) -> str:

@@ -23,11 +23,10 @@ from keepgpt.process import UserError, import_package, warn
 EOT = "<|endoftext|>"
 # of encoder.json: token -> id, in the order of the merges: the ids are the ranks as well
 GPT2_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
-# Matches a text up to the last place to cut it: the parts give the tokens of the whole. In every
-# pattern of tiktoken's, nothing looks behind, a match that has a space between two other characters
-# starts with it, and a line feed behind another character is in no match with a following letter
-# or digit. (Python's \S is a little stricter than tiktoken's.)
-CUT = re.compile(r"(.*\S((?= \S)|\n(?=\w)))?", re.DOTALL)
+# Matches a text up to the last place to cut it: the parts give the tokens of the whole. In the
+# patterns of tiktoken nothing looks behind, the first space after another character starts a match,
+# and no match goes on from a single line feed into a letter or digit. (Python's \S is stricter.)
+CUT = re.compile(r"(.*\S((?= )|\n(?=\w)))?", re.DOTALL)
 # GPT-2 spells a byte by its printable character, or else by the next one from U+0100 on
 HIDDEN = [b for b in range(256) if not chr(b).isprintable() or b == 32]
 BYTE_OF = {chr(256 + HIDDEN.index(b) if b in HIDDEN else b): b for b in range(256)}
@@ -98,9 +97,8 @@ class BPETokenizer(Tokenizer):
             self.ranks = {token: rank for rank, token in enumerate(tokens) if token}
             self.pattern = description["pattern"]
             self.special_tokens = description["special_tokens"]
-        self.encoding = tiktoken.Encoding(
-            description["kind"], pat_str=self.pattern, mergeable_ranks=self.ranks,
-            special_tokens=self.special_tokens)
+        self.encoding = tiktoken.Encoding("", pat_str=self.pattern, mergeable_ranks=self.ranks,
+                                          special_tokens=self.special_tokens)
         spelling = {byte: char for char, byte in BYTE_OF.items()}
         ids = {"".join(map(spelling.get, token)): i for token, i in self.ranks.items()}
         tokens = {i: token for token, i in self.ranks.items()}
