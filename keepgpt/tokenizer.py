@@ -134,15 +134,13 @@ class HFTokenizer(Tokenizer):
         return lambda i: stream.step(self.tokenizer, i) or ""
 
 
-TOKENIZERS = {"char": CharTokenizer, "gpt2": BPETokenizer, "bpe": BPETokenizer, "hf": HFTokenizer}
-
-
 def from_meta(meta: dict[str, Any]) -> Tokenizer:
     """Return the tokenizer that meta["tokenizer"] describes. Raises UserError."""
+    kinds = {"char": CharTokenizer, "gpt2": BPETokenizer, "bpe": BPETokenizer, "hf": HFTokenizer}
     kind = meta["tokenizer"]["kind"]
-    if kind not in TOKENIZERS:
-        raise UserError(f"tokenizer: expected {', '.join(TOKENIZERS)}, got {kind!r}")
-    return TOKENIZERS[kind](meta["tokenizer"])
+    if kind not in kinds:
+        raise UserError(f"tokenizer: expected {', '.join(kinds)}, got {kind!r}")
+    return kinds[kind](meta["tokenizer"])
 
 
 def read_gpt2_ranks() -> dict[bytes, int]:
