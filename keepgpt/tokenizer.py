@@ -25,7 +25,7 @@ EOT = "<|endoftext|>"
 GPT2_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 # Matches a text up to the last place to cut it: the parts give the tokens of the whole. In the
 # patterns of tiktoken nothing looks behind, the first space after another character starts a match,
-# and no match goes on from a single line feed into a letter or digit. (Python's \S is stricter.)
+# and no match has a letter or digit behind a single line feed. (Python's \S is stricter.)
 CUT = re.compile(r"(.*\S((?= )|\n(?=\w)))?", re.DOTALL)
 # GPT-2 spells a byte by its printable character, or else by the next one from U+0100 on
 HIDDEN = [b for b in range(256) if not chr(b).isprintable() or b == 32]

@@ -287,7 +287,7 @@ def write_jsonl(path: Path, texts: list[str]) -> None:
 
 
 def texts_of(shakespeare: str, count: int, size: int) -> list[str]:
-    """So many texts of `size` characters, and among them an empty one."""
+    """Return `count` texts of `size` characters, one of them empty."""
     return [shakespeare[i * size:(i + 1) * size] if i != 5 else "" for i in range(count)]
 
 
@@ -441,7 +441,7 @@ def test_share_of_a_hub_dataset_is_for_validation(hub, hub_folder, tmp_path):
 # --- what goes wrong -----------------------------------------------------------------------------
 
 def parquet_bytes() -> bytes:
-    """A file of numbers and texts, one of which is missing."""
+    """Return a file of numbers and texts; one text is missing."""
     file = pyarrow.BufferOutputStream()
     table = pyarrow.table({"id": [1, 2, 3], "body": ["text " * 99, None, "text " * 77]})
     pyarrow.parquet.write_table(table, file)
