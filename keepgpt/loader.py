@@ -8,6 +8,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,84 +61,76 @@ class Split:
     def __init__(self, folder: Path, split: str, meta: dict[str, Any], block_size: int, seed: int,
                  shift: bool) -> None:
         """Open the files of `split` that `meta` names. With `shift`, each epoch cuts at another
-        offset. Raises BadData if a file can't be read or has another number of tokens, or if all
-        of them hold no window of block_size tokens and their targets."""
-        self.paths, self.files, self.ends = [], [], []  # a file ends where the next one starts
-        self.dtype, self.block_size = np.dtype(meta["dtype"]), block_size
-        self.vocab_size = meta["vocab_size"]
-        tokens = 0
+        offset. Raises BadData for a missing or truncated file, and for too few tokens."""
+        self.dtype, self.vocab_size = np.dtype(meta["dtype"]), meta["vocab_size"]
+        self.block_size, self.key = block_size, np.uint64(seed_of(seed))
+        self.files, self.ends = [], [0]  # file i holds tokens ends[i] ... ends[i + 1] - 1
         for name, expected in split_files(meta, split).items():
             path = folder / name
             try:
-                self.files.append(os.open(path, os.O_RDONLY))
+                self.files.append(open(path, "rb", buffering=0))
             except OSError as e:
                 raise BadData(f"{path}: {e.strerror.lower()}. Try: prepare.py again") from None
-            found = os.fstat(self.files[-1]).st_size // self.dtype.itemsize
+            found = os.fstat(self.files[-1].fileno()).st_size // self.dtype.itemsize
             if found != expected:
                 raise BadData(f"{path}: expected {expected:,} tokens as in meta.json, got "
                               f"{found:,}. Try: prepare.py again")
-            tokens += found
-            self.paths.append(path)
-            self.ends.append(tokens)
+            self.ends.append(self.ends[-1] + found)
+        tokens = self.ends[-1]
         if tokens <= block_size:
             raise BadData(f"{folder}: expected at least {block_size + 1:,} {split} tokens for "
                           f"block_size={block_size}, got {tokens:,}. Try: a smaller --block_size, "
                           "or more text")
         self.windows = max(1, tokens // block_size - 1) if shift else (tokens - 1) // block_size
         self.offsets = tokens - self.windows * block_size if shift else 1
-        self.key = np.uint64(seed_of(seed))
-
-    def __del__(self) -> None:
-        for file in self.files:
-            os.close(file)
 
     def read(self, start: int, count: int) -> bytes:
-        """Return tokens start ... start + count - 1 of the sequence."""
+        """Return tokens start ... start + count - 1 of the sequence. Raises BadData for an id
+        outside the vocabulary."""
         size, parts = self.dtype.itemsize, []
-        file = bisect_right(self.ends, start)
+        i = bisect_right(self.ends, start) - 1
         while count:
-            first = self.ends[file - 1] if file else 0
-            n = min(count, self.ends[file] - start)
-            parts.append(os.pread(self.files[file], n * size, (start - first) * size))
-            start, count, file = start + n, count - n, file + 1
+            n, place = min(count, self.ends[i + 1] - start), start - self.ends[i]
+            part = os.pread(self.files[i].fileno(), n * size, place * size)
+            if (largest := np.frombuffer(part, self.dtype).max(initial=0)) >= self.vocab_size:
+                raise BadData(f"{self.files[i].name}: expected token ids below {self.vocab_size}, "
+                              f"got {largest}: the file is corrupt. Try: prepare.py again")
+            parts.append(part)
+            start, count, i = start + n, count - n, i + 1
         return b"".join(parts)
 
     def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Return windows first ... first + count - 1 of the endless sequence of epochs: inputs and
-        targets, (count, T) int64 each. Raises BadData for an id outside the vocabulary."""
+        targets, (count, T) int64 each."""
         epoch, index = np.divmod(np.arange(first, first + count, dtype=np.uint64),
                                  np.uint64(self.windows))
         key = mix(epoch ^ self.key)
         start = (permute(index, self.windows, key) * np.uint64(self.block_size)
                  + key % np.uint64(self.offsets))
-        rows = np.stack([np.frombuffer(self.read(int(s), self.block_size + 1), self.dtype)
-                         for s in start])
-        if rows.max() >= self.vocab_size:
-            row, column = np.argwhere(rows >= self.vocab_size)[0]
-            path = self.paths[bisect_right(self.ends, int(start[row]) + int(column))]
-            raise BadData(f"{path}: expected token ids below {self.vocab_size}, got "
-                           f"{rows[row, column]}: the file is corrupt. Try: prepare.py again")
-        window = torch.from_numpy(rows.astype(np.int64))  # (count, T + 1)
+        rows = b"".join(self.read(s, self.block_size + 1) for s in start.tolist())
+        window = torch.from_numpy(np.frombuffer(rows, self.dtype).astype(np.int64))
+        window = window.view(count, -1)  # (count, T + 1)
         return window[:, :-1], window[:, 1:]
 
 
+@dataclass
 class Loader:
-    """This rank's micro-batches of each step. A thread reads the next one during training."""
+    """This rank's micro-batches of each step: of `micro_batches` with `batch_size` windows, those
+    numbered in `mine`. A thread reads the next one during training."""
+    split: Split
+    batch_size: int
+    micro_batches: int
+    mine: range
+    device: torch.device
 
-    def __init__(self, split: Split, batch_size: int, micro_batches: int, mine: range,
-                 device: torch.device) -> None:
-        """Draw `micro_batches` of `batch_size` windows per step; those numbered in `mine` are this
-        rank's."""
-        self.split, self.batch_size, self.micro_batches, self.mine = (
-            split, batch_size, micro_batches, mine)
-        self.device, self.thread, self.prefetched = device, ThreadPoolExecutor(1), {}
+    def __post_init__(self) -> None:
+        self.thread, self.prefetched = ThreadPoolExecutor(1), {}
 
-    def read(self, step: int, m: int) -> tuple[Tensor, Tensor]:
+    def read(self, step: int, m: int) -> list[Tensor]:
         """Return micro-batch m of `step`, (B, T) each, for CUDA in pinned memory."""
-        x, y = self.split.rows((step * self.micro_batches + m) * self.batch_size, self.batch_size)
-        if self.device.type == "cuda":  # contiguous: otherwise the GPU would fetch a copy
-            x, y = x.contiguous().pin_memory(), y.contiguous().pin_memory()
-        return x, y
+        batch = self.split.rows((step * self.micro_batches + m) * self.batch_size, self.batch_size)
+        # contiguous: otherwise the GPU would fetch a copy
+        return [t.contiguous().pin_memory() if self.device.type == "cuda" else t for t in batch]
 
     def step(self, step: int) -> Iterator[tuple[int, Tensor, Tensor]]:
         """Yield (m, inputs, targets) for each of this rank's micro-batches of `step`."""

@@ -92,7 +92,7 @@ def test_seed_of_depends_on_all_numbers_and_their_order():
 
 def test_a_split_that_is_no_longer_used_closes_its_files(data):
     data(100)
-    file = split(8).files[0]
+    file = split(8).files[0].fileno()
     with pytest.raises(OSError):
         os.fstat(file)
 
