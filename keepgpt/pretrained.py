@@ -4,6 +4,8 @@ import json
 import pickle
 import re
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from keepgpt.config import ARCHITECTURE
-from keepgpt.process import UserError
+from keepgpt.process import UserError, import_package
 
 ARGS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout")  # nanoGPT's
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -37,48 +39,53 @@ def read_weights(source: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
     UserError."""
     path = Path(source)
     if source in NAMES:
-        path = download(f"openai-community/{source}")
-        return *read_hugging_face(path), {"tokenizer": {"kind": "gpt2"}}
-    if (path / "ckpt.pt").exists():
-        raise UserError(f"init_from={source}: expected a file, got a run's folder. "
-                        f"Try: --init_from={path / 'ckpt.pt'}")
+        return *read_hugging_face(download(f"openai-community/{source}")), {
+            "tokenizer": {"kind": "gpt2"}}
     if re.fullmatch(r"[\w-]+/[\w.-]+(?<!\.pt)", source) and not path.parent.exists():
         path = download(source)
-    if path.is_dir():
-        return *read_hugging_face(path), read_tokenizer(path)
     if not path.exists():
         raise UserError(f"init_from={source}: no such file, folder or model. "
                         f"Try: one of {', '.join(NAMES)}, or OWNER/NAME of a Qwen3")
-    saved = load_tensors(path)
-    try:
+    if path.is_dir():
+        return *read_hugging_face(path), read_tokenizer(path)
+    with name_in_errors(path):
+        saved = load_tensors(path)
         args = {key: saved["model_args"][key] for key in ARGS}
         args |= {key: value for key, value in saved["model_args"].items() if key in ARCHITECTURE}
-        tied = args.get("tie_embeddings", True)
-        redundant = (".attn.bias", "lm_head.weight") if tied else ()  # the mask, the twin of wte
+        state = {name.removeprefix("_orig_mod."): t for name, t in saved["model"].items()}
         data = saved.get("data") or {"dataset": saved.get("config", {}).get("dataset")}
-        state = {name.removeprefix("_orig_mod."): tensor for name, tensor in saved["model"].items()
-                 if not name.endswith(redundant)}
-    except (LookupError, TypeError, AttributeError) as e:
-        raise UserError(f"{source}: expected a checkpoint of keepGPT or nanoGPT: {e}") from None
-    return args, state, data
+        return args, drop_copies(args, state), data
+
+
+@contextmanager
+def name_in_errors(path: Path) -> Iterator[None]:
+    """Turn any error of reading a file, which may hold anything, into a UserError that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except pickle.UnpicklingError:  # its text would advise to load it unsafely
+        raise UserError(f"{path}: expected only plain values and tensors") from None
+    except Exception as e:
+        raise UserError(f"{path}: can't be read: {type(e).__name__}: "
+                        + str(e).partition("\n")[0]) from None
 
 
 def load_tensors(path: Path) -> Any:
     """Return the content of a .safetensors file or of one that torch.save wrote, after checking the
-    CRC32s that torch.load ignores. Raises UserError."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            return load_file(path)
-        if zipfile.is_zipfile(path) and (name := zipfile.ZipFile(path).testzip()):
-            raise UserError(f"{name} is corrupt")
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except ImportError:
-        raise UserError(f"{path}: needs one more package. Try: pip install safetensors") from None
-    except pickle.UnpicklingError:  # its text would advise to load it unsafely
-        raise UserError(f"{path}: expected only plain values and tensors") from None
-    except Exception as e:  # safetensors and torch.load raise many types
-        raise UserError(f"{path}: can't be read: {str(e).partition(chr(10))[0]}") from None
+    CRC32s that torch.load ignores."""
+    if path.suffix == ".safetensors":
+        return import_package("safetensors.torch").load_file(path)
+    if zipfile.is_zipfile(path) and (name := zipfile.ZipFile(path).testzip()):
+        raise ValueError(f"{name} is corrupt")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def drop_copies(args: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict without causal masks and without the twin of the token embedding."""
+    copies = (".attn.bias", ".attn.masked_bias")
+    copies += ("lm_head.weight",) if args.get("tie_embeddings", True) else ()
+    return {name: tensor for name, tensor in state.items() if not name.endswith(copies)}
 
 
 def read_hugging_face(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -88,94 +95,68 @@ def read_hugging_face(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     state, prefix = {}, "transformer." if args["architecture"] == "gpt2" else "model."
     # a sharded model's index is not needed: each file has the names of its tensors
     for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")):
-        tensors = load_tensors(file)
-        if not (isinstance(tensors, dict) and all(map(torch.is_tensor, tensors.values()))):
-            raise UserError(f"{file}: expected only tensors")
-        for name, tensor in tensors.items():
-            if name != "lm_head.weight":
-                name = prefix + name.removeprefix(prefix)
-            elif args.get("tie_embeddings", True):
-                continue  # the twin of the token embedding
-            if name.endswith((".attn.bias", ".attn.masked_bias")):
-                continue  # the causal mask
-            if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-                tensor = tensor.t()  # Conv1D has (in, out), Linear (out, in)
-            # a copy: the file may be replaced while it is mapped into memory
-            state[name] = tensor.to(torch.float32, copy=True,
-                                    memory_format=torch.contiguous_format)
+        with name_in_errors(file):
+            for name, tensor in load_tensors(file).items():
+                if name != "lm_head.weight":
+                    name = prefix + name.removeprefix(prefix)
+                if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+                    tensor = tensor.t()  # Conv1D has (in, out), Linear (out, in)
+                # a copy: the file may be replaced while it is mapped into memory
+                state[name] = tensor.to(torch.float32, copy=True,
+                                        memory_format=torch.contiguous_format)
     if not state:
         raise UserError(f"{folder}: expected *.safetensors or pytorch_model*.bin")
-    return args, state
+    return args, drop_copies(args, state)
 
 
 def read_args(folder: Path) -> dict[str, Any]:
     """Return the ModelArgs, as a dict, of a folder's config.json. Raises UserError for an
     architecture that they can't represent."""
-    config = read_json(folder / "config.json")
-    try:
+    path = folder / "config.json"
+    with name_in_errors(path):
+        config = json.loads(path.read_bytes())
         kind = config["model_type"]
-        names, supported = {"gpt2": (GPT2_ARGS, GPT2_SUPPORTED),
-                            "qwen3": (QWEN3_ARGS, QWEN3_SUPPORTED)}[kind]
-        args = {"architecture": kind, "bias": kind == "gpt2"}
-        args |= {ours: config[theirs] for ours, theirs in names.items()}
-        if kind == "gpt2":
-            args["dropout"] = config.get("resid_pdrop", 0.0)
-            if config.get("n_inner") is not None:
-                supported = supported | {"n_inner": 4 * args["n_embd"]}
-        else:
+        if kind not in ("gpt2", "qwen3"):
+            raise UserError(f"{path}: model_type is {kind!r}; only 'gpt2' and 'qwen3' can be loaded")
+        names, supported = ((GPT2_ARGS, GPT2_SUPPORTED) if kind == "gpt2"
+                            else (QWEN3_ARGS, QWEN3_SUPPORTED))
+        args = {ours: config[theirs] for ours, theirs in names.items()}
+        args |= {"architecture": kind, "bias": kind == "gpt2", "dropout": 0.0}
+        if kind == "qwen3":
             rope = config.get("rope_parameters") or {}
-            config = config | {"rope_parameters": rope.get("rope_type", "default")}
-            args |= {"dropout": config.get("attention_dropout", 0.0),
-                     "norm_eps": config.get("rms_norm_eps", 1e-6),
+            config["rope_parameters"] = rope.get("rope_type", "default")
+            args |= {"norm_eps": config.get("rms_norm_eps", 1e-6),
                      "tie_embeddings": config.get("tie_word_embeddings", False),
                      "rope_theta": rope.get("rope_theta") or config.get("rope_theta", 10000.0)}
-    except (LookupError, TypeError, AttributeError):
-        model_type = config.get("model_type") if isinstance(config, dict) else None
-        raise UserError(f"{folder}/config.json: expected a GPT-2 or Qwen3, with its sizes; "
-                        f"model_type is {model_type!r}") from None
-    for key, value in supported.items():
-        if config.get(key, value) != value:
-            raise UserError(f"{folder}/config.json: {key} is {config[key]!r}; "
-                            f"only {value!r} can be loaded")
+        for key, value in supported.items():
+            if config.get(key, value) != value:
+                raise UserError(f"{path}: {key} is {config[key]!r}; only {value!r} can be loaded")
     return args
 
 
 def read_tokenizer(folder: Path) -> dict[str, Any]:
     """Return the "tokenizer" that tools.export wrote into a folder, else the "token_of_id" of its
     tokenizer's file and, of a tokenizer.json, the "folder". Raises UserError."""
-    path = next((path for name in ("keepgpt.json", "tokenizer.json", "vocab.json")
-                 if (path := folder / name).exists()), None)
-    if not path:
-        return {}
-    content = read_json(path)
-    try:
-        if path.name == "keepgpt.json":
-            return {"tokenizer": content["tokenizer"]}
-        if path.name == "vocab.json":
-            return {"token_of_id": {i: token for token, i in content.items()}}
-        token_of_id = {i: token for token, i in content["model"]["vocab"].items()}
-        token_of_id |= {token["id"]: token["content"] for token in content.get("added_tokens", [])}
-        return {"token_of_id": token_of_id, "folder": folder}
-    except (LookupError, TypeError, AttributeError) as e:
-        raise UserError(f"{path}: can't be read: {type(e).__name__}: {e}") from None
-
-
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file. Raises UserError."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path}: can't be read: {e}") from None
+    for name in ("keepgpt.json", "tokenizer.json", "vocab.json"):
+        if (folder / name).exists():
+            with name_in_errors(folder / name):
+                content = json.loads((folder / name).read_bytes())
+                if name == "keepgpt.json":
+                    return {"tokenizer": content["tokenizer"]}
+                if name == "vocab.json":
+                    return {"token_of_id": {i: token for token, i in content.items()}}
+                token_of_id = {i: token for token, i in content["model"]["vocab"].items()}
+                token_of_id |= {token["id"]: token["content"]
+                                for token in content.get("added_tokens", [])}
+                return {"token_of_id": token_of_id, "folder": folder}
+    return {}
 
 
 def download(name: str) -> Path:
     """Return the folder of a model on the Hugging Face hub, from the local cache if possible."""
+    snapshot_download = import_package("huggingface_hub").snapshot_download
     try:
-        from huggingface_hub import snapshot_download
         return Path(snapshot_download(name, allow_patterns=PATTERNS))
-    except ImportError:
-        raise UserError(f"{name}: needs two more packages. "
-                        "Try: pip install huggingface_hub safetensors") from None
     except Exception as e:
         raise UserError(f"{name}: can't be downloaded ({type(e).__name__}). Try: --init_from="
                         "FOLDER, one with its config.json and model.safetensors") from None
