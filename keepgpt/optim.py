@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from keepgpt.config import TrainConfig
 from keepgpt.process import UserError
 
-# the weights of q, k and v in one parameter: three matrices to Muon
-FUSED_QKV = "c_attn.weight"
 # Newton-Schulz's polynomial a x + b x^3 + c x^5, and how often to apply it (Jordan et al. 2024)
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
 # Muon's momentum rises from the first number to config.muon_momentum in 300 steps: in
@@ -62,17 +60,14 @@ class Muon(AdamW):
     def update_matrices(self, group: dict, skip: Tensor | None = None) -> None:
         """Update the parameters of a Muon group, all matrices of one shape at a time, unless the
         tensor `skip` is True."""
-        lr, momentum = group["lr"], group["momentum"]
-        shapes = defaultdict(list)
+        lr, momentum, shapes = group["lr"], group["momentum"], defaultdict(list)
         for p in group["params"]:
-            if p.grad is None:
-                continue
-            if not self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            matrices = [t.chunk(group["parts"])
-                        for t in (p, p.grad, self.state[p]["momentum_buffer"])]
-            for matrix, grad, mean in zip(*matrices):
-                shapes[matrix.shape].append((matrix, grad, mean))
+            state = self.state[p]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            matrices = (t.chunk(group["parts"]) for t in (p, p.grad, state["momentum_buffer"]))
+            for triple in zip(*matrices):
+                shapes[triple[0].shape].append(triple)
         for (R, C), triples in shapes.items():
             matrices, grads, means = zip(*triples)
             grad, old_mean = torch.stack(grads), torch.stack(means)  # (N, R, C)
@@ -114,20 +109,16 @@ def make_optimizer(model: nn.Module, config: TrainConfig,
     matrices = {name: p for name, p in named.items() if config.optimizer == "muon"
                 and p.dim() == 2 and any(part.isdecimal() for part in name.split("."))}
     rest = [p for name, p in named.items() if name not in matrices]
-    decayed = [p for p in rest if p.dim() >= 2]
-    not_decayed = [p for p in rest if p.dim() < 2]
-    assert len(matrices) + len(decayed) + len(not_decayed) == len(named), \
-        "the groups must cover the model"
-    groups = [{"params": decayed, "weight_decay": config.weight_decay},
-              {"params": not_decayed, "weight_decay": 0.0}]
+    groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
+              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
     settings = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "fused": True}
     if config.optimizer == "adamw":
         return AdamW(groups, **settings)
     if not config.learning_rate:
         raise UserError("optimizer=muon: expected learning_rate above 0, got 0: min_lr / "
                         "learning_rate is where both rates end. Try: --learning_rate=1e-3")
-    for parts in (3, 1):
-        group = [p for name, p in matrices.items() if name.endswith(FUSED_QKV) == (parts == 3)]
+    for parts in (3, 1):  # q, k and v are three matrices in one parameter
+        group = [p for name, p in matrices.items() if ("c_attn" in name) == (parts == 3)]
         if group:
             groups.append({"params": group, "parts": parts, "lr": config.muon_lr,
                            "momentum": config.muon_momentum, "weight_decay": config.weight_decay})
@@ -141,31 +132,25 @@ def set_rates(optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) 
         group["lr"] = get_lr(step, config)
         if "momentum" in group:
             group["lr"] *= config.muon_lr / config.learning_rate
-            group["momentum"] = get_momentum(step, config)
-
-
-def get_momentum(step: int, config: TrainConfig) -> float:
-    """Return Muon's momentum in the update that follows `step`: a linear rise to muon_momentum."""
-    first = min(FIRST_MOMENTUM, config.muon_momentum)
-    return first + (config.muon_momentum - first) * min(1.0, step / MOMENTUM_WARMUP)
+            first = min(FIRST_MOMENTUM, config.muon_momentum)
+            rise = min(1.0, step / MOMENTUM_WARMUP)
+            group["momentum"] = first + (config.muon_momentum - first) * rise
 
 
 def get_lr(step: int, config: TrainConfig) -> float:
     """Return the learning rate of the update that follows `step`: linear warm-up, then a cosine
     (Loshchilov and Hutter 2017), or constant and linear over the last decay_fraction of
     lr_decay_iters, both down to min_lr, or constant."""
+    highest, lowest, start = config.learning_rate, config.min_lr, config.warmup_iters
     if not config.decay_lr:
-        return config.learning_rate
-    if step < config.warmup_iters:
-        return config.learning_rate * (step + 1) / (config.warmup_iters + 1)
-    start = config.warmup_iters
+        return highest
+    if step < start:
+        return highest * (step + 1) / (start + 1)
     if config.lr_schedule == "constant":
-        return config.learning_rate
+        return highest
     if config.lr_schedule == "linear":
         start = max(start, round(config.lr_decay_iters * (1 - config.decay_fraction)))
-    span = max(1, config.lr_decay_iters - start)
-    progress = min(1.0, max(0.0, (step - start) / span))
+    progress = min(1.0, max(0.0, (step - start) / max(1, config.lr_decay_iters - start)))
     if config.lr_schedule == "linear":
-        return config.learning_rate + (config.min_lr - config.learning_rate) * progress
-    return (config.min_lr
-            + (config.learning_rate - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2)
+        return highest + (lowest - highest) * progress
+    return lowest + (highest - lowest) * (1 + math.cos(math.pi * progress)) / 2
