@@ -1,6 +1,7 @@
 """The chunked loss and the CPU kernels of attention, dropout, RMSNorm, RoPE and linear layers, each
 with the plain PyTorch form that it equals. Letters for shapes are those of model.py."""
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
-    """Return causal attention, (B, H, T, D), of the last T positions over all S positions of k and
-    v, (B, K, S, D); T is S or 1. Attention weights are dropped with probability `p`."""
+    """Return causal attention, (B, H, T, D), of q to the S positions of k and v, (B, K, S, D); T is
+    S or 1. Attention weights are dropped with probability `p`."""
     H, T, D = q.shape[1:]
     if k.size(1) < H:  # some kernels want as many heads
         k, v = (t.repeat_interleave(H // k.size(1), 1) for t in (k, v))  # (B, H, S, D)
@@ -29,13 +30,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
     # and skip the columns after a block's last row.
     blocks, q = [], q * D ** -0.5
     for start in range(0, T, 256):
-        rows = q[:, :, start:start + 256]  # (B, H, R, D)
-        end = k.size(2) - T + start + rows.size(2)
-        weights = rows @ k[:, :, :end].transpose(2, 3)  # (B, H, R, end)
+        end = min(start + 256, T)
+        weights = q[:, :, start:end] @ k[:, :, :end].mT  # (B, H, end - start, end)
         weights += torch.full(weights.shape[2:], -math.inf, dtype=q.dtype).triu(start + 1)
         weights = weights.softmax(-1)
         blocks.append((weights * dropout_mask(weights, p) if p else weights) @ v[:, :, :end])
-    y = torch.cat(blocks, 2) if len(blocks) > 1 else blocks[0]  # (B, H, T, D)
+    y = torch.cat(blocks, 2)  # (B, H, T, D)
     return y * (1 / (1 - p)) if p else y
 
 
@@ -67,10 +67,9 @@ def has_own_backward(x: Tensor) -> bool:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019),
-    computed in float32 or wider, in the dtype of `weight`."""
-    wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
+    in the dtype of `weight`."""
     norm = RMSNormFunction.apply if has_own_backward(x) else F.rms_norm
-    return norm(x.to(wide), weight.shape, weight.to(wide), eps).to(weight.dtype)
+    return norm(x.to(weight.dtype), weight.shape, weight, eps)
 
 
 class RMSNormFunction(torch.autograd.Function):
@@ -102,7 +101,6 @@ def norm_and_rotate(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Ten
     if has_own_backward(x):
         return NormAndRotate.apply(x, weight, eps, cos, sin)
     a, b = rms_norm(x, weight, eps).transpose(1, 2).chunk(2, -1)
-    cos, sin = cos.to(a.dtype), sin.to(a.dtype)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
 
 
@@ -114,9 +112,8 @@ class NormAndRotate(torch.autograd.Function):
                 ) -> Tensor:
         """Return the rotated norm of x."""
         B, T, H, D = x.shape
-        wide = torch.promote_types(torch.promote_types(x.dtype, weight.dtype), torch.float32)
-        weight, cos, sin = (t.to(wide) for t in (weight, cos, sin))
-        unit = torch.empty(B, H, T, D, dtype=wide).copy_(x.transpose(1, 2))
+        cos, sin = cos.to(weight.dtype), sin.to(weight.dtype)
+        unit = torch.empty(B, H, T, D, dtype=weight.dtype).copy_(x.transpose(1, 2))
         norm = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)  # (B, H, T, 1)
         scale = norm.square_().div_(D).add_(eps).rsqrt_()
         (a, b), (u, v) = unit.mul_(scale).chunk(2, -1), weight.chunk(2)
@@ -187,24 +184,16 @@ class LinearCrossEntropy(torch.autograd.Function):
         return dx * scale, dweight * scale, None, None
 
 
-class PackedLinear(nn.Module):
-    """F.linear(x, weight, bias) in bfloat16 on a CPU, with the weight in oneDNN's own layout."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
-        self.bias = bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
-
-
 def pack_linear_layers(model: nn.Module) -> None:
-    """Replace the linear layers of a bfloat16 GPT on a CPU by packed ones: sampling gets 1.5x
-    faster, and it can't be trained any more."""
-    for parent in list(model.modules()):
-        for name, layer in parent.named_children():
-            if isinstance(layer, nn.Linear):
-                setattr(parent, name, PackedLinear(layer.weight, layer.bias))
+    """Keep the weights of a bfloat16 GPT's linear layers in oneDNN's own layout, on a CPU: sampling
+    gets 1.5x faster, and it can't be trained any more."""
+    def pack(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            layer.forward = pack(layer.weight, layer.bias)
+            layer.weight = None
     if model.lm_head is None:
-        model.lm_head = PackedLinear(model.embedding.weight, None)
+        model.lm_head = pack(model.embedding.weight, None)
