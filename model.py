@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from keepgpt.kernels import (
     LinearCrossEntropy,
@@ -48,23 +49,21 @@ class ModelArgs:
         """Raise UserError for impossible sizes, and for settings that the architecture lacks."""
         if self.architecture not in ("gpt2", "qwen3"):
             raise UserError(f"architecture: expected gpt2 or qwen3, got {self.architecture!r}")
-        lacks = {"bias": False}
-        if self.architecture == "gpt2":
-            lacks = {f.name: f.default for f in fields(self)[8:]}
-        for key, default in lacks.items():
-            if getattr(self, key) != default:
-                raise UserError(f"{key}={getattr(self, key)}: {self.architecture} has no such "
-                                f"setting. Try: leave --{key} out")
+        gpt2 = self.architecture == "gpt2"
+        lacks = {f.name: f.default for f in fields(self)[8:]} if gpt2 else {"bias": False}
         for f in fields(self):
-            size, least = getattr(self, f.name), int(f.default != 0)
-            if f.type is int and (type(size) is not int or size < least):
+            value, least = getattr(self, f.name), int(f.default != 0)
+            if f.type is int and (type(value) is not int or value < least):
                 raise UserError(f"{f.name}: expected a whole number of at least {least}, "
-                                f"got {size!r}")
+                                f"got {value!r}")
+            if lacks.get(f.name, value) != value:
+                raise UserError(f"{f.name}={value}: {self.architecture} has no such setting. "
+                                f"Try: leave --{f.name} out")
         if not self.head_dim and self.n_embd % self.n_head:
             raise UserError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
         if self.n_head % self.K:
             raise UserError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.K}")
-        if self.architecture == "qwen3" and self.D % 2:
+        if not gpt2 and self.D % 2:
             raise UserError(f"head_dim={self.D}: expected an even number")
 
     @property
@@ -102,17 +101,15 @@ def attend_cached(q: Tensor, k: Tensor, v: Tensor, kv: Tensor | None, past: int 
     if torch.is_tensor(past):  # no shape may depend on its value
         kv.index_copy_(3, past, torch.stack((k, v)).to(kv.dtype))
         mask = torch.arange(kv.size(3), device=q.device) <= past.unsqueeze(1)  # (1, size)
-        k, v = kv
     elif kv is not None:
-        kv[0, :, :, past:past + T], kv[1, :, :, past:past + T] = k, v
-        if T == 1:
-            k, v = kv[:, :, :, :past + 1]  # (B, K, past + 1, D)
-    if kv is not None and T == 1:
-        q = q.to(kv.dtype).reshape(B, K, H // K, D)  # the queries that share a key are its rows
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H, 1, D)
-    else:
+        kv = kv[:, :, :, :past + T]  # (2, B, K, past + T, D)
+        kv[0, :, :, past:], kv[1, :, :, past:] = k, v
+    if kv is None or T > 1:
         y = attend(q, k, v, p)  # (B, H, T, D)
-    return y.transpose(1, 2).reshape(B, T, H * D)
+    else:
+        q = q.to(kv.dtype).reshape(B, K, H // K, D)  # the queries that share a key are its rows
+        y = F.scaled_dot_product_attention(q, *kv, attn_mask=mask).to(v.dtype).view(B, H, 1, D)
+    return y.transpose(1, 2).flatten(2)
 
 
 class GPT2Attention(nn.Module):
@@ -126,11 +123,10 @@ class GPT2Attention(nn.Module):
         self.n_head, self.dropout = args.n_head, args.dropout
 
     def forward(self, x: Tensor, kv: Tensor | None, past: int | Tensor) -> Tensor:
-        B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)  # (B, T, 3, H, D)
+        qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         y = attend_cached(q, k, v, kv, past, self.dropout if self.training else 0.0)  # (B, T, C)
-        return dropout(self.c_proj(y.to(x.dtype)), self.dropout, self.training)
+        return dropout(self.c_proj(y), self.dropout, self.training)
 
 
 class GPT2MLP(nn.Module):
@@ -183,16 +179,14 @@ class Qwen3Attention(nn.Module):
         self.q_norm, self.k_norm = RMSNorm(D, args.norm_eps), RMSNorm(D, args.norm_eps)
         self.D, self.dropout = D, args.dropout
 
-    def forward(self, x: Tensor, kv: Tensor | None, past: int | Tensor, cos: Tensor, sin: Tensor
-                ) -> Tensor:
+    def forward(self, x: Tensor, kv: Tensor | None, past: int | Tensor, *rope: Tensor) -> Tensor:
         x = x.to(compute_dtype(x))  # once, not in each linear layer
         q, k, v = (linear(x).unflatten(-1, (-1, self.D))  # (B, T, H or K, D)
                    for linear in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = (norm_and_rotate(t, norm.weight, norm.eps, cos, sin)  # (B, H or K, T, D)
+        q, k = (norm_and_rotate(t, norm.weight, norm.eps, *rope)  # (B, H or K, T, D)
                 for t, norm in ((q, self.q_norm), (k, self.k_norm)))
-        v = v.transpose(1, 2)  # (B, K, T, D)
-        y = attend_cached(q, k, v, kv, past, self.dropout if self.training else 0.0)
-        return dropout(self.o_proj(y.to(x.dtype)), self.dropout, self.training)  # (B, T, C)
+        y = attend_cached(q, k, v.transpose(1, 2), kv, past, self.dropout if self.training else 0.0)
+        return dropout(self.o_proj(y), self.dropout, self.training)  # (B, T, C)
 
 
 class Qwen3MLP(nn.Module):
@@ -221,9 +215,8 @@ class Qwen3Block(nn.Module):
         self.input_layernorm = RMSNorm(args.n_embd, args.norm_eps)
         self.post_attention_layernorm = RMSNorm(args.n_embd, args.norm_eps)
 
-    def forward(self, x: Tensor, kv: Tensor | None, past: int | Tensor, cos: Tensor, sin: Tensor
-                ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), kv, past, cos, sin)
+    def forward(self, x: Tensor, kv: Tensor | None, past: int | Tensor, *rope: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), kv, past, *rope)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -297,11 +290,8 @@ class GPT(nn.Module):
         x = norm(x)
         if targets is None:
             return self.lm_head(x) if self.lm_head else F.linear(x, self.embedding.weight)
-        weight = self.output_weight()
-        if not torch.is_grad_enabled():
-            weight = weight.detach()  # otherwise the loss computes gradients as well
-        return LinearCrossEntropy.apply(x.flatten(0, 1), weight, targets.reshape(-1),
-                                        args.vocab_size)
+        return LinearCrossEntropy.apply(x.flatten(0, 1), self.output_weight(),
+                                        targets.flatten(), args.vocab_size)
 
     def output_weight(self) -> Tensor:
         """Return the output layer, (V, C); on CUDA padded with zero rows to a multiple of 64, for
@@ -325,7 +315,7 @@ class GPT(nn.Module):
         args, weight = self.args, self.embedding.weight
         dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
         shape = (2, batch_size, args.K, size or args.block_size, args.D)
-        return KVCache([weight.new_empty(shape, dtype=dtype) for _ in range(args.n_layer)])
+        return KVCache([weight.new_zeros(shape, dtype=dtype) for _ in range(args.n_layer)])
 
 
 def load_model(args: dict[str, Any], state: dict[str, Tensor]) -> GPT:
@@ -346,7 +336,6 @@ def compile_decode(model: GPT, cache: KVCache) -> Callable[[Tensor], Tensor]:
     launches of a small model's kernels take longer than the kernels."""
     compiled = torch.compile(model, mode="reduce-overhead", dynamic=False)
     for kv in cache.layers:
-        kv[:, :, :, cache.length:] = 0  # the mask would let NaN pass
         torch._dynamo.mark_static_address(kv)  # otherwise a graph may not write to it
 
     def decode(tokens: Tensor) -> Tensor:
@@ -376,20 +365,16 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, temperat
         row[:len(prompt)] = torch.tensor(prompt, device=device)
     finished = torch.zeros_like(lengths, dtype=torch.bool)
     end = int(lengths.min())  # the position of the next token; longer prompts are in `tokens`
-    cache, decode = model.make_cache(len(prompts), min(block_size, tokens.size(1))), None
+    cache = model.make_cache(len(prompts), min(block_size, tokens.size(1)))
+    decode = compile_decode(model, cache) if compile else None
     new = tokens[:, max(0, end - block_size):end]
     while end < tokens.size(1) and not finished.all():
         if cache.length + new.size(1) > block_size:
             cache.length, new = 0, tokens[:, end - (block_size - block_size // 4):end]
         # cuDNN's attention builds a plan for each key length, which takes tens of milliseconds
-        cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-        torch.backends.cuda.enable_cudnn_sdp(False)
-        if compile and cache.length > 0:
-            decode = decode or compile_decode(model, cache)
-            logits = decode(new)  # (B, 1, V)
-        else:
-            logits = model(new, cache=cache)  # (B, 1, V)
-        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
+                          SDPBackend.MATH]):
+            logits = decode(new) if decode and cache.length else model(new, cache=cache)
         sampled = sample_token(logits[:, -1], temperature, top_k, top_p, rng)  # (B,)
         in_prompt = end < lengths
         tokens[:, end] = torch.where(in_prompt, tokens[:, end], sampled)

@@ -19,13 +19,13 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
-    """Return causal attention, (B, H, T, D), of q to the S positions of k and v, (B, K, S, D); T is
-    S or 1. Attention weights are dropped with probability `p`."""
+    """Return causal attention, (B, H, T, D), of q (B, H, T, D) to k and v (B, K, T, D). Attention
+    weights are dropped with probability `p`."""
     H, T, D = q.shape[1:]
     if k.size(1) < H:  # some kernels want as many heads
-        k, v = (t.repeat_interleave(H // k.size(1), 1) for t in (k, v))  # (B, H, S, D)
-    if T == 1 or q.device.type != "cpu" or not p and q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=T > 1)
+        k, v = (t.repeat_interleave(H // k.size(1), 1) for t in (k, v))  # (B, H, T, D)
+    if q.device.type != "cpu" or not p and q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
     # On a CPU that function is slow in bfloat16, and slower with dropout. Take 256 rows at a time,
     # and skip the columns after a block's last row.
     blocks, q = [], q * D ** -0.5
@@ -152,11 +152,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         rows = max(1, MAX_LOGITS * (1 if device == "cpu" else 8) // weight.size(0))
         if dtype == torch.float16:
             rows = min(rows, 2048)  # more rows could overflow the gradient of a frequent token
-        needs_grad = any(ctx.needs_input_grad)
+        needs_grad = ctx.needs_input_grad[0]  # that of a parameter is True also without gradients
         with torch.autocast(device, enabled=False):
             x_cast, weight_cast = x.to(dtype), weight.to(dtype)
-            loss, dx = torch.zeros((), dtype=wide, device=x.device), []
-            dweight = torch.zeros_like(weight) if needs_grad else None
+            loss = torch.zeros((), dtype=wide, device=x.device)
+            dx, dweight = [], torch.zeros_like(weight)
             for chunk, target in zip(x_cast.split(rows), targets.split(rows)):
                 logits = (chunk @ weight_cast.T).to(wide)  # (R, V or more)
                 logits[:, V:] = -math.inf  # ignore the padding of the vocabulary

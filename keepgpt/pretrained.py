@@ -37,17 +37,15 @@ def read_weights(source: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
     folder in Hugging Face's format, or a checkpoint file of keepGPT or nanoGPT. `data` has the
     source's "tokenizer", its "token_of_id", the name of its "dataset" (nanoGPT), or nothing. Raises
     UserError."""
-    path = Path(source)
-    if source in NAMES:
-        return *read_hugging_face(download(f"openai-community/{source}")), {
-            "tokenizer": {"kind": "gpt2"}}
-    if re.fullmatch(r"[\w-]+/[\w.-]+(?<!\.pt)", source) and not path.parent.exists():
-        path = download(source)
+    path, gpt2 = Path(source), source in NAMES
+    if gpt2 or re.fullmatch(r"[\w-]+/[\w.-]+(?<!\.pt)", source) and not path.parent.exists():
+        path = download(f"openai-community/{source}" if gpt2 else source)
     if not path.exists():
         raise UserError(f"init_from={source}: no such file, folder or model. "
                         f"Try: one of {', '.join(NAMES)}, or OWNER/NAME of a Qwen3")
     if path.is_dir():
-        return *read_hugging_face(path), read_tokenizer(path)
+        data = {"tokenizer": {"kind": "gpt2"}} if gpt2 else read_tokenizer(path)
+        return *read_hugging_face(path), data
     with name_in_errors(path):
         saved = load_tensors(path)
         args = {key: saved["model_args"][key] for key in ARGS}
@@ -115,14 +113,13 @@ def read_args(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     with name_in_errors(path):
         config = json.loads(path.read_bytes())
-        kind = config["model_type"]
-        if kind not in ("gpt2", "qwen3"):
-            raise UserError(f"{path}: model_type is {kind!r}; only 'gpt2' and 'qwen3' can be loaded")
-        names, supported = ((GPT2_ARGS, GPT2_SUPPORTED) if kind == "gpt2"
-                            else (QWEN3_ARGS, QWEN3_SUPPORTED))
+        if (kind := config["model_type"]) not in ("gpt2", "qwen3"):
+            raise UserError(f"{path}: model_type is {kind!r}; expected 'gpt2' or 'qwen3'")
+        gpt2 = kind == "gpt2"
+        names, supported = (GPT2_ARGS, GPT2_SUPPORTED) if gpt2 else (QWEN3_ARGS, QWEN3_SUPPORTED)
         args = {ours: config[theirs] for ours, theirs in names.items()}
-        args |= {"architecture": kind, "bias": kind == "gpt2", "dropout": 0.0}
-        if kind == "qwen3":
+        args |= {"architecture": kind, "bias": gpt2, "dropout": 0.0}
+        if not gpt2:
             rope = config.get("rope_parameters") or {}
             config["rope_parameters"] = rope.get("rope_type", "default")
             args |= {"norm_eps": config.get("rms_norm_eps", 1e-6),

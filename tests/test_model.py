@@ -818,14 +818,14 @@ def test_heads_that_share_keys_attend_as_with_copies_of_them(p, dtype):
     assert torch.equal(y, attend(q, *copies, p))
 
 
-@pytest.mark.parametrize("T, S", [(300, 300), (256, 256), (7, 7), (1, 300)])
-def test_attention_in_bfloat16_agrees_with_float64(T, S):
+@pytest.mark.parametrize("T", [300, 256, 7])
+def test_attention_in_bfloat16_agrees_with_float64(T):
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, n, 16).bfloat16().requires_grad_() for n in (T, S, S))
+    q, k, v = (torch.randn(2, 3, T, 16).bfloat16().requires_grad_() for _ in range(3))
     exact = [t.detach().double().requires_grad_() for t in (q, k, v)]
     dy = torch.randn(2, 3, T, 16).bfloat16()
     attend(q, k, v, 0.0).backward(dy)
-    right = F.scaled_dot_product_attention(*exact, is_causal=T > 1)
+    right = F.scaled_dot_product_attention(*exact, is_causal=True)
     right.backward(dy.double())
     assert (attend(q, k, v, 0.0) - right).abs().max() < 0.03
     for ours, exactly in zip((q, k, v), exact):
@@ -929,7 +929,7 @@ def test_an_evaluation_makes_no_gradients(monkeypatch):
     asked = []
 
     def loss_of(ctx, x, weight, targets, V):
-        asked.append(any(ctx.needs_input_grad))
+        asked.append(ctx.needs_input_grad[0])
         return x.sum()
 
     monkeypatch.setattr(LinearCrossEntropy, "forward", staticmethod(loss_of))
