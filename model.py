@@ -112,50 +112,29 @@ def attend_cached(q: Tensor, k: Tensor, v: Tensor, kv: Tensor | None, past: int 
     return y.transpose(1, 2).flatten(2)
 
 
-class GPT2Attention(nn.Module):
-    """Causal multi-head self-attention."""
-
-    def __init__(self, args: ModelArgs) -> None:
-        super().__init__()
-        # queries, keys and values in one matrix product
-        self.c_attn = nn.Linear(args.n_embd, 3 * args.n_embd, bias=args.bias)
-        self.c_proj = nn.Linear(args.n_embd, args.n_embd, bias=args.bias)
-        self.n_head, self.dropout = args.n_head, args.dropout
-
-    def forward(self, x: Tensor, kv: Tensor | None, past: int | Tensor) -> Tensor:
-        qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, H, D)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        y = attend_cached(q, k, v, kv, past, self.dropout if self.training else 0.0)  # (B, T, C)
-        return dropout(self.c_proj(y), self.dropout, self.training)
-
-
-class GPT2MLP(nn.Module):
-    """Two linear layers with a GELU between them, 4C wide inside."""
-
-    def __init__(self, args: ModelArgs) -> None:
-        super().__init__()
-        self.c_fc = nn.Linear(args.n_embd, 4 * args.n_embd, bias=args.bias)
-        self.c_proj = nn.Linear(4 * args.n_embd, args.n_embd, bias=args.bias)
-        self.dropout = args.dropout
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.c_fc(x), approximate="tanh")  # (B, T, 4C)
-        return dropout(self.c_proj(x), self.dropout, self.training)
-
-
 class GPT2Block(nn.Module):
-    """A pre-norm transformer block: attention and MLP both add to the residual stream."""
+    """Causal multi-head self-attention, then an MLP with a GELU. Each has a norm before it, and
+    adds to the residual stream x."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(args.n_embd, bias=args.bias)
-        self.attn = GPT2Attention(args)
-        self.ln_2 = nn.LayerNorm(args.n_embd, bias=args.bias)
-        self.mlp = GPT2MLP(args)
+        C, self.n_head = args.n_embd, args.n_head
+        self.ln_1 = nn.LayerNorm(C, bias=args.bias)
+        self.attn = nn.ModuleDict({
+            "c_attn": nn.Linear(C, 3 * C, args.bias),  # queries, keys and values in one product
+            "c_proj": nn.Linear(C, C, args.bias)})
+        self.ln_2 = nn.LayerNorm(C, bias=args.bias)
+        self.mlp = nn.ModuleDict({
+            "c_fc": nn.Linear(C, 4 * C, args.bias),
+            "c_proj": nn.Linear(4 * C, C, args.bias)})
 
-    def forward(self, x: Tensor, kv: Tensor | None, past: int | Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x), kv, past)
-        return x + self.mlp(self.ln_2(x))
+    def forward(self, x: Tensor, p: float, kv: Tensor | None, past: int | Tensor) -> Tensor:
+        qkv = self.attn.c_attn(self.ln_1(x)).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, H, D)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        y = attend_cached(q, k, v, kv, past, p)  # (B, T, C)
+        x = x + dropout(self.attn.c_proj(y), p)
+        y = F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh")  # (B, T, 4C)
+        return x + dropout(self.mlp.c_proj(y), p)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -165,59 +144,40 @@ class RMSNorm(nn.RMSNorm):
         return rms_norm(x, self.weight, self.eps)
 
 
-class Qwen3Attention(nn.Module):
-    """Causal self-attention in which H / K heads of queries share a head of keys and values
-    (Ainslie et al. 2023). Queries and keys are normalized, then rotated by their position."""
-
-    def __init__(self, args: ModelArgs) -> None:
-        super().__init__()
-        C, H, K, D = args.n_embd, args.n_head, args.K, args.D
-        self.q_proj = nn.Linear(C, H * D, bias=False)
-        self.k_proj = nn.Linear(C, K * D, bias=False)
-        self.v_proj = nn.Linear(C, K * D, bias=False)
-        self.o_proj = nn.Linear(H * D, C, bias=False)
-        self.q_norm, self.k_norm = RMSNorm(D, args.norm_eps), RMSNorm(D, args.norm_eps)
-        self.D, self.dropout = D, args.dropout
-
-    def forward(self, x: Tensor, kv: Tensor | None, past: int | Tensor, *rope: Tensor) -> Tensor:
-        x = x.to(compute_dtype(x))  # once, not in each linear layer
-        q, k, v = (linear(x).unflatten(-1, (-1, self.D))  # (B, T, H or K, D)
-                   for linear in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = (norm_and_rotate(t, norm.weight, norm.eps, *rope)  # (B, H or K, T, D)
-                for t, norm in ((q, self.q_norm), (k, self.k_norm)))
-        y = attend_cached(q, k, v.transpose(1, 2), kv, past, self.dropout if self.training else 0.0)
-        return dropout(self.o_proj(y), self.dropout, self.training)  # (B, T, C)
-
-
-class Qwen3MLP(nn.Module):
-    """SwiGLU (Shazeer 2020): one linear layer gates the output of another."""
-
-    def __init__(self, args: ModelArgs) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(args.n_embd, args.ff_width, bias=False)
-        self.up_proj = nn.Linear(args.n_embd, args.ff_width, bias=False)
-        self.down_proj = nn.Linear(args.ff_width, args.n_embd, bias=False)
-        self.dropout = args.dropout
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.to(compute_dtype(x))
-        x = F.silu(self.gate_proj(x)) * self.up_proj(x)  # (B, T, n_ff)
-        return dropout(self.down_proj(x), self.dropout, self.training)
-
-
 class Qwen3Block(nn.Module):
-    """The same kind of block, in Qwen3's parts."""
+    """The same kind of block in Qwen3's parts. H / K heads of queries share a head of keys and
+    values (Ainslie et al. 2023); queries and keys are normalized, then rotated by their position.
+    The MLP is a SwiGLU (Shazeer 2020): one linear layer gates the output of another."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
-        self.self_attn = Qwen3Attention(args)
-        self.mlp = Qwen3MLP(args)
-        self.input_layernorm = RMSNorm(args.n_embd, args.norm_eps)
-        self.post_attention_layernorm = RMSNorm(args.n_embd, args.norm_eps)
+        C, H, K, D, eps = args.n_embd, args.n_head, args.K, args.D, args.norm_eps
+        self.D = D
+        self.self_attn = nn.ModuleDict({
+            "q_proj": nn.Linear(C, H * D, bias=False),
+            "k_proj": nn.Linear(C, K * D, bias=False),
+            "v_proj": nn.Linear(C, K * D, bias=False),
+            "o_proj": nn.Linear(H * D, C, bias=False),
+            "q_norm": RMSNorm(D, eps), "k_norm": RMSNorm(D, eps)})
+        self.mlp = nn.ModuleDict({
+            "gate_proj": nn.Linear(C, args.ff_width, bias=False),
+            "up_proj": nn.Linear(C, args.ff_width, bias=False),
+            "down_proj": nn.Linear(args.ff_width, C, bias=False)})
+        self.input_layernorm, self.post_attention_layernorm = RMSNorm(C, eps), RMSNorm(C, eps)
 
-    def forward(self, x: Tensor, kv: Tensor | None, past: int | Tensor, *rope: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), kv, past, *rope)
-        return x + self.mlp(self.post_attention_layernorm(x))
+    def forward(self, x: Tensor, p: float, kv: Tensor | None, past: int | Tensor, *rope: Tensor
+                ) -> Tensor:
+        attn, mlp, dtype = self.self_attn, self.mlp, compute_dtype(x)
+        y = self.input_layernorm(x).to(dtype)  # once, not in each linear layer
+        q, k, v = (linear(y).unflatten(-1, (-1, self.D))  # (B, T, H or K, D)
+                   for linear in (attn.q_proj, attn.k_proj, attn.v_proj))
+        q, k = (norm_and_rotate(t, norm.weight, norm.eps, *rope)  # (B, H or K, T, D)
+                for t, norm in ((q, attn.q_norm), (k, attn.k_norm)))
+        y = attend_cached(q, k, v.transpose(1, 2), kv, past, p)  # (B, T, H * D)
+        x = x + dropout(attn.o_proj(y), p)
+        y = self.post_attention_layernorm(x).to(dtype)
+        y = F.silu(mlp.gate_proj(y)) * mlp.up_proj(y)  # (B, T, n_ff)
+        return x + dropout(mlp.down_proj(y), p)
 
 
 def rotary_angles(positions: Tensor, D: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -281,9 +241,10 @@ class GPT(nn.Module):
         else:
             embed_tokens, blocks, norm = self.model.values()
             x, rope = embed_tokens(idx), rotary_angles(positions, args.D, args.rope_theta)
-        x = dropout(x, args.dropout, self.training)
+        p = args.dropout if self.training else 0.0
+        x = dropout(x, p)
         for i, block in enumerate(blocks):
-            x = block(x, cache.layers[i] if cache else None, past, *rope)
+            x = block(x, p, cache.layers[i] if cache else None, past, *rope)
         if cache:
             cache.length = past + idx.size(1)
             x = x[:, -1:]  # (B, 1, C)

@@ -39,10 +39,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
     return y * (1 / (1 - p)) if p else y
 
 
-def dropout(x: Tensor, p: float, training: bool = True) -> Tensor:
-    """Zero each element with probability `p` and scale the others by 1 / (1 - p) if `training`
-    (Srivastava et al. 2014), as F.dropout does."""
-    if not training or not p:
+def dropout(x: Tensor, p: float) -> Tensor:
+    """Zero each element with probability `p` and scale the others by 1 / (1 - p) (Srivastava et al.
+    2014), as F.dropout does."""
+    if not p:
         return x
     return F.dropout(x, p) if x.device.type != "cpu" else x * dropout_mask(x, p) * (1 / (1 - p))
 
