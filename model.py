@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from keepgpt.kernels import (
     LinearCrossEntropy,
@@ -320,10 +319,8 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, temperat
     device, block_size = model.embedding.weight.device, model.args.block_size
     rng = torch.Generator().manual_seed(seed)
     lengths = torch.tensor([len(p) for p in prompts], device=device)  # (B,)
-    tokens = torch.zeros(len(prompts), int(lengths.max()) + max_new_tokens, dtype=torch.long,
-                         device=device)
-    for row, prompt in zip(tokens, prompts):
-        row[:len(prompt)] = torch.tensor(prompt, device=device)
+    tokens = nn.utils.rnn.pad_sequence([torch.tensor(p) for p in prompts], batch_first=True)
+    tokens = F.pad(tokens, (0, max_new_tokens)).to(device)  # (B, longest prompt + max_new_tokens)
     finished = torch.zeros_like(lengths, dtype=torch.bool)
     end = int(lengths.min())  # the position of the next token; longer prompts are in `tokens`
     cache = model.make_cache(len(prompts), min(block_size, tokens.size(1)))
@@ -333,9 +330,10 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, temperat
         if cache.length + new.size(1) > block_size:
             cache.length, new = 0, tokens[:, end - (block_size - block_size // 4):end]
         # cuDNN's attention builds a plan for each key length, which takes tens of milliseconds
-        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION,
-                          SDPBackend.MATH]):
-            logits = decode(new) if decode and cache.length else model(new, cache=cache)
+        cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        logits = decode(new) if decode and cache.length else model(new, cache=cache)  # (B, 1, V)
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
         sampled = sample_token(logits[:, -1], temperature, top_k, top_p, rng)  # (B,)
         in_prompt = end < lengths
         tokens[:, end] = torch.where(in_prompt, tokens[:, end], sampled)

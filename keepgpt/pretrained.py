@@ -17,6 +17,7 @@ from keepgpt.process import UserError, import_package
 
 ARGS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout")  # nanoGPT's
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+TOKENIZERS = ("keepgpt.json", "tokenizer.json", "vocab.json")  # the first one counts
 PATTERNS = ["config.json", "tokenizer.json", "model*.safetensors"]
 # ours: theirs, and the values of config.json that can be loaded, which are also the defaults
 GPT2_ARGS = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd",
@@ -134,19 +135,18 @@ def read_args(folder: Path) -> dict[str, Any]:
 def read_tokenizer(folder: Path) -> dict[str, Any]:
     """Return the "tokenizer" that tools.export wrote into a folder, else the "token_of_id" of its
     tokenizer's file and, of a tokenizer.json, the "folder". Raises UserError."""
-    for name in ("keepgpt.json", "tokenizer.json", "vocab.json"):
-        if (folder / name).exists():
-            with name_in_errors(folder / name):
-                content = json.loads((folder / name).read_bytes())
-                if name == "keepgpt.json":
-                    return {"tokenizer": content["tokenizer"]}
-                if name == "vocab.json":
-                    return {"token_of_id": {i: token for token, i in content.items()}}
-                token_of_id = {i: token for token, i in content["model"]["vocab"].items()}
-                token_of_id |= {token["id"]: token["content"]
-                                for token in content.get("added_tokens", [])}
-                return {"token_of_id": token_of_id, "folder": folder}
-    return {}
+    path = next(filter(Path.exists, (folder / name for name in TOKENIZERS)), None)
+    if path is None:
+        return {}
+    with name_in_errors(path):
+        content = json.loads(path.read_bytes())
+        if path.name == "keepgpt.json":
+            return {"tokenizer": content["tokenizer"]}
+        if path.name == "vocab.json":
+            return {"token_of_id": {i: token for token, i in content.items()}}
+        token_of_id = {i: token for token, i in content["model"]["vocab"].items()}
+        token_of_id |= {token["id"]: token["content"] for token in content.get("added_tokens", [])}
+        return {"token_of_id": token_of_id, "folder": folder}
 
 
 def download(name: str) -> Path:
