@@ -48,7 +48,7 @@ class Muon(AdamW):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Update all parameters that have a gradient. Frees the gradients of the matrices."""
+        """Update all parameters. Frees the gradients of the matrices."""
         skip = self.found_inf > 0 if getattr(self, "found_inf", None) is not None else None
         for group in self.param_groups:
             if "momentum" in group:

@@ -47,7 +47,7 @@ def read_weights(source: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
     if path.is_dir():
         data = {"tokenizer": {"kind": "gpt2"}} if gpt2 else read_tokenizer(path)
         return *read_hugging_face(path), data
-    with name_in_errors(path):
+    with name_in_errors(path, "a checkpoint of keepGPT or nanoGPT"):
         saved = load_tensors(path)
         args = {key: saved["model_args"][key] for key in ARGS}
         args |= {key: value for key, value in saved["model_args"].items() if key in ARCHITECTURE}
@@ -57,17 +57,16 @@ def read_weights(source: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
 
 
 @contextmanager
-def name_in_errors(path: Path) -> Iterator[None]:
+def name_in_errors(path: Path, expected: str) -> Iterator[None]:
     """Turn any error of reading a file, which may hold anything, into a UserError that names it."""
     try:
         yield
     except UserError:
         raise
-    except pickle.UnpicklingError:  # its text would advise to load it unsafely
-        raise UserError(f"{path}: expected only plain values and tensors") from None
     except Exception as e:
-        raise UserError(f"{path}: can't be read: {type(e).__name__}: "
-                        + str(e).partition("\n")[0]) from None
+        # the text of torch.load's would advise to load it unsafely
+        got = "" if isinstance(e, pickle.UnpicklingError) else f": {e}".partition("\n")[0]
+        raise UserError(f"{path}: expected {expected}, got {type(e).__name__}{got}") from None
 
 
 def load_tensors(path: Path) -> Any:
@@ -94,7 +93,7 @@ def read_hugging_face(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     state, prefix = {}, "transformer." if args["architecture"] == "gpt2" else "model."
     # a sharded model's index is not needed: each file has the names of its tensors
     for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")):
-        with name_in_errors(file):
+        with name_in_errors(file, "tensors"):
             for name, tensor in load_tensors(file).items():
                 if name != "lm_head.weight":
                     name = prefix + name.removeprefix(prefix)
@@ -112,7 +111,7 @@ def read_args(folder: Path) -> dict[str, Any]:
     """Return the ModelArgs, as a dict, of a folder's config.json. Raises UserError for an
     architecture that they can't represent."""
     path = folder / "config.json"
-    with name_in_errors(path):
+    with name_in_errors(path, "the sizes of a GPT-2 or Qwen3"):
         config = json.loads(path.read_bytes())
         if (kind := config["model_type"]) not in ("gpt2", "qwen3"):
             raise UserError(f"{path}: model_type is {kind!r}; expected 'gpt2' or 'qwen3'")
@@ -138,7 +137,7 @@ def read_tokenizer(folder: Path) -> dict[str, Any]:
     path = next(filter(Path.exists, (folder / name for name in TOKENIZERS)), None)
     if path is None:
         return {}
-    with name_in_errors(path):
+    with name_in_errors(path, "a tokenizer"):
         content = json.loads(path.read_bytes())
         if path.name == "keepgpt.json":
             return {"tokenizer": content["tokenizer"]}
