@@ -8,20 +8,28 @@ import json
 import os
 import re
 import shutil
-import signal
-import sys
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-if __name__ == "__main__":  # from any folder: python PATH/tools/export.py
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+from tiktoken_ext.openai_public import r50k_pat_str
+from torch import Tensor
 
-from keepgpt.config import command_line, setting
-from keepgpt.process import UserError, describe, exit_with
+from keepgpt.checkpoint import Disk, write_bundle
+from keepgpt.config import setting
+from keepgpt.pretrained import GPT2_ARGS, QWEN3_ARGS
+from keepgpt.process import UserError, describe, import_package
+from keepgpt.tokenizer import CharTokenizer, HFTokenizer, Tokenizer
+from model import GPT, ModelArgs
+from sample import SampleConfig, load
+from tools.common import run_tool
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) there; (out, in) here
+# how a text is split into words, and llama.cpp's name for it
+PATTERNS = {r50k_pat_str: "gpt-2", None: "gpt-2",  # None: that of tokenizers' ByteLevel
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2"}
 
 
 @dataclass(frozen=True)
@@ -30,51 +38,13 @@ class ExportConfig:
     out_dir: str = setting("out", "folder of the run")
     init_from: str = setting("best",
         "best | resume (the newest) checkpoint of out_dir | path of a checkpoint")
-    dataset: str = setting("",
-        "the dataset with the vocabulary of a nanoGPT checkpoint; others include their own")
-    data_dir: str = setting("data", "folder of that dataset, as in train.py")
+    dataset: str = setting("", "the dataset with the vocabulary of a nanoGPT checkpoint, in data/ "
+        "or a path; others include their own")
     to: str = setting("", "the new folder to write; of format=gguf the new file")
     format: Literal["hf", "gguf"] = setting("hf",
         "hf: a folder for Transformers, vLLM and others | gguf: a file for llama.cpp")
     dtype: Literal["float32", "bfloat16", "float16"] = setting("float32",
         "of the weights; in gguf of the matrices")
-
-
-if __name__ == "__main__":  # before torch is loaded
-    CONFIG, _, ARGS = command_line(
-        ExportConfig, "python -m tools.export --out_dir=out --to=FOLDER [--key=value ...]")
-    if ARGS:
-        exit_with(UserError(f"{ARGS[0]}: expected --key=value. Try: --help"))
-    if not CONFIG.to:
-        exit_with(UserError("--to is missing: a new folder, or with --format=gguf a new file"))
-
-import torch
-from tiktoken_ext.openai_public import r50k_pat_str
-from torch import Tensor
-
-from keepgpt.checkpoint import Disk, write_bundle
-from keepgpt.pretrained import GPT2_ARGS, QWEN3_ARGS
-from keepgpt.tokenizer import CharTokenizer, HFTokenizer, Tokenizer
-from model import GPT, ModelArgs
-from sample import SampleConfig, load
-
-# how a text is split into words, and llama.cpp's name for it
-PATTERNS = {r50k_pat_str: "gpt-2", None: "gpt-2",  # None: that of tokenizers' ByteLevel
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2"}
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
----
-A {architecture} of {parameters:,} parameters and {block_size} positions, exported from {origin}.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model, tokenizer = (kind.from_pretrained(".") for kind in (AutoModelForCausalLM, AutoTokenizer))
-print(tokenizer.decode(model.generate(**tokenizer({start!r}, return_tensors="pt"),
-                                      max_new_tokens={length})[0]))
-```
-"""
 
 
 def to_hugging_face(state: dict[str, Tensor], args: ModelArgs) -> dict[str, Tensor]:
@@ -85,9 +55,8 @@ def to_hugging_face(state: dict[str, Tensor], args: ModelArgs) -> dict[str, Tens
     exported = {}
     for name, tensor in state.items():
         exported[name] = tensor.t().contiguous() if name.endswith(CONV1D) else tensor
-        bias = name.removesuffix("weight") + "bias"
         if not args.bias and not name.endswith(("wte.weight", "wpe.weight")):
-            exported[bias] = tensor.new_zeros(tensor.size(0))
+            exported[name.removesuffix("weight") + "bias"] = tensor.new_zeros(tensor.size(0))
     return exported
 
 
@@ -108,14 +77,6 @@ def to_config(args: ModelArgs) -> dict[str, Any]:
         "attention_bias": False, "attention_dropout": args.dropout, "use_sliding_window": False}
 
 
-def list_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Return all pairs of tokens that join to a token, in tiktoken's order: by the rank of the
-    result."""
-    pairs = [(token[:i], token[i:]) for token in ranks for i in range(1, len(token))
-             if token[:i] in ranks and token[i:] in ranks]
-    return sorted(pairs, key=lambda pair: (ranks[pair[0] + pair[1]], ranks[pair[0]]))
-
-
 def to_tokenizers(vocabulary: Tokenizer) -> Any:
     """Return a tokenizers.Tokenizer with the same ids for any text without special tokens."""
     import tokenizers
@@ -128,11 +89,13 @@ def to_tokenizers(vocabulary: Tokenizer) -> Any:
         made.decoder = decoders.Fuse()
         return made
     ranks = vocabulary.ranks
+    # all pairs of tokens that join to a token, in tiktoken's order: by the rank of the result
+    pairs = sorted((ranks[token], ranks[token[:i]], ranks[token[i:]]) for token in ranks
+                   for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks)
     # the vocabulary includes special tokens: otherwise they would get new ids
     names = {i: name for name, i in vocabulary.token_ids().items()}
-    made = tokenizers.Tokenizer(models.BPE(
-        vocabulary.token_ids(),
-        [(names[ranks[a]], names[ranks[b]]) for a, b in list_merges(ranks)]))
+    made = tokenizers.Tokenizer(models.BPE(vocabulary.token_ids(),
+                                           [(names[a], names[b]) for _, a, b in pairs]))
     # its regular expressions are Oniguruma's, where {1,3}+ is not possessive but a repetition
     pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", vocabulary.pattern)
     made.pre_tokenizer = pre_tokenizers.Sequence([
@@ -144,10 +107,18 @@ def to_tokenizers(vocabulary: Tokenizer) -> Any:
     return made
 
 
-def json_files(args: ModelArgs, vocabulary: Tokenizer, dtype: torch.dtype
-               ) -> dict[str, dict[str, Any]]:
-    """Return the JSON files to write next to the weights."""
-    eot = vocabulary.eot
+def write_hugging_face(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str,
+                       dtype: torch.dtype) -> None:
+    """Write all files in Hugging Face's format, and weights.pt. Raises the libraries' errors for a
+    full disk."""
+    args, eot = model.args, vocabulary.eot
+    data = {"tokenizer": vocabulary.description}
+    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    write_bundle({"model": state, "model_args": vars(args), "data": data}, folder / "weights.pt",
+                 Disk())
+    import_package("safetensors.torch").save_file(
+        to_hugging_face(state, args), folder / "model.safetensors", {"format": "pt"})
+    to_tokenizers(vocabulary).save(str(folder / "tokenizer.json"))
     ends = {"bos_token_id": eot, "eos_token_id": eot}
     tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": args.block_size,
                  # no token_type_ids: GPT2LMHeadModel would add their embeddings
@@ -157,35 +128,17 @@ def json_files(args: ModelArgs, vocabulary: Tokenizer, dtype: torch.dtype
         name = {i: token for token, i in vocabulary.token_ids().items()}[eot]
         tokenizer |= {"bos_token": name, "eos_token": name}
     config = to_config(args) | ends | {"dtype": str(dtype).removeprefix("torch.")}
-    return {"config.json": config, "generation_config.json": ends,
-            "tokenizer_config.json": tokenizer}
-
-
-def write_hugging_face(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str,
-                       dtype: torch.dtype) -> None:
-    """Write all files in Hugging Face's format. Raises the libraries' errors for a full disk."""
-    from safetensors.torch import save_file
-    args, data = model.args, {"tokenizer": vocabulary.description}
-    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
-    write_bundle({"model": state, "model_args": vars(args), "data": data}, folder / "weights.pt",
-                 Disk())
-    save_file(to_hugging_face(state, args), folder / "model.safetensors", {"format": "pt"})
-    to_tokenizers(vocabulary).save(str(folder / "tokenizer.json"))
-    files = json_files(args, vocabulary, dtype) | {"keepgpt.json": data}
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(CARD.format(
-        architecture={"gpt2": "GPT-2", "qwen3": "Qwen3"}[args.architecture],
-        parameters=sum(p.numel() for p in model.parameters()), origin=origin,
-        block_size=args.block_size, length=min(100, args.block_size // 2),
-        start=vocabulary.decode([0]) if vocabulary.eot is None else "The"), encoding="utf-8")
+    for name, content in {"config": config, "generation_config": ends,
+                          "tokenizer_config": tokenizer, "keepgpt": data | {"origin": origin}
+                          }.items():
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 def write_gguf(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str, dtype: torch.dtype
                ) -> None:
     """Write model.gguf, llama.cpp's format, with the tokenizer. Matrices are in `dtype`; vectors
     and positions stay float32, as llama.cpp wants them."""
-    import gguf
+    gguf = import_package("gguf")
     args, qwen3 = model.args, model.args.architecture == "qwen3"
     writer = gguf.GGUFWriter(folder / "model.gguf", args.architecture)
     writer.add_name(origin)
@@ -213,12 +166,10 @@ def write_gguf(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str, dty
         kind = gguf.GGMLQuantizationType["F32" if vector else of_matrices]
         writer.add_tensor(names.get_name(name, (".weight", ".bias")),
                           gguf.quantize(tensor.float().contiguous().numpy(), kind), raw_dtype=kind)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-    finally:
-        writer.close()
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def add_tokenizer(writer: Any, vocabulary: Tokenizer) -> None:
@@ -253,18 +204,16 @@ def add_tokenizer(writer: Any, vocabulary: Tokenizer) -> None:
     writer.add_add_bos_token(False)
 
 
-def main(config: ExportConfig) -> None:
+def main(config: ExportConfig, args: list[str]) -> None:
     """Write into a temporary folder and rename: the target is complete or absent."""
-    to_gguf = config.format == "gguf"
-    packages = ("gguf", "tokenizers") if to_gguf else ("safetensors", "tokenizers")
-    if not all(map(find_spec, packages)):
-        raise UserError(f"export needs two more packages. Try: pip install {' '.join(packages)}")
-    target = Path(config.to)
+    to_gguf, target = config.format == "gguf", Path(config.to)
+    if args or not config.to:
+        raise UserError(f"expected --to=FOLDER_OR_FILE, got {' '.join(args) or 'none'}")
     if target.exists() and (to_gguf or not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--to={target}: expected a new {'file' if to_gguf else 'or empty folder'}")
+    import_package("tokenizers")
     model, vocabulary, origin = load(SampleConfig(
-        out_dir=config.out_dir, init_from=config.init_from, dataset=config.dataset,
-        data_dir=config.data_dir))
+        out_dir=config.out_dir, init_from=config.init_from, dataset=config.dataset))
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     write = write_gguf if to_gguf else write_hugging_face
     try:
@@ -276,18 +225,9 @@ def main(config: ExportConfig) -> None:
         raise UserError(f"--to={target}: {reason}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    sizes = {path.name: path.stat().st_size
-             for path in ([target] if to_gguf else sorted(target.iterdir()))}
-    print(f"{origin} -> {target}: "
-          + ", ".join(f"{name} {size / 1e6:,.1f} MB" if size > 1e5 else name
-                      for name, size in sizes.items()))
+    print(f"{origin} -> {target}")
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        main(CONFIG)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except UserError as e:
-        exit_with(e)
+    run_tool(ExportConfig, "python -m tools.export --out_dir=out --to=FOLDER [--key=value ...]",
+             main)

@@ -30,8 +30,6 @@ class CrashConfig:
     modern: bool = setting(False, "kill, nth, power, rot, elastic: train a Qwen3 with Muon")
     seed: int = setting(1, "seed of the cases")
     only: int = setting(-1, "the number of the one case (kill: run) to try", least=-1)
-    exec: bool = setting(False, "kill: start a new interpreter each time instead of a fork")
-    folder: str = setting("", "work there, to test that file system, not in the temporary folder")
 
 
 class Part:
@@ -76,28 +74,20 @@ def make_bundles(part: Part, place: Path) -> list[dict[str, Any]]:
 def clone(source: Path, target: Path) -> Path:
     """Make `target` a copy of a folder, hard links included, and return it."""
     shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(exist_ok=True)  # a mount point still exists
-    subprocess.run(["cp", "-a", f"{source}/.", target], check=True)
+    subprocess.run(["cp", "-a", source, target], check=True)
     return target
 
 
-def check_folder(folder: Path, allowed: dict[str, set[str]], new: tuple[str, str], least: int
-                 ) -> str:
-    """Return how a folder breaks the promise "old or new, never neither", or "".
-
-    `allowed` maps the name of a checkpoint to its allowed states ("": it may be missing). If
-    ckpt.pt is in the state new[0], best.pt must be in new[1]. `least` checkpoints must be left.
-    """
-    for path in sorted(folder.glob("*.pt")):
-        if runs.read_state(path) == "corrupt":
-            return f"{path.name} is corrupt"
-    found = {name: runs.read_state(folder / name) for name in allowed}
-    for name, states in allowed.items():
-        if found[name] not in states:
-            return f"{name} is missing, or in another state than before or after the save"
-    if found["ckpt.pt"] == new[0] and found["best.pt"] != new[1]:
-        return "ckpt.pt is the new one, but best.pt is not"
-    if runs.newest_state(folder) not in allowed["ckpt.pt"]:
+def check_folder(folder: Path, allowed: set[tuple[str, str]], least: int) -> str:
+    """Return how a folder breaks the promise "old or new, never neither", or "". `allowed` are the
+    states that ckpt.pt and best.pt may have together ("": it may be missing). `least` checkpoints
+    must be left."""
+    found = {path.name: runs.read_state(path) for path in folder.glob("*.pt")}
+    if corrupt := [name for name, state in found.items() if state == "corrupt"]:
+        return f"{', '.join(corrupt)}: corrupt"
+    if (found.get("ckpt.pt", ""), found.get("best.pt", "")) not in allowed:
+        return "ckpt.pt and best.pt are missing, or in other states than before or after the save"
+    if runs.newest_state(folder) not in {state for state, _ in allowed}:
         return "a run would resume from another state"
     left = len(checkpoint.numbered(folder))
     return f"{left} checkpoints are left, expected {least}" if left < least else ""

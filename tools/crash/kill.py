@@ -10,6 +10,7 @@ from typing import Any
 
 from keepgpt import checkpoint
 from tools import runs
+from tools.common import last_step
 from tools.crash.common import INTERVAL, Part
 
 
@@ -23,15 +24,11 @@ def list_processes(out: Path) -> list[int]:
     return sorted(found)
 
 
-def list_unfinished(out: Path) -> set:
-    """Return the temporary file of a save that was not finished, with its time."""
-    return {(path, path.stat().st_mtime_ns) for path in out.glob("*.pt.tmp")}
-
-
-def count_lost_steps(out: Path) -> int:
-    """Return how many logged steps are in no checkpoint."""
-    saved = [int(path.stem.removeprefix("ckpt-")) for path in checkpoint.numbered(out)]
-    return runs.last_step(out) - max(saved, default=0)
+def send_signal(number: signal.Signals, *pids: int) -> None:
+    """Send a signal to processes, of which some may have just ended."""
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def finish_killed_run(settings: dict[str, Any], lives: dict[int, float], kills: int,
@@ -48,7 +45,7 @@ def finish_killed_run(settings: dict[str, Any], lives: dict[int, float], kills: 
     while True:
         if not pid:
             ranks = rng.choice(list(lives))
-            before, pid = list_unfinished(out), runs.start(settings, ranks)
+            pid = runs.start(settings, ranks)
             seen[f"on {ranks}"] += 1
         code = runs.wait_for_exit(pid, rng.uniform(0, lives[ranks]) if kills else None)
         if code is not None or not kills:
@@ -56,31 +53,28 @@ def finish_killed_run(settings: dict[str, Any], lives: dict[int, float], kills: 
         kills -= 1
         seen["kills"] += 1
         victim = pid if len(lives) > 1 else rng.choice(list_processes(out) or [pid])
-        with suppress(ProcessLookupError):  # a rank that has just ended
-            os.kill(victim, signal.SIGKILL)
+        send_signal(signal.SIGKILL, victim)
         if victim == pid:  # otherwise it is a rank, and torchrun starts all ranks again
             runs.wait_for_exit(pid)
-            seen["in a save"] += bool(list_unfinished(out) - before)
-            seen["lost steps"] = max(seen["lost steps"], count_lost_steps(out))
-            if runs.last_step(out) == step:  # this start made no step
+            seen["in a save"] += bool(runs.list_temporary(out))
+            saved = [int(path.stem.removeprefix("ckpt-")) for path in checkpoint.numbered(out)]
+            seen["lost steps"] = max(seen["lost steps"], last_step(out) - max(saved, default=0))
+            if last_step(out) == step:  # this start made no step
                 lives[ranks] *= 1.1
-            step, pid = runs.last_step(out), 0
+            step, pid = last_step(out), 0
     if code is None:
-        os.kill(pid, signal.SIGKILL)
+        send_signal(signal.SIGKILL, pid)
     return code
 
 
-def kill_runs(part: Part, settings: dict[str, Any], place: Path, references: list[int],
-              choices: list[int], kills: int) -> Counter:
-    """Kill run after run, `kills` times in all, each started on numbers of ranks out of `choices`.
-
-    Each must end as an uninterrupted run does; so must uninterrupted runs on the numbers of ranks
-    in `references` (0 is a fork).
-    """
+def kill_runs(part: Part, settings: dict[str, Any], place: Path, choices: tuple[int, ...],
+              kills: int) -> Counter:
+    """Kill run after run, `kills` times in all, each start on one of the numbers of ranks in
+    `choices` (0 is a fork). Each must end as an uninterrupted run does, on whichever of them."""
     place.mkdir()
     lives = {ranks: runs.run(settings | {"out_dir": place / f"whole{ranks}"}, ranks)
-             for ranks in references}
-    expected, *others = (runs.read_end(place / f"whole{ranks}") for ranks in references)
+             for ranks in choices}
+    expected, *others = (runs.read_end(place / f"whole{ranks}") for ranks in choices)
     if any(other != expected for other in others):
         part.count(-1, "uninterrupted runs differ", 0)
     if expected["best.pt"] == expected["ckpt.pt"]:
@@ -89,8 +83,8 @@ def kill_runs(part: Part, settings: dict[str, Any], place: Path, references: lis
     while seen["kills"] < kills and not (seen["runs"] and only >= 0):
         number, before = only if only >= 0 else seen["runs"], seen["kills"]
         out = place / f"run{number}"
-        code = finish_killed_run(settings | {"out_dir": out}, {n: lives[n] for n in choices},
-                                 kills - before, part.rng(number), seen)
+        code = finish_killed_run(settings | {"out_dir": out}, lives, kills - before,
+                                 part.rng(number), seen)
         problem = runs.compare_end(code, out, expected)
         # the steps since the last save, and those made while that was written: here, where a step
         # takes less time than a save, up to an interval
@@ -104,12 +98,11 @@ def kill_runs(part: Part, settings: dict[str, Any], place: Path, references: lis
 def kill(part: Part, place: Path) -> str:
     """Kill runs of one process, then ranks and torchruns of two-rank runs."""
     settings = part.run | {"dataset": runs.prepare_source(place)}
-    one = kill_runs(part, settings, place / "one", [1, 0], [int(part.config.exec)],
-                    part.config.cases or 20)
+    one = kill_runs(part, settings, place / "one", (0,), part.config.cases or 20)
     two = Counter()
     if part.config.torchrun_cases:
         two = kill_runs(part, settings | {"max_iters": 400, "warmup_iters": 400}, place / "two",
-                        [2], [2], part.config.torchrun_cases)
+                        (2,), part.config.torchrun_cases)
     return (f"kills, {two['kills']} of them on two ranks, {one['in a save']} during a write, at "
             f"most {one['lost steps']} steps lost; {one['runs'] + two['runs']} ends compared")
 
@@ -117,7 +110,7 @@ def kill(part: Part, place: Path) -> str:
 def elastic(part: Part, place: Path) -> str:
     """Kill whole jobs that come back on 1, 2 or 4 ranks at random."""
     settings = part.run | {"dataset": runs.prepare_source(place), "elastic": True,
-                      "gradient_accumulation_steps": 4, "max_iters": 160, "warmup_iters": 160}
-    seen = kill_runs(part, settings, place / "runs", [0, 2, 4], [0, 2, 4], part.config.cases or 6)
+                           "gradient_accumulation_steps": 4, "max_iters": 160, "warmup_iters": 160}
+    seen = kill_runs(part, settings, place / "runs", (0, 2, 4), part.config.cases or 6)
     return (f"kills; {seen['on 0']}, {seen['on 2']} and {seen['on 4']} starts on 1, 2 and 4 ranks; "
             f"{seen['runs']} ends compared")

@@ -4,7 +4,6 @@ import io
 import itertools
 import random
 import shutil
-from collections.abc import Iterator
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,8 @@ class Volume:
         self.pending.append(change)
         self.names = {n: file for n, file in (self.names | change).items() if file is not None}
 
-    def apply(self, name: str, args: list, result: Any) -> None:
-        """Follow an operation of a FaultyDisk's log."""
+    def apply(self, name: str, args: tuple, result: Any) -> None:
+        """Follow an operation of a disk."""
         if name == "create":
             if args[0].name not in self.names:
                 self.files.append(b"")
@@ -52,19 +51,15 @@ class Volume:
         elif name == "fsync_folder":
             self.durable, self.pending = self.names, []
 
-    def list_subsets(self) -> list[tuple]:
-        """Return which of the pending changes may have reached the disk: any, of the last ten."""
-        older, n = max(0, len(self.pending) - 10), min(10, len(self.pending))
-        return [(True,) * older + last for last in itertools.product((False, True), repeat=n)]
+    def list_outcomes(self) -> itertools.product:
+        """Return what a power cut may leave: any of the pending changes, and any tear of data."""
+        changes = itertools.product((False, True), repeat=len(self.pending))
+        return itertools.product(changes, TEARS if self.files != self.synced else TEARS[:1])
 
-    def list_tears(self) -> tuple[str, ...]:
-        """Return what may become of the files."""
-        return TEARS if self.files != self.synced else TEARS[:1]
-
-    def cut_power(self, subset: tuple, tear: str, rng: random.Random) -> dict[str, bytes]:
+    def cut_power(self, arrived: tuple, tear: str, rng: random.Random) -> dict[str, bytes]:
         """Return the content of each file when the power is back."""
         names = self.durable.copy()
-        for change in itertools.compress(self.pending, subset):
+        for change in itertools.compress(self.pending, arrived):
             names |= change
         return {name: self.tear(file, tear, rng) for name, file in names.items()
                 if file is not None}
@@ -83,45 +78,46 @@ class Volume:
         return sure if tear == "lost" else bytes(len(now))
 
 
-def replay(log: list) -> Iterator[tuple[str, Volume, int, int]]:
-    """Yield after each operation its name, a copy of the volume, and how many saves are durable
-    and how many have started."""
-    volume, names, durable = Volume(), [name for name, _, _ in log], 0
-    for i, (name, args, result) in enumerate(log):
-        volume.apply(name, args, result)
-        started, rest = names[:i].count("saved") + 1, names[i + 1:names.index("saved", i)]
-        if name == "saved" or name == "fsync_folder" and name not in rest:
-            durable = started
-        yield name, copy.deepcopy(volume), durable, started
+class RecordingDisk(FaultyDisk):
+    """A disk without faults that keeps the volume after each operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.volume, self.volumes = Volume(), []
+
+    def do(self, name: str, *args: Any) -> Any:
+        result = super().do(name, *args)
+        self.volume.apply(name, args, result)
+        self.volumes.append(copy.deepcopy(self.volume))
+        return result
 
 
 def power(part: Part, place: Path) -> str:
     """Cut the power after each operation of four saves, with all that may be on the disk then."""
-    disk, states, bests, folder = FaultyDisk(), [""], [""], place / "recorded"
+    states, cases, folder = [("", "")], [], place / "recorded"
     folder.mkdir()
+    disk = RecordingDisk()
     for i, bundle in enumerate(make_bundles(part, place)):
-        best = i % 2 == 0
+        first, state, best = len(disk.log), runs.state_of(bundle), i % 2 == 0
         checkpoint.commit(bundle, folder, KEEP, best, disk)
-        disk.log.append(("saved", [], None))
-        states.append(runs.state_of(bundle))
-        bests.append(states[-1] if best else bests[-1])
-    cases = [(*instant, *how) for instant in replay(disk.log)
-             for how in itertools.product(instant[1].list_subsets(), instant[1].list_tears())]
+        states.append((state, state if best else states[-1][1]))  # of ckpt.pt and best.pt
+        last_fsync = len(disk.log) - disk.log[::-1].index("fsync_folder")
+        for n in range(first, len(disk.log)):
+            durable = i + (n + 1 >= last_fsync)  # saves that a power cut can't undo
+            cases += [(n, durable, i + 1, *how) for how in disk.volumes[n].list_outcomes()]
     distinct, left = set(), place / "left"
-    for number in part.choose([name != "write" for name, *_ in cases], few=1000):
-        name, volume, durable, started, subset, tear = cases[number]
-        files, problem = volume.cut_power(subset, tear, part.rng(number)), ""
+    for number in part.choose([disk.log[n] != "write" for n, *_ in cases], few=1000):
+        n, durable, started, *how = cases[number]
+        files, problem = disk.volumes[n].cut_power(*how, part.rng(number)), ""
         if (key := runs.digest([sorted(files.items()), durable, started])) not in distinct:
             distinct.add(key)
             shutil.rmtree(left, ignore_errors=True)
             left.mkdir()
             for path, content in files.items():
                 (left / path).write_bytes(content)
-            allowed = {"ckpt.pt": {states[durable], states[started]},
-                       "best.pt": {bests[durable], bests[started]}}
+            old, new = states[durable], states[started]
             with redirect_stderr(io.StringIO()):
-                problem = check_folder(left, allowed, (states[started], bests[started]),
-                                       min(durable, KEEP))
-        part.count(number, problem and f"a cut after {name} of save {started} leaves "
+                problem = check_folder(left, {old, (old[0], new[1]), new}, min(durable, KEEP))
+        part.count(number, problem and f"a cut after {disk.log[n]} of save {started} leaves "
                                        f"{', '.join(sorted(files))}: {problem}")
     return f"of {len(cases):,} states after a power cut, {len(distinct):,} distinct ones"
