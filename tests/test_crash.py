@@ -70,25 +70,21 @@ from types import SimpleNamespace
 from keepgpt import checkpoint
 {broken}
 from tools.crash import __main__ as tool
-try:
-    config, _, args = tool.parse(tool.CrashConfig, "", sys.argv[1:])
-    sys.exit(tool.main(config, args))
-except tool.UserError as e:
-    tool.exit_with(e)""")
-        return run(program, *args, code=code)
+tool.run_tool(tool.CrashConfig, "", tool.main)""")
+        return run(program, *args, code=code, env={"TMPDIR": folder})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", FEW)
 def test_no_fault_loses_anything(part, tmp_path):
-    assert " 0 failures" in crash(part, *FEW[part], f"--folder={tmp_path}").stdout
+    assert " 0 failures" in crash(part, *FEW[part]).stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", BROKEN)
 def test_a_broken_build_fails_its_part(fault, tmp_path):
     part = fault.partition(",")[0]
-    done = crash(part, *FEW[part], "--torchrun_cases=0", f"--folder={tmp_path}",
+    done = crash(part, *FEW[part], "--torchrun_cases=0",
                  broken=BROKEN[fault], code=1)
     assert "FAILURE" in done.stdout, done.stdout + done.stderr
 
@@ -96,7 +92,7 @@ def test_a_broken_build_fails_its_part(fault, tmp_path):
 @pytest.mark.slow
 def test_a_failure_repeats_with_the_printed_flags(tmp_path):
     broken = {"broken": BROKEN["rot"], "code": 1}
-    args = ["rot", f"--folder={tmp_path}"]
+    args = ["rot"]
     first = crash(*args, "--cases=20", "--seed=7", **broken).stdout.splitlines()[0]
     again = crash(*args, *first.split("again with ")[1].split(), **broken)
     assert again.stdout.splitlines()[0] == first
@@ -109,5 +105,5 @@ def test_an_unknown_part_exits_2():
 @pytest.mark.slow
 def test_an_uninterrupted_run_that_hangs_is_an_error(tmp_path):
     impatient = "from tools import runs\nruns.TIME_LIMIT = 0.01"
-    complaint(crash("kill", "--cases=1", "--torchrun_cases=0", f"--folder={tmp_path}",
+    complaint(crash("kill", "--cases=1", "--torchrun_cases=0",
                     broken=impatient, code=2))

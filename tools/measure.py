@@ -13,7 +13,6 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import date
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -128,14 +127,17 @@ def run_rows(part: str, rows: dict[str, Callable[[], Row]], path: Path, machine:
     return passed
 
 
-def compare(rounds: int, ours: Callable[[], float], **peers: Callable[[], float]
-            ) -> dict[str, float]:
-    """Return each side's median of `rounds` numbers: "ours", and the peers that can run here. Each
-    number is from a process of its own, and the sides alternate."""
-    values = defaultdict(list)
+def compare(rounds: int, sides: dict[str, Callable[[], float]]) -> Row:
+    """Return the medians of what the sides return, seconds, in ms and relative to the first one's.
+    Sides alternate; those that can't run here are left out, but not the first. Raises UserError."""
+    times, (first, *_) = defaultdict(list), sides
     for _ in range(rounds):
-        values["ours"].append(call(ours))
-        for name, work in peers.items():
-            with suppress(UserError):  # not installed, or another architecture
-                values[name].append(call(work))
-    return {name: median(found) for name, found in values.items()}
+        for name, work in sides.items():
+            try:
+                times[name].append(work())
+            except UserError:  # maybe it is not installed
+                if name == first:
+                    raise
+    t = {name: median(values) for name, values in times.items() if values}
+    return ({f"{name}, ms": 1e3 * time for name, time in t.items()}
+            | {f"{name} / {first}": time / t[first] for name, time in t.items() if name != first})

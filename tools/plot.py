@@ -8,11 +8,9 @@ from typing import Any, Literal
 import numpy as np
 
 from keepgpt.config import setting
-from keepgpt.process import UserError, describe, import_package
+from keepgpt.process import UserError, import_package
 from tools.common import run_tool
 
-LOGGED = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s")  # keys of a logged step
-EVALUATED = ("step", "val_loss")
 LABELS = {"steps": "steps", "tokens": "tokens", "minutes": "minutes, without evaluations"}
 TITLES = {"loss": "loss (nats per token)", "lr": "learning rate",
           "grad_norm": "gradient norm, before clipping", "tokens_per_s": "tokens per second"}
@@ -25,25 +23,26 @@ class PlotConfig:
     to: str = setting("curves.png", "the picture's file")
 
 
-def read_run(folder: str, axis: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def read_run(folder: str | Path, axis: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Return the columns of a run's logged steps and of its evaluations, each with its place "x" on
     the axis. Raises UserError if metrics.jsonl is missing or corrupt."""
-    path, logged, evaluated = Path(folder) / "metrics.jsonl", [], []
+    path, line = Path(folder) / "metrics.jsonl", b""
+    columns = [{key: [] for key in ("step", "tokens", *TITLES)}, {"step": [], "val_loss": []}]
     try:
         for line in path.read_bytes().split(b"\n")[:-1]:  # the last one is being written
             row = json.loads(line)
-            keys, rows = (EVALUATED, evaluated) if "val_loss" in row else (LOGGED, logged)
-            rows.append([float(row[key]) for key in keys])
-    except OSError as e:
-        raise UserError(f"{path}: {describe(e)[0]}. Try: the out_dir of a run") from None
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: expected a row of a run, got {line!r:.60}") from None
-    steps, evaluations = (dict(zip(keys, np.array(rows).reshape(-1, len(keys)).T))
-                          for keys, rows in ((LOGGED, logged), (EVALUATED, evaluated)))
-    elapsed = np.cumsum(np.diff(steps["tokens"], prepend=0) / steps["tokens_per_s"])
-    steps["x"] = {"steps": steps["step"], "tokens": steps["tokens"], "minutes": elapsed / 60}[axis]
-    evaluations["x"] = np.interp(evaluations["step"], [0, *steps["step"]], [0, *steps["x"]])
-    return steps, evaluations
+            for key, values in columns["val_loss" in row].items():
+                values.append(float(row[key]))
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path}: expected a run's log, got {line!r:.60} ({e}). Try: the out_dir "
+                        "of a run") from None
+    logged, evaluated = ({key: np.array(values) for key, values in table.items()}
+                         for table in columns)
+    seconds = np.diff(logged["tokens"], prepend=0) / logged["tokens_per_s"]
+    logged["x"] = {"steps": logged["step"], "tokens": logged["tokens"],
+                   "minutes": np.cumsum(seconds) / 60}[axis]
+    evaluated["x"] = np.interp(evaluated["step"], [0, *logged["step"]], [0, *logged["x"]])
+    return logged, evaluated
 
 
 def draw(folders: list[str], axis: str) -> Any:
@@ -53,17 +52,16 @@ def draw(folders: list[str], axis: str) -> Any:
     figure, panels = plt.subplot_mosaic([["loss"] * 3, ["lr", "grad_norm", "tokens_per_s"]],
                                         figsize=(14, 9), height_ratios=(2, 1), layout="constrained")
     for i, folder in enumerate(folders):
-        steps, evaluations = read_run(folder, axis)
-        width = len(steps["x"]) // 50 + 1
+        logged, evaluated = read_run(folder, axis)
+        width = len(logged["x"]) // 50 + 1
         for key, panel in panels.items():
-            total = np.cumsum([0, *steps[key]])
-            panel.plot(steps["x"], steps[key], color=f"C{i}", alpha=0.3, linewidth=0.8)
-            panel.plot(steps["x"][width - 1:], (total[width:] - total[:-width]) / width,
+            total = np.cumsum([0, *logged[key]])
+            panel.plot(logged["x"], logged[key], color=f"C{i}", alpha=0.3, linewidth=0.8)
+            panel.plot(logged["x"][width - 1:], (total[width:] - total[:-width]) / width,
                        color=f"C{i}")
-        val_loss = evaluations["val_loss"]
-        panels["loss"].plot(
-            evaluations["x"], val_loss, color=f"C{i}", marker="o", linewidth=2.2,
-            label=f"{folder}: val loss" + (f", best {val_loss.min():.4f}" if len(val_loss) else ""))
+        best = min(evaluated["val_loss"], default=np.nan)
+        panels["loss"].plot(evaluated["x"], evaluated["val_loss"], color=f"C{i}", marker="o",
+                            linewidth=2.2, label=f"{folder}: val loss, best {best:.4f}")
     for key, panel in panels.items():
         panel.set(title=TITLES[key], xlabel=LABELS[axis], xlim=(0, None))
         panel.grid(alpha=0.3)

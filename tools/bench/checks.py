@@ -70,7 +70,8 @@ def compare_decode(config: Any, folder: Path) -> Row:
 CHECKS: dict[str, Callable[[Any, Path], Row]] = {
     "kill -9": partial(resume, dtype="bfloat16"),
     "kill -9, a save at each step": partial(
-        resume, checkpoint_interval=1, max_iters=20, compile=False, n_layer=8, n_embd=512),
+        resume, checkpoint_interval=1, max_iters=20, eval_iters=1, batch_size=1,
+        gradient_accumulation_steps=1, compile=False, n_layer=8, n_embd=512),
     "kill -9, two ranks": partial(resume, ranks=2, backend="gloo"),
     "kill -9, elastic": partial(resume, elastic=True),
     "kill -9, float16": partial(resume, dtype="float16"),

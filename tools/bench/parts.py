@@ -88,17 +88,14 @@ def measure_step(name: str, config: BenchConfig, folder: Path) -> Row:
     """Time a training step, against plain PyTorch and Transformers. MFU counts our model's
     FLOPs."""
     args = name, config.device
-    t = compare(config.rounds, partial(train_ours, *args, folder),
-                plain=partial(call, partial(sides.train_plain, *args)),
-                transformers=partial(call, partial(sides.train_transformers, *args)))
-    settings, model_args = sides.make_settings(name)
-    row = {"keepGPT, ms": 1e3 * t["ours"]}
-    for side, title in (("plain", "plain PyTorch"), ("transformers", "Transformers")):
-        if side in t:
-            row |= {f"{title}, ms": 1e3 * t[side], f"{title} / keepGPT": t[side] / t["ours"]}
+    row = compare(config.rounds, {
+        "keepGPT": partial(train_ours, *args, folder),
+        "plain PyTorch": partial(call, partial(sides.train_plain, *args)),
+        "Transformers": partial(call, partial(sides.train_transformers, *args))})
+    (settings, model_args), step = sides.make_settings(name), row["keepGPT, ms"] / 1e3
     if settings.optimizer == "muon":
-        row["optimizer's share"] = call(partial(sides.time_optimizer, *args)) / t["ours"]
-    row["tokens/s"] = settings.tokens_per_step / t["ours"]
+        row["optimizer's share"] = call(partial(sides.time_optimizer, *args)) / step
+    row["tokens/s"] = settings.tokens_per_step / step
     if peak := peak_flops(pick_device(config.device)):
         with torch.device("meta"):
             row["MFU"] = GPT(model_args).flops_per_token() * row["tokens/s"] / peak
@@ -106,18 +103,13 @@ def measure_step(name: str, config: BenchConfig, folder: Path) -> Row:
 
 
 def measure_sampling(name: str, config: BenchConfig, _folder: Path) -> Row:
-    """Time the tokens of one sequence, against Transformers; on CUDA also compiled."""
-    args = name, config.device
-    peers = {"transformers": partial(call, partial(sides.sample_transformers, *args))}
+    """Time a token of one sequence, against Transformers; on CUDA also compiled."""
+    works = {"keepGPT": sides.sample_ours, "Transformers": sides.sample_transformers}
     if pick_device(config.device).type == "cuda":
-        peers["compiled"] = partial(call, partial(sides.sample_ours, *args, compile=True))
-    t = compare(config.rounds, partial(call, partial(sides.sample_ours, *args)), **peers)
-    row = {"keepGPT, tokens/s": 1 / t["ours"]}
-    if "compiled" in t:
-        row["keepGPT compiled, tokens/s"] = 1 / t["compiled"]
-    if peer := t.get("transformers"):
-        row |= {"Transformers, tokens/s": 1 / peer, "keepGPT / Transformers": peer / t["ours"]}
-    return row
+        works["keepGPT compiled"] = partial(sides.sample_ours, compile=True)
+    row = compare(config.rounds, {side: partial(call, partial(work, name, config.device))
+                                  for side, work in works.items()})
+    return row | {"tokens/s": 1e3 / row["keepGPT, ms"]}
 
 
 def measure_save(name: str, config: BenchConfig, folder: Path) -> Row:

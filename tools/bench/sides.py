@@ -20,6 +20,7 @@ from sample import prepare_model
 from tools.export import to_config
 from tools.measure import seconds
 
+TOKENS = 48  # of a sample
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "vocab_size")
 
 
@@ -141,36 +142,27 @@ def train_transformers(name: str, device: str) -> float:
     return train_peer(network, lambda x, y: network(x, labels=x).loss, name, where)
 
 
-def count_tokens(name: str, device: torch.device) -> int:
-    """Return the number of tokens to sample: more on CUDA, which is fast."""
-    return 48 if device.type == "cpu" else min(500, make_settings(name)[1].block_size - 16)
+def time_sampling(sample: Callable[[], Any], device: torch.device) -> float:
+    """Return the seconds per token of the second of two samples."""
+    sample()
+    return seconds(sample, device) / TOKENS
 
 
 def sample_ours(name: str, device: str, compile: bool = False) -> float:
     """Time the tokens of one sequence by sample.py."""
     prepare_process()
-    where = pick_device(device)
-    network, count = GPT(make_settings(name)[1]).eval(), count_tokens(name, where)
+    where, network = pick_device(device), GPT(make_settings(name)[1]).eval()
     prepare_model(network, where, compile=compile)
-
-    def sample() -> None:
-        list(generate(network, [[0]], count, temperature=0.8, top_k=50, compile=compile))
-
-    sample()  # to warm up
-    return seconds(sample, where) / count
+    return time_sampling(lambda: list(generate(
+        network, [[0]], TOKENS, temperature=0.8, top_k=50, compile=compile)), where)
 
 
 def sample_transformers(name: str, device: str) -> float:
     """Time Transformers' `generate` with its cache; on CUDA in the dtype of sample.py."""
     where = pick_device(device)
     dtype = pick_dtype("auto", where) if where.type == "cuda" else torch.float32
-    network, count = make_transformers(name).to(where, dtype).eval(), count_tokens(name, where)
+    network = make_transformers(name).to(where, dtype).eval()
     prompt = torch.zeros(1, 1, dtype=torch.long, device=where)
-
-    def sample() -> None:
-        network.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=True,
-                         temperature=0.8, top_k=50, max_new_tokens=count, min_new_tokens=count,
-                         pad_token_id=0)
-
-    sample()
-    return seconds(sample, where) / count
+    return time_sampling(lambda: network.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=0.8, top_k=50,
+        max_new_tokens=TOKENS, min_new_tokens=TOKENS, pad_token_id=0), where)

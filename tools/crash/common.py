@@ -62,10 +62,10 @@ class Part:
 
 
 def make_bundles(part: Part, place: Path) -> list[dict[str, Any]]:
-    """Return four checkpoints of a small run, in the order of their steps."""
+    """Return five checkpoints of a small run, in the order of their steps."""
     source, bundles = runs.prepare_source(place), []
     settings = part.run | {"dataset": source, "out_dir": place / "run"}
-    for step in (2, 4, 6, 8):
+    for step in (2, 4, 6, 8, 10):
         runs.run(settings | {"max_iters": step})
         bundles.append(checkpoint.read_bundle(place / "run" / "ckpt.pt"))
     return bundles

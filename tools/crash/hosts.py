@@ -11,7 +11,7 @@ from keepgpt.process import UserError
 from tools import runs
 from tools.common import last_step
 from tools.crash.common import RUN, Part
-from tools.crash.kill import list_processes, send_signal
+from tools.crash.kill import list_processes
 
 STEPS = 2500  # enough for all faults
 SETTINGS = RUN | {"elastic": True, "gradient_accumulation_steps": 4, "max_iters": STEPS,
@@ -19,12 +19,12 @@ SETTINGS = RUN | {"elastic": True, "gradient_accumulation_steps": 4, "max_iters"
                   "rank_timeout": 20}  # a rank notices a cut cable only by waiting
 
 
-def wait_until(reached: Callable[[], bool], what: str) -> None:
+def wait_until(reached: Callable[[], bool]) -> None:
     """Return when `reached()` is true. Raises UserError if that takes minutes."""
     deadline = time.monotonic() + runs.TIME_LIMIT
     while not reached():
         if time.monotonic() > deadline:
-            raise UserError(f"hosts: the run hangs when {what}")
+            raise UserError("hosts: the run hangs")
         time.sleep(0.05)
 
 
@@ -46,27 +46,24 @@ def hosts(part: Part, place: Path) -> str:
             f"--rdzv_endpoint=127.0.0.1:{port}", f"--local_addr=127.0.0.{1 + (out == second)}",
             f"--rdzv_conf=last_call_timeout=5,is_host={int(out == first)}"))
 
-    def wait_for_steps(what: str) -> None:
+    def wait_for_steps() -> None:
         goal = last_step(first) + rng.randint(100, 300)
-        wait_until(lambda: last_step(first) >= goal, what)
+        wait_until(lambda: last_step(first) >= goal)
 
     def count_starts() -> int:
         return (first / "README.md").read_text().count("\n| 20")
 
-    try:
-        pid, _ = start(first), start(second)
-        wait_for_steps("both hosts start")
-        send_signal(signal.SIGKILL, *list_processes(second))
-        wait_for_steps("the second host was killed")
-        before = count_starts()
-        start(second)
-        wait_until(lambda: count_starts() > before, "the second host comes back")
-        wait_for_steps("the second host is back")
-        # to the first host, that is a cut cable
-        send_signal(signal.SIGSTOP, *list_processes(second))
-        code = runs.wait_for_exit(pid)
-    finally:
-        send_signal(signal.SIGKILL, *list_processes(first), *list_processes(second))
+    torchruns = [start(first), start(second)]
+    wait_for_steps()
+    os.kill(torchruns[1], signal.SIGKILL)  # its rank dies with it
+    wait_for_steps()
+    before, back = count_starts(), start(second)
+    wait_until(lambda: count_starts() > before)
+    wait_for_steps()
+    for pid in list_processes(second):  # to the first host, that is a cut cable
+        os.kill(pid, signal.SIGSTOP)
+    code = runs.wait_for_exit(torchruns[0])
+    os.kill(back, signal.SIGKILL)
     part.count(0, runs.compare_end(code, first, runs.read_end(whole)), cases=3)
     if any(second.glob("*.pt")):
         part.count(0, "the second host has checkpoints of its own", 0)

@@ -24,13 +24,6 @@ def list_processes(out: Path) -> list[int]:
     return sorted(found)
 
 
-def send_signal(number: signal.Signals, *pids: int) -> None:
-    """Send a signal to processes, of which some may have just ended."""
-    for pid in pids:
-        with suppress(ProcessLookupError):
-            os.kill(pid, number)
-
-
 def finish_killed_run(settings: dict[str, Any], lives: dict[int, float], kills: int,
                       rng: random.Random, seen: Counter) -> int | None:
     """Start a run again until it ends, and kill it up to `kills` times. Return its exit code, or
@@ -53,7 +46,8 @@ def finish_killed_run(settings: dict[str, Any], lives: dict[int, float], kills: 
         kills -= 1
         seen["kills"] += 1
         victim = pid if len(lives) > 1 else rng.choice(list_processes(out) or [pid])
-        send_signal(signal.SIGKILL, victim)
+        with suppress(ProcessLookupError):  # a rank that has just ended
+            os.kill(victim, signal.SIGKILL)
         if victim == pid:  # otherwise it is a rank, and torchrun starts all ranks again
             runs.wait_for_exit(pid)
             seen["in a save"] += bool(runs.list_temporary(out))
@@ -63,7 +57,7 @@ def finish_killed_run(settings: dict[str, Any], lives: dict[int, float], kills: 
                 lives[ranks] *= 1.1
             step, pid = last_step(out), 0
     if code is None:
-        send_signal(signal.SIGKILL, pid)
+        os.kill(pid, signal.SIGKILL)
     return code
 
 

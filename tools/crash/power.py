@@ -1,4 +1,4 @@
-"""power: each state of the disk that a power cut during a save may leave."""
+"""power: each state of the disk that a power cut, or the death of the process, may leave."""
 import copy
 import io
 import itertools
@@ -11,7 +11,7 @@ from typing import Any
 from keepgpt import checkpoint
 from tools import runs
 from tools.crash.common import KEEP, PAGE, Part, check_folder, make_bundles
-from tools.crash.nth import FaultyDisk
+from tools.crash.nth import FaultyDisk, check_next_save
 
 TEARS = ("lost", "kept", "cut", "pages", "zeros")  # what becomes of data without an fsync
 
@@ -93,11 +93,13 @@ class RecordingDisk(FaultyDisk):
 
 
 def power(part: Part, place: Path) -> str:
-    """Cut the power after each operation of four saves, with all that may be on the disk then."""
+    """Cut the power after each operation of four saves, with all that may be on the disk then. The
+    old or the new checkpoints must be left, and the next save must succeed."""
     states, cases, folder = [("", "")], [], place / "recorded"
     folder.mkdir()
     disk = RecordingDisk()
-    for i, bundle in enumerate(make_bundles(part, place)):
+    *bundles, later = make_bundles(part, place)
+    for i, bundle in enumerate(bundles):
         first, state, best = len(disk.log), runs.state_of(bundle), i % 2 == 0
         checkpoint.commit(bundle, folder, KEEP, best, disk)
         states.append((state, state if best else states[-1][1]))  # of ckpt.pt and best.pt
@@ -117,7 +119,8 @@ def power(part: Part, place: Path) -> str:
                 (left / path).write_bytes(content)
             old, new = states[durable], states[started]
             with redirect_stderr(io.StringIO()):
-                problem = check_folder(left, {old, (old[0], new[1]), new}, min(durable, KEEP))
+                problem = check_folder(left, {old, (old[0], new[1]), new}, min(durable, KEEP)
+                                       ) or check_next_save(left, later)
         part.count(number, problem and f"a cut after {disk.log[n]} of save {started} leaves "
                                        f"{', '.join(sorted(files))}: {problem}")
     return f"of {len(cases):,} states after a power cut, {len(distinct):,} distinct ones"
