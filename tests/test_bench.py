@@ -78,6 +78,28 @@ def test_work_in_a_new_process_returns_or_fails():
 
 
 def test_transformers_qwen3_has_as_many_parameters():
+    name = "Qwen3 and Muon, 4 layers, width 128"
+    sizes = [sum(p.numel() for p in network.parameters()) for network in
+             (sides.make_transformers(name), GPT(sides.make_settings(name)[1]))]
+    assert sizes[0] == sizes[1]
+
+
+def call_in_small(work):
+    """Do work with steps that are not repeated."""
+    sides.time_steps = lambda step, device: (step(), 0.001)[1]
+    return work()
+
+
+def call_in_fork(work, time_limit=None):
+    """Replace measure.call."""
+    with get_context("fork").Pool(1) as pool:  # a side may change its process
+        return pool.apply(call_in_small, (work,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["train", "sample", "checkpoint", "elastic", "commands"])
+def test_a_part_gives_numbers(part, monkeypatch, tmp_path):
+    monkeypatch.setattr(parts, "call", call_in_fork)
     tiny = sides.shape(1, 2, 128, 16, 4, 65, **sides.MODERN)
     monkeypatch.setitem(sides.SHAPES, "6 layers, width 384", tiny)
     work = {"train": partial(parts.measure_step, "6 layers, width 384"),
@@ -113,11 +135,10 @@ CONFIG = parts.BenchConfig(device="cpu")
 
 
 @pytest.mark.slow
-def test_checks_with_real_runs_pass_on_a_cpu(tmp_path, monkeypatch):
+@pytest.mark.parametrize("check", [checks.resume, checks.blow_up])
+def test_a_check_with_real_runs_passes_on_a_cpu(check, tmp_path, monkeypatch):
     monkeypatch.setattr(checks, "RUN", checks.RUN | {"max_iters": 100, "eval_iters": 2})
-    for check in (checks.resume, checks.blow_up):
-        (tmp_path / check.__name__).mkdir()
-        assert check(CONFIG, tmp_path / check.__name__)
+    assert check(CONFIG, tmp_path)
 
 
 @pytest.mark.slow
@@ -127,7 +148,7 @@ def test_runs_that_differ_or_fail_are_noticed(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="differ"):
         checks.resume(CONFIG, tmp_path, max_iters=60, eval_iters=2)
     with pytest.raises(UserError, match="got 3"):
-        checks.resume(CONFIG, tmp_path / "2", learning_rate=1e38, max_iters=4)
+        checks.resume(CONFIG, tmp_path / "2", learning_rate=1e38, max_iters=4, eval_iters=2)
 
 
 def test_a_row_that_fails_leaves_the_others(tmp_path):

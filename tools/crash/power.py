@@ -52,9 +52,11 @@ class Volume:
             self.durable, self.pending = self.names, []
 
     def list_outcomes(self) -> itertools.product:
-        """Return what a power cut may leave: any of the pending changes, and any tear of data."""
-        changes = itertools.product((False, True), repeat=len(self.pending))
-        return itertools.product(changes, TEARS if self.files != self.synced else TEARS[:1])
+        """Return what a power cut may leave: any of the last ten pending changes, and any tear of
+        data."""
+        older = [(True,)] * (len(self.pending) - 10)
+        arrived = itertools.product(*older, *[(False, True)] * min(10, len(self.pending)))
+        return itertools.product(arrived, TEARS if self.files != self.synced else TEARS[:1])
 
     def cut_power(self, arrived: tuple, tear: str, rng: random.Random) -> dict[str, bytes]:
         """Return the content of each file when the power is back."""
@@ -103,9 +105,10 @@ def power(part: Part, place: Path) -> str:
         first, state, best = len(disk.log), runs.state_of(bundle), i % 2 == 0
         checkpoint.commit(bundle, folder, KEEP, best, disk)
         states.append((state, state if best else states[-1][1]))  # of ckpt.pt and best.pt
-        last_fsync = len(disk.log) - disk.log[::-1].index("fsync_folder")
-        for n in range(first, len(disk.log)):
-            durable = i + (n + 1 >= last_fsync)  # saves that a power cut can't undo
+        operations = range(first, len(disk.log))
+        synced = [n for n in operations if disk.log[n] == "fsync_folder"] or operations
+        for n in operations:
+            durable = i + (n >= synced[-1])  # saves that a power cut can't undo
             cases += [(n, durable, i + 1, *how) for how in disk.volumes[n].list_outcomes()]
     distinct, left = set(), place / "left"
     for number in part.choose([disk.log[n] != "write" for n, *_ in cases], few=1000):
