@@ -11,7 +11,7 @@ from keepgpt.process import UserError
 from model import GPT
 from tools import gpu, measure
 from tools.bench import __main__ as bench
-from tools.bench import checks, parts, sides
+from tools.bench import parts, sides
 
 torch.set_num_threads(1)  # models this small are slower on two
 
@@ -127,7 +127,7 @@ def test_rows_for_a_gpu_are_shapes(monkeypatch):
     assert measured["gpu train"].keys() == sides.SHAPES.keys()
     assert any("batch 64" in name for name in measured["gpu train"])
     assert not any("batch 64" in name for name in measured["train"])
-    assert measured["gpu checks"].keys() == checks.CHECKS.keys()
+    assert measured["gpu checks"].keys() == parts.PARTS["checks"].keys()
     assert all(work.args[2].device == "cuda:0" for work in measured["gpu checks"].values())
 
 
@@ -135,20 +135,20 @@ CONFIG = parts.BenchConfig(device="cpu")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("check", [checks.resume, checks.blow_up])
+@pytest.mark.parametrize("check", [parts.resume, parts.blow_up])
 def test_a_check_with_real_runs_passes_on_a_cpu(check, tmp_path, monkeypatch):
-    monkeypatch.setattr(checks, "RUN", checks.RUN | {"max_iters": 100, "eval_iters": 2})
+    monkeypatch.setattr(parts, "RUN", parts.RUN | {"max_iters": 100, "eval_iters": 2})
     assert check(CONFIG, tmp_path)
 
 
 @pytest.mark.slow
 def test_runs_that_differ_or_fail_are_noticed(monkeypatch, tmp_path):
     ends = iter(range(9))
-    monkeypatch.setattr(checks.runs, "read_end", lambda _: next(ends))
+    monkeypatch.setattr(parts.runs, "read_end", lambda _: next(ends))
     with pytest.raises(UserError, match="differ"):
-        checks.resume(CONFIG, tmp_path, max_iters=60, eval_iters=2)
+        parts.resume(CONFIG, tmp_path, max_iters=60, eval_iters=2)
     with pytest.raises(UserError, match="got 3"):
-        checks.resume(CONFIG, tmp_path / "2", learning_rate=1e38, max_iters=4, eval_iters=2)
+        parts.resume(CONFIG, tmp_path / "2", learning_rate=1e38, max_iters=4, eval_iters=2)
 
 
 def test_a_row_that_fails_leaves_the_others(tmp_path):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import REPO, complaint, run
 
-FEW = {"kill": ("--cases=5", "--torchrun_cases=1"), "nth": ("--cases=120",),
+FEW = {"kill": ("--cases=5",), "nth": ("--cases=120",),
        "power": ("--cases=400",), "rot": ("--cases=150",), "full": ("--cases=4",),
        "elastic": ("--cases=1",), "prepare": ("--cases=60",)}
 NO_FSYNC = """
@@ -86,7 +86,7 @@ def test_no_fault_loses_anything(part):
 @pytest.mark.parametrize("fault", BROKEN)
 def test_a_broken_build_fails_its_part(fault):
     part = fault.partition(",")[0]
-    done = crash(part, *FEW[part], "--torchrun_cases=0", broken=BROKEN[fault], code=1)
+    done = crash(part, *FEW[part], broken=BROKEN[fault], code=1)
     assert "FAILURE" in done.stdout, done.stdout + done.stderr
 
 
@@ -105,4 +105,4 @@ def test_an_unknown_part_exits_2():
 @pytest.mark.slow
 def test_an_uninterrupted_run_that_hangs_is_an_error():
     impatient = "from tools import runs\nruns.TIME_LIMIT = 0.01"
-    complaint(crash("kill", "--cases=1", "--torchrun_cases=0", broken=impatient, code=2))
+    complaint(crash("kill", "--cases=1", broken=impatient, code=2))

@@ -15,14 +15,9 @@ from tools.common import REPO, NoSettings, last_step, run_tool
 DEFAULT = "config/train_plays_cpu.py"
 
 
-def say(text: str) -> None:
-    """Print in bold where there is a terminal."""
-    print(f"\n\033[1m{text}\033[0m" if sys.stdout.isatty() else f"\n{text}", flush=True)
-
-
 def start(*args: str) -> subprocess.Popen:
     """Start a script, after showing its command."""
-    say(f"$ python {' '.join(args)}")
+    print(f"\n$ python {' '.join(args)}", flush=True)
     return subprocess.Popen([sys.executable, *args], cwd=REPO)
 
 
@@ -49,12 +44,12 @@ def main(_config: NoSettings, args: list[str]) -> None:
     if run.poll() is None:
         run.kill()
         run.wait()
-        say(f"kill -9 at about step {last_step(REPO / out)}: there was no time to save. "
-            "The same command again:")
+        print(f"\nkill -9 at about step {last_step(REPO / out)}: there was no time to save. "
+              "The same command again:")
         run = start(*train)
     finish(run)
     finish(start("sample.py", f"--out_dir={out}", "--num_samples=2", "--max_new_tokens=400"))
-    say(f'Your turn: python sample.py --out_dir={out} --start="JULIET:"')
+    print(f'\nYour turn: python sample.py --out_dir={out} --start="JULIET:"')
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from keepgpt.process import UserError
 from tools.common import REPO, die_with_parent
 
 TIME_LIMIT = 300  # seconds; a process that takes longer hangs
-STATES: dict[str, str] = {}  # what `read_state` has found, by the sha256 of the file
 
 
 def prepare_source(place: Path) -> Path:
@@ -134,15 +133,10 @@ def state_of(bundle: dict[str, Any]) -> str:
 
 def read_state(path: Path) -> str:
     """Return the state in a checkpoint file, "corrupt", or "" if it does not exist."""
-    if not path.exists():
-        return ""
-    content = hashlib.sha256(path.read_bytes()).hexdigest()
-    if content not in STATES:
-        try:
-            STATES[content] = state_of(read_bundle(path))
-        except CorruptCheckpoint:
-            STATES[content] = "corrupt"
-    return STATES[content]
+    try:
+        return state_of(read_bundle(path))
+    except CorruptCheckpoint:
+        return "corrupt" if path.exists() else ""
 
 
 def newest_state(folder: Path) -> str:

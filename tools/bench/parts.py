@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,13 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from keepgpt.checkpoint import Disk, commit
+from keepgpt.checkpoint import Disk, commit, read_bundle
 from keepgpt.config import TrainConfig, setting
 from keepgpt.distributed import peak_flops, pick_device
 from keepgpt.process import UserError, write_atomically
 from model import GPT
 from tools import runs
-from tools.bench import checks, sides
+from tools.bench import sides
 from tools.common import REPO
 from tools.measure import Row, call, compare, seconds
 
@@ -47,6 +48,12 @@ COMMANDS = {
     "`sample.py`: 48 tokens of GPT-2 124M": [
         LARGE + "1", "sample.py --out_dir={0}/out --num_samples=1 --max_new_tokens=48"],
     "`prepare.py`: 5.3 MB of plays to GPT-2's tokens": ["prepare.py plays --data_dir={0}"]}
+RUN = {  # of the checks
+    "n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "batch_size": 8,
+    "gradient_accumulation_steps": 2, "dropout": 0.1, "learning_rate": 3e-3, "warmup_iters": 4,
+    "lr_decay_iters": 400, "max_iters": 400, "eval_interval": 200, "checkpoint_interval": 10,
+    "eval_iters": 100,  # all windows, so an evaluation's last batch is smaller
+    "log_interval": 5, "deterministic": True, "init_from": "auto"}
 
 
 @dataclass(frozen=True)
@@ -167,6 +174,52 @@ def measure_elastic(ranks: int, config: BenchConfig, folder: Path) -> Row:
     return {title: median(values) for title, values in times.items()}
 
 
+def resume(config: BenchConfig, folder: Path, ranks: int = 1, **flags: object) -> Row:
+    """Compare an uninterrupted run with one that is killed after a save and resumed. The first
+    evaluates before it trains, the resumed one trains first."""
+    whole, killed = folder / "whole", folder / "killed"
+    flags = RUN | flags | {"device": config.device, "dataset": runs.prepare_source(folder)}
+    runs.run(flags | {"out_dir": whole}, ranks)
+    flags["out_dir"], code = killed, None
+    pid = runs.start(flags, ranks)
+    while code is None:
+        code = runs.wait_for_exit(pid, 0.01)
+        if code is None and (killed / "ckpt.pt").exists():
+            os.kill(pid, signal.SIGKILL)
+    if code != -signal.SIGKILL:
+        raise UserError(f"exit code {code} before it was killed")
+    runs.run(flags, ranks)
+    if runs.read_end(whole) != runs.read_end(killed):
+        raise UserError("an uninterrupted and a resumed run differ")
+    return {"result": "bit-identical to an uninterrupted run"}
+
+
+def blow_up(config: BenchConfig, folder: Path) -> Row:
+    """Check that a learning rate of 1e30 gives exit code 3 and leaves finite checkpoints."""
+    flags = RUN | {"device": config.device, "dataset": runs.prepare_source(folder),
+                   "out_dir": folder / "out"}
+    runs.run(flags | {"max_iters": 20}, ranks=1)
+    runs.run(flags | {"learning_rate": 1e30, "grad_clip": 0, "checkpoint_interval": 1}, ranks=1,
+             code=3)
+    bundle = read_bundle(folder / "out" / "ckpt.pt")
+    if not all(tensor.isfinite().all() for tensor in bundle["model"].values()):
+        raise UserError("ckpt.pt is not finite")
+    return {"result": f"exit code 3, ckpt.pt of step {bundle['step']} is finite"}
+
+
+def compare_decode(config: BenchConfig, folder: Path) -> Row:
+    """Compare a text by compiled decode steps with the text by plain ones."""
+    flags = {"out_dir": folder / "out", "device": config.device}
+    runs.run(RUN | flags | {"dataset": runs.prepare_source(folder)}, ranks=1)
+    flags |= {"temperature": 0, "num_samples": 1, "max_new_tokens": 200, "dtype": "float32"}
+    texts = [subprocess.run([sys.executable, "sample.py", f"--compile={compile}",
+                             *runs.to_flags(flags)], cwd=REPO, capture_output=True, check=True
+                            ).stdout for compile in (False, True)]
+    if texts[0] != texts[1]:
+        raise UserError("the texts of compiled and of plain decode steps differ")
+    return {"result": "the same 200 tokens"}
+
+
 PARTS: dict[str, dict[str, Callable[[BenchConfig, Path], Row]]] = {
     "train": {name: partial(measure_step, name) for name in sides.SHAPES},
     "sample": {name: partial(measure_sampling, name) for name in
@@ -175,7 +228,17 @@ PARTS: dict[str, dict[str, Callable[[BenchConfig, Path], Row]]] = {
                    ("6 layers, width 384", "GPT-2 124M")},
     "commands": {name: partial(measure_command, commands) for name, commands in COMMANDS.items()},
     "elastic": {f"ranks: {ranks}": partial(measure_elastic, ranks) for ranks in (1, 2, 4)},
-    "checks": checks.CHECKS}
+    "checks": {
+        "kill -9": partial(resume, dtype="bfloat16"),
+        "kill -9, a save at each step": partial(
+            resume, checkpoint_interval=1, max_iters=20, eval_iters=1, batch_size=1,
+            gradient_accumulation_steps=1, compile=False, n_layer=8, n_embd=512),
+        "kill -9, two ranks": partial(resume, ranks=2, backend="gloo"),
+        "kill -9, elastic": partial(resume, elastic=True),
+        "kill -9, float16": partial(resume, dtype="float16"),
+        "kill -9, float32, not compiled": partial(resume, dtype="float32", compile=False),
+        "a loss that is not finite": blow_up,
+        "compiled decode steps": compare_decode}}
 
 
 def measure_row(part: str, row: str, config: BenchConfig) -> Row:

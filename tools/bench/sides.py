@@ -142,19 +142,13 @@ def train_transformers(name: str, device: str) -> float:
     return train_peer(network, lambda x, y: network(x, labels=x).loss, name, where)
 
 
-def time_sampling(sample: Callable[[], Any], device: torch.device) -> float:
-    """Return the seconds per token of the second of two samples."""
-    sample()
-    return seconds(sample, device) / TOKENS
-
-
 def sample_ours(name: str, device: str, compile: bool = False) -> float:
     """Time the tokens of one sequence by sample.py."""
     prepare_process()
     where, network = pick_device(device), GPT(make_settings(name)[1]).eval()
     prepare_model(network, where, compile=compile)
-    return time_sampling(lambda: list(generate(
-        network, [[0]], TOKENS, temperature=0.8, top_k=50, compile=compile)), where)
+    return time_steps(lambda: list(generate(
+        network, [[0]], TOKENS, temperature=0.8, top_k=50, compile=compile)), where) / TOKENS
 
 
 def sample_transformers(name: str, device: str) -> float:
@@ -163,6 +157,7 @@ def sample_transformers(name: str, device: str) -> float:
     dtype = pick_dtype("auto", where) if where.type == "cuda" else torch.float32
     network = make_transformers(name).to(where, dtype).eval()
     prompt = torch.zeros(1, 1, dtype=torch.long, device=where)
-    return time_sampling(lambda: network.generate(
+    return time_steps(lambda: network.generate(
         prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=0.8, top_k=50,
-        max_new_tokens=TOKENS, min_new_tokens=TOKENS, pad_token_id=0), where)
+        max_new_tokens=TOKENS, min_new_tokens=TOKENS, pad_token_id=0), where
+        ) / TOKENS

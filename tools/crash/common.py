@@ -26,7 +26,6 @@ PAGE = 1 << 12  # bytes
 class CrashConfig:
     """The settings of tools.crash."""
     cases: int = setting(0, "cases of each part; 0 = a few, 1e9 = all", least=0)
-    torchrun_cases: int = setting(2, "kill: kills of a rank or torchrun, in two-rank runs", least=0)
     modern: bool = setting(False, "kill, nth, power, rot, elastic: train a Qwen3 with Muon")
     seed: int = setting(1, "seed of the cases")
     only: int = setting(-1, "the number of the one case (kill: run) to try", least=-1)

@@ -65,6 +65,9 @@ def kill_runs(part: Part, settings: dict[str, Any], place: Path, choices: tuple[
               kills: int) -> Counter:
     """Kill run after run, `kills` times in all, each start on one of the numbers of ranks in
     `choices` (0 is a fork). Each must end as an uninterrupted run does, on whichever of them."""
+    seen, only = Counter(), part.config.only
+    if not kills:
+        return seen
     place.mkdir()
     lives = {ranks: runs.run(settings | {"out_dir": place / f"whole{ranks}"}, ranks)
              for ranks in choices}
@@ -73,7 +76,6 @@ def kill_runs(part: Part, settings: dict[str, Any], place: Path, choices: tuple[
         part.count(-1, "uninterrupted runs differ", 0)
     if expected["best.pt"] == expected["ckpt.pt"]:
         part.count(-1, "the last checkpoint is the best one: best.pt is not tested", 0)
-    seen, only = Counter(), part.config.only
     while seen["kills"] < kills and not (seen["runs"] and only >= 0):
         number, before = only if only >= 0 else seen["runs"], seen["kills"]
         out = place / f"run{number}"
@@ -90,13 +92,11 @@ def kill_runs(part: Part, settings: dict[str, Any], place: Path, choices: tuple[
 
 
 def kill(part: Part, place: Path) -> str:
-    """Kill runs of one process, then ranks and torchruns of two-rank runs."""
-    settings = part.run | {"dataset": runs.prepare_source(place)}
-    one = kill_runs(part, settings, place / "one", (0,), part.config.cases or 20)
-    two = Counter()
-    if part.config.torchrun_cases:
-        two = kill_runs(part, settings | {"max_iters": 400, "warmup_iters": 400}, place / "two",
-                        (2,), part.config.torchrun_cases)
+    """Kill runs of one process; one kill in twenty is of a rank or torchrun of a two-rank run."""
+    settings, kills = part.run | {"dataset": runs.prepare_source(place)}, part.config.cases or 20
+    one = kill_runs(part, settings, place / "one", (0,), kills)
+    two = kill_runs(part, settings | {"max_iters": 400, "warmup_iters": 400}, place / "two", (2,),
+                    kills // 20)
     return (f"kills, {two['kills']} of them on two ranks, {one['in a save']} during a write, at "
             f"most {one['lost steps']} steps lost; {one['runs'] + two['runs']} ends compared")
 

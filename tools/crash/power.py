@@ -49,8 +49,8 @@ class RecordingDisk(FaultyDisk):
         name = self.opened.get(args[0], args[0]).name if operation != "close" else ""
         file = self.names.get(name)
         if operation == "create":
-            file = file or File()
-            file.now, change = b"", {} if self.names.get(name) else {name: file}
+            change = {} if file else {name: File()}
+            (file or change[name]).now = b""
         elif operation == "write":
             file.now += args[1][:result]
         elif operation == "fsync":
