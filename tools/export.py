@@ -141,22 +141,14 @@ def write_gguf(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str, dty
     gguf = import_package("gguf")
     args, qwen3 = model.args, model.args.architecture == "qwen3"
     writer = gguf.GGUFWriter(folder / "model.gguf", args.architecture)
-    writer.add_name(origin)
-    writer.add_context_length(args.block_size)
-    writer.add_embedding_length(args.n_embd)
-    writer.add_block_count(args.n_layer)
-    writer.add_head_count(args.n_head)
-    writer.add_feed_forward_length(args.ff_width if qwen3 else 4 * args.n_embd)
-    if qwen3:
-        writer.add_head_count_kv(args.K)
-        writer.add_key_length(args.D)
-        writer.add_value_length(args.D)
-        writer.add_layer_norm_rms_eps(args.norm_eps)
-        writer.add_rope_freq_base(args.rope_theta)
-    else:
-        writer.add_layer_norm_eps(1e-5)
-    add_tokenizer(writer, vocabulary)
-
+    keys = {"name": origin, "context_length": args.block_size, "embedding_length": args.n_embd,
+            "block_count": args.n_layer, "head_count": args.n_head,
+            "feed_forward_length": args.ff_width if qwen3 else 4 * args.n_embd}
+    keys |= {"head_count_kv": args.K, "key_length": args.D, "value_length": args.D,
+             "layer_norm_rms_eps": args.norm_eps, "rope_freq_base": args.rope_theta
+             } if qwen3 else {"layer_norm_eps": 1e-5}
+    for key, value in (keys | to_gguf_tokenizer(vocabulary)).items():
+        getattr(writer, f"add_{key}")(value)
     names = gguf.get_tensor_name_map(
         gguf.MODEL_ARCH.QWEN3 if qwen3 else gguf.MODEL_ARCH.GPT2, args.n_layer)
     of_matrices = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
@@ -172,17 +164,16 @@ def write_gguf(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str, dty
     writer.close()
 
 
-def add_tokenizer(writer: Any, vocabulary: Tokenizer) -> None:
-    """Add the tokenizer to a gguf.GGUFWriter. Raises ValueError for one that llama.cpp lacks."""
+def to_gguf_tokenizer(vocabulary: Tokenizer) -> dict[str, Any]:
+    """Return the tokenizer by the keys of gguf. Raises ValueError for one that llama.cpp lacks."""
     from gguf import TokenType
     content = json.loads(to_tokenizers(vocabulary).to_str())
     names = {i: name for name, i in content["model"]["vocab"].items()}
     if content["model"]["type"] == "WordLevel":
         # llama.cpp's tokenizer of RWKV takes the longest token that fits, which is here the next
         # character, and is the only one without an end-of-text token; \ is its escape character
-        writer.add_tokenizer_model("rwkv")
-        writer.add_token_list([names[i].replace("\\", r"\\") for i in range(len(names))])
-        return
+        return {"tokenizer_model": "rwkv",
+                "token_list": [names[i].replace("\\", r"\\") for i in range(len(names))]}
     splits = content["pre_tokenizer"]
     pattern = next((split["pattern"]["Regex"] for split in splits.get("pretokenizers", [])
                     if split["type"] == "Split"), None)
@@ -193,15 +184,13 @@ def add_tokenizer(writer: Any, vocabulary: Tokenizer) -> None:
              for token in content["added_tokens"]}
     names |= {token["id"]: token["content"] for token in content["added_tokens"]}
     ids = range(vocabulary.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(PATTERNS[pattern])
-    writer.add_token_list([names.get(i, f"[unused {i}]") for i in ids])
-    writer.add_token_types([types.get(i, TokenType.NORMAL if i in names else TokenType.UNUSED)
-                            for i in ids])
-    writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]])
-    writer.add_bos_token_id(vocabulary.eot)
-    writer.add_eos_token_id(vocabulary.eot)
-    writer.add_add_bos_token(False)
+    return {"tokenizer_model": "gpt2", "tokenizer_pre": PATTERNS[pattern],
+            "token_list": [names.get(i, f"[unused {i}]") for i in ids],
+            "token_types": [types.get(i, TokenType.NORMAL if i in names else TokenType.UNUSED)
+                            for i in ids],
+            "token_merges": [" ".join(pair) for pair in content["model"]["merges"]],
+            "bos_token_id": vocabulary.eot, "eos_token_id": vocabulary.eot,
+            "add_bos_token": False}
 
 
 def main(config: ExportConfig, args: list[str]) -> None:

@@ -24,13 +24,9 @@ import torch
 from keepgpt.process import UserError
 from tools.common import run_tool
 from tools.crash.common import CrashConfig, Part
-from tools.crash.full import full
-from tools.crash.hosts import hosts
-from tools.crash.kill import elastic, kill
-from tools.crash.nth import nth
-from tools.crash.power import power
+from tools.crash.jobs import elastic, full, hosts, kill
 from tools.crash.prepare import prepare
-from tools.crash.rot import rot
+from tools.crash.saves import nth, power, rot
 
 PARTS = {"kill": kill, "nth": nth, "power": power, "rot": rot, "full": full, "elastic": elastic,
          "prepare": prepare, "hosts": hosts}

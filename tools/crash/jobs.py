@@ -1,17 +1,28 @@
-"""kill: kill -9 at random instants of real runs, from the start of a process to its end; elastic:
-the same, and each start is on another number of ranks."""
+"""The parts with real runs: kill, elastic, full and hosts. Each fault must leave what an
+uninterrupted run leaves, bit for bit."""
 import os
 import random
 import signal
+import socket
+import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from keepgpt import checkpoint
+from keepgpt.process import EXIT_FAILED, UserError
 from tools import runs
 from tools.common import last_step
-from tools.crash.common import INTERVAL, Part
+from tools.crash.common import INTERVAL, RUN, Part, clone
+
+WIDE = RUN | {"n_embd": 64, "eval_interval": 6, "max_iters": 42}  # a checkpoint over a megabyte
+ROOM = 1 << 16  # bytes between two limits
+STEPS = 2500  # enough for all faults
+HOSTS = RUN | {"elastic": True, "gradient_accumulation_steps": 4, "max_iters": STEPS,
+               "warmup_iters": STEPS, "checkpoint_interval": 20, "eval_interval": 200,
+               "rank_timeout": 20}  # a rank notices a cut cable only by waiting
 
 
 def list_processes(out: Path) -> list[int]:
@@ -108,3 +119,83 @@ def elastic(part: Part, place: Path) -> str:
     seen = kill_runs(part, settings, place / "runs", (0, 2, 4), part.config.cases or 6)
     return (f"kills; {seen['on 0']}, {seen['on 2']} and {seen['on 4']} starts on 1, 2 and 4 ranks; "
             f"{seen['runs']} ends compared")
+
+
+def check_full_disk(settings: dict[str, Any], older: Path, limit: int, expected: dict[str, Any]
+                    ) -> str:
+    """Resume a run while no file may have more than `limit` bytes, then with room. Return the
+    problem, or ""."""
+    out = clone(older, settings["out_dir"])
+    code = runs.wait_for_exit(runs.start(settings, largest_file=limit))
+    if code != EXIT_FAILED or last_step(out) != settings["max_iters"]:
+        return f"training did not continue (exit code {code}), see {out}.log"
+    if runs.newest_state(out) != runs.newest_state(older):
+        return "the older checkpoint is lost"
+    if runs.list_temporary(out):
+        return f"{runs.list_temporary(out)} is left behind"
+    return runs.compare_end(runs.wait_for_exit(runs.start(settings)), out, expected)
+
+
+def full(part: Part, place: Path) -> str:
+    """Leave no room: training must continue, the older checkpoint remain, and with room again the
+    run must end bit-identical."""
+    base, older = WIDE | {"dataset": runs.prepare_source(place)}, place / "older"
+    runs.run(base | {"out_dir": place / "whole"})
+    runs.run(base | {"out_dir": older, "max_iters": base["eval_interval"]})
+    limits = range(ROOM, (older / "ckpt.pt").stat().st_size, ROOM)
+    for number in part.choose([False] * len(limits), few=8):
+        settings = base | {"out_dir": place / f"limit{number}"}
+        part.count(number, check_full_disk(settings, older, limits[number],
+                                           runs.read_end(place / "whole")))
+    return f"of {len(limits)} limits of a file's size, in steps of 64 KiB"
+
+
+def wait_until(reached: Callable[[], bool]) -> None:
+    """Return when `reached()` is true. Raises UserError if that takes minutes."""
+    deadline = time.monotonic() + runs.TIME_LIMIT
+    while not reached():
+        if time.monotonic() > deadline:
+            raise UserError("hosts: the run hangs")
+        time.sleep(0.05)
+
+
+def hosts(part: Part, place: Path) -> str:
+    """Compare a run with three faults with an uninterrupted one on one rank."""
+    settings = HOSTS | {"dataset": runs.prepare_source(place)}
+    whole, first, second = place / "whole", place / "first", place / "second"
+    runs.run(settings | {"out_dir": whole})
+    # torch 2.13 shares torchrun's store with the ranks, and a host that comes back finds none
+    os.environ |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port, rng = free.getsockname()[1], part.rng(0)
+
+    def start(out: Path) -> int:
+        # addresses in this order: the first host has rank 0
+        return runs.start(settings | {"out_dir": out}, ranks=1, torchrun=(
+            "--nnodes=1:2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+            f"--rdzv_endpoint=127.0.0.1:{port}", f"--local_addr=127.0.0.{1 + (out == second)}",
+            f"--rdzv_conf=last_call_timeout=5,is_host={int(out == first)}"))
+
+    def wait_for_steps() -> None:
+        goal = last_step(first) + rng.randint(100, 300)
+        wait_until(lambda: last_step(first) >= goal)
+
+    def count_starts() -> int:
+        return (first / "README.md").read_text().count("\n| 20")
+
+    torchruns = [start(first), start(second)]
+    wait_for_steps()
+    os.kill(torchruns[1], signal.SIGKILL)  # its rank dies with it
+    wait_for_steps()
+    before, back = count_starts(), start(second)
+    wait_until(lambda: count_starts() > before)
+    wait_for_steps()
+    for pid in list_processes(second):  # to the first host, that is a cut cable
+        os.kill(pid, signal.SIGSTOP)
+    code = runs.wait_for_exit(torchruns[0])
+    os.kill(back, signal.SIGKILL)
+    part.count(0, runs.compare_end(code, first, runs.read_end(whole)), cases=3)
+    if any(second.glob("*.pt")):
+        part.count(0, "the second host has checkpoints of its own", 0)
+    return f"faults of two hosts without a common disk in {count_starts()} starts; 1 end compared"
