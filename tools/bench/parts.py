@@ -68,7 +68,8 @@ class BenchConfig:
 
 def train(name: str, device: str, folder: Path, ranks: int = 1, **settings: Any) -> list[float]:
     """Run train.py with a shape on random tokens. Return the seconds per step of each log line."""
-    out = Path(tempfile.mkdtemp(dir=folder))
+    out = folder / "out"
+    shutil.rmtree(out, ignore_errors=True)
     settings = sides.SHAPES[name] | TRAIN | settings | {
         "device": device, "dataset": folder, "out_dir": out}
     vocab_size = settings.pop("vocab_size")
@@ -127,7 +128,7 @@ def measure_save(name: str, config: BenchConfig, folder: Path) -> Row:
         for kind, interval in (("none", 10**6), ("saves", 10)):
             steps = train(name, config.device, folder, max_iters=40, checkpoint_interval=interval)
             times[kind].append(sum(steps[10:]))  # three saves start in these steps
-        path = max(folder.glob("*/ckpt.pt"), key=os.path.getmtime)
+        path = folder / "out" / "ckpt.pt"
         bundle = torch.load(path, map_location=pick_device(config.device), weights_only=True)
         content = path.read_bytes()
         for kind, work in (("plain", partial(torch.save, bundle, folder / "plain.pt")),
@@ -163,15 +164,15 @@ def measure_command(commands: list[str], config: BenchConfig, folder: Path) -> R
 
 
 def measure_elastic(ranks: int, config: BenchConfig, folder: Path) -> Row:
-    """Time steps of DDP and of elastic=True on CPU ranks of one thread each, alternating."""
+    """Time steps of DDP and of elastic=True on CPU ranks of one thread each."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    times = defaultdict(list)
-    for _ in range(config.rounds):
-        for side in ("DDP", "elastic"):
-            steps = train("6 layers, width 384", "cpu", folder, ranks, max_iters=6, batch_size=2,
-                          gradient_accumulation_steps=8, elastic=side == "elastic")
-            times[f"{side}, s/step"].append(median(steps[1:]))
-    return {title: median(values) for title, values in times.items()}
+
+    def time_steps(elastic: bool) -> float:
+        return median(train("6 layers, width 384", "cpu", folder, ranks, max_iters=6, batch_size=2,
+                            gradient_accumulation_steps=8, elastic=elastic)[1:])
+
+    return compare(config.rounds, {"DDP": partial(time_steps, False),
+                                   "elastic": partial(time_steps, True)})
 
 
 def resume(config: BenchConfig, folder: Path, ranks: int = 1, **flags: object) -> Row:

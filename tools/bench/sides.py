@@ -64,7 +64,6 @@ def time_steps(step: Callable[[], Any], device: torch.device) -> float:
 
 def time_optimizer(name: str, device: str) -> float:
     """Time the updates of train.py's optimizer."""
-    prepare_process()
     where, (config, args) = pick_device(device), make_settings(name)
     network = GPT(args).to(where)
     optimizer = make_optimizer(network, config, pick_dtype("auto", where))
