@@ -4,30 +4,20 @@ This is tools.bench with other defaults: each part takes 9.5 minutes at most, pr
 is ready and records it in docs/measured.json. Needs no network, and Transformers only for its
 columns. `checks` kills and resumes runs, blows one up, and compares compiled decode steps.
 """
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from keepgpt.config import setting
-from keepgpt.process import UserError
-from tools.bench import __main__ as bench
+from tools.bench.__main__ import BenchConfig, main
 from tools.common import run_tool
 
 
 @dataclass(frozen=True)
-class GpuConfig(bench.BenchConfig):
+class GpuConfig(BenchConfig):
     """The settings of tools.gpu."""
-    parts: str = setting("checks,train,sample,checkpoint", "the parts to run, in this order")
     rounds: int = setting(1, "rounds of a measurement; tables show medians", least=1)
-    minutes: float = setting(9.5, "time limit of each part", least=0)
     device: str = setting("cuda:0", "cpu = test this program without a GPU")
-
-
-def main(config: GpuConfig, args: list[str]) -> int:
-    """Run the parts and return the exit code. Raises UserError and OSError."""
-    if args:
-        raise UserError(f"{args[0]}: expected --key=value. Try: --help")
-    settings = asdict(config)
-    parts = settings.pop("parts").split(",")
-    return bench.main(bench.BenchConfig(**settings), parts)
+    minutes: float = setting(9.5, "time limit of each part", least=0)
+    parts: str = setting("checks,train,sample,checkpoint", "the parts to run, in this order")
 
 
 if __name__ == "__main__":

@@ -96,9 +96,12 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
 
 def call(work: Callable[[], Any], time_limit: float | None = None) -> Any:
     """Return what `work`, a function of a module with its arguments, returns in a new process.
-    Raises UserError if it fails, and subprocess.TimeoutExpired."""
-    done = subprocess.run([sys.executable, "-c", NEW_PROCESS], input=pickle.dumps(work), cwd=REPO,
-                          capture_output=True, timeout=time_limit)
+    Raises UserError if it fails."""
+    try:
+        done = subprocess.run([sys.executable, "-c", NEW_PROCESS], input=pickle.dumps(work),
+                              cwd=REPO, capture_output=True, timeout=time_limit)
+    except subprocess.TimeoutExpired:
+        raise UserError("no time is left") from None
     if done.returncode:
         raise UserError((done.stderr.decode(errors="replace").splitlines() or ["no output"])[-1])
     return json.loads(done.stdout.splitlines()[-1])
@@ -113,16 +116,15 @@ def run_rows(part: str, rows: dict[str, Callable[[], Row]], path: Path, machine:
     def measure(name: str) -> tuple[str, Row]:
         try:
             return name, call(rows[name], max(0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            return name, {"not measured": "no time is left"}
         except UserError as e:
             return name, {"FAILED": str(e)}
 
     with ThreadPool(workers) as pool:
         for name, row in pool.imap_unordered(measure, rows):
             print("", *format_table(part, {name: row}), sep="\n", flush=True)
-            passed &= "FAILED" not in row
-            if not {"FAILED", "not measured"} & row.keys():
+            if "FAILED" in row:
+                passed = False
+            else:
                 record(path, part, name, row, machine)
     return passed
 

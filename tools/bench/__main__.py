@@ -12,19 +12,32 @@ Each row has a process of its own and holds medians; if one fails, the others co
 code is 1. Numbers go to docs/measured.json, and `tables` writes them to docs/BENCHMARKS.md and
 docs/DISTRIBUTED.md. Files are in the temporary folder: TMPDIR=/mnt/x measures another disk.
 """
+from dataclasses import dataclass
 from functools import partial
 
+from keepgpt.config import setting
 from keepgpt.distributed import pick_device
 from keepgpt.process import UserError, write_atomically
 from tools import measure
-from tools.bench.parts import PARTS, BenchConfig, measure_row
+from tools.bench.parts import PARTS, measure_row
 from tools.common import REPO, run_tool
 
 
-def main(config: BenchConfig, parts: list[str]) -> int:
+@dataclass(frozen=True)
+class BenchConfig:
+    """The settings of the benchmarks."""
+    rounds: int = setting(5, "number of rounds; tables show medians", least=1)
+    only: str = setting("", "only rows whose name contains this")
+    device: str = setting("auto", "auto | cpu | cuda")
+    minutes: float = setting(600, "time limit of each part", least=0)
+    parts: str = setting("", "the parts, separated by commas, instead of arguments")
+    json: str = setting("docs/measured.json", "the file to record the numbers in")
+
+
+def main(config: BenchConfig, args: list[str]) -> int:
     """Measure the parts, or rewrite the tables. Return the exit code. Raises UserError and
     OSError."""
-    path = REPO / config.json
+    path, parts = REPO / config.json, args or config.parts.split(",")
     if parts == ["tables"]:
         for page in measure.PAGES:
             text = page.read_text(encoding="utf-8")
@@ -35,7 +48,8 @@ def main(config: BenchConfig, parts: list[str]) -> int:
                         f"got {' '.join(parts) or 'none'}")
     device = pick_device(config.device)
     cuda = device.type == "cuda"
-    rows = {part: {name: partial(measure_row, part, name, config) for name in PARTS[part]
+    rows = {part: {name: partial(measure_row, part, name, config.rounds, config.device)
+                   for name in PARTS[part]
                    if config.only in name and (cuda or ", batch " not in name)} for part in parts}
     if not any(rows.values()):
         names = [name for part in parts for name in PARTS[part]]

@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 
 from keepgpt.checkpoint import Disk, commit, read_bundle
-from keepgpt.config import TrainConfig, setting
+from keepgpt.config import TrainConfig
 from keepgpt.distributed import peak_flops, pick_device
 from keepgpt.process import UserError, write_atomically
 from model import GPT
@@ -56,16 +55,6 @@ RUN = {  # of the checks
     "log_interval": 5, "deterministic": True, "init_from": "auto"}
 
 
-@dataclass(frozen=True)
-class BenchConfig:
-    """The settings of the benchmarks."""
-    rounds: int = setting(5, "number of rounds; tables show medians", least=1)
-    only: str = setting("", "only rows whose name contains this")
-    device: str = setting("auto", "auto | cpu | cuda")
-    minutes: float = setting(600, "time limit of each part", least=0)
-    json: str = setting("docs/measured.json", "the file to record the numbers in")
-
-
 def train(name: str, device: str, folder: Path, ranks: int = 1, **settings: Any) -> list[float]:
     """Run train.py with a shape on random tokens. Return the seconds per step of each log line."""
     out = folder / "out"
@@ -92,11 +81,11 @@ def train_ours(name: str, device: str, folder: Path) -> float:
     return median(train(name, device, folder, max_iters=steps, log_interval=steps // 4)[1:4])
 
 
-def measure_step(name: str, config: BenchConfig, folder: Path) -> Row:
+def measure_step(name: str, rounds: int, device: str, folder: Path) -> Row:
     """Time a training step, against plain PyTorch and Transformers. MFU counts our model's
     FLOPs."""
-    args = name, config.device
-    row = compare(config.rounds, {
+    args = name, device
+    row = compare(rounds, {
         "keepGPT": partial(train_ours, *args, folder),
         "plain PyTorch": partial(call, partial(sides.train_plain, *args)),
         "Transformers": partial(call, partial(sides.train_transformers, *args))})
@@ -104,32 +93,32 @@ def measure_step(name: str, config: BenchConfig, folder: Path) -> Row:
     if settings.optimizer == "muon":
         row["optimizer's share"] = call(partial(sides.time_optimizer, *args)) / step
     row["tokens/s"] = settings.tokens_per_step / step
-    if peak := peak_flops(pick_device(config.device)):
+    if peak := peak_flops(pick_device(device)):
         with torch.device("meta"):
             row["MFU"] = GPT(model_args).flops_per_token() * row["tokens/s"] / peak
     return row
 
 
-def measure_sampling(name: str, config: BenchConfig, _folder: Path) -> Row:
+def measure_sampling(name: str, rounds: int, device: str, _folder: Path) -> Row:
     """Time a token of one sequence, against Transformers; on CUDA also compiled."""
     works = {"keepGPT": sides.sample_ours, "Transformers": sides.sample_transformers}
-    if pick_device(config.device).type == "cuda":
+    if pick_device(device).type == "cuda":
         works["keepGPT compiled"] = partial(sides.sample_ours, compile=True)
-    row = compare(config.rounds, {side: partial(call, partial(work, name, config.device))
+    row = compare(rounds, {side: partial(call, partial(work, name, device))
                                   for side, work in works.items()})
     return row | {"tokens/s": 1e3 / row["keepGPT, ms"]}
 
 
-def measure_save(name: str, config: BenchConfig, folder: Path) -> Row:
+def measure_save(name: str, rounds: int, device: str, folder: Path) -> Row:
     """Time runs with and without saves, alternating; and for the same checkpoint torch.save, our
     write, and one write and fsync of its bytes."""
     times = defaultdict(list)
-    for _ in range(config.rounds):
+    for _ in range(rounds):
         for kind, interval in (("none", 10**6), ("saves", 10)):
-            steps = train(name, config.device, folder, max_iters=40, checkpoint_interval=interval)
+            steps = train(name, device, folder, max_iters=40, checkpoint_interval=interval)
             times[kind].append(sum(steps[10:]))  # three saves start in these steps
         path = folder / "out" / "ckpt.pt"
-        bundle = torch.load(path, map_location=pick_device(config.device), weights_only=True)
+        bundle = torch.load(path, map_location=pick_device(device), weights_only=True)
         content = path.read_bytes()
         for kind, work in (("plain", partial(torch.save, bundle, folder / "plain.pt")),
                            ("write", partial(commit, bundle, folder, 2, False, Disk())),
@@ -143,11 +132,11 @@ def measure_save(name: str, config: BenchConfig, folder: Path) -> Row:
             "the disk alone, s": t["disk"]}
 
 
-def measure_command(commands: list[str], config: BenchConfig, folder: Path) -> Row:
+def measure_command(commands: list[str], rounds: int, device: str, folder: Path) -> Row:
     """Measure the seconds and the peak memory of the last of some commands. Raises UserError."""
     runs.prepare_source(folder)
     found = defaultdict(list)
-    for _ in range(config.rounds):
+    for _ in range(rounds):
         shutil.rmtree(folder / "out", ignore_errors=True)
         for command in commands:
             started = time.perf_counter()
@@ -163,7 +152,7 @@ def measure_command(commands: list[str], config: BenchConfig, folder: Path) -> R
     return {title: median(values) for title, values in found.items()}
 
 
-def measure_elastic(ranks: int, config: BenchConfig, folder: Path) -> Row:
+def measure_elastic(ranks: int, rounds: int, device: str, folder: Path) -> Row:
     """Time steps of DDP and of elastic=True on CPU ranks of one thread each."""
     os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -171,15 +160,15 @@ def measure_elastic(ranks: int, config: BenchConfig, folder: Path) -> Row:
         return median(train("6 layers, width 384", "cpu", folder, ranks, max_iters=6, batch_size=2,
                             gradient_accumulation_steps=8, elastic=elastic)[1:])
 
-    return compare(config.rounds, {"DDP": partial(time_steps, False),
+    return compare(rounds, {"DDP": partial(time_steps, False),
                                    "elastic": partial(time_steps, True)})
 
 
-def resume(config: BenchConfig, folder: Path, ranks: int = 1, **flags: object) -> Row:
+def resume(rounds: int, device: str, folder: Path, ranks: int = 1, **flags: object) -> Row:
     """Compare an uninterrupted run with one that is killed after a save and resumed. The first
     evaluates before it trains, the resumed one trains first."""
     whole, killed = folder / "whole", folder / "killed"
-    flags = RUN | flags | {"device": config.device, "dataset": runs.prepare_source(folder)}
+    flags = RUN | flags | {"device": device, "dataset": runs.prepare_source(folder)}
     runs.run(flags | {"out_dir": whole}, ranks)
     flags["out_dir"], code = killed, None
     pid = runs.start(flags, ranks)
@@ -195,9 +184,9 @@ def resume(config: BenchConfig, folder: Path, ranks: int = 1, **flags: object) -
     return {"result": "bit-identical to an uninterrupted run"}
 
 
-def blow_up(config: BenchConfig, folder: Path) -> Row:
+def blow_up(rounds: int, device: str, folder: Path) -> Row:
     """Check that a learning rate of 1e30 gives exit code 3 and leaves finite checkpoints."""
-    flags = RUN | {"device": config.device, "dataset": runs.prepare_source(folder),
+    flags = RUN | {"device": device, "dataset": runs.prepare_source(folder),
                    "out_dir": folder / "out"}
     runs.run(flags | {"max_iters": 20}, ranks=1)
     runs.run(flags | {"learning_rate": 1e30, "grad_clip": 0, "checkpoint_interval": 1}, ranks=1,
@@ -208,9 +197,9 @@ def blow_up(config: BenchConfig, folder: Path) -> Row:
     return {"result": f"exit code 3, ckpt.pt of step {bundle['step']} is finite"}
 
 
-def compare_decode(config: BenchConfig, folder: Path) -> Row:
+def compare_decode(rounds: int, device: str, folder: Path) -> Row:
     """Compare a text by compiled decode steps with the text by plain ones."""
-    flags = {"out_dir": folder / "out", "device": config.device}
+    flags = {"out_dir": folder / "out", "device": device}
     runs.run(RUN | flags | {"dataset": runs.prepare_source(folder)}, ranks=1)
     flags |= {"temperature": 0, "num_samples": 1, "max_new_tokens": 200, "dtype": "float32"}
     texts = [subprocess.run([sys.executable, "sample.py", f"--compile={compile}",
@@ -221,7 +210,7 @@ def compare_decode(config: BenchConfig, folder: Path) -> Row:
     return {"result": "the same 200 tokens"}
 
 
-PARTS: dict[str, dict[str, Callable[[BenchConfig, Path], Row]]] = {
+PARTS: dict[str, dict[str, Callable[[int, str, Path], Row]]] = {
     "train": {name: partial(measure_step, name) for name in sides.SHAPES},
     "sample": {name: partial(measure_sampling, name) for name in
                ("4 layers, width 128", "6 layers, width 384", "GPT-2 124M")},
@@ -242,7 +231,7 @@ PARTS: dict[str, dict[str, Callable[[BenchConfig, Path], Row]]] = {
         "compiled decode steps": compare_decode}}
 
 
-def measure_row(part: str, row: str, config: BenchConfig) -> Row:
+def measure_row(part: str, row: str, rounds: int, device: str) -> Row:
     """Measure a row in a temporary folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        return PARTS[part][row](config, Path(folder))
+        return PARTS[part][row](rounds, device, Path(folder))

@@ -11,12 +11,12 @@ from keepgpt import checkpoint
 from keepgpt.config import setting
 from tools import runs
 
-KEEP, INTERVAL = 2, 2  # checkpoints to keep; steps between two saves
+KEEP = 2  # checkpoints
 RUN = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "dropout": 0.1,
        "batch_size": 4, "gradient_accumulation_steps": 2,
        "learning_rate": 3.0, "warmup_iters": 60, "max_iters": 60,  # it climbs until the loss does
        "eval_interval": 10, "eval_iters": 2, "log_interval": 1,
-       "checkpoint_interval": INTERVAL, "keep_checkpoints": KEEP,
+       "checkpoint_interval": 2, "keep_checkpoints": KEEP,
        "device": "cpu", "compile": False, "init_from": "auto"}
 MODERN = {"architecture": "qwen3", "optimizer": "muon", "lr_schedule": "linear", "muon_lr": 1.0}
 PAGE = 1 << 12  # bytes

@@ -4,18 +4,17 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from keepgpt import checkpoint
 from keepgpt.process import EXIT_FAILED, UserError
 from tools import runs
 from tools.common import last_step
-from tools.crash.common import INTERVAL, RUN, Part, clone
+from tools.crash.common import RUN, Part, clone
 
 WIDE = RUN | {"n_embd": 64, "eval_interval": 6, "max_iters": 42}  # a checkpoint over a megabyte
 ROOM = 1 << 16  # bytes between two limits
@@ -25,16 +24,6 @@ HOSTS = RUN | {"elastic": True, "gradient_accumulation_steps": 4, "max_iters": S
                "rank_timeout": 20}  # a rank notices a cut cable only by waiting
 
 
-def list_processes(out: Path) -> list[int]:
-    """Return torchrun and its ranks: the processes whose command line names `out`."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with suppress(OSError):  # it has just ended
-            if f"--out_dir={out}\0".encode() in path.read_bytes():
-                found.append(int(path.parent.name))
-    return sorted(found)
-
-
 def finish_killed_run(settings: dict[str, Any], lives: dict[int, float], kills: int,
                       rng: random.Random, seen: Counter) -> int | None:
     """Start a run again until it ends, and kill it up to `kills` times. Return its exit code, or
@@ -42,44 +31,30 @@ def finish_killed_run(settings: dict[str, Any], lives: dict[int, float], kills: 
 
     Each start is on one of the numbers of ranks in `lives`, and each kill at an instant that is
     uniform over the seconds an uninterrupted run takes on it; over more of them on a busy machine,
-    where a start alone takes so long. With several numbers the whole job is killed, otherwise any
-    of its processes.
+    where a start alone takes so long.
     """
-    out, pid, step = settings["out_dir"], 0, -1
+    out, step = settings["out_dir"], -1
     while True:
-        if not pid:
-            ranks = rng.choice(list(lives))
-            pid = runs.start(settings, ranks)
-            seen[f"on {ranks}"] += 1
+        ranks = rng.choice(list(lives))
+        pid = runs.start(settings, ranks)
+        seen[f"on {ranks}"] += 1
         code = runs.wait_for_exit(pid, rng.uniform(0, lives[ranks]) if kills else None)
         if code is not None or not kills:
-            break
+            return code
+        os.kill(pid, signal.SIGKILL)  # the ranks of a torchrun die with it
+        runs.wait_for_exit(pid)
         kills -= 1
         seen["kills"] += 1
-        victim = pid if len(lives) > 1 else rng.choice(list_processes(out) or [pid])
-        with suppress(ProcessLookupError):  # a rank that has just ended
-            os.kill(victim, signal.SIGKILL)
-        if victim == pid:  # otherwise it is a rank, and torchrun starts all ranks again
-            runs.wait_for_exit(pid)
-            seen["in a save"] += bool(runs.list_temporary(out))
-            saved = [int(path.stem.removeprefix("ckpt-")) for path in checkpoint.numbered(out)]
-            seen["lost steps"] = max(seen["lost steps"], last_step(out) - max(saved, default=0))
-            if last_step(out) == step:  # this start made no step
-                lives[ranks] *= 1.1
-            step, pid = last_step(out), 0
-    if code is None:
-        os.kill(pid, signal.SIGKILL)
-    return code
+        seen["in a save"] += bool(runs.list_temporary(out))
+        if last_step(out) == step:  # this start made no step
+            lives[ranks] *= 1.1
+        step = last_step(out)
 
 
 def kill_runs(part: Part, settings: dict[str, Any], place: Path, choices: tuple[int, ...],
               kills: int) -> Counter:
     """Kill run after run, `kills` times in all, each start on one of the numbers of ranks in
     `choices` (0 is a fork). Each must end as an uninterrupted run does, on whichever of them."""
-    seen, only = Counter(), part.config.only
-    if not kills:
-        return seen
-    place.mkdir()
     lives = {ranks: runs.run(settings | {"out_dir": place / f"whole{ranks}"}, ranks)
              for ranks in choices}
     expected, *others = (runs.read_end(place / f"whole{ranks}") for ranks in choices)
@@ -87,36 +62,29 @@ def kill_runs(part: Part, settings: dict[str, Any], place: Path, choices: tuple[
         part.count(-1, "uninterrupted runs differ", 0)
     if expected["best.pt"] == expected["ckpt.pt"]:
         part.count(-1, "the last checkpoint is the best one: best.pt is not tested", 0)
+    seen, only = Counter(), part.config.only
     while seen["kills"] < kills and not (seen["runs"] and only >= 0):
         number, before = only if only >= 0 else seen["runs"], seen["kills"]
         out = place / f"run{number}"
         code = finish_killed_run(settings | {"out_dir": out}, lives, kills - before,
                                  part.rng(number), seen)
-        problem = runs.compare_end(code, out, expected)
-        # the steps since the last save, and those made while that was written: here, where a step
-        # takes less time than a save, up to an interval
-        if seen["lost steps"] > 2 * INTERVAL and not settings.get("elastic"):
-            problem = problem or f"{seen['lost steps']} steps were lost"
-        part.count(number, problem, seen["kills"] - before)
+        part.count(number, runs.compare_end(code, out, expected), seen["kills"] - before)
         seen["runs"] += 1
     return seen
 
 
 def kill(part: Part, place: Path) -> str:
-    """Kill runs of one process; one kill in twenty is of a rank or torchrun of a two-rank run."""
-    settings, kills = part.run | {"dataset": runs.prepare_source(place)}, part.config.cases or 20
-    one = kill_runs(part, settings, place / "one", (0,), kills)
-    two = kill_runs(part, settings | {"max_iters": 400, "warmup_iters": 400}, place / "two", (2,),
-                    kills // 20)
-    return (f"kills, {two['kills']} of them on two ranks, {one['in a save']} during a write, at "
-            f"most {one['lost steps']} steps lost; {one['runs'] + two['runs']} ends compared")
+    """Kill runs of one process."""
+    settings = part.run | {"dataset": runs.prepare_source(place)}
+    seen = kill_runs(part, settings, place, (0,), part.config.cases or 20)
+    return f"kills, {seen['in a save']} during a write; {seen['runs']} ends compared"
 
 
 def elastic(part: Part, place: Path) -> str:
     """Kill whole jobs that come back on 1, 2 or 4 ranks at random."""
     settings = part.run | {"dataset": runs.prepare_source(place), "elastic": True,
                            "gradient_accumulation_steps": 4, "max_iters": 160, "warmup_iters": 160}
-    seen = kill_runs(part, settings, place / "runs", (0, 2, 4), part.config.cases or 6)
+    seen = kill_runs(part, settings, place, (0, 2, 4), part.config.cases or 6)
     return (f"kills; {seen['on 0']}, {seen['on 2']} and {seen['on 4']} starts on 1, 2 and 4 ranks; "
             f"{seen['runs']} ends compared")
 
@@ -191,8 +159,8 @@ def hosts(part: Part, place: Path) -> str:
     before, back = count_starts(), start(second)
     wait_until(lambda: count_starts() > before)
     wait_for_steps()
-    for pid in list_processes(second):  # to the first host, that is a cut cable
-        os.kill(pid, signal.SIGSTOP)
+    # to the first host, processes that stop are a cut cable
+    subprocess.run(["pkill", "-STOP", "-f", f"out_dir={second}"], check=True)
     code = runs.wait_for_exit(torchruns[0])
     os.kill(back, signal.SIGKILL)
     part.count(0, runs.compare_end(code, first, runs.read_end(whole)), cases=3)
