@@ -107,7 +107,7 @@ def test_a_part_gives_numbers(part, monkeypatch, tmp_path):
             "checkpoint": partial(parts.measure_save, "6 layers, width 384"),
             "elastic": partial(parts.measure_elastic, 1),
             "commands": parts.PARTS["commands"]["`train.py --help`"]}[part]
-    row = work(parts.BenchConfig(rounds=1, device="cpu"), tmp_path)
+    row = work(1, "cpu", tmp_path)
     assert {title.split(",")[0] for title in row} >= {
         "train": {"keepGPT", "plain PyTorch", "Transformers", "optimizer's share", "tokens/s"},
         "sample": {"keepGPT", "Transformers", "tokens/s"},
@@ -123,22 +123,19 @@ def test_rows_for_a_gpu_are_shapes(monkeypatch):
     monkeypatch.setattr(measure, "run_rows", lambda part, rows, *args, **how:
                         measured.update({part: rows}) or True)
     for device in ("cpu", "cuda:0"):
-        assert gpu.main(gpu.GpuConfig(device=device), []) == 0
+        assert bench.main(gpu.GpuConfig(device=device), []) == 0
     assert measured["gpu train"].keys() == sides.SHAPES.keys()
     assert any("batch 64" in name for name in measured["gpu train"])
     assert not any("batch 64" in name for name in measured["train"])
     assert measured["gpu checks"].keys() == parts.PARTS["checks"].keys()
-    assert all(work.args[2].device == "cuda:0" for work in measured["gpu checks"].values())
-
-
-CONFIG = parts.BenchConfig(device="cpu")
+    assert all(work.args[3] == "cuda:0" for work in measured["gpu checks"].values())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", [parts.resume, parts.blow_up])
 def test_a_check_with_real_runs_passes_on_a_cpu(check, tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "RUN", parts.RUN | {"max_iters": 100, "eval_iters": 2})
-    assert check(CONFIG, tmp_path)
+    assert check(1, "cpu", tmp_path)
 
 
 @pytest.mark.slow
@@ -146,9 +143,9 @@ def test_runs_that_differ_or_fail_are_noticed(monkeypatch, tmp_path):
     ends = iter(range(9))
     monkeypatch.setattr(parts.runs, "read_end", lambda _: next(ends))
     with pytest.raises(UserError, match="differ"):
-        parts.resume(CONFIG, tmp_path, max_iters=60, eval_iters=2)
+        parts.resume(1, "cpu", tmp_path, max_iters=60, eval_iters=2)
     with pytest.raises(UserError, match="got 3"):
-        parts.resume(CONFIG, tmp_path / "2", learning_rate=1e38, max_iters=4, eval_iters=2)
+        parts.resume(1, "cpu", tmp_path / "2", learning_rate=1e38, max_iters=4, eval_iters=2)
 
 
 def test_a_row_that_fails_leaves_the_others(tmp_path):

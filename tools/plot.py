@@ -11,7 +11,6 @@ from keepgpt.config import setting
 from keepgpt.process import UserError, import_package
 from tools.common import run_tool
 
-LABELS = {"steps": "steps", "tokens": "tokens", "minutes": "minutes, without evaluations"}
 TITLES = {"loss": "loss (nats per token)", "lr": "learning rate",
           "grad_norm": "gradient norm, before clipping", "tokens_per_s": "tokens per second"}
 
@@ -19,7 +18,8 @@ TITLES = {"loss": "loss (nats per token)", "lr": "learning rate",
 @dataclass(frozen=True)
 class PlotConfig:
     """The settings of tools.plot."""
-    x: Literal["steps", "tokens", "minutes"] = setting("steps", "the horizontal axis")
+    x: Literal["steps", "tokens", "minutes"] = setting("steps",
+        "the horizontal axis; minutes without evaluations")
     to: str = setting("curves.png", "the picture's file")
 
 
@@ -63,7 +63,7 @@ def draw(folders: list[str], axis: str) -> Any:
         panels["loss"].plot(evaluated["x"], evaluated["val_loss"], color=f"C{i}", marker="o",
                             linewidth=2.2, label=f"{folder}: val loss, best {best:.4f}")
     for key, panel in panels.items():
-        panel.set(title=TITLES[key], xlabel=LABELS[axis], xlim=(0, None))
+        panel.set(title=TITLES[key], xlabel=axis, xlim=(0, None))
         panel.grid(alpha=0.3)
     panels["loss"].set_yscale("log")  # shows the fall of the first steps and the last hundredths
     panels["loss"].yaxis.set_minor_formatter("{x:.3g}")

@@ -5,7 +5,6 @@ import json
 import os
 import resource
 import select
-import signal
 import subprocess
 import sys
 import time
@@ -95,8 +94,6 @@ def run(settings: dict[str, Any], ranks: int = 0, code: int = 0) -> float:
     another exit code."""
     started, pid = time.perf_counter(), start(settings, ranks)
     found = wait_for_exit(pid)
-    if found is None:
-        os.kill(pid, signal.SIGKILL)  # the ranks of a torchrun die with it
     if found != code:
         raise UserError(f"an uninterrupted run: expected exit code {code}, got {found} (None: it "
                         f"hangs); see {settings['out_dir']}.log")

@@ -132,7 +132,7 @@ def measure_save(name: str, rounds: int, device: str, folder: Path) -> Row:
             "the disk alone, s": t["disk"]}
 
 
-def measure_command(commands: list[str], rounds: int, device: str, folder: Path) -> Row:
+def measure_command(commands: list[str], rounds: int, _device: str, folder: Path) -> Row:
     """Measure the seconds and the peak memory of the last of some commands. Raises UserError."""
     runs.prepare_source(folder)
     found = defaultdict(list)
@@ -152,7 +152,7 @@ def measure_command(commands: list[str], rounds: int, device: str, folder: Path)
     return {title: median(values) for title, values in found.items()}
 
 
-def measure_elastic(ranks: int, rounds: int, device: str, folder: Path) -> Row:
+def measure_elastic(ranks: int, rounds: int, _device: str, folder: Path) -> Row:
     """Time steps of DDP and of elastic=True on CPU ranks of one thread each."""
     os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -161,10 +161,10 @@ def measure_elastic(ranks: int, rounds: int, device: str, folder: Path) -> Row:
                             gradient_accumulation_steps=8, elastic=elastic)[1:])
 
     return compare(rounds, {"DDP": partial(time_steps, False),
-                                   "elastic": partial(time_steps, True)})
+                            "elastic": partial(time_steps, True)})
 
 
-def resume(rounds: int, device: str, folder: Path, ranks: int = 1, **flags: object) -> Row:
+def resume(_rounds: int, device: str, folder: Path, ranks: int = 1, **flags: object) -> Row:
     """Compare an uninterrupted run with one that is killed after a save and resumed. The first
     evaluates before it trains, the resumed one trains first."""
     whole, killed = folder / "whole", folder / "killed"
@@ -184,7 +184,7 @@ def resume(rounds: int, device: str, folder: Path, ranks: int = 1, **flags: obje
     return {"result": "bit-identical to an uninterrupted run"}
 
 
-def blow_up(rounds: int, device: str, folder: Path) -> Row:
+def blow_up(_rounds: int, device: str, folder: Path) -> Row:
     """Check that a learning rate of 1e30 gives exit code 3 and leaves finite checkpoints."""
     flags = RUN | {"device": device, "dataset": runs.prepare_source(folder),
                    "out_dir": folder / "out"}
@@ -197,7 +197,7 @@ def blow_up(rounds: int, device: str, folder: Path) -> Row:
     return {"result": f"exit code 3, ckpt.pt of step {bundle['step']} is finite"}
 
 
-def compare_decode(rounds: int, device: str, folder: Path) -> Row:
+def compare_decode(_rounds: int, device: str, folder: Path) -> Row:
     """Compare a text by compiled decode steps with the text by plain ones."""
     flags = {"out_dir": folder / "out", "device": device}
     runs.run(RUN | flags | {"dataset": runs.prepare_source(folder)}, ranks=1)
