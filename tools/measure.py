@@ -130,8 +130,8 @@ def run_rows(part: str, rows: dict[str, Callable[[], Row]], path: Path, machine:
 
 
 def compare(rounds: int, sides: dict[str, Callable[[], float]]) -> Row:
-    """Return the medians of what the sides return, seconds, in ms and relative to the first one's.
-    Sides alternate; those that can't run here are left out, but not the first. Raises UserError."""
+    """Return the sides' median seconds, in ms and relative to the first one's. Sides alternate;
+    those that can't run here are left out, but not the first. Raises UserError."""
     times, (first, *_) = defaultdict(list), sides
     for _ in range(rounds):
         for name, work in sides.items():

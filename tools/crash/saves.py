@@ -124,7 +124,7 @@ def nth(part: Part, place: Path) -> str:
 
 @dataclass
 class File:
-    """What programs read in a file, and what is on the disk for sure."""
+    """A file's content as programs read it, and as the disk surely has it."""
     now: bytes = b""
     synced: bytes = b""
 
@@ -176,7 +176,7 @@ class RecordingDisk(FaultyDisk):
 
 
 def list_outcomes(durable: dict[str, File | None], pending: list[dict]) -> itertools.product:
-    """Return what a power cut may leave: any of the last ten pending changes, any tear of data."""
+    """Return the outcomes of a power cut: any of the last ten pending changes, any tear of data."""
     older = [(True,)] * (len(pending) - 10)
     arrived = itertools.product(*older, *[(False, True)] * min(10, len(pending)))
     files = [file for names in (durable, *pending) for file in names.values() if file]
