@@ -4,7 +4,6 @@
     train       a training step, against plain PyTorch and Transformers
     sample      tokens of one sequence, against Transformers
     checkpoint  the cost of a save, against torch.save and the bare disk
-    commands    seconds and memory of whole commands, from --help to a resume of GPT-2 124M
     elastic     elastic=True against DDP, on several ranks
     checks      not a measurement: is a killed run bit-identical on this device? See tools.gpu
 

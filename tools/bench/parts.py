@@ -2,13 +2,11 @@
 bare numbers by the titles of their columns."""
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -31,22 +29,6 @@ from tools.measure import Row, call, compare, seconds
 
 # a run without an evaluation or a save in between
 TRAIN = {"gradient_accumulation_steps": 1, "eval_interval": 10**6, "eval_iters": 1}
-SCRIPT = ("train.py --dataset={0}/source --out_dir={0}/out --init_from=auto --eval_iters=1 "
-          "--gradient_accumulation_steps=1 ")
-SMALL = SCRIPT + ("--n_layer=4 --n_head=4 --n_embd=128 --block_size=64 --batch_size=12 "
-                  "--device=cpu --max_iters=1")
-LARGE = SCRIPT + "--batch_size=1 --checkpoint_interval=1 --max_iters="
-# each row: what to run; the last one is measured
-COMMANDS = {
-    "`python -c 'import torch'`": ["-c 'import torch'"],
-    "`train.py --help`": ["train.py --help"],
-    "`train.py --n_layr=3`, an error": ["train.py --n_layr=3"],
-    "`train.py`: one step of 4 layers, an evaluation and a save": [SMALL],
-    "`train.py`: three steps of GPT-2 124M, each saved": [LARGE + "3"],
-    "the same, resumed": [LARGE + "3", LARGE + "6"],
-    "`sample.py`: 48 tokens of GPT-2 124M": [
-        LARGE + "1", "sample.py --out_dir={0}/out --num_samples=1 --max_new_tokens=48"],
-    "`prepare.py`: 5.3 MB of plays to GPT-2's tokens": ["prepare.py plays --data_dir={0}"]}
 RUN = {  # of the checks
     "n_layer": 2, "n_head": 2, "n_embd": 64, "block_size": 64, "batch_size": 8,
     "gradient_accumulation_steps": 2, "dropout": 0.1, "learning_rate": 3e-3, "warmup_iters": 4,
@@ -132,26 +114,6 @@ def measure_save(name: str, rounds: int, device: str, folder: Path) -> Row:
             "the disk alone, s": t["disk"]}
 
 
-def measure_command(commands: list[str], rounds: int, _device: str, folder: Path) -> Row:
-    """Measure the seconds and the peak memory of the last of some commands. Raises UserError."""
-    runs.prepare_source(folder)
-    found = defaultdict(list)
-    for _ in range(rounds):
-        shutil.rmtree(folder / "out", ignore_errors=True)
-        for command in commands:
-            started = time.perf_counter()
-            process = subprocess.Popen([sys.executable, *shlex.split(command.format(folder))],
-                                       cwd=REPO, stdout=subprocess.DEVNULL,
-                                       stderr=subprocess.DEVNULL)
-            _, status, usage = os.wait4(process.pid, 0)
-            elapsed = time.perf_counter() - started
-            if (code := os.waitstatus_to_exitcode(status)) not in (0, 2):
-                raise UserError(f"{command}: exit code {code}")
-        found["seconds"].append(elapsed)
-        found["peak memory, GB"].append(usage.ru_maxrss * 1024 / 1e9)
-    return {title: median(values) for title, values in found.items()}
-
-
 def measure_elastic(ranks: int, rounds: int, _device: str, folder: Path) -> Row:
     """Time steps of DDP and of elastic=True on CPU ranks of one thread each."""
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -216,7 +178,6 @@ PARTS: dict[str, dict[str, Callable[[int, str, Path], Row]]] = {
                ("4 layers, width 128", "6 layers, width 384", "GPT-2 124M")},
     "checkpoint": {name: partial(measure_save, name) for name in
                    ("6 layers, width 384", "GPT-2 124M")},
-    "commands": {name: partial(measure_command, commands) for name, commands in COMMANDS.items()},
     "elastic": {f"ranks: {ranks}": partial(measure_elastic, ranks) for ranks in (1, 2, 4)},
     "checks": {
         "kill -9": partial(resume, dtype="bfloat16"),
