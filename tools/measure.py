@@ -122,9 +122,8 @@ def run_rows(part: str, rows: dict[str, Callable[[], Row]], path: Path, machine:
     with ThreadPool(workers) as pool:
         for name, row in pool.imap_unordered(measure, rows):
             print("", *format_table(part, {name: row}), sep="\n", flush=True)
-            if "FAILED" in row:
-                passed = False
-            else:
+            passed &= "FAILED" not in row
+            if "FAILED" not in row:
                 record(path, part, name, row, machine)
     return passed
 

@@ -53,8 +53,8 @@ def train(name: str, device: str, folder: Path, ranks: int = 1, **settings: Any)
         "fingerprint": ""}))
     runs.run(settings, ranks)
     rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    tokens_per_step = TrainConfig(**settings).tokens_per_step
-    return [tokens_per_step / row["tokens_per_s"] for row in rows if "loss" in row]
+    return [TrainConfig(**settings).tokens_per_step / row["tokens_per_s"]
+            for row in rows if "loss" in row]
 
 
 def train_ours(name: str, device: str, folder: Path) -> float:

@@ -156,7 +156,6 @@ def sample_transformers(name: str, device: str) -> float:
     dtype = pick_dtype("auto", where) if where.type == "cuda" else torch.float32
     network = make_transformers(name).to(where, dtype).eval()
     prompt = torch.zeros(1, 1, dtype=torch.long, device=where)
-    return time_steps(lambda: network.generate(
-        prompt, attention_mask=torch.ones_like(prompt), do_sample=True, temperature=0.8, top_k=50,
-        max_new_tokens=TOKENS, min_new_tokens=TOKENS, pad_token_id=0), where
-        ) / TOKENS
+    how = {"do_sample": True, "temperature": 0.8, "top_k": 50, "max_new_tokens": TOKENS,
+           "min_new_tokens": TOKENS, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}
+    return time_steps(lambda: network.generate(prompt, **how), where) / TOKENS

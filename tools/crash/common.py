@@ -82,8 +82,8 @@ def check_folder(folder: Path, allowed: set[tuple[str, str]], least: int) -> str
     states that ckpt.pt and best.pt may have together ("": it may be missing). `least` checkpoints
     must be left."""
     found = {path.name: runs.read_state(path) for path in folder.glob("*.pt")}
-    if corrupt := [name for name, state in found.items() if state == "corrupt"]:
-        return f"{', '.join(corrupt)}: corrupt"
+    if "corrupt" in found.values():
+        return f"corrupt: {found}"
     if (found.get("ckpt.pt", ""), found.get("best.pt", "")) not in allowed:
         return "ckpt.pt and best.pt are missing, or in other states than before or after the save"
     if runs.newest_state(folder) not in {state for state, _ in allowed}:

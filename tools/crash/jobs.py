@@ -18,9 +18,8 @@ from tools.crash.common import RUN, Part, clone
 
 WIDE = RUN | {"n_embd": 64, "eval_interval": 6, "max_iters": 42}  # a checkpoint over a megabyte
 ROOM = 1 << 16  # bytes between two limits
-STEPS = 2500  # enough for all faults
-HOSTS = RUN | {"elastic": True, "gradient_accumulation_steps": 4, "max_iters": STEPS,
-               "warmup_iters": STEPS, "checkpoint_interval": 20, "eval_interval": 200,
+HOSTS = RUN | {"elastic": True, "gradient_accumulation_steps": 4, "max_iters": 2500,
+               "warmup_iters": 2500, "checkpoint_interval": 20, "eval_interval": 200,
                "rank_timeout": 20}  # a rank notices a cut cable only by waiting
 
 
@@ -57,9 +56,7 @@ def kill_runs(part: Part, settings: dict[str, Any], place: Path, choices: tuple[
     `choices` (0 is a fork). Each must end as an uninterrupted run does, on whichever of them."""
     lives = {ranks: runs.run(settings | {"out_dir": place / f"whole{ranks}"}, ranks)
              for ranks in choices}
-    expected, *others = (runs.read_end(place / f"whole{ranks}") for ranks in choices)
-    if any(other != expected for other in others):
-        part.count(-1, "uninterrupted runs differ", 0)
+    expected = runs.read_end(place / f"whole{choices[0]}")
     if expected["best.pt"] == expected["ckpt.pt"]:
         part.count(-1, "the last checkpoint is the best one: best.pt is not tested", 0)
     seen, only = Counter(), part.config.only
