@@ -79,7 +79,7 @@ def to_config(args: ModelArgs) -> dict[str, Any]:
 
 def to_tokenizers(vocabulary: Tokenizer) -> Any:
     """Return a tokenizers.Tokenizer with the same ids for any text without special tokens."""
-    import tokenizers
+    tokenizers = import_package("tokenizers")
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
     if isinstance(vocabulary, HFTokenizer):
         return tokenizers.Tokenizer.from_str(vocabulary.description["json"])
@@ -200,7 +200,6 @@ def main(config: ExportConfig, args: list[str]) -> None:
         raise UserError(f"expected --to=FOLDER_OR_FILE, got {' '.join(args) or 'none'}")
     if target.exists() and (to_gguf or not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--to={target}: expected a new {'file' if to_gguf else 'or empty folder'}")
-    import_package("tokenizers")
     model, vocabulary, origin = load(SampleConfig(
         out_dir=config.out_dir, init_from=config.init_from, dataset=config.dataset))
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")

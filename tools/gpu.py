@@ -1,8 +1,7 @@
 """Check and measure on a GPU: `python -m tools.gpu [--parts=checks,train] [--only=ROW]`.
 
-This is tools.bench with other defaults: each part takes 9.5 minutes at most, prints a row when it
-is ready and records it in docs/measured.json. Needs no network, and Transformers only for its
-columns. `checks` kills and resumes runs, blows one up, and compares compiled decode steps.
+This is tools.bench with other defaults. Each part takes 9.5 minutes at most. It needs no network,
+and Transformers only for its columns.
 """
 from dataclasses import dataclass
 

@@ -87,7 +87,7 @@ def measure_sampling(name: str, rounds: int, device: str, _folder: Path) -> Row:
     if pick_device(device).type == "cuda":
         works["keepGPT compiled"] = partial(sides.sample_ours, compile=True)
     row = compare(rounds, {side: partial(call, partial(work, name, device))
-                                  for side, work in works.items()})
+                           for side, work in works.items()})
     return row | {"tokens/s": 1e3 / row["keepGPT, ms"]}
 
 

@@ -9,9 +9,8 @@
     prepare  prepare.py dies before each of its file operations, and again in the next attempt
     hosts    two hosts without a common disk: one is killed, comes back, is cut off
 
-Without a part, all but hosts in small numbers. Prints a line per part; the exit code is 1 if
-anything failed. Files are in the temporary folder: TMPDIR=/mnt/x tests another file system. Linux
-only.
+Without a part, all but hosts in small numbers. The exit code is 1 if anything failed. Files are in
+the temporary folder: TMPDIR=/mnt/x tests another file system. Linux only.
 """
 import os
 import shutil

@@ -62,8 +62,8 @@ class Part:
 
 def make_bundles(part: Part, place: Path) -> list[dict[str, Any]]:
     """Return five checkpoints of a small run, in the order of their steps."""
-    source, bundles = runs.prepare_source(place), []
-    settings = part.run | {"dataset": source, "out_dir": place / "run"}
+    bundles, settings = [], part.run | {"out_dir": place / "run"}
+    settings["dataset"] = runs.prepare_source(place)
     for step in (2, 4, 6, 8, 10):
         runs.run(settings | {"max_iters": step})
         bundles.append(checkpoint.read_bundle(place / "run" / "ckpt.pt"))

@@ -36,7 +36,7 @@ def finish_killed_run(settings: dict[str, Any], lives: dict[int, float], kills: 
     while True:
         ranks = rng.choice(list(lives))
         pid = runs.start(settings, ranks)
-        seen[f"on {ranks}"] += 1
+        seen[ranks] += 1
         code = runs.wait_for_exit(pid, rng.uniform(0, lives[ranks]) if kills else None)
         if code is not None or not kills:
             return code
@@ -51,7 +51,7 @@ def finish_killed_run(settings: dict[str, Any], lives: dict[int, float], kills: 
 
 
 def kill_runs(part: Part, settings: dict[str, Any], place: Path, choices: tuple[int, ...],
-              kills: int) -> Counter:
+              kills: int) -> str:
     """Kill run after run, `kills` times in all, each start on one of the numbers of ranks in
     `choices` (0 is a fork). Each must end as an uninterrupted run does, on whichever of them."""
     lives = {ranks: runs.run(settings | {"out_dir": place / f"whole{ranks}"}, ranks)
@@ -67,23 +67,22 @@ def kill_runs(part: Part, settings: dict[str, Any], place: Path, choices: tuple[
                                  part.rng(number), seen)
         part.count(number, runs.compare_end(code, out, expected), seen["kills"] - before)
         seen["runs"] += 1
-    return seen
+    starts = ", ".join(f"{seen[ranks]} on {max(1, ranks)}" for ranks in choices)
+    return (f"kills, {seen['in a save']} during a write; starts by ranks: {starts}; "
+            f"{seen['runs']} ends compared")
 
 
 def kill(part: Part, place: Path) -> str:
     """Kill runs of one process."""
     settings = part.run | {"dataset": runs.prepare_source(place)}
-    seen = kill_runs(part, settings, place, (0,), part.config.cases or 20)
-    return f"kills, {seen['in a save']} during a write; {seen['runs']} ends compared"
+    return kill_runs(part, settings, place, (0,), part.config.cases or 20)
 
 
 def elastic(part: Part, place: Path) -> str:
     """Kill whole jobs that come back on 1, 2 or 4 ranks at random."""
     settings = part.run | {"dataset": runs.prepare_source(place), "elastic": True,
                            "gradient_accumulation_steps": 4, "max_iters": 160, "warmup_iters": 160}
-    seen = kill_runs(part, settings, place, (0, 2, 4), part.config.cases or 6)
-    return (f"kills; {seen['on 0']}, {seen['on 2']} and {seen['on 4']} starts on 1, 2 and 4 ranks; "
-            f"{seen['runs']} ends compared")
+    return kill_runs(part, settings, place, (0, 2, 4), part.config.cases or 6)
 
 
 def check_full_disk(settings: dict[str, Any], older: Path, limit: int, expected: dict[str, Any]
@@ -108,10 +107,10 @@ def full(part: Part, place: Path) -> str:
     runs.run(base | {"out_dir": place / "whole"})
     runs.run(base | {"out_dir": older, "max_iters": base["eval_interval"]})
     limits = range(ROOM, (older / "ckpt.pt").stat().st_size, ROOM)
+    expected = runs.read_end(place / "whole")
     for number in part.choose([False] * len(limits), few=8):
-        settings = base | {"out_dir": place / f"limit{number}"}
-        part.count(number, check_full_disk(settings, older, limits[number],
-                                           runs.read_end(place / "whole")))
+        part.count(number, check_full_disk(base | {"out_dir": place / f"limit{number}"}, older,
+                                           limits[number], expected))
     return f"of {len(limits)} limits of a file's size, in steps of 64 KiB"
 
 
@@ -151,7 +150,7 @@ def hosts(part: Part, place: Path) -> str:
 
     torchruns = [start(first), start(second)]
     wait_for_steps()
-    os.kill(torchruns[1], signal.SIGKILL)  # its rank dies with it
+    os.kill(torchruns[1], signal.SIGKILL)
     wait_for_steps()
     before, back = count_starts(), start(second)
     wait_until(lambda: count_starts() > before)
