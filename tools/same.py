@@ -14,8 +14,7 @@ from tools.runs import digest
 def main(_config: NoSettings, folders: list[str]) -> int:
     """Compare; return the exit code. Raises UserError."""
     if len(folders) < 2:
-        raise UserError("expected the out_dirs of two runs or more. "
-                        "Try: python -m tools.same out-1 out-2")
+        raise UserError("expected the out_dirs of two runs or more")
     states = set()
     for folder in folders:
         bundle = read_newest(Path(folder))

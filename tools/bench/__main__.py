@@ -51,8 +51,7 @@ def main(config: BenchConfig, args: list[str]) -> int:
                    for name in PARTS[part]
                    if config.only in name and (cuda or ", batch " not in name)} for part in parts}
     if not any(rows.values()):
-        names = "; ".join(name for part in parts for name in PARTS[part])
-        raise UserError(f"--only={config.only}: expected a part of {names}")
+        raise UserError(f"--only={config.only}: no row of {', '.join(parts)} has that in its name")
     machine, passed = measure.describe_machine(device), True
     print(*machine.values(), sep=", ")
     for part in parts:

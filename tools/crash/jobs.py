@@ -56,7 +56,9 @@ def kill_runs(part: Part, settings: dict[str, Any], place: Path, choices: tuple[
     `choices` (0 is a fork). Each must end as an uninterrupted run does, on whichever of them."""
     lives = {ranks: runs.run(settings | {"out_dir": place / f"whole{ranks}"}, ranks)
              for ranks in choices}
-    expected = runs.read_end(place / f"whole{choices[0]}")
+    expected, *others = (runs.read_end(place / f"whole{ranks}") for ranks in choices)
+    if any(other != expected for other in others):
+        part.count(-1, "uninterrupted runs differ", 0)
     if expected["best.pt"] == expected["ckpt.pt"]:
         part.count(-1, "the last checkpoint is the best one: best.pt is not tested", 0)
     seen, only = Counter(), part.config.only
