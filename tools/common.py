@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from keepgpt.config import command_line
-from keepgpt.process import PR_SET_PDEATHSIG, UserError, exit_with
+from keepgpt.process import PR_SET_PDEATHSIG, run_or_exit
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -24,14 +24,7 @@ def run_tool(settings: type, usage: str, main: Callable[[Any, list[str]], int | 
     it returns, or with one line for a mistake."""
     config, _, args = command_line(settings, usage)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        sys.exit(main(config, args))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except UserError as e:
-        exit_with(e)
-    except OSError as e:
-        exit_with(UserError(str(e)))
+    sys.exit(run_or_exit(lambda: main(config, args)))
 
 
 def die_with_parent() -> None:

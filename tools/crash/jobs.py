@@ -8,9 +8,11 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from keepgpt.checkpoint import numbered
 from keepgpt.process import EXIT_FAILED, UserError
 from tools import runs
 from tools.common import last_step
@@ -30,7 +32,7 @@ def finish_killed_run(settings: dict[str, Any], lives: dict[int, float], kills: 
 
     Each start is on one of the numbers of ranks in `lives`, and each kill at an instant that is
     uniform over the seconds an uninterrupted run takes on it; over more of them on a busy machine,
-    where a start alone takes so long.
+    where a start alone takes so long. Behind torchrun it kills the whole job or one of its ranks.
     """
     out, step = settings["out_dir"], -1
     while True:
@@ -40,14 +42,22 @@ def finish_killed_run(settings: dict[str, Any], lives: dict[int, float], kills: 
         code = runs.wait_for_exit(pid, rng.uniform(0, lives[ranks]) if kills else None)
         if code is not None or not kills:
             return code
-        os.kill(pid, signal.SIGKILL)  # the ranks of a torchrun die with it
-        runs.wait_for_exit(pid)
+        ranks_of_job = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        victim = int(rng.choice([pid, *ranks_of_job])) if ranks else pid
+        with suppress(ProcessLookupError):  # a rank that has just ended
+            os.kill(victim, signal.SIGKILL)  # the ranks of a torchrun die with it
         kills -= 1
         seen["kills"] += 1
+        if victim != pid:
+            seen["a rank"] += 1
+            return runs.wait_for_exit(pid)  # torchrun starts all ranks again
+        runs.wait_for_exit(pid)
         seen["in a save"] += bool(runs.list_temporary(out))
         if last_step(out) == step:  # this start made no step
             lives[ranks] *= 1.1
         step = last_step(out)
+        saved = [int(path.stem[len("ckpt-"):]) for path in numbered(out)]
+        seen["lost"] = max(seen["lost"], step - max(saved, default=0))
 
 
 def kill_runs(part: Part, settings: dict[str, Any], place: Path, choices: tuple[int, ...],
@@ -67,11 +77,15 @@ def kill_runs(part: Part, settings: dict[str, Any], place: Path, choices: tuple[
         out = place / f"run{number}"
         code = finish_killed_run(settings | {"out_dir": out}, lives, kills - before,
                                  part.rng(number), seen)
-        part.count(number, runs.compare_end(code, out, expected), seen["kills"] - before)
+        problem = runs.compare_end(code, out, expected)
+        # since the last save, and while that was written: here, that takes longer than a step
+        if seen["lost"] > 2 * settings["checkpoint_interval"] and choices == (0,):
+            problem = problem or f"{seen['lost']} steps were lost"
+        part.count(number, problem, seen["kills"] - before)
         seen["runs"] += 1
     starts = ", ".join(f"{seen[ranks]} on {max(1, ranks)}" for ranks in choices)
-    return (f"kills, {seen['in a save']} during a write; starts by ranks: {starts}; "
-            f"{seen['runs']} ends compared")
+    return (f"kills, {seen['a rank']} of a rank, {seen['in a save']} during a write; starts by "
+            f"ranks: {starts}; {seen['runs']} ends compared")
 
 
 def kill(part: Part, place: Path) -> str:
@@ -81,7 +95,7 @@ def kill(part: Part, place: Path) -> str:
 
 
 def elastic(part: Part, place: Path) -> str:
-    """Kill whole jobs that come back on 1, 2 or 4 ranks at random."""
+    """Kill jobs, or one of their ranks, that come back on 1, 2 or 4 ranks at random."""
     settings = part.run | {"dataset": runs.prepare_source(place), "elastic": True,
                            "gradient_accumulation_steps": 4, "max_iters": 160, "warmup_iters": 160}
     return kill_runs(part, settings, place, (0, 2, 4), part.config.cases or 6)
@@ -148,7 +162,7 @@ def hosts(part: Part, place: Path) -> str:
         wait_until(lambda: last_step(first) >= goal)
 
     def count_starts() -> int:
-        return (first / "README.md").read_text().count("\n| 20")
+        return (first / "README.md").read_text().count("\n- 20")
 
     torchruns = [start(first), start(second)]
     wait_for_steps()
