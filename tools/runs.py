@@ -60,12 +60,9 @@ def fork(work: Callable[[], int | None], log: Path) -> int:
 
 def start(settings: dict[str, Any], ranks: int = 0, torchrun: tuple[str, ...] = (),
           largest_file: int = 0) -> int:
-    """Start train.py, its output appended to <out_dir>.log. Return the process id.
-
-    With 0 `ranks` it is a fork, which finds torch imported; otherwise the real command, behind
-    torchrun for several ranks, or with the flags `torchrun`. `largest_file` limits the bytes of any
-    file that it writes.
-    """
+    """Start train.py, its output appended to <out_dir>.log. Return the process id. With 0 `ranks`
+    it is a fork, which finds torch imported; otherwise the real command, behind torchrun for
+    several ranks, or with the flags `torchrun`. `largest_file` limits the bytes of a file."""
     if ranks > 1 and not torchrun:
         torchrun = ("--standalone", f"--nproc_per_node={ranks}")
     launcher = ["-m", "torch.distributed.run", "--max-restarts=20", *torchrun] if torchrun else []

@@ -27,13 +27,9 @@ HOSTS = RUN | {"elastic": True, "gradient_accumulation_steps": 4, "max_iters": 2
 
 def finish_killed_run(settings: dict[str, Any], lives: dict[int, float], kills: int,
                       rng: random.Random, seen: Counter) -> int | None:
-    """Start a run again until it ends, and kill it up to `kills` times. Return its exit code, or
-    None if it hangs.
-
-    Each start is on one of the numbers of ranks in `lives`, and each kill at an instant that is
-    uniform over the seconds an uninterrupted run takes on it; over more of them on a busy machine,
-    where a start alone takes so long. Behind torchrun it kills the whole job or one of its ranks.
-    """
+    """Start a run again until it ends, each time on one of the numbers of ranks in `lives`, and
+    kill it up to `kills` times, at instants that are uniform over the seconds `lives` gives for an
+    uninterrupted run. Return its exit code, or None if it hangs."""
     out, step = settings["out_dir"], -1
     while True:
         ranks = rng.choice(list(lives))
