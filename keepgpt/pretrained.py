@@ -63,10 +63,11 @@ def name_in_errors(path: Path, expected: str) -> Iterator[None]:
         yield
     except UserError:
         raise
+    except pickle.UnpicklingError:  # its text would advise to load it unsafely
+        raise UserError(f"{path}: expected only plain values and tensors") from None
     except Exception as e:
-        # the text of torch.load's would advise to load it unsafely
-        got = "" if isinstance(e, pickle.UnpicklingError) else f": {e}".partition("\n")[0]
-        raise UserError(f"{path}: expected {expected}, got {type(e).__name__}{got}") from None
+        got = f"{type(e).__name__}: {e}".partition("\n")[0]
+        raise UserError(f"{path}: expected {expected}, got {got}") from None
 
 
 def load_tensors(path: Path) -> Any:
