@@ -19,7 +19,7 @@ if __name__ == "__main__":  # from any folder: python PATH/tools/export.py
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from keepgpt.config import command_line, setting
-from keepgpt.process import UserError, describe, exit_with
+from keepgpt.process import UserError, exit_with
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) there; (out, in) here
 
@@ -272,8 +272,7 @@ def main(config: ExportConfig) -> None:
         write(temporary, model, vocabulary, origin, getattr(torch, config.dtype))
         (temporary / "model.gguf" if to_gguf else temporary).replace(target)
     except Exception as e:  # libraries raise many types for a full disk
-        reason = describe(e)[0] if isinstance(e, OSError) else e
-        raise UserError(f"--to={target}: {reason}") from None
+        raise UserError(f"--to={target}: {e}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     sizes = {path.name: path.stat().st_size

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from keepgpt.config import parse, setting
-from keepgpt.process import UserError, describe, exit_with
+from keepgpt.process import UserError, exit_with
 
 LOGGED = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s")  # keys of a logged step
 EVALUATED = ("step", "val_loss")
@@ -47,7 +47,7 @@ def read_run(folder: str | Path) -> History:
     try:
         lines = path.read_bytes().split(b"\n")[:-1]  # an incomplete last line is being written
     except OSError as e:
-        raise UserError(f"{path}: {describe(e)[0]}. Try: the out_dir of a run") from None
+        raise UserError(f"{e}. Try: the out_dir of a run") from None
     logged, evaluated = [], []
     for number, line in enumerate(lines, 1):
         try:
