@@ -106,17 +106,20 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks
     bundle = ranks.on_first(lambda: find_checkpoint(config))
 
     # data
-    where = {"data_dir": config.data_dir} | (bundle["config"] | given if bundle else asdict(config))
-    folder = dataset_folder(where["data_dir"], where["dataset"])
+    if bundle:
+        config, changes = resume_config(config, given, bundle["config"])
+        if len(bundle["rng"]) != ranks.world_size:
+            changes.append(f"ranks {len(bundle['rng'])} -> {ranks.world_size}")
+        print(f"resuming {config.out_dir} at step {bundle['step']}", *changes, sep=", ")
+    folder = dataset_folder(config.data_dir, config.dataset)
     data = read_meta(folder)
+    if bundle and data["fingerprint"] != bundle["data"]["fingerprint"]:
+        raise UserError(f"{folder}: not the {bundle['data']['name']} that this run was trained on. "
+                        "Try: prepare the same text again")
 
     # model
     torch.manual_seed(config.seed)
     if bundle:
-        config, changes = resume_config(config, given, bundle, data)
-        if len(bundle["rng"]) != ranks.world_size:
-            changes.append(f"ranks {len(bundle['rng'])} -> {ranks.world_size}")
-        print(f"resuming {config.out_dir} at step {bundle['step']}", *changes, sep=", ")
         model = load_model(bundle["model_args"] | {"dropout": config.dropout}, bundle["model"])
     elif (source := config.init_from.removeprefix("auto:")) in ("scratch", "auto"):
         model = GPT(ModelArgs(vocab_size=data["vocab_size"], dropout=config.dropout,
@@ -223,14 +226,12 @@ def open_data(folder: Path, config: TrainConfig, data: dict[str, Any],
     if rest:
         raise UserError(f"gradient_accumulation_steps={config.gradient_accumulation_steps} counts "
                         f"over all ranks: expected a multiple of {ranks.world_size}")
-    mine = range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)
-
-    def split(name: str, shift: bool) -> Split:
-        return Split(folder, name, data, config.block_size, config.seed, shift)
-
-    loader = Loader(split("train", shift=True), config.batch_size,
-                    config.gradient_accumulation_steps, mine, ranks.device)
-    return loader, {"train": split("train", shift=False), "val": split("val", shift=False)}
+    train, ordered_train, val = (
+        Split(folder, name, data, config.block_size, config.seed, shift)
+        for name, shift in (("train", True), ("train", False), ("val", False)))
+    loader = Loader(train, config.batch_size, config.gradient_accumulation_steps,
+                    range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank), ranks.device)
+    return loader, {"train": ordered_train, "val": val}
 
 
 @torch.no_grad()

@@ -106,13 +106,12 @@ ARCHITECTURE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "architectu
 FIXED = ("seed", "optimizer", *ARCHITECTURE)  # see resume_config
 
 
-def resume_config(config: TrainConfig, given: dict[str, Any], bundle: dict[str, Any],
-                  data: dict[str, Any]) -> tuple[TrainConfig, list[str]]:
+def resume_config(config: TrainConfig, given: dict[str, Any], saved_config: dict[str, Any]
+                  ) -> tuple[TrainConfig, list[str]]:
     """Return a checkpoint's settings overridden by the `given` ones of this command's `config`,
-    and a line for each change. Raises UserError for what would make it another run; `data`
-    describes the dataset."""
-    known = {f.name for f in fields(TrainConfig)} & bundle["config"].keys()
-    saved = TrainConfig(**{key: bundle["config"][key] for key in known})
+    and a line for each change. Raises UserError for what would make it another run."""
+    known = {f.name for f in fields(TrainConfig)} & saved_config.keys()
+    saved = TrainConfig(**{key: saved_config[key] for key in known})
     # the folder may have moved; the run's first init_from stays recorded
     resumed = replace(saved, **given | {"out_dir": config.out_dir, "init_from": saved.init_from})
     changes = {key: f"{key} {getattr(saved, key)} -> {value}" for key, value in given.items()
@@ -125,9 +124,6 @@ def resume_config(config: TrainConfig, given: dict[str, Any], bundle: dict[str, 
     if resumed.tokens_per_step != saved.tokens_per_step:
         raise UserError("batch_size x gradient_accumulation_steps x block_size: expected "
                         f"{saved.tokens_per_step} as before, got {resumed.tokens_per_step}")
-    if data["fingerprint"] != bundle["data"]["fingerprint"]:
-        raise UserError(f"dataset {resumed.dataset}: not the {bundle['data']['name']} that "
-                        "this run was trained on. Try: prepare the same text again")
     return resumed, list(changes.values())
 
 

@@ -156,9 +156,9 @@ def join_ranks(config: TrainConfig) -> Ranks:
         use_deterministic_algorithms()
     if "RANK" not in os.environ:
         return Ranks(0, 1, device)
-    backend = (("nccl" if device.type == "cuda" else "gloo") if config.backend == "auto"
-               else config.backend)
-    if backend == "nccl" and device.type != "cuda":
+    cuda = device.type == "cuda"
+    backend = config.backend if config.backend != "auto" else "nccl" if cuda else "gloo"
+    if backend == "nccl" and not cuda:
         raise UserError(f"backend=nccl needs CUDA, got device {device.type}. Try: --backend=auto")
     timeout = timedelta(seconds=config.rank_timeout)
     store, rank, world_size = next(dist.rendezvous("env://"))
