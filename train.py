@@ -77,7 +77,7 @@ class Run:
     applied: Tensor | int = 0  # updates made; stays behind `step` once not healthy
 
     def bundle(self, best_val_loss: float) -> dict[str, Any]:
-        """Return what a checkpoint holds, with the live tensors. Every rank must call it."""
+        """Return the content of a checkpoint, with the live tensors. Every rank must call it."""
         return {"format": checkpoint.FORMAT, "step": self.step,
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),

@@ -141,8 +141,7 @@ def is_best(folder: Path, step: int) -> bool:
 
 def has_run(folder: Path) -> bool:
     """Return True if a folder holds a checkpoint, intact or not."""
-    names = (folder / "ckpt.pt", folder / "best.pt")
-    return any(path.exists() for path in names) or bool(numbered(folder))
+    return any(folder.glob("ckpt*.pt")) or (folder / "best.pt").exists()
 
 
 def check_crc(path: Path) -> None:
@@ -161,12 +160,10 @@ def check_crc(path: Path) -> None:
 
 def read_bundle(path: Path) -> dict[str, Any]:
     """Return the bundle of a checkpoint. Raises CorruptCheckpoint unless it is bit-identical to
-    the saved one."""
+    the saved one, and OSError if it can't be read."""
+    check_crc(path)
     try:
-        check_crc(path)
         bundle = torch.load(path, map_location="cpu", weights_only=True)
-    except CorruptCheckpoint:
-        raise
     except pickle.UnpicklingError:  # its text would advise to load it unsafely
         raise CorruptCheckpoint("expected only plain values and tensors") from None
     except Exception as e:  # torch.load raises many types
@@ -183,10 +180,10 @@ def read_newest(folder: Path, prefer_best: bool = False) -> dict[str, Any]:
     for path in filter(Path.exists, best + newest if prefer_best else newest + best):
         try:
             return read_bundle(path)
-        except CorruptCheckpoint as e:
+        except (CorruptCheckpoint, OSError) as e:
             print(f"skipping {path}: {e}", file=sys.stderr)
-    raise CorruptCheckpoint(f"no intact checkpoint of keepGPT in {folder}. Try: another --out_dir, "
-                            f"or for a file of nanoGPT --init_from={folder / 'ckpt.pt'}")
+    raise CorruptCheckpoint(f"no intact checkpoint of keepGPT in {folder}. Try: another --out_dir; "
+                            f"for nanoGPT's, --init_from={folder / 'ckpt.pt'} --out_dir=<new one>")
 
 
 def check_finite(bundle: dict[str, Any]) -> None:

@@ -188,7 +188,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def can_compile(device: torch.device, deterministic: bool = False) -> bool:
-    """Return True if torch.compile works on this machine, else print what it needs."""
+    """Return True if torch.compile works on this machine, else print a note."""
     cuda, needs = device.type == "cuda", ""
     compilers = ([os.environ.get("CC", "cc"), "gcc", "clang"] if cuda else
                  [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")])
