@@ -109,7 +109,9 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks
     if bundle:
         config, changes = resume_config(config, given, bundle["config"])
         if len(bundle["rng"]) != ranks.world_size:
-            changes.append(f"ranks {len(bundle['rng'])} -> {ranks.world_size}")
+            exact = config.elastic and bundle["config"].get("elastic")
+            changes.append(f"ranks {len(bundle['rng'])} -> {ranks.world_size}"
+                           + ("" if exact else ": the same losses up to rounding"))
         print(f"resuming {config.out_dir} at step {bundle['step']}", *changes, sep=", ")
     folder = dataset_folder(config.data_dir, config.dataset)
     data = read_meta(folder)
