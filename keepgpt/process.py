@@ -1,5 +1,6 @@
 """Exit codes, errors, signals, the lock on out_dir, and atomic file writes."""
 import ctypes
+import errno
 import fcntl
 import importlib
 import os
@@ -17,7 +18,7 @@ EXIT_MISTAKE = 2  # the command, a file or the machine must be changed first
 EXIT_NOT_FINITE = 3  # trying again would meet the same numbers
 EXIT_STOPPED = 75  # by a signal, everything saved: the same command with init_from=auto resumes
 EXIT_INTERRUPTED = 130  # by another Ctrl-C
-WRONG_PATH = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+MISTAKES = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS)
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
 
@@ -55,7 +56,7 @@ def run_or_exit(work: Callable[[], Any], hint: str = "") -> Any:
         os._exit(0)
     except OSError as e:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # a flush of stdout would fail again
-        exit_with(e, EXIT_MISTAKE if isinstance(e, WRONG_PATH) else EXIT_FAILED)
+        exit_with(e, EXIT_MISTAKE if e.errno in MISTAKES else EXIT_FAILED)
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and not re.search("out of memory|allocate", str(e)):
             raise

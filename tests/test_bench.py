@@ -1,16 +1,16 @@
 """tools.bench and tools.gpu measure, compare and record; tools.demo answers --help."""
 import json
-from dataclasses import replace
+from functools import partial
 from multiprocessing import get_context
 
 import pytest
 import torch
 from conftest import complaint, run
 
-import tools.gpu as gpu
 from keepgpt.process import UserError
-from model import GPT, KVCache
-from tools import measure
+from model import GPT
+from tools import gpu, measure
+from tools.bench import __main__ as bench
 from tools.bench import parts, sides
 
 torch.set_num_threads(1)  # models this small are slower on two
@@ -22,8 +22,8 @@ def one_thread(monkeypatch):
 
 
 @pytest.mark.parametrize("args", [
-    ["tools.bench"], ["tools.bench", "nosuch"], ["tools.bench", "startup", "--only=x"],
-    ["tools.bench", "prepare", "--folder=/none"], ["tools.bench", "tables", "--rows=2"],
+    ["tools.bench"], ["tools.bench", "nosuch"], ["tools.bench", "train", "--only=nosuch"],
+    ["tools.bench", "tables", "--rows=2"],
     ["tools.gpu", "now"], ["tools.gpu", "--row=2"], ["tools.gpu", "--parts=trian"],
     ["tools.gpu", "--parts=checks"], ["tools.demo", "--fast"]])
 def test_a_mistake_exits_2_with_one_line(args):
@@ -60,10 +60,21 @@ def test_a_record_replaces_its_row_only(tmp_path):
     assert page.split("\n")[2:6] == ["| train | x, ms |", "|---|---|", "| a | 3 |", "| b | 1,000 |"]
 
 
+def fail():
+    raise UserError("not installed")
+
+
 def test_a_side_that_fails_is_left_out():
-    assert measure.compare(2, "0.5", one="0.25", other="1 / 0") == {"ours": 0.5, "one": 0.25}
+    row = measure.compare(2, {"ours": lambda: 0.5, "one": lambda: 0.25, "other": fail})
+    assert row == {"ours, ms": 500, "one, ms": 250, "one / ours": 0.5}
+    with pytest.raises(UserError):
+        measure.compare(1, {"ours": fail, "one": lambda: 0.25})
+
+
+def test_work_in_a_new_process_returns_or_fails():
+    assert measure.call(partial(divmod, 7, 2)) == [3, 1]
     with pytest.raises(UserError, match="ZeroDivisionError"):
-        measure.compare(1, "1 / 0")
+        measure.call(partial(divmod, 7, 0))
 
 
 def test_transformers_qwen3_has_as_many_parameters():
@@ -73,91 +84,74 @@ def test_transformers_qwen3_has_as_many_parameters():
     assert sizes[0] == sizes[1]
 
 
-def call_in_small(expression: str) -> object:
-    """Evaluate an expression as measure.call does, with steps that are not repeated."""
+def call_in_small(work):
+    """Do work with steps that are not repeated."""
     sides.time_steps = lambda step, device: (step(), 0.001)[1]
-    compile = torch.compile  # without waiting for a compiler
-    torch.compile = lambda f, **how: compile(f, backend="eager")
-    return eval(expression, {"gpu": gpu, "parts": parts, "sides": sides})
+    return work()
 
 
-def call_in_fork(expression: str, as_script: bool = True) -> object:
+def call_in_fork(work, time_limit=None):
     """Replace measure.call."""
     with get_context("fork").Pool(1) as pool:  # a side may change its process
-        return pool.apply(call_in_small, (expression,))
+        return pool.apply(call_in_small, (work,))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["train", "sample", "checkpoint"])
-def test_a_part_measures_each_side(part, monkeypatch, tmp_path):
-    monkeypatch.setattr(measure, "call", call_in_fork)
-    config = parts.BenchConfig(rounds=1, device="cpu", folder=str(tmp_path))
-    monkeypatch.setitem(parts.PARTS, "checkpoint", {"4 layers, width 128": lambda *args:
-                        parts.measure_save("4 layers, width 128", *args)})
-    row = parts.measure(part, "4 layers, width 128", config)
+@pytest.mark.parametrize("part", ["train", "sample", "checkpoint", "elastic"])
+def test_a_part_gives_numbers(part, monkeypatch, tmp_path):
+    monkeypatch.setattr(parts, "call", call_in_fork)
+    tiny = sides.shape(1, 2, 128, 16, 4, 65, **sides.MODERN)
+    monkeypatch.setitem(sides.SHAPES, "6 layers, width 384", tiny)
+    work = {"train": partial(parts.measure_step, "6 layers, width 384"),
+            "sample": partial(parts.measure_sampling, "4 layers, width 128"),
+            "checkpoint": partial(parts.measure_save, "6 layers, width 384"),
+            "elastic": partial(parts.measure_elastic, 1)}[part]
+    row = work(1, "cpu", tmp_path)
     assert {title.split(",")[0] for title in row} >= {
-        "train": {"keepGPT", "plain PyTorch", "Transformers", "tokens/s"},
-        "sample": {"keepGPT", "Transformers"},
-        "checkpoint": {"checkpoint", "plain `torch.save` adds", "its write"}}[part]
+        "train": {"keepGPT", "plain PyTorch", "Transformers", "optimizer's share", "tokens/s"},
+        "sample": {"keepGPT", "Transformers", "tokens/s"},
+        "checkpoint": {"checkpoint", "plain `torch.save` adds", "its write"},
+        "elastic": {"DDP", "elastic"}}[part]
     assert all(isinstance(value, float) for value in row.values())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("part", ["loader", "startup", "elastic"])
-def test_a_part_gives_numbers(part, tmp_path):
-    row, config = [*parts.PARTS[part]][0], parts.BenchConfig(1, device="cpu", folder=str(tmp_path))
-    assert all(value >= 0 for value in parts.measure(part, row, config).values())
-
-
 def test_rows_for_a_gpu_are_shapes(monkeypatch):
-    monkeypatch.setattr(parts, "pick_device", torch.device)
-    for part in gpu.MEASURED:
-        calls = gpu.list_calls(part, gpu.GpuConfig())
-        assert calls.keys() <= sides.SHAPES.keys()
-        assert all("device='cuda'" in call for call in calls.values())
-    assert any("batch 64" in name for name in gpu.list_calls("train", gpu.GpuConfig()))
-    assert not any("batch 64" in name for name in
-                   gpu.list_calls("train", gpu.GpuConfig(device="cpu")))
-
-
-def test_compiled_decode_steps_pass_on_a_cpu():
-    assert call_in_fork("gpu.compare_decode('cpu')")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("check", ["blow_up", "snapshots", "resume"])
-def test_a_check_with_real_runs_passes_on_a_cpu(check):
-    kill = ", kill=True" if check == "resume" else ""
-    assert call_in_fork(f"gpu.{check}('cpu'{kill})")
-
-
-def test_a_decode_step_at_another_position_fails(monkeypatch):
-    def compile_late(model, cache):
-        return lambda tokens: model(tokens, cache=KVCache(cache.layers, torch.tensor([12])))
-
-    monkeypatch.setattr(gpu, "compile_decode", compile_late)
-    with pytest.raises(UserError):
-        gpu.compare_decode("cpu")
+    measured = {}
+    monkeypatch.setattr(bench, "pick_device", torch.device)
+    monkeypatch.setattr(measure, "describe_machine", lambda _: {})
+    monkeypatch.setattr(measure, "run_rows", lambda part, rows, *args, **how:
+                        measured.update({part: rows}) or True)
+    for device in ("cpu", "cuda:0"):
+        assert bench.main(gpu.GpuConfig(device=device), []) == 0
+    assert measured["gpu train"].keys() == sides.SHAPES.keys()
+    assert any("batch 64" in name for name in measured["gpu train"])
+    assert not any("batch 64" in name for name in measured["train"])
+    assert measured["gpu checks"].keys() == parts.PARTS["checks"].keys()
+    assert all(work.args[3] == "cuda:0" for work in measured["gpu checks"].values())
 
 
 @pytest.mark.slow
-def test_runs_that_differ_or_fail_are_noticed(monkeypatch):
+@pytest.mark.parametrize("check", [parts.resume, parts.blow_up])
+def test_a_check_with_real_runs_passes_on_a_cpu(check, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "RUN", parts.RUN | {"max_iters": 100, "eval_iters": 2})
+    assert check(1, "cpu", tmp_path)
+
+
+@pytest.mark.slow
+def test_runs_that_differ_or_fail_are_noticed(monkeypatch, tmp_path):
     ends = iter(range(9))
-    monkeypatch.setattr(gpu.runs, "read_end", lambda _: next(ends))
-    monkeypatch.setattr(gpu, "TINY", gpu.TINY | {"max_iters": 2, "eval_iters": 1})
+    monkeypatch.setattr(parts.runs, "read_end", lambda _: next(ends))
     with pytest.raises(UserError, match="differ"):
-        gpu.resume("cpu")
-    monkeypatch.setattr(gpu, "TINY", gpu.TINY | {"learning_rate": 1e38, "max_iters": 4})
+        parts.resume(1, "cpu", tmp_path, max_iters=60, eval_iters=2)
     with pytest.raises(UserError, match="got 3"):
-        gpu.resume("cpu")
+        parts.resume(1, "cpu", tmp_path / "2", learning_rate=1e38, max_iters=4, eval_iters=2)
 
 
-def test_a_row_that_fails_leaves_the_others(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpu, "CHECKS", {"bad": "nosuch()", "good": "Path().__dir__() and {}"})
-    config = gpu.GpuConfig("checks", device="cpu", json=str(tmp_path / "rows.json"))
-    assert gpu.main(config) == 1
-    rows = json.loads((tmp_path / "rows.json").read_text())["gpu checks"]
-    assert rows.keys() == {"good"} and rows["good"]["numbers"] == {}
-    assert gpu.main(replace(config, only="good")) == 0
-    assert gpu.main(replace(config, minutes=0)) == 0
-    assert json.loads((tmp_path / "rows.json").read_text())["gpu checks"] == rows
+def test_a_row_that_fails_leaves_the_others(tmp_path):
+    path, work = tmp_path / "rows.json", {"bad": partial(divmod, 7, 0), "good": dict}
+    assert not measure.run_rows("checks", work, path, {}, 1, workers=2)
+    rows = {"checks": {"good": {"numbers": {}}}}
+    assert json.loads(path.read_text()) == rows
+    assert not measure.run_rows("checks", {"good": dict}, path, {}, 0, workers=1)
+    assert measure.run_rows("checks", {"good": dict}, path, {}, 1, workers=1)
+    assert json.loads(path.read_text()) == rows

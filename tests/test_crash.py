@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from conftest import REPO, complaint, run
 
-FEW = {"kill": ("--cases=5", "--torchrun_cases=1"), "nth": ("--cases=120",),
+FEW = {"kill": ("--cases=5",), "nth": ("--cases=120",),
        "power": ("--cases=400",), "rot": ("--cases=150",), "full": ("--cases=4",),
        "elastic": ("--cases=1",), "prepare": ("--cases=60",)}
 NO_FSYNC = """
@@ -65,40 +65,36 @@ def crash(*args: str, broken: str = "", code: int = 0) -> subprocess.CompletedPr
         program = Path(folder, "crash.py")
         program.write_text(f"""
 import sys
+import tempfile
 sys.path.insert(0, {str(REPO)!r})
+tempfile.tempdir = {folder!r}
 from types import SimpleNamespace
 from keepgpt import checkpoint
 {broken}
 from tools.crash import __main__ as tool
-try:
-    config, _, args = tool.parse(tool.CrashConfig, "", sys.argv[1:])
-    sys.exit(tool.main(config, args))
-except tool.UserError as e:
-    tool.exit_with(e)""")
+tool.run_tool(tool.CrashConfig, "", tool.main)""")
         return run(program, *args, code=code)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", FEW)
-def test_no_fault_loses_anything(part, tmp_path):
-    assert " 0 failures" in crash(part, *FEW[part], f"--folder={tmp_path}").stdout
+def test_no_fault_loses_anything(part):
+    assert " 0 failures" in crash(part, *FEW[part]).stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", BROKEN)
-def test_a_broken_build_fails_its_part(fault, tmp_path):
+def test_a_broken_build_fails_its_part(fault):
     part = fault.partition(",")[0]
-    done = crash(part, *FEW[part], "--torchrun_cases=0", f"--folder={tmp_path}",
-                 broken=BROKEN[fault], code=1)
+    done = crash(part, *FEW[part], broken=BROKEN[fault], code=1)
     assert "FAILURE" in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.slow
-def test_a_failure_repeats_with_the_printed_flags(tmp_path):
+def test_a_failure_repeats_with_the_printed_flags():
     broken = {"broken": BROKEN["rot"], "code": 1}
-    args = ["rot", f"--folder={tmp_path}"]
-    first = crash(*args, "--cases=20", "--seed=7", **broken).stdout.splitlines()[0]
-    again = crash(*args, *first.split("again with ")[1].split(), **broken)
+    first = crash("rot", "--cases=20", "--seed=7", **broken).stdout.splitlines()[0]
+    again = crash("rot", *first.split("again with ")[1].split(), **broken)
     assert again.stdout.splitlines()[0] == first
 
 
@@ -107,7 +103,6 @@ def test_an_unknown_part_exits_2():
 
 
 @pytest.mark.slow
-def test_an_uninterrupted_run_that_hangs_is_an_error(tmp_path):
+def test_an_uninterrupted_run_that_hangs_is_an_error():
     impatient = "from tools import runs\nruns.TIME_LIMIT = 0.01"
-    complaint(crash("kill", "--cases=1", "--torchrun_cases=0", f"--folder={tmp_path}",
-                    broken=impatient, code=2))
+    complaint(crash("kill", "--cases=1", broken=impatient, code=2))

@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
@@ -14,13 +15,14 @@ from torch.overrides import TorchFunctionMode
 
 from keepgpt import distributed as runtime
 from keepgpt.checkpoint import Disk, Saver, read_bundle
+from keepgpt.config import TrainConfig
+from keepgpt.distributed import Ranks
 from keepgpt.kernels import LinearCrossEntropy
-from keepgpt.loader import Loader
+from keepgpt.loader import Loader, Split
 from keepgpt.optim import AdamW
 from keepgpt.process import EXIT_NOT_FINITE
 from model import GPT, KVCache, ModelArgs, generate
-from tools.bench import sides
-from train import compute_gradient, evaluate, halt_unless_healthy, update
+from train import build_run, compute_gradient, evaluate, halt_unless_healthy, update
 
 ARGS = ModelArgs(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=61, bias=True,
                  dropout=0.0)
@@ -28,9 +30,24 @@ torch.set_num_threads(1)  # models this small are slower on two
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 
 
-def tiny_run(**settings):
-    sides.SHAPES["tiny"] = vars(ARGS) | {"batch_size": 4, "warmup_iters": 0}
-    return sides.new_run("tiny", CPU, **settings)
+@pytest.fixture
+def tiny_run(tmp_path):
+    """Return a function that makes a run on random tokens, without an out_dir."""
+    def make(**settings):
+        sizes = {key: value for key, value in vars(ARGS).items() if key != "vocab_size"}
+        config = TrainConfig(**sizes | settings, batch_size=4, warmup_iters=0,
+                             gradient_accumulation_steps=1)
+        torch.manual_seed(0)
+        tokens = np.random.default_rng(0).integers(ARGS.vocab_size, size=2**16, dtype=np.uint16)
+        tokens.tofile(tmp_path / "train.bin")
+        meta = {"dtype": "uint16", "vocab_size": ARGS.vocab_size, "tokens": {"train": len(tokens)}}
+        shifted, fixed = (Split(tmp_path, "train", meta, config.block_size, 0, shift)
+                          for shift in (True, False))
+        loader = Loader(shifted, config.batch_size, 1, range(1), CPU)
+        return build_run(config, Ranks(0, 1, CPU), {}, loader, {"train": fixed, "val": fixed},
+                         GPT(ARGS))
+
+    return make
 
 
 def on(run, device):
@@ -47,7 +64,7 @@ def no_saver():
 
 
 @pytest.mark.parametrize("evaluated_first", [True, False])
-def test_graphs_are_static_whichever_is_compiled_first(evaluated_first, monkeypatch):
+def test_graphs_are_static_whichever_is_compiled_first(tiny_run, evaluated_first, monkeypatch):
     """A resumed run trains first, the run that it resumes has evaluated first."""
     graphs, compile = [], torch.compile
 
@@ -69,7 +86,7 @@ def test_graphs_are_static_whichever_is_compiled_first(evaluated_first, monkeypa
     assert graphs == [False] * 3
 
 
-def test_a_smaller_last_batch_counts_in_an_evaluation():
+def test_a_smaller_last_batch_counts_in_an_evaluation(tiny_run):
     run = tiny_run(eval_iters=3)
     run.splits["train"].windows = run.splits["val"].windows = 9
     losses = evaluate(run, SimpleNamespace(received=False))
@@ -132,7 +149,7 @@ def test_deterministic_sums_over_gpus_leave_the_switch_out(monkeypatch):
 # numbers that are not finite
 
 
-def test_float16_that_overflows_at_every_scale_ends_the_run(capsys):
+def test_float16_that_overflows_at_every_scale_ends_the_run(tiny_run, capsys):
     run, saver = tiny_run(), no_saver()
     run.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     update(run, saver, compute_gradient(run))
@@ -148,7 +165,7 @@ def test_float16_that_overflows_at_every_scale_ends_the_run(capsys):
     assert all(torch.equal(p, before[name]) for name, p in run.model.state_dict().items())
 
 
-def test_float16_that_overflows_now_and_then_goes_on():
+def test_float16_that_overflows_now_and_then_goes_on(tiny_run):
     run, saver = tiny_run(), no_saver()
     run.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)
     for i in range(8):
@@ -160,7 +177,7 @@ def test_float16_that_overflows_now_and_then_goes_on():
     assert run.step == run.applied == 8
 
 
-def test_mps_makes_no_update_that_is_not_finite():
+def test_mps_makes_no_update_that_is_not_finite(tiny_run):
     class Deaf(AdamW):  # as on MPS
         found_inf = property(lambda self: None, lambda self, value: None)
 
@@ -249,7 +266,8 @@ class WatchedDisk(Disk):
         return super().create(path)
 
 
-def test_a_snapshot_is_ordered_between_two_updates_and_before_its_write(tmp_path, monkeypatch):
+def test_a_snapshot_is_ordered_between_two_updates_and_before_its_write(tiny_run, tmp_path,
+                                                                        monkeypatch):
     run = tiny_run()
     update(run, no_saver(), compute_gradient(run))
     cuda = Streams(monkeypatch)
@@ -265,7 +283,7 @@ def test_a_snapshot_is_ordered_between_two_updates_and_before_its_write(tmp_path
     assert all(torch.equal(saved["model"][name], p) for name, p in bundle["model"].items())
 
 
-def test_a_checkpoint_stores_no_more_than_its_tensors(tmp_path):
+def test_a_checkpoint_stores_no_more_than_its_tensors(tiny_run, tmp_path):
     run = tiny_run()
     update(run, no_saver(), compute_gradient(run))
     saver = Saver(tmp_path, 2, 0.0, lambda: None, CPU)

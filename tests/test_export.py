@@ -231,7 +231,7 @@ def test_transformers_continues_a_trained_model_as_sample_py_does(train, tmp_pat
     train(max_iters=40, block_size=64)
     out, folder = tmp_path / "out", tmp_path / "exported"
     told = run("tools.export", out_dir=out, to=folder).stdout
-    assert "step 40" in told and "model.safetensors" in told and not list(tmp_path.glob("*.tmp"))
+    assert "step 40" in told and not list(tmp_path.glob("*.tmp"))
     theirs = by_transformers(folder, {"texts": [], "prompt": "HAMLET ", "ids": [0]}, tmp_path)
     ours = [run("sample.py", **source, start="HAMLET ", temperature=0, num_samples=1,
                 max_new_tokens=20).stdout

@@ -8,20 +8,28 @@ import json
 import os
 import re
 import shutil
-import signal
-import sys
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-if __name__ == "__main__":  # from any folder: python PATH/tools/export.py
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+from tiktoken_ext.openai_public import r50k_pat_str
+from torch import Tensor
 
-from keepgpt.config import command_line, setting
-from keepgpt.process import UserError, exit_with
+from keepgpt.checkpoint import Disk, write_bundle
+from keepgpt.config import setting
+from keepgpt.pretrained import GPT2_ARGS, QWEN3_ARGS
+from keepgpt.process import UserError, import_package
+from keepgpt.tokenizer import CharTokenizer, HFTokenizer, Tokenizer
+from model import GPT, ModelArgs
+from sample import SampleConfig, load
+from tools.common import run_tool
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) there; (out, in) here
+# how a text is split into words, and llama.cpp's name for it
+PATTERNS = {r50k_pat_str: "gpt-2", None: "gpt-2",  # None: that of tokenizers' ByteLevel
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2"}
 
 
 @dataclass(frozen=True)
@@ -30,51 +38,13 @@ class ExportConfig:
     out_dir: str = setting("out", "folder of the run")
     init_from: str = setting("best",
         "best | resume (the newest) checkpoint of out_dir | path of a checkpoint")
-    dataset: str = setting("",
-        "the dataset with the vocabulary of a nanoGPT checkpoint; others include their own")
-    data_dir: str = setting("data", "folder of that dataset, as in train.py")
+    dataset: str = setting("", "the dataset with the vocabulary of a nanoGPT checkpoint, in data/ "
+        "or a path; others include their own")
     to: str = setting("", "the new folder to write; of format=gguf the new file")
     format: Literal["hf", "gguf"] = setting("hf",
         "hf: a folder for Transformers, vLLM and others | gguf: a file for llama.cpp")
     dtype: Literal["float32", "bfloat16", "float16"] = setting("float32",
         "of the weights; in gguf of the matrices")
-
-
-if __name__ == "__main__":  # before torch is loaded
-    CONFIG, _, ARGS = command_line(
-        ExportConfig, "python -m tools.export --out_dir=out --to=FOLDER [--key=value ...]")
-    if ARGS:
-        exit_with(UserError(f"{ARGS[0]}: expected --key=value. Try: --help"))
-    if not CONFIG.to:
-        exit_with(UserError("--to is missing: a new folder, or with --format=gguf a new file"))
-
-import torch
-from tiktoken_ext.openai_public import r50k_pat_str
-from torch import Tensor
-
-from keepgpt.checkpoint import Disk, write_bundle
-from keepgpt.pretrained import GPT2_ARGS, QWEN3_ARGS
-from keepgpt.tokenizer import CharTokenizer, HFTokenizer, Tokenizer
-from model import GPT, ModelArgs
-from sample import SampleConfig, load
-
-# how a text is split into words, and llama.cpp's name for it
-PATTERNS = {r50k_pat_str: "gpt-2", None: "gpt-2",  # None: that of tokenizers' ByteLevel
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2"}
-CARD = """---
-library_name: transformers
-pipeline_tag: text-generation
----
-A {architecture} of {parameters:,} parameters and {block_size} positions, exported from {origin}.
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model, tokenizer = (kind.from_pretrained(".") for kind in (AutoModelForCausalLM, AutoTokenizer))
-print(tokenizer.decode(model.generate(**tokenizer({start!r}, return_tensors="pt"),
-                                      max_new_tokens={length})[0]))
-```
-"""
 
 
 def to_hugging_face(state: dict[str, Tensor], args: ModelArgs) -> dict[str, Tensor]:
@@ -85,9 +55,8 @@ def to_hugging_face(state: dict[str, Tensor], args: ModelArgs) -> dict[str, Tens
     exported = {}
     for name, tensor in state.items():
         exported[name] = tensor.t().contiguous() if name.endswith(CONV1D) else tensor
-        bias = name.removesuffix("weight") + "bias"
         if not args.bias and not name.endswith(("wte.weight", "wpe.weight")):
-            exported[bias] = tensor.new_zeros(tensor.size(0))
+            exported[name.removesuffix("weight") + "bias"] = tensor.new_zeros(tensor.size(0))
     return exported
 
 
@@ -108,17 +77,9 @@ def to_config(args: ModelArgs) -> dict[str, Any]:
         "attention_bias": False, "attention_dropout": args.dropout, "use_sliding_window": False}
 
 
-def list_merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Return all pairs of tokens that join to a token, in tiktoken's order: by the rank of the
-    result."""
-    pairs = [(token[:i], token[i:]) for token in ranks for i in range(1, len(token))
-             if token[:i] in ranks and token[i:] in ranks]
-    return sorted(pairs, key=lambda pair: (ranks[pair[0] + pair[1]], ranks[pair[0]]))
-
-
 def to_tokenizers(vocabulary: Tokenizer) -> Any:
     """Return a tokenizers.Tokenizer with the same ids for any text without special tokens."""
-    import tokenizers
+    tokenizers = import_package("tokenizers")
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
     if isinstance(vocabulary, HFTokenizer):
         return tokenizers.Tokenizer.from_str(vocabulary.description["json"])
@@ -128,11 +89,13 @@ def to_tokenizers(vocabulary: Tokenizer) -> Any:
         made.decoder = decoders.Fuse()
         return made
     ranks = vocabulary.ranks
+    # all pairs of tokens that join to a token, in tiktoken's order: by the rank of the result
+    pairs = sorted((ranks[token], ranks[token[:i]], ranks[token[i:]]) for token in ranks
+                   for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks)
     # the vocabulary includes special tokens: otherwise they would get new ids
     names = {i: name for name, i in vocabulary.token_ids().items()}
-    made = tokenizers.Tokenizer(models.BPE(
-        vocabulary.token_ids(),
-        [(names[ranks[a]], names[ranks[b]]) for a, b in list_merges(ranks)]))
+    made = tokenizers.Tokenizer(models.BPE(vocabulary.token_ids(),
+                                           [(names[a], names[b]) for _, a, b in pairs]))
     # its regular expressions are Oniguruma's, where {1,3}+ is not possessive but a repetition
     pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", vocabulary.pattern)
     made.pre_tokenizer = pre_tokenizers.Sequence([
@@ -144,10 +107,18 @@ def to_tokenizers(vocabulary: Tokenizer) -> Any:
     return made
 
 
-def json_files(args: ModelArgs, vocabulary: Tokenizer, dtype: torch.dtype
-               ) -> dict[str, dict[str, Any]]:
-    """Return the JSON files to write next to the weights."""
-    eot = vocabulary.eot
+def write_hugging_face(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str,
+                       dtype: torch.dtype) -> None:
+    """Write all files in Hugging Face's format, and weights.pt. Raises the libraries' errors for a
+    full disk."""
+    args, eot = model.args, vocabulary.eot
+    data = {"tokenizer": vocabulary.description}
+    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    write_bundle({"model": state, "model_args": vars(args), "data": data}, folder / "weights.pt",
+                 Disk())
+    import_package("safetensors.torch").save_file(
+        to_hugging_face(state, args), folder / "model.safetensors", {"format": "pt"})
+    to_tokenizers(vocabulary).save(str(folder / "tokenizer.json"))
     ends = {"bos_token_id": eot, "eos_token_id": eot}
     tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": args.block_size,
                  # no token_type_ids: GPT2LMHeadModel would add their embeddings
@@ -157,53 +128,27 @@ def json_files(args: ModelArgs, vocabulary: Tokenizer, dtype: torch.dtype
         name = {i: token for token, i in vocabulary.token_ids().items()}[eot]
         tokenizer |= {"bos_token": name, "eos_token": name}
     config = to_config(args) | ends | {"dtype": str(dtype).removeprefix("torch.")}
-    return {"config.json": config, "generation_config.json": ends,
-            "tokenizer_config.json": tokenizer}
-
-
-def write_hugging_face(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str,
-                       dtype: torch.dtype) -> None:
-    """Write all files in Hugging Face's format. Raises the libraries' errors for a full disk."""
-    from safetensors.torch import save_file
-    args, data = model.args, {"tokenizer": vocabulary.description}
-    state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
-    write_bundle({"model": state, "model_args": vars(args), "data": data}, folder / "weights.pt",
-                 Disk())
-    save_file(to_hugging_face(state, args), folder / "model.safetensors", {"format": "pt"})
-    to_tokenizers(vocabulary).save(str(folder / "tokenizer.json"))
-    files = json_files(args, vocabulary, dtype) | {"keepgpt.json": data}
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(CARD.format(
-        architecture={"gpt2": "GPT-2", "qwen3": "Qwen3"}[args.architecture],
-        parameters=sum(p.numel() for p in model.parameters()), origin=origin,
-        block_size=args.block_size, length=min(100, args.block_size // 2),
-        start=vocabulary.decode([0]) if vocabulary.eot is None else "The"), encoding="utf-8")
+    for name, content in {"config": config, "generation_config": ends,
+                          "tokenizer_config": tokenizer, "keepgpt": data | {"origin": origin}
+                          }.items():
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 def write_gguf(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str, dtype: torch.dtype
                ) -> None:
     """Write model.gguf, llama.cpp's format, with the tokenizer. Matrices are in `dtype`; vectors
     and positions stay float32, as llama.cpp wants them."""
-    import gguf
+    gguf = import_package("gguf")
     args, qwen3 = model.args, model.args.architecture == "qwen3"
     writer = gguf.GGUFWriter(folder / "model.gguf", args.architecture)
-    writer.add_name(origin)
-    writer.add_context_length(args.block_size)
-    writer.add_embedding_length(args.n_embd)
-    writer.add_block_count(args.n_layer)
-    writer.add_head_count(args.n_head)
-    writer.add_feed_forward_length(args.ff_width if qwen3 else 4 * args.n_embd)
-    if qwen3:
-        writer.add_head_count_kv(args.K)
-        writer.add_key_length(args.D)
-        writer.add_value_length(args.D)
-        writer.add_layer_norm_rms_eps(args.norm_eps)
-        writer.add_rope_freq_base(args.rope_theta)
-    else:
-        writer.add_layer_norm_eps(1e-5)
-    add_tokenizer(writer, vocabulary)
-
+    keys = {"name": origin, "context_length": args.block_size, "embedding_length": args.n_embd,
+            "block_count": args.n_layer, "head_count": args.n_head,
+            "feed_forward_length": args.ff_width if qwen3 else 4 * args.n_embd}
+    keys |= {"head_count_kv": args.K, "key_length": args.D, "value_length": args.D,
+             "layer_norm_rms_eps": args.norm_eps, "rope_freq_base": args.rope_theta
+             } if qwen3 else {"layer_norm_eps": 1e-5}
+    for key, value in (keys | to_gguf_tokenizer(vocabulary)).items():
+        getattr(writer, f"add_{key}")(value)
     names = gguf.get_tensor_name_map(
         gguf.MODEL_ARCH.QWEN3 if qwen3 else gguf.MODEL_ARCH.GPT2, args.n_layer)
     of_matrices = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
@@ -213,25 +158,22 @@ def write_gguf(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str, dty
         kind = gguf.GGMLQuantizationType["F32" if vector else of_matrices]
         writer.add_tensor(names.get_name(name, (".weight", ".bias")),
                           gguf.quantize(tensor.float().contiguous().numpy(), kind), raw_dtype=kind)
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-    finally:
-        writer.close()
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
-def add_tokenizer(writer: Any, vocabulary: Tokenizer) -> None:
-    """Add the tokenizer to a gguf.GGUFWriter. Raises ValueError for one that llama.cpp lacks."""
+def to_gguf_tokenizer(vocabulary: Tokenizer) -> dict[str, Any]:
+    """Return the tokenizer by the keys of gguf. Raises ValueError for one that llama.cpp lacks."""
     from gguf import TokenType
     content = json.loads(to_tokenizers(vocabulary).to_str())
     names = {i: name for name, i in content["model"]["vocab"].items()}
     if content["model"]["type"] == "WordLevel":
         # llama.cpp's tokenizer of RWKV takes the longest token that fits, which is here the next
         # character, and is the only one without an end-of-text token; \ is its escape character
-        writer.add_tokenizer_model("rwkv")
-        writer.add_token_list([names[i].replace("\\", r"\\") for i in range(len(names))])
-        return
+        return {"tokenizer_model": "rwkv",
+                "token_list": [names[i].replace("\\", r"\\") for i in range(len(names))]}
     splits = content["pre_tokenizer"]
     pattern = next((split["pattern"]["Regex"] for split in splits.get("pretokenizers", [])
                     if split["type"] == "Split"), None)
@@ -242,29 +184,24 @@ def add_tokenizer(writer: Any, vocabulary: Tokenizer) -> None:
              for token in content["added_tokens"]}
     names |= {token["id"]: token["content"] for token in content["added_tokens"]}
     ids = range(vocabulary.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(PATTERNS[pattern])
-    writer.add_token_list([names.get(i, f"[unused {i}]") for i in ids])
-    writer.add_token_types([types.get(i, TokenType.NORMAL if i in names else TokenType.UNUSED)
-                            for i in ids])
-    writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]])
-    writer.add_bos_token_id(vocabulary.eot)
-    writer.add_eos_token_id(vocabulary.eot)
-    writer.add_add_bos_token(False)
+    return {"tokenizer_model": "gpt2", "tokenizer_pre": PATTERNS[pattern],
+            "token_list": [names.get(i, f"[unused {i}]") for i in ids],
+            "token_types": [types.get(i, TokenType.NORMAL if i in names else TokenType.UNUSED)
+                            for i in ids],
+            "token_merges": [" ".join(pair) for pair in content["model"]["merges"]],
+            "bos_token_id": vocabulary.eot, "eos_token_id": vocabulary.eot,
+            "add_bos_token": False}
 
 
-def main(config: ExportConfig) -> None:
+def main(config: ExportConfig, args: list[str]) -> None:
     """Write into a temporary folder and rename: the target is complete or absent."""
-    to_gguf = config.format == "gguf"
-    packages = ("gguf", "tokenizers") if to_gguf else ("safetensors", "tokenizers")
-    if not all(map(find_spec, packages)):
-        raise UserError(f"export needs two more packages. Try: pip install {' '.join(packages)}")
-    target = Path(config.to)
+    to_gguf, target = config.format == "gguf", Path(config.to)
+    if args or not config.to:
+        raise UserError(f"expected --to=FOLDER_OR_FILE, got {' '.join(args) or 'none'}")
     if target.exists() and (to_gguf or not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--to={target}: expected a new {'file' if to_gguf else 'or empty folder'}")
     model, vocabulary, origin = load(SampleConfig(
-        out_dir=config.out_dir, init_from=config.init_from, dataset=config.dataset,
-        data_dir=config.data_dir))
+        out_dir=config.out_dir, init_from=config.init_from, dataset=config.dataset))
     temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     write = write_gguf if to_gguf else write_hugging_face
     try:
@@ -275,18 +212,9 @@ def main(config: ExportConfig) -> None:
         raise UserError(f"--to={target}: {e}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    sizes = {path.name: path.stat().st_size
-             for path in ([target] if to_gguf else sorted(target.iterdir()))}
-    print(f"{origin} -> {target}: "
-          + ", ".join(f"{name} {size / 1e6:,.1f} MB" if size > 1e5 else name
-                      for name, size in sizes.items()))
+    print(f"{origin} -> {target}")
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        main(CONFIG)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except UserError as e:
-        exit_with(e)
+    run_tool(ExportConfig, "python -m tools.export --out_dir=out --to=FOLDER [--key=value ...]",
+             main)

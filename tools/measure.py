@@ -1,21 +1,20 @@
-"""Run the sides of a comparison in processes of their own, alternating, and record the numbers.
-Shared by tools.bench and tools.gpu.
+"""Run work in new processes and record the numbers. Shared by tools.bench and tools.gpu.
 
 A row of a part is a dict from the title of a column to a bare number. docs/measured.json holds the
 last record of each row, and the tables in docs/ are written from it.
 """
 import json
 import os
+import pickle
 import platform
 import re
-import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import suppress
 from datetime import date
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,10 +22,14 @@ from typing import Any
 import torch
 
 from keepgpt.process import UserError, write_atomically
+from tools.common import REPO
 
-REPO = Path(__file__).resolve().parents[1]
 MEASURED = REPO / "docs" / "measured.json"
 PAGES = (REPO / "docs" / "BENCHMARKS.md", REPO / "docs" / "DISTRIBUTED.md")
+NEW_PROCESS = """import json, pickle, sys
+from tools.common import die_with_parent
+die_with_parent()
+print(json.dumps(pickle.load(sys.stdin.buffer)()))"""
 Row = dict[str, float | str]
 
 
@@ -74,9 +77,8 @@ def update_page(text: str, records: dict[str, dict[str, dict[str, Any]]]) -> str
     """Return a page whose tables, from `<!-- measured: PART -->` to `<!-- end -->`, are written
     from the records."""
     def write(match: re.Match) -> str:
-        part = match[1]
-        rows = {name: record["numbers"] for name, record in records[part].items()}
-        return "\n".join([f"<!-- measured: {part} -->", *format_table(part, rows), "<!-- end -->"])
+        rows = {name: record["numbers"] for name, record in records[match[1]].items()}
+        return "\n".join([match[0].split("\n")[0], *format_table(match[1], rows), "<!-- end -->"])
 
     return re.sub(r"<!-- measured: ([\w ]+) -->\n.*?<!-- end -->", write, text, flags=re.DOTALL)
 
@@ -92,80 +94,51 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def kill_session(process: subprocess.Popen) -> None:
-    """Kill a process that leads a session, and all that it has started."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+def call(work: Callable[[], Any], time_limit: float | None = None) -> Any:
+    """Return what `work`, a function of a module with its arguments, returns in a new process.
+    Raises UserError if it fails."""
+    try:
+        done = subprocess.run([sys.executable, "-c", NEW_PROCESS], input=pickle.dumps(work),
+                              cwd=REPO, capture_output=True, timeout=time_limit)
+    except subprocess.TimeoutExpired:
+        raise UserError("no time is left") from None
+    if done.returncode:
+        raise UserError((done.stderr.decode(errors="replace").splitlines() or ["no output"])[-1])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-def call(expression: str, as_script: bool = True) -> Any:
-    """Return the value of an expression over tools.bench.parts, tools.bench.sides and tools.gpu,
-    evaluated in a new process. `as_script` prepares it like keepGPT's scripts. Raises UserError if
-    it fails."""
-    return wait_for_value(start_call(expression, as_script), None)
+def run_rows(part: str, rows: dict[str, Callable[[], Row]], path: Path, machine: dict[str, str],
+             minutes: float, workers: int) -> bool:
+    """Measure each row in a process of its own, `workers` at a time and for `minutes` in all; print
+    and record it when it is ready. Return False if one failed."""
+    deadline, passed = time.monotonic() + 60 * minutes, True
 
-
-def start_call(expression: str, as_script: bool = True, **options: Any) -> subprocess.Popen:
-    """Start a process that prints the value of an expression as JSON."""
-    prepare = "from keepgpt.process import prepare_process\nprepare_process()\n"
-    program = (prepare if as_script else "") + (
-        "import json\nfrom tools import gpu\nfrom tools.bench import parts, sides\n"
-        f"print(json.dumps({expression}))")
-    return subprocess.Popen([sys.executable, "-c", program], cwd=REPO, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
-
-
-def wait_for_value(process: subprocess.Popen, time_limit: float | None) -> Any:
-    """Return the value that a process prints. Raises UserError if it fails, and
-    subprocess.TimeoutExpired."""
-    out, err = process.communicate(timeout=time_limit)
-    if process.returncode:
-        raise UserError((err.strip().splitlines() or ["no output"])[-1])
-    return json.loads(out.splitlines()[-1])
-
-
-def run_rows(part: str, calls: dict[str, str], path: Path, machine: dict[str, str],
-             minutes: float, workers: int = 1) -> bool:
-    """Evaluate the expression of each row in a process of its own, `workers` at a time and for
-    `minutes` in all; print and record each row when it is ready. Return False if one failed."""
-    deadline, started, passed = time.monotonic() + 60 * minutes, [], True
-
-    def measure(expression: str) -> Row:
-        process = start_call(expression, start_new_session=True)
-        started.append(process)
+    def measure(name: str) -> tuple[str, Row]:
         try:
-            return wait_for_value(process, max(0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            return {"not measured": "no time is left"}
+            return name, call(rows[name], max(0, deadline - time.monotonic()))
         except UserError as e:
-            return {"FAILED": str(e)}
-        finally:
-            kill_session(process)
+            return name, {"FAILED": str(e)}
 
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            names = {pool.submit(measure, call): name for name, call in calls.items()}
-            for done in as_completed(names):
-                row = done.result()
-                print("", *format_table(part, {names[done]: row}), sep="\n", flush=True)
-                passed &= "FAILED" not in row
-                if not {"FAILED", "not measured"} & row.keys():
-                    record(path, part, names[done], row, machine)
-        except BaseException:  # Ctrl-C, or a full disk
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in started:
-                kill_session(process)
-            raise
+    with ThreadPool(workers) as pool:
+        for name, row in pool.imap_unordered(measure, rows):
+            print("", *format_table(part, {name: row}), sep="\n", flush=True)
+            passed &= "FAILED" not in row
+            if "FAILED" not in row:
+                record(path, part, name, row, machine)
     return passed
 
 
-def compare(rounds: int, ours: str, **peers: str) -> dict[str, float]:
-    """Return each side's median of `rounds` numbers: "ours", and the peers that can run here. The
-    sides are expressions for `call`, and alternate."""
-    values: dict[str, list[float]] = {"ours": [], **{name: [] for name in peers}}
+def compare(rounds: int, sides: dict[str, Callable[[], float]]) -> Row:
+    """Return the sides' median seconds, in ms and relative to the first one's. Sides alternate;
+    those that can't run here are left out, but not the first. Raises UserError."""
+    times, (first, *_) = defaultdict(list), sides
     for _ in range(rounds):
-        values["ours"].append(call(ours))
-        for name, expression in peers.items():
-            with suppress(UserError):  # not installed, or another architecture
-                values[name].append(call(expression, as_script=False))
-    return {name: median(found) for name, found in values.items() if found}
+        for name, work in sides.items():
+            try:
+                times[name].append(work())
+            except UserError:  # maybe it is not installed
+                if name == first:
+                    raise
+    t = {name: median(values) for name, values in times.items() if values}
+    return ({f"{name}, ms": 1e3 * time for name, time in t.items()}
+            | {f"{name} / {first}": time / t[first] for name, time in t.items() if name != first})

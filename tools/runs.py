@@ -5,7 +5,6 @@ import json
 import os
 import resource
 import select
-import signal
 import subprocess
 import sys
 import time
@@ -20,10 +19,9 @@ import train
 from keepgpt.checkpoint import CorruptCheckpoint, read_bundle, read_newest
 from keepgpt.config import TrainConfig, parse
 from keepgpt.process import UserError
+from tools.common import REPO, die_with_parent
 
-REPO = Path(__file__).resolve().parents[1]
 TIME_LIMIT = 300  # seconds; a process that takes longer hangs
-STATES: dict[str, str] = {}  # what `read_state` has found, by the sha256 of the file
 
 
 def prepare_source(place: Path) -> Path:
@@ -47,6 +45,7 @@ def fork(work: Callable[[], int | None], log: Path) -> int:
         return pid
     code = 1
     try:
+        die_with_parent()
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(output, 1)
         os.dup2(output, 2)
@@ -59,20 +58,20 @@ def fork(work: Callable[[], int | None], log: Path) -> int:
         os._exit(code)
 
 
-def start(settings: dict[str, Any], ranks: int = 0, largest_file: int = 0) -> int:
-    """Start train.py, its output appended to <out_dir>.log. Return the process id.
-
-    With 0 `ranks` it is a fork, which finds torch imported; otherwise the real command, behind
-    torchrun for several ranks. `largest_file` limits the bytes of any file that it writes.
-    """
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}",
-                "--max-restarts=20"] if ranks > 1 else []
+def start(settings: dict[str, Any], ranks: int = 0, torchrun: tuple[str, ...] = (),
+          largest_file: int = 0) -> int:
+    """Start train.py, its output appended to <out_dir>.log. Return the process id. With 0 `ranks`
+    it is a fork, which finds torch imported; otherwise the real command, behind torchrun for
+    several ranks, or with the flags `torchrun`. `largest_file` limits the bytes of a file."""
+    if ranks > 1 and not torchrun:
+        torchrun = ("--standalone", f"--nproc_per_node={ranks}")
+    launcher = ["-m", "torch.distributed.run", "--max-restarts=20", *torchrun] if torchrun else []
 
     def work() -> int:
         if largest_file:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
         if ranks:
-            os.execv(sys.executable, [sys.executable, *torchrun, str(REPO / "train.py"),
+            os.execv(sys.executable, [sys.executable, *launcher, str(REPO / "train.py"),
                                       *to_flags(settings)])
         return train.main(*parse(TrainConfig, "", to_flags(settings))[:2])
 
@@ -92,20 +91,10 @@ def run(settings: dict[str, Any], ranks: int = 0, code: int = 0) -> float:
     another exit code."""
     started, pid = time.perf_counter(), start(settings, ranks)
     found = wait_for_exit(pid)
-    if found is None:
-        os.kill(pid, signal.SIGKILL)  # the ranks of a torchrun die with it
-        raise UserError(f"an uninterrupted run hangs; see {settings['out_dir']}.log")
     if found != code:
-        raise UserError(f"an uninterrupted run: expected exit code {code}, got {found}; see "
-                        f"{settings['out_dir']}.log")
+        raise UserError(f"an uninterrupted run: expected exit code {code}, got {found} (None: it "
+                        f"hangs); see {settings['out_dir']}.log")
     return time.perf_counter() - started
-
-
-def last_step(out: Path) -> int:
-    """Return the last step in metrics.jsonl, whose last line may be incomplete; 0 for none."""
-    path = out / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return json.loads(lines[-1])["step"] if lines else 0
 
 
 def digest(value: Any) -> str:
@@ -138,17 +127,10 @@ def state_of(bundle: dict[str, Any]) -> str:
 
 def read_state(path: Path) -> str:
     """Return the state in a checkpoint file, "corrupt", or "" if it does not exist."""
-    if not path.exists():
-        return ""
-    content = hashlib.sha256(path.read_bytes()).hexdigest()
-    if content not in STATES:
-        try:
-            STATES[content] = state_of(read_bundle(path))
-        except CorruptCheckpoint:
-            STATES[content] = "corrupt"
-        except Exception as e:  # a run would end with it instead of trying an older checkpoint
-            STATES[content] = repr(e)
-    return STATES[content]
+    try:
+        return state_of(read_bundle(path))
+    except CorruptCheckpoint:
+        return "corrupt" if path.exists() else ""
 
 
 def newest_state(folder: Path) -> str:
@@ -157,8 +139,6 @@ def newest_state(folder: Path) -> str:
         return state_of(read_newest(folder))
     except CorruptCheckpoint:
         return ""
-    except Exception as e:
-        return repr(e)
 
 
 def list_temporary(folder: Path) -> str:

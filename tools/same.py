@@ -3,19 +3,18 @@
 Prints the sha256 of the weights and the optimizer's state in each folder's newest checkpoint. The
 exit code is 0 if all are equal, else 1.
 """
-import sys
 from pathlib import Path
 
 from keepgpt.checkpoint import read_newest
-from keepgpt.process import UserError, exit_with
+from keepgpt.process import UserError
+from tools.common import NoSettings, run_tool
 from tools.runs import digest
 
 
-def main(folders: list[str]) -> int:
+def main(_config: NoSettings, folders: list[str]) -> int:
     """Compare; return the exit code. Raises UserError."""
-    if len(folders) < 2 or any(folder.startswith("-") for folder in folders):
-        raise UserError("expected the out_dirs of two runs or more. "
-                        "Try: python -m tools.same out-1 out-2")
+    if len(folders) < 2:
+        raise UserError("expected the out_dirs of two runs or more")
     states = set()
     for folder in folders:
         bundle = read_newest(Path(folder))
@@ -23,11 +22,8 @@ def main(folders: list[str]) -> int:
         states.add((bundle["step"], state))
         print(f"{folder}: step {bundle['step']}, sha256 {state}")
     print("bit-identical" if len(states) == 1 else "DIFFERENT")
-    return 0 if len(states) == 1 else 1
+    return int(len(states) > 1)
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(sys.argv[1:]))
-    except UserError as e:
-        exit_with(e)
+    run_tool(NoSettings, "python -m tools.same FOLDER FOLDER ...", main)

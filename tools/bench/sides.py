@@ -1,28 +1,26 @@
 """The models of the benchmarks, and the sides of the comparisons: each returns the seconds of a
-training step, or of a token."""
+training step, or of a token, and runs in a process of its own."""
 import os
-import tempfile
 from collections.abc import Callable
-from dataclasses import fields
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import model as model_module
-from keepgpt.checkpoint import Saver
-from keepgpt.config import TrainConfig
-from keepgpt.distributed import Ranks, pick_device, pick_dtype
-from keepgpt.loader import Loader, Split
+from keepgpt import kernels
+from keepgpt.config import ARCHITECTURE, TrainConfig
+from keepgpt.distributed import pick_device, pick_dtype
 from keepgpt.optim import make_optimizer
+from keepgpt.process import prepare_process
 from model import GPT, ModelArgs, generate
 from sample import prepare_model
+from tools.export import to_config
 from tools.measure import seconds
-from train import Run, build_run, compute_gradient, update
 
+TOKENS = 48  # of a sample
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "vocab_size")
 
 
@@ -47,29 +45,13 @@ SHAPES = {
     **{f"GPT-2 350M, batch {n}": shape(24, 16, 1024, 1024, n, 50257) for n in (8, 16, 32)}}
 
 
-def make_settings(name: str, **more: Any) -> tuple[TrainConfig, ModelArgs]:
+def make_settings(name: str) -> tuple[TrainConfig, ModelArgs]:
     """Return the settings of a shape, with one micro-batch per step, and its architecture."""
-    settings = SHAPES[name] | more
+    settings = SHAPES[name] | {"gradient_accumulation_steps": 1}
     vocab_size = settings.pop("vocab_size")
-    config = TrainConfig(gradient_accumulation_steps=1, **settings)
-    args = {f.name: getattr(config, f.name) for f in fields(ModelArgs) if f.name != "vocab_size"}
-    return config, ModelArgs(**args, vocab_size=vocab_size)
-
-
-def new_run(name: str, device: torch.device, **settings: Any) -> Run:
-    """Return a run of train.py on random tokens, without an out_dir."""
-    config, args = make_settings(name, **settings)
-    torch.manual_seed(0)
-    torch.set_float32_matmul_precision("high")
-    tokens = np.random.default_rng(0).integers(args.vocab_size, size=2**20, dtype=np.uint16)
-    meta = {"dtype": "uint16", "vocab_size": args.vocab_size, "tokens": {"train": len(tokens)}}
-    with tempfile.TemporaryDirectory() as folder:  # the file stays open
-        tokens.tofile(f"{folder}/train.bin")
-        shifted, fixed = (Split(Path(folder), "train", meta, args.block_size, 0, shift)
-                          for shift in (True, False))
-    loader = Loader(shifted, config.batch_size, 1, range(1), device)
-    return build_run(config, Ranks(0, 1, device), {}, loader, {"train": fixed, "val": fixed},
-                     GPT(args))
+    config = TrainConfig(**settings)
+    return config, ModelArgs(vocab_size=vocab_size, dropout=config.dropout,
+                             **{key: getattr(config, key) for key in ARCHITECTURE})
 
 
 def time_steps(step: Callable[[], Any], device: torch.device) -> float:
@@ -80,46 +62,36 @@ def time_steps(step: Callable[[], Any], device: torch.device) -> float:
     return seconds(lambda: [step() for _ in range(count)], device) / count
 
 
-def train_ours(name: str, device: str) -> float:
-    """Time steps of train.py: loader, gradient and update."""
-    run = new_run(name, pick_device(device))
-    saver = Saver(None, 2, 0.0, lambda: None, run.ranks.device)
-    return time_steps(lambda: update(run, saver, compute_gradient(run)), run.ranks.device)
-
-
 def time_optimizer(name: str, device: str) -> float:
-    """Time the optimizer's part of train_ours."""
-    run = new_run(name, pick_device(device))
-    compute_gradient(run)
-    grads = [p.grad for p in run.model.parameters()]
+    """Time the updates of train.py's optimizer."""
+    where, (config, args) = pick_device(device), make_settings(name)
+    network = GPT(args).to(where)
+    optimizer = make_optimizer(network, config, pick_dtype("auto", where))
+    grads = [torch.randn_like(p) for p in network.parameters()]
 
     def step() -> None:
-        for p, grad in zip(run.model.parameters(), grads):
-            p.grad = grad
-        run.optimizer.step()
+        for p, grad in zip(network.parameters(), grads):
+            p.grad = grad  # Muon takes them away
+        optimizer.step()
 
-    return time_steps(step, run.ranks.device)
-
-
-def make_peer_optimizers(network: nn.Module, name: str) -> list[torch.optim.Optimizer]:
-    """Return PyTorch's own AdamW, and its Muon for the matrices of the blocks if the shape has
-    optimizer=muon."""
-    config, muon = make_settings(name)[0], []
-    if config.optimizer == "muon":
-        muon = [p for n, p in network.named_parameters() if p.dim() == 2 and ".layers." in n]
-    rest = [p for p in network.parameters() if all(p is not matrix for matrix in muon)]
-    return ([torch.optim.AdamW(rest, lr=1e-3)]
-            + ([torch.optim.Muon(muon, lr=config.muon_lr)] if muon else []))
+    return time_steps(step, where)
 
 
-def train_peer(loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], network: nn.Module,
-               optimizers: list[torch.optim.Optimizer], name: str, device: torch.device
-               ) -> float:
-    """Time steps of another program: `loss_of(x, y)` is the loss of a micro-batch of random tokens,
-    already on the device. Float32 on a CPU, the default; the autocast of train.py on CUDA."""
+def train_peer(network: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], name: str,
+               device: torch.device) -> float:
+    """Time steps of another program, with PyTorch's own AdamW, or its Muon for the matrices of the
+    blocks: `loss_of(x, y)` is the loss of a micro-batch of random tokens, already on the device.
+    Float32 on a CPU, the default; the autocast of train.py on CUDA."""
     config, args = make_settings(name)
     batch = torch.randint(args.vocab_size, (2, config.batch_size, args.block_size), device=device)
-    autocast = torch.autocast(device.type, pick_dtype("auto", device), device.type == "cuda")
+    cuda = device.type == "cuda"
+    autocast = torch.autocast(device.type, pick_dtype("auto", device), cuda)
+    muon = [p for n, p in network.named_parameters() if config.optimizer == "muon"
+            and p.dim() == 2 and ".layers." in n]
+    rest = [p for p in network.parameters() if all(p is not matrix for matrix in muon)]
+    optimizers = [torch.optim.AdamW(rest, lr=1e-3, fused=cuda)]
+    if muon:
+        optimizers.append(torch.optim.Muon(muon, lr=config.muon_lr))
 
     def step() -> None:
         with autocast:
@@ -136,52 +108,29 @@ def train_peer(loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], ne
 def train_plain(name: str, device: str) -> float:
     """Time steps of the same model in plain PyTorch, as in nanoGPT: float32 on a CPU; on CUDA
     compiled, in bfloat16, with all logits in float32."""
+    kernels.has_own_backward = lambda x: False
     model_module.dropout = F.dropout
     model_module.attend = lambda q, k, v, p: F.scaled_dot_product_attention(
         q, k, v, dropout_p=p, is_causal=True)
-    model_module.rms_norm = lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps)
-    model_module.norm_and_rotate = norm_and_rotate_plain
     torch.set_float32_matmul_precision("high")
-    where, (config, args) = pick_device(device), make_settings(name)
-    cuda = where.type == "cuda"
-    if cuda:  # nanoGPT has 50,304 rows for GPT-2's 50,257 tokens
-        args = ModelArgs(**vars(args) | {"vocab_size": -(-args.vocab_size // 64) * 64})
+    where, args = pick_device(device), make_settings(name)[1]
+    if where.type == "cuda":  # nanoGPT has 50,304 rows for GPT-2's 50,257 tokens
+        args = replace(args, vocab_size=-(-args.vocab_size // 64) * 64)
     network = GPT(args).to(where)
 
-    def loss_of(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def loss_of(x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(network(x).flatten(0, 1), y.flatten())
 
-    # on CUDA nanoGPT's AdamW is fused, as ours is
-    optimizers = ([make_optimizer(network, config)] if cuda and config.optimizer == "adamw"
-                  else make_peer_optimizers(network, name))
-    return train_peer(torch.compile(loss_of, dynamic=False) if cuda else loss_of, network,
-                      optimizers, name, where)
-
-
-def norm_and_rotate_plain(x: torch.Tensor, weight: torch.Tensor, eps: float, cos: torch.Tensor,
-                          sin: torch.Tensor) -> torch.Tensor:
-    """Normalize and rotate as Transformers does: with a concatenation of halves."""
-    x = F.rms_norm(x, weight.shape, weight, eps).transpose(1, 2)
-    cos, sin, half = torch.cat((cos, cos), -1), torch.cat((sin, sin), -1), x.size(-1) // 2
-    return x * cos + torch.cat((-x[..., half:], x[..., :half]), -1) * sin
+    compiled = torch.compile(loss_of, dynamic=False) if where.type == "cuda" else loss_of
+    return train_peer(network, compiled, name, where)
 
 
 def make_transformers(name: str) -> nn.Module:
     """Return Transformers' model of a shape, with its defaults."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
-    args = make_settings(name)[1]
-    if args.architecture == "qwen3":
-        return Qwen3ForCausalLM(Qwen3Config(
-            vocab_size=args.vocab_size, max_position_embeddings=args.block_size,
-            hidden_size=args.n_embd, num_hidden_layers=args.n_layer,
-            num_attention_heads=args.n_head, num_key_value_heads=args.K, head_dim=args.D,
-            intermediate_size=args.ff_width, tie_word_embeddings=args.tie_embeddings,
-            attention_dropout=args.dropout, bos_token_id=0, eos_token_id=None))
-    return GPT2LMHeadModel(GPT2Config(
-        vocab_size=args.vocab_size, n_positions=args.block_size, n_embd=args.n_embd,
-        n_layer=args.n_layer, n_head=args.n_head, resid_pdrop=args.dropout,
-        embd_pdrop=args.dropout, attn_pdrop=args.dropout, bos_token_id=0, eos_token_id=None))
+    from transformers import AutoConfig, AutoModelForCausalLM
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        **to_config(make_settings(name)[1]), bos_token_id=0, eos_token_id=None))
 
 
 def train_transformers(name: str, device: str) -> float:
@@ -189,39 +138,24 @@ def train_transformers(name: str, device: str) -> float:
     torch.set_float32_matmul_precision("high")
     where = pick_device(device)
     network = make_transformers(name).to(where).train()
-    return train_peer(lambda x, y: network(x, labels=x).loss, network,
-                      make_peer_optimizers(network, name), name, where)
-
-
-def count_tokens(name: str, device: torch.device) -> int:
-    """Return the number of tokens to sample: more on CUDA, which is fast."""
-    return 48 if device.type == "cpu" else min(500, make_settings(name)[1].block_size - 16)
+    return train_peer(network, lambda x, y: network(x, labels=x).loss, name, where)
 
 
 def sample_ours(name: str, device: str, compile: bool = False) -> float:
     """Time the tokens of one sequence by sample.py."""
-    where = pick_device(device)
-    network, count = GPT(make_settings(name)[1]).eval(), count_tokens(name, where)
+    prepare_process()
+    where, network = pick_device(device), GPT(make_settings(name)[1]).eval()
     prepare_model(network, where, compile=compile)
-
-    def sample() -> None:
-        list(generate(network, [[0]], count, temperature=0.8, top_k=50, compile=compile))
-
-    sample()  # to warm up
-    return seconds(sample, where) / count
+    return time_steps(lambda: list(generate(
+        network, [[0]], TOKENS, temperature=0.8, top_k=50, compile=compile)), where) / TOKENS
 
 
 def sample_transformers(name: str, device: str) -> float:
     """Time Transformers' `generate` with its cache; on CUDA in the dtype of sample.py."""
     where = pick_device(device)
     dtype = pick_dtype("auto", where) if where.type == "cuda" else torch.float32
-    network, count = make_transformers(name).to(where, dtype).eval(), count_tokens(name, where)
+    network = make_transformers(name).to(where, dtype).eval()
     prompt = torch.zeros(1, 1, dtype=torch.long, device=where)
-
-    def sample() -> None:
-        network.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=True,
-                         temperature=0.8, top_k=50, max_new_tokens=count, min_new_tokens=count,
-                         pad_token_id=0)
-
-    sample()
-    return seconds(sample, where) / count
+    how = {"do_sample": True, "temperature": 0.8, "top_k": 50, "max_new_tokens": TOKENS,
+           "min_new_tokens": TOKENS, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}
+    return time_steps(lambda: network.generate(prompt, **how), where) / TOKENS

@@ -1,36 +1,31 @@
 """Try to make a training run lose something: `python -m tools.crash [PART ...] [--key=value ...]`.
 
     kill     kill -9 at random instants of real runs; each must end bit-identical
-    nth      each file operation of a save fails, or the process dies in it
-    power    the states of the disk that a power cut during a save may leave
+    nth      each file operation of a save fails
+    power    the states of the disk that a power cut or a kill during a save may leave
     rot      flipped bits, zeroed pages and cuts in the newest checkpoint
     full     no room for a checkpoint, whatever part of it would still fit
     elastic  kill -9 of a run that comes back on another number of ranks
     prepare  prepare.py dies before each of its file operations, and again in the next attempt
-    hosts    two hosts without a common disk: one is killed, comes back, is cut off (needs root)
+    hosts    two hosts without a common disk: one is killed, comes back, is cut off
 
-Without a part, all but hosts in small numbers. Prints a line per part; the exit code is 1 if
-anything failed. Linux only.
+Without a part, all but hosts in small numbers. The exit code is 1 if anything failed. Files are in
+the temporary folder: TMPDIR=/mnt/x tests another file system. Linux only.
 """
 import os
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from time import perf_counter
 
 import torch
 
-from keepgpt.config import parse
-from keepgpt.process import UserError, exit_with
+from keepgpt.process import UserError
+from tools.common import run_tool
 from tools.crash.common import CrashConfig, Part
-from tools.crash.full import full
-from tools.crash.hosts import hosts
-from tools.crash.kill import elastic, kill
-from tools.crash.nth import nth
-from tools.crash.power import power
+from tools.crash.jobs import elastic, full, hosts, kill
 from tools.crash.prepare import prepare
-from tools.crash.rot import rot
+from tools.crash.saves import nth, power, rot
 
 PARTS = {"kill": kill, "nth": nth, "power": power, "rot": rot, "full": full, "elastic": elastic,
          "prepare": prepare, "hosts": hosts}
@@ -43,8 +38,8 @@ def main(config: CrashConfig, names: list[str]) -> int:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)  # a process with one thread may be forked
     code = 0
-    for name in names or [name for name in PARTS if name != "hosts"]:
-        place = Path(tempfile.mkdtemp(prefix="keepgpt-crash-", dir=config.folder or None))
+    for name in names or list(PARTS)[:-1]:
+        place = Path(tempfile.mkdtemp(prefix="keepgpt-crash-"))
         part = Part(name, config)
         tried = PARTS[name](part, place)
         print(f"{name:7} {part.cases:6,} {tried}: {part.failures} failures, "
@@ -58,9 +53,5 @@ def main(config: CrashConfig, names: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        CONFIG, _, NAMES = parse(CrashConfig, f"python -m tools.crash [{' | '.join(PARTS)} ...] "
-                                              "[--key=value ...]", sys.argv[1:])
-        sys.exit(main(CONFIG, NAMES))
-    except UserError as e:
-        exit_with(e)
+    run_tool(CrashConfig, f"python -m tools.crash [{' | '.join(PARTS)} ...] [--key=value ...]",
+             main)

@@ -1,0 +1,40 @@
+"""What all tools share: the command line, the end of a process, and how far a run is."""
+import ctypes
+import json
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from keepgpt.config import command_line
+from keepgpt.process import PR_SET_PDEATHSIG, run_or_exit
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """The settings of a tool that takes only arguments."""
+
+
+def run_tool(settings: type, usage: str, main: Callable[[Any, list[str]], int | None]) -> None:
+    """Call `main` with the settings and the arguments of the command line. Exit with the code that
+    it returns, or with one line for a mistake."""
+    config, _, args = command_line(settings, usage)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(run_or_exit(lambda: main(config, args)))
+
+
+def die_with_parent() -> None:
+    """Let Linux kill this process when the one that started it ends, however that happens."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def last_step(out: Path) -> int:
+    """Return the last step in metrics.jsonl, whose last line may be incomplete; 0 for none."""
+    path = out / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
