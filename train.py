@@ -112,7 +112,6 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks
             exact = config.elastic and bundle["config"].get("elastic")
             changes.append(f"ranks {len(bundle['rng'])} -> {ranks.world_size}"
                            + ("" if exact else ": the same losses up to rounding"))
-        print(f"resuming {config.out_dir} at step {bundle['step']}", *changes, sep=", ")
     folder = dataset_folder(config.data_dir, config.dataset)
     data = read_meta(folder)
     if bundle and data["fingerprint"] != bundle["data"]["fingerprint"]:
@@ -122,6 +121,7 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks
     # model
     torch.manual_seed(config.seed)
     if bundle:
+        print(f"resuming {config.out_dir} at step {bundle['step']}", *changes, sep=", ")
         model = load_model(bundle["model_args"] | {"dropout": config.dropout}, bundle["model"])
     elif (source := config.init_from.removeprefix("auto:")) in ("scratch", "auto"):
         model = GPT(ModelArgs(vocab_size=data["vocab_size"], dropout=config.dropout,
