@@ -46,7 +46,7 @@ from typing import Any
 import torch
 
 from keepgpt import tokenizer
-from keepgpt.checkpoint import find_foreign, has_run, read_newest
+from keepgpt.checkpoint import has_run, read_newest
 from keepgpt.dataset import dataset_folder, read_meta
 from keepgpt.distributed import can_compile, pick_device, pick_dtype
 from keepgpt.kernels import pack_linear_layers
@@ -60,8 +60,6 @@ GPT2 = {"name": "GPT-2", "tokenizer": {"kind": "gpt2"}, "vocab_size": 50257}
 def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
     """Return the model, its tokenizer, and a line about where they come from. Raises UserError."""
     folder, origin = Path(config.out_dir), config.init_from
-    if origin in ("best", "resume") and (foreign := find_foreign(folder)):
-        origin = str(foreign)
     if origin in ("best", "resume"):
         if not has_run(folder):
             raise UserError(f"{folder}: no checkpoint. Try: --out_dir=<folder of a run>, or "
@@ -73,8 +71,7 @@ def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
             origin += f", val loss {evaluation['val_loss']:.4f} at step {evaluation['step']}"
     else:
         args, state, data = read_weights(origin)
-    meta = find_meta(config, origin, args["vocab_size"], data)
-    vocabulary = tokenizer.from_meta(meta)
+    vocabulary = tokenizer.from_meta(find_meta(config, origin, args["vocab_size"], data))
     model = load_model(*crop_weights(args, state, vocabulary.vocab_size, args["block_size"]))
     return model.eval(), vocabulary, origin
 
@@ -121,9 +118,7 @@ def read_prompt(start: str, vocabulary: tokenizer.Tokenizer) -> list[int]:
         if start.startswith("FILE:"):
             start = Path(start.removeprefix("FILE:")).read_bytes().decode()
         return vocabulary.encode(start) or [vocabulary.eot or 0]
-    except OSError as e:
-        raise UserError(f"--start={start}: {e.strerror.lower()}") from None
-    except ValueError as e:  # a character without a token, or a file that is not UTF-8
+    except (OSError, ValueError) as e:  # no such file, or a character without a token
         raise UserError(f"--start: {e}") from None
 
 
@@ -143,17 +138,12 @@ def main(config: SampleConfig) -> None:
     print(texts[0], end="", flush=True)
     for tokens in generate(model, [prompt] * config.num_samples, config.max_new_tokens,
                            config.temperature, config.top_k, config.top_p,
-                           vocabulary.eot if config.stop_at_eot else None, config.seed,
-                           compile):
-        for i, token in enumerate(tokens):
-            if token is not None:
-                text = decoders[i](token)
-                texts[i] += text
-                if i == 0:
-                    print(text, end="", flush=True)
-    for text in texts[1:]:
-        print("\n---------------\n" + text, end="")
-    print()
+                           vocabulary.eot if config.stop_at_eot else None, config.seed, compile):
+        new = [decode(token) if token is not None else ""
+               for decode, token in zip(decoders, tokens)]
+        texts = [text + more for text, more in zip(texts, new)]
+        print(new[0], end="", flush=True)
+    print("", *texts[1:], sep="\n---------------\n")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,13 @@ if __name__ == "__main__":  # before torch is loaded: --help and mistakes answer
     CONFIG, GIVEN, _ = command_line(TrainConfig, "python train.py [config/x.py] [--key=value ...]")
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +48,8 @@ from keepgpt.process import (
     EXIT_STOPPED,
     Signals,
     UserError,
-    describe,
     lock_out_dir,
     run_or_exit,
-    warn,
 )
 from keepgpt.tokenizer import check_tokenizer, from_meta
 from model import GPT, ModelArgs, generate, load_model
@@ -77,7 +77,7 @@ class Run:
     applied: Tensor | int = 0  # updates made; stays behind `step` once not healthy
 
     def bundle(self, best_val_loss: float) -> dict[str, Any]:
-        """Return the bundle (checkpoint.SCHEMA), with the live tensors. Every rank must call it."""
+        """Return the content of a checkpoint, with the live tensors. Every rank must call it."""
         return {"format": checkpoint.FORMAT, "step": self.step,
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
@@ -92,16 +92,10 @@ class Run:
         keeps this command's settings."""
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict(bundle["optimizer"] | {"param_groups": groups})
-        if self.scaler.is_enabled() and bundle["scaler"]:
+        if bundle["scaler"]:
             self.scaler.load_state_dict(bundle["scaler"])
-        if len(bundle["rng"]) == self.ranks.world_size:
+        if self.ranks.rank < len(bundle["rng"]):
             restore_rng(bundle["rng"][self.ranks.rank], self.ranks.device)
-        elif self.ranks.rank == 0:
-            repeats = self.ranks.device.type == "cpu" or self.config.deterministic
-            exact = self.config.elastic and bundle["config"].get("elastic") and repeats
-            print(f"ranks {len(bundle['rng'])} -> {self.ranks.world_size}: "
-                  + ("bit-identical" if exact else
-                     "the same batches, and the same losses up to rounding"))
         self.step = self.applied = bundle["step"]
         self.evaluation, self.wandb_run_id = bundle["evaluation"], bundle["wandb_run_id"]
 
@@ -112,40 +106,53 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks
     bundle = ranks.on_first(lambda: find_checkpoint(config))
 
     # data
-    where = {"data_dir": config.data_dir} | (bundle["config"] | given if bundle else asdict(config))
-    folder = dataset_folder(where["data_dir"], where["dataset"])
+    if bundle:
+        config, changes = resume_config(config, given, bundle["config"])
+        if len(bundle["rng"]) != ranks.world_size:
+            exact = config.elastic and bundle["config"].get("elastic")
+            changes.append(f"ranks {len(bundle['rng'])} -> {ranks.world_size}"
+                           + ("" if exact else ": the same losses up to rounding"))
+    folder = dataset_folder(config.data_dir, config.dataset)
     data = read_meta(folder)
+    if bundle and data["fingerprint"] != bundle["data"]["fingerprint"]:
+        raise UserError(f"{folder}: not the {bundle['data']['name']} that this run was trained on. "
+                        "Try: prepare the same text again")
 
     # model
     torch.manual_seed(config.seed)
     if bundle:
-        config, changes = resume_config(config, given, bundle, data)
-        if ranks.rank == 0:
-            print(f"resuming {config.out_dir} at step {bundle['step']}", *changes, sep=", ")
+        print(f"resuming {config.out_dir} at step {bundle['step']}", *changes, sep=", ")
         model = load_model(bundle["model_args"] | {"dropout": config.dropout}, bundle["model"])
     elif (source := config.init_from.removeprefix("auto:")) in ("scratch", "auto"):
-        args = ModelArgs(vocab_size=data["vocab_size"], dropout=config.dropout,
-                         **{key: getattr(config, key) for key in ARCHITECTURE})
-        model = GPT(args)
+        model = GPT(ModelArgs(vocab_size=data["vocab_size"], dropout=config.dropout,
+                              **{key: getattr(config, key) for key in ARCHITECTURE}))
     else:
         model = load_pretrained(source, config, given, data)
         config = replace(config, **{key: getattr(model.args, key) for key in ARCHITECTURE})
     # the number of threads decides the order of a sum; each rank computes Muon's update itself
     if config.elastic or config.optimizer == "muon" and ranks.world_size > 1:
         threads = ranks.from_first(torch.get_num_threads())
-        torch.set_num_threads(bundle.get("threads", threads) if bundle else threads)
+        torch.set_num_threads((bundle or {}).get("threads", threads))
     run = build_run(config, ranks, data, *open_data(folder, config, data, ranks), model)
 
-    # resume
+    # log
     if bundle:
         run.restore(bundle)
     out_dir = Path(config.out_dir) if ranks.rank == 0 and not config.eval_only else None
-    metrics = Metrics(out_dir, run.step, run.evaluation.get("step") == run.step,
-                      quiet=ranks.rank > 0)
+    metrics = Metrics(out_dir, run.step, run.evaluation.get("step") == run.step)
     saver = checkpoint.Saver(out_dir, config.keep_checkpoints,
                              bundle["best_val_loss"] if bundle else math.inf, metrics.sync,
                              ranks.device)
-    announce(run, metrics, out_dir)
+    machine = (f"{ranks.world_size} x {device_name(ranks.device)}, "
+               + str(run.dtype).removeprefix("torch.")
+               + (", compiled" if run.compiled_model is not model else ""))
+    parameters = sum(p.numel() for p in model.parameters())
+    metrics.say(f"{parameters / 1e6:.2f}M parameters, {config.tokens_per_step:,} tokens/step, "
+                f"{data['tokens']['train']:,} of {data['name']}; {machine}")
+    if out_dir:
+        write_card(config, data, run.step, machine)
+        if config.wandb_log:
+            run.wandb_run_id = metrics.start_wandb(asdict(config), run.wandb_run_id)
     return run, saver, metrics
 
 
@@ -184,13 +191,8 @@ def find_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
     if not config.eval_only:
         # a restart loop may come back before the ranks of a killed launcher have ended
         lock_out_dir(out_dir, patience=30 if auto else 0)
-        checkpoint.remove_leftovers(out_dir, checkpoint.Disk())
-    has_run, foreign = checkpoint.has_run(out_dir), checkpoint.find_foreign(out_dir)
-    resume = config.init_from == "resume" or auto and has_run
-    if foreign and (resume or not config.eval_only):
-        raise UserError(f"{foreign}: expected a checkpoint of keepGPT. Its weights can be loaded. "
-                        f"Try: --init_from={foreign} --out_dir=<new folder>")
-    if resume:
+    has_run = checkpoint.has_run(out_dir)
+    if config.init_from == "resume" or auto and has_run:
         return checkpoint.read_newest(out_dir)
     if has_run and not config.eval_only:
         raise UserError(f"{out_dir} already holds a run. Try: --init_from=resume to continue it, "
@@ -226,33 +228,12 @@ def open_data(folder: Path, config: TrainConfig, data: dict[str, Any],
     if rest:
         raise UserError(f"gradient_accumulation_steps={config.gradient_accumulation_steps} counts "
                         f"over all ranks: expected a multiple of {ranks.world_size}")
-    mine = range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)
-
-    def split(name: str, shift: bool) -> Split:
-        return Split(folder, name, data, config.block_size, config.seed, shift)
-
-    loader = Loader(split("train", shift=True), config.batch_size,
-                    config.gradient_accumulation_steps, mine, ranks.device)
-    return loader, {"train": split("train", shift=False), "val": split("val", shift=False)}
-
-
-def announce(run: Run, metrics: Metrics, out_dir: Path | None) -> None:
-    """Print the sizes of model and dataset, write out_dir/README.md, and start wandb."""
-    config, data = run.config, run.data
-    parameters = sum(p.numel() for p in run.model.parameters())
-    machine = (f"{run.ranks.world_size} x {device_name(run.ranks.device)}, "
-               + str(run.dtype).removeprefix("torch.")
-               + (", compiled" if run.compiled_model is not run.model else ""))
-    metrics.say(f"{parameters / 1e6:.2f}M parameters, {config.tokens_per_step:,} tokens/step, "
-                f"{data['tokens']['train']:,} of {data['name']}; {machine}")
-    if not out_dir:
-        return
-    try:
-        write_card(config, data, run.step, machine)
-    except OSError as e:
-        warn(f"not writing {out_dir}/README.md: {describe(e)[0]}")
-    if config.wandb_log:
-        run.wandb_run_id = metrics.start_wandb(asdict(config), run.wandb_run_id)
+    train, ordered_train, val = (
+        Split(folder, name, data, config.block_size, config.seed, shift)
+        for name, shift in (("train", True), ("train", False), ("val", False)))
+    loader = Loader(train, config.batch_size, config.gradient_accumulation_steps,
+                    range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank), ranks.device)
+    return loader, {"train": ordered_train, "val": val}
 
 
 @torch.no_grad()
@@ -262,19 +243,19 @@ def evaluate(run: Run, signals: Signals) -> dict[str, float] | None:
     config, ranks, losses = run.config, run.ranks, {}
     for name, split in run.splits.items():
         count = min(config.eval_iters * config.batch_size, split.windows)
-        batches = [(first, min(config.batch_size, count - first))
-                   for first in range(0, count, config.batch_size)]
-        means = torch.zeros(len(batches), device=ranks.device)  # each entry is filled by one rank
-        for turn in range(0, len(batches), ranks.world_size):
-            if ranks.any(signals.received):
+        rows = torch.tensor([min(config.batch_size, count - first)
+                             for first in range(0, count, config.batch_size)])
+        means = torch.zeros(len(rows), device=ranks.device)  # each entry is filled by one rank
+        for i, size in enumerate(rows.tolist()):
+            rank = i % ranks.world_size
+            if rank == 0 and ranks.any(signals.received):
                 return None
-            if (i := turn + ranks.rank) < len(batches):
-                x, y = (t.to(ranks.device) for t in split.rows(*batches[i]))
+            if rank == ranks.rank:
+                x, y = (t.to(ranks.device) for t in split.rows(i * config.batch_size, size))
                 # a smaller last batch would need another compiled graph
-                model = run.compiled_model if len(x) == config.batch_size else run.model
+                model = run.compiled_model if size == config.batch_size else run.model
                 with run.autocast:
                     means[i] = model(x, y)
-        rows = torch.tensor([rows for _, rows in batches], dtype=torch.float64)
         losses[f"{name}_loss"] = (ranks.sum(means).cpu().double() * rows).sum().item() / count
     return losses
 
@@ -373,12 +354,11 @@ def halt_unless_healthy(run: Run, metrics: Metrics, saver: checkpoint.Saver) -> 
     if run.healthy:
         return
     saver.wait()
-    step, out_dir = int(run.applied), Path(run.config.out_dir)
+    step = int(run.applied)
     metrics.say(f"step {step + 1}: the loss or the gradient is not finite; the update was skipped "
                 "and the run ends.\nLikely causes: a learning rate that is too high (it was "
-                f"{get_lr(step, run.config):.2e}), too little warm-up, float16, or corrupt data.")
-    metrics.say(f"{out_dir}/ckpt.pt is older. Try: --init_from=resume with a lower --learning_rate."
-                if checkpoint.has_run(out_dir) else "Nothing was saved before.")
+                f"{get_lr(step, run.config):.2e}), too little warm-up, float16, or corrupt data.\n"
+                "Try: --init_from=resume with a lower --learning_rate.")
     sys.exit(EXIT_NOT_FINITE)
 
 
@@ -387,7 +367,7 @@ def train(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
     code. Raises UserError."""
     ranks = join_ranks(config)
     run, saver, metrics = start(config, given, ranks)
-    config, first_step, unsaved = run.config, run.step, False
+    config, alone, unsaved, stopped = run.config, ranks.world_size == 1, False, False
     peak, clock, clock_step = peak_flops(ranks.device), time.perf_counter(), run.step
     while True:
         ending = run.step >= config.max_iters
@@ -396,12 +376,13 @@ def train(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
         best, due = False, ending or run.step % config.eval_interval == 0
         if config.eval_only or due and run.evaluation.get("step") != run.step:
             halt_unless_healthy(run, metrics, saver)
-            losses = signals.interrupt(lambda: evaluate(run, signals), ranks.world_size,
-                                       nothing_new=run.step == first_step)
+            losses = signals.interrupt(lambda: evaluate(run, signals), alone)
             if losses:  # else a signal came: the resumed run evaluates at this step
                 best, unsaved = record_evaluation(run, saver, losses), run.step > 0
-                metrics.log_evaluation(run.evaluation, best, min(saver.best_val_loss,
-                                                                 losses["val_loss"]))
+                metrics.log(run.evaluation,
+                            best_val_loss=min(saver.best_val_loss, losses["val_loss"]))
+                metrics.say(f"step {run.step}: train loss {losses['train_loss']:.4f}, val loss "
+                            f"{losses['val_loss']:.4f}" + (", the best so far" if best else ""))
                 if config.sample_tokens and ranks.rank == 0:
                     metrics.say(generate_sample(run) + "\n")
             clock, clock_step = time.perf_counter(), run.step
@@ -425,8 +406,7 @@ def train(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
             break
 
         # a step: the gradient of all micro-batches, then one update
-        losses = signals.interrupt(lambda: compute_gradient(run), ranks.world_size,
-                                   nothing_new=run.step == first_step)
+        losses = signals.interrupt(lambda: compute_gradient(run), alone)
         if losses is None:  # a signal came and interrupted it
             run.optimizer.zero_grad(set_to_none=True)
             continue
@@ -446,20 +426,26 @@ def train(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
             if peak:  # the model FLOPs utilization (Chowdhery et al. 2022, PaLM, appendix B)
                 row["mfu"] = (run.model.flops_per_token() * row["tokens_per_s"]
                               / (peak * ranks.world_size))
-            metrics.log_step(row, config.max_iters, seconds)
+            metrics.log(row)
+            left = timedelta(seconds=round((config.max_iters - run.step) * seconds))
+            metrics.say(f"step {run.step}/{config.max_iters}: loss {row['loss']:.4f}, "
+                        f"lr {row['lr']:.2e}, {row['tokens_per_s']:,.0f} tokens/s"
+                        + (f", MFU {row['mfu']:.1%}" if peak else "") + f", {left} left")
             clock, clock_step = time.perf_counter(), run.step
 
     # all ranks wait for the last save: torchrun kills the others when one has ended
     saved = ranks.from_first(saver.wait())
     metrics.close()
-    code = EXIT_FAILED if not saved else 0
     if not config.eval_only:
         metrics.say(f"{'stopped' if stopped else 'done'} at step {run.step}, "
                     + ("with nothing to save yet" if not run.step else
                        f"{'saved' if saved else 'NOT SAVED'} in {config.out_dir}")
                     + ("; continue with --init_from=auto" if stopped else ""))
-        code = code or (EXIT_STOPPED if stopped else 0)
-    ranks.exit(code)
+    code = EXIT_FAILED if not saved else EXIT_STOPPED if stopped else 0
+    if ranks.world_size > 1:
+        # groups are not destroyed: before PyTorch 2.8, gloo can deadlock there with the GIL
+        sys.stdout.flush()
+        os._exit(code)
     return code
 
 

@@ -1,10 +1,9 @@
 """Write out_dir/README.md, which says how the weights beside it were made."""
-import errno
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
-from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 import torch
 
 from keepgpt.config import TrainConfig
-from keepgpt.process import write_atomically
+from keepgpt.process import warn, write_atomically
 
 STARTS = "## Starts\n\n"
 CARD = """# A run of keepGPT
@@ -28,31 +27,31 @@ settings of the last start, saved as a config file with another `out_dir`, repea
 
 Data: {data}
 
+{starts}- {now:%Y-%m-%d %H:%M:%S} UTC, step {step}: `{command}`; {commit}; {machine}; {versions}
 """
 
 
 def write_card(config: TrainConfig, data: dict[str, Any], step: int, machine: str) -> None:
-    """Write out_dir/README.md, with one more line about this start. Raises OSError, also for a
-    README.md that is not a run's."""
-    path, before = Path(config.out_dir) / "README.md", ""
+    """Write out_dir/README.md, with one more line about this start. Raises OSError."""
+    path, starts = Path(config.out_dir) / "README.md", STARTS
     if path.exists():
-        _, found, before = path.read_text(encoding="utf-8", errors="replace").partition(STARTS)
+        _, found, before = path.read_text("utf-8", "surrogateescape").partition(STARTS)
         if not found:
-            raise FileExistsError(errno.EEXIST, "it is not about a run")
-    code = "not in git"
-    with suppress(OSError, subprocess.SubprocessError):
-        code = "commit " + subprocess.run(
-            ["git", "describe", "--always", "--dirty=, changed", "--exclude=*", "--abbrev=40"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10,
-            check=True).stdout.strip()
-    command = " ".join(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]).splitlines())
+            warn(f"{path} is not about a run, and is not replaced")
+            return
+        starts += before
+    commit = shutil.which("git") and subprocess.run(
+        ["git", "describe", "--always", "--dirty=, changed", "--exclude=*", "--abbrev=40"],
+        cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     tokenizer = data["tokenizer"].get("name", data["tokenizer"]["kind"])
     text = CARD.format(
         settings="\n".join(f"{key} = {value!r}" for key, value in asdict(config).items()),
         data=", ".join(f"{key} {value}" for key, value in (data | {"tokenizer": tokenizer}).items()
-                       if key != "files"))
-    start = (f"- {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC, step {step}: `{command}`; {code}; "
-             f"{machine}; Python {platform.python_version()}, torch {torch.__version__}, "
-             f"numpy {np.__version__}\n")
+                       if key != "files"),
+        starts=starts, now=datetime.now(UTC), step=step,
+        command=" ".join(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]).splitlines()),
+        commit=f"commit {commit}" if commit else "not in git", machine=machine,
+        versions=f"Python {platform.python_version()}, torch {torch.__version__}, "
+                 f"numpy {np.__version__}")
     # a path may hold bytes that are not UTF-8
-    write_atomically(path, f"{text}{STARTS}{before}{start}".encode(errors="surrogateescape"))
+    write_atomically(path, text.encode(errors="surrogateescape"))

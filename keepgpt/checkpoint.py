@@ -6,17 +6,16 @@ it, and renames it to ckpt-<step>.pt. Then best.pt, if it is the best, and ckpt.
 the same file, with an fsync of the folder after each. Only then are old checkpoints removed.
 """
 import errno
+import io
 import math
 import os
 import pickle
 import re
 import sys
 import threading
-import zipfile
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,6 @@ from keepgpt.process import UserError, sync
 FORMAT = 1
 # ends each file, with the CRC32 of everything before it: torch.load does not check the zip's own
 MAGIC = b"keepGPT\n"
-ALIGNMENT = 64  # bytes of a cache line
-# the bundle that a checkpoint holds: every key with its type
-SCHEMA = {"format": int, "step": int, "model": dict, "optimizer": dict, "scaler": dict,
-          "rng": list, "config": dict, "model_args": dict, "data": dict, "evaluation": dict,
-          "best_val_loss": float, "wandb_run_id": str | None}
 
 
 class CorruptCheckpoint(UserError):
@@ -50,7 +44,7 @@ class Disk:
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
 
 
-class ChecksummedFile:
+class ChecksummedFile(io.RawIOBase):
     """A file for torch.save to write to, which computes the CRC32 of its bytes."""
 
     def __init__(self, disk: Disk, path: Path) -> None:
@@ -66,9 +60,6 @@ class ChecksummedFile:
         except OSError as e:  # torch.save would hide it behind an error of its own
             self.error = e
         return size
-
-    def flush(self) -> None:
-        """Do nothing: no byte is held back. torch.save calls it."""
 
 
 def write_bundle(bundle: dict[str, Any], path: Path, disk: Disk) -> None:
@@ -150,19 +141,7 @@ def is_best(folder: Path, step: int) -> bool:
 
 def has_run(folder: Path) -> bool:
     """Return True if a folder holds a checkpoint, intact or not."""
-    names = (folder / "ckpt.pt", folder / "best.pt")
-    return any(path.exists() for path in names) or bool(numbered(folder))
-
-
-def find_foreign(folder: Path) -> Path | None:
-    """Return the folder's ckpt.pt if another program wrote it, as nanoGPT does. Return None beside
-    other checkpoints of keepGPT: ckpt.pt may be one that is corrupt."""
-    path = folder / "ckpt.pt"
-    if (folder / "best.pt").exists() or numbered(folder) or not zipfile.is_zipfile(path):
-        return None
-    with open(path, "rb") as f:
-        f.seek(-len(MAGIC) - 4, os.SEEK_END)
-        return None if f.read(len(MAGIC)) == MAGIC else path
+    return any(folder.glob("ckpt*.pt")) or (folder / "best.pt").exists()
 
 
 def check_crc(path: Path) -> None:
@@ -174,28 +153,23 @@ def check_crc(path: Path) -> None:
             crc = zlib.crc32(f.read(min(left, 1 << 24)), crc)
         end = f.read()
     if end[:-4] != MAGIC:
-        raise CorruptCheckpoint("the file is truncated")
+        raise CorruptCheckpoint("truncated, or not a checkpoint of keepGPT")
     if end[-4:] != crc.to_bytes(4, "little"):
         raise CorruptCheckpoint("wrong checksum")
 
 
 def read_bundle(path: Path) -> dict[str, Any]:
     """Return the bundle of a checkpoint. Raises CorruptCheckpoint unless it is bit-identical to
-    the saved one."""
+    the saved one, and OSError if it can't be read."""
+    check_crc(path)
     try:
-        check_crc(path)
         bundle = torch.load(path, map_location="cpu", weights_only=True)
-    except CorruptCheckpoint:
-        raise
     except pickle.UnpicklingError:  # its text would advise to load it unsafely
         raise CorruptCheckpoint("expected only plain values and tensors") from None
     except Exception as e:  # torch.load raises many types
         raise CorruptCheckpoint(f"can't be read: {(str(e) or repr(e)).splitlines()[0]}") from None
     if not isinstance(bundle, dict) or bundle.get("format") != FORMAT:
         raise CorruptCheckpoint(f"expected a bundle of format {FORMAT}")
-    for key, kind in SCHEMA.items():
-        if key not in bundle or not isinstance(bundle[key], kind):
-            raise CorruptCheckpoint(f"{key}: expected {kind}, got {bundle.get(key)!r:.40}")
     return bundle
 
 
@@ -203,18 +177,13 @@ def read_newest(folder: Path, prefer_best: bool = False) -> dict[str, Any]:
     """Return the bundle of the newest intact checkpoint, or with `prefer_best` of best.pt if that
     is intact. Print which ones are skipped. Raises CorruptCheckpoint if none is left."""
     newest, best = [folder / "ckpt.pt", *numbered(folder)], [folder / "best.pt"]
-    tried, seen = [], set()
-    for path in best + newest if prefer_best else newest + best:
-        if not path.exists() or (file := path.stat().st_ino) in seen:
-            continue
-        seen.add(file)  # ckpt.pt is another name of a numbered checkpoint
+    for path in filter(Path.exists, best + newest if prefer_best else newest + best):
         try:
             return read_bundle(path)
-        except CorruptCheckpoint as e:
-            tried.append(f"{path.name}: {e}")
+        except (CorruptCheckpoint, OSError) as e:
             print(f"skipping {path}: {e}", file=sys.stderr)
-    raise CorruptCheckpoint(f"no intact checkpoint in {folder} ({'; '.join(tried) or 'none'}). "
-                            "Try: another --out_dir")
+    raise CorruptCheckpoint(f"no intact checkpoint of keepGPT in {folder}. Try: another --out_dir; "
+                            f"for nanoGPT's, --init_from={folder / 'ckpt.pt'} --out_dir=<new one>")
 
 
 def check_finite(bundle: dict[str, Any]) -> None:
@@ -241,6 +210,7 @@ class Saver:
         self.disk, self.copies, self.copied = disk or Disk(), {}, threading.Event()
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.thread, self.failed = None, False
+        self.copied.set()
 
     def save(self, live: dict[str, Any], best: bool) -> None:
         """Start to save a bundle of live tensors, also as best.pt if it is the `best`. They must
@@ -256,27 +226,21 @@ class Saver:
 
     def wait_for_copy(self) -> None:
         """Wait until the live tensors may change: before each update."""
-        if self.thread:
-            self.copied.wait()
-            if self.stream:  # the GPU waits for the end of the copy, the host does not
-                torch.cuda.current_stream().wait_stream(self.stream)
+        self.copied.wait()
 
     def wait(self) -> bool:
         """Wait until nothing is being saved. Return True if the last save succeeded. best_val_loss
         is then that of best.pt."""
         if self.thread:
             self.thread.join()
-            self.thread = None
         return not self.failed
 
     def _run(self, live: dict[str, Any], best: bool) -> None:
         """Save, in the thread. A failure is printed; training continues."""
         try:
             with torch.cuda.stream(self.stream):
-                bundle = self._copy(live)
+                bundle = map_tensors(self._copy, live)
             self.copied.set()
-            if self.stream:
-                self.stream.synchronize()
             if sys.platform == "linux":  # give training the CPU first
                 with suppress(OSError):  # the priority is lower already
                     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
@@ -294,26 +258,8 @@ class Saver:
                 self.best_val_loss = live["best_val_loss"]
             self.copied.set()
 
-    def _copy(self, live: dict[str, Any]) -> dict[str, Any]:
-        """Return the bundle with its tensors on the host, valid once the stream is done."""
-        tensors: dict[str, Tensor] = {}
-        map_tensors(lambda path, tensor: tensors.setdefault(path, tensor.detach()), live)
-        if self.copies.keys() != tensors.keys():
-            self.copies = allocate(tensors, pinned=self.stream is not None)
-        for path, tensor in tensors.items():
-            # from MPS, nothing would wait for such a copy
-            self.copies[path].copy_(tensor, non_blocking=tensor.is_cuda)
-        return map_tensors(lambda path, _: self.copies[path], live)
-
-
-def allocate(tensors: dict[str, Tensor], pinned: bool) -> dict[str, Tensor]:
-    """Return an empty host tensor for each of `tensors`, in one block of memory. Each has its own
-    storage, because torch.save writes whole storages."""
-    starts = [0, *accumulate(-(-t.nbytes // ALIGNMENT) * ALIGNMENT for t in tensors.values())]
-    block = torch.empty(starts[-1], dtype=torch.uint8)
-    if pinned:
-        # pin_memory=True would round the size up to a power of two; a failure only costs speed
-        torch.cuda.cudart().cudaHostRegister(block.data_ptr(), block.nbytes, 0)
-    memory = block.numpy()
-    return {path: torch.frombuffer(memory, dtype=t.dtype, count=t.numel(), offset=at).view(t.shape)
-            for (path, t), at in zip(tensors.items(), starts)}
+    def _copy(self, path: str, tensor: Tensor) -> Tensor:
+        """Copy a tensor of the bundle to the host, and wait for the end."""
+        if path not in self.copies:
+            self.copies[path] = torch.empty(tensor.shape, dtype=tensor.dtype)
+        return self.copies[path].copy_(tensor.detach())

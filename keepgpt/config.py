@@ -5,20 +5,16 @@ Each setting is a field of a frozen dataclass: its type, its default and its pur
 import ast
 import builtins
 import difflib
-import importlib
 import inspect
 import os
 import signal
 import sys
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from math import inf
-from typing import Any, Literal, get_args, get_type_hints
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from keepgpt.process import UserError, prepare_process, run_or_exit, warn
-
-# what nanoGPT's train.py has imported before it runs a config file
-MODULES = {"os": "os", "time": "time", "math": "math", "pickle": "pickle", "np": "numpy",
-           "torch": "torch"}
 
 
 def setting(default: Any, why: str, least: float = -inf, below: float = inf) -> Any:
@@ -110,56 +106,43 @@ ARCHITECTURE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "architectu
 FIXED = ("seed", "optimizer", *ARCHITECTURE)  # see resume_config
 
 
-def resume_config(config: TrainConfig, given: dict[str, Any], bundle: dict[str, Any],
-                  data: dict[str, Any]) -> tuple[TrainConfig, list[str]]:
+def resume_config(config: TrainConfig, given: dict[str, Any], saved_config: dict[str, Any]
+                  ) -> tuple[TrainConfig, list[str]]:
     """Return a checkpoint's settings overridden by the `given` ones of this command's `config`,
-    and a line for each change. Raises UserError for what would make it another run; `data`
-    describes the dataset."""
-    # a checkpoint may be older than a setting
-    saved = asdict(TrainConfig()) | bundle["config"]
+    and a line for each change. Raises UserError for what would make it another run."""
+    known = {f.name for f in fields(TrainConfig)} & saved_config.keys()
+    saved = TrainConfig(**{key: saved_config[key] for key in known})
     # the folder may have moved; the run's first init_from stays recorded
-    resumed = saved | given | {"out_dir": config.out_dir, "init_from": saved["init_from"]}
-    changes = {key: f"{key} {saved[key]} -> {value}" for key, value in given.items()
-               if key != "init_from" and saved[key] != value}
+    resumed = replace(saved, **given | {"out_dir": config.out_dir, "init_from": saved.init_from})
+    changes = {key: f"{key} {getattr(saved, key)} -> {value}" for key, value in given.items()
+               if key != "init_from" and getattr(saved, key) != value}
     # with elastic=True, sums over batches of another size would round differently
-    for key in FIXED + (("batch_size",) if resumed["elastic"] else ()):
+    for key in FIXED + (("batch_size",) if resumed.elastic else ()):
         if key in changes:
             raise UserError(f"{changes[key]} would make this another run. Try: leave --{key} out, "
                             "or another --out_dir")
-    rows, old_rows = (each["batch_size"] * each["gradient_accumulation_steps"]
-                      for each in (resumed, saved))
-    if rows != old_rows:
-        raise UserError(f"batch_size x gradient_accumulation_steps: expected {old_rows} as before, "
-                        f"got {rows}")
-    if data["fingerprint"] != bundle["data"]["fingerprint"]:
-        raise UserError(f"dataset {resumed['dataset']}: not the {bundle['data']['name']} that "
-                        "this run was trained on. Try: prepare the same text again")
-    known = {f.name for f in fields(TrainConfig)}
-    return TrainConfig(**{key: resumed[key] for key in known}), list(changes.values())
+    if resumed.tokens_per_step != saved.tokens_per_step:
+        raise UserError("batch_size x gradient_accumulation_steps x block_size: expected "
+                        f"{saved.tokens_per_step} as before, got {resumed.tokens_per_step}")
+    return resumed, list(changes.values())
 
 
-def options_of(kind: Any) -> set[Any]:
-    """Return the types and the strings that a setting takes, e.g. {bool, "auto"}."""
-    return {option for part in get_args(kind) or (kind,) for option in get_args(part) or (part,)}
-
-
-def convert(value: Any, options: set[Any]) -> Any:
-    """Return `value` as one of `options`; a string may spell a number or a bool. Raises
-    ValueError or TypeError."""
+def convert(value: Any, kind: Any) -> Any:
+    """Return `value` as the type of a setting; a string may spell a number or a bool. Raises
+    ValueError, TypeError, OverflowError or SyntaxError."""
+    # the types and the strings that the setting takes, e.g. [bool, "auto"]
+    options = [option for part in get_args(kind) or (kind,) for option in get_args(part) or (part,)]
     if isinstance(value, str) and value in options:
         return value
     if bool in options and str(value).lower() in ("true", "1", "false", "0"):
         return str(value).lower() in ("true", "1")
     if str in options:
         return os.fspath(value)
-    if float in options and not isinstance(value, bool):
-        return float(value)
-    if int in options and not isinstance(value, bool):
-        try:
-            return int(str(value))
-        except ValueError:
-            if float(value).is_integer():  # 1e4
-                return int(float(value))
+    number = ast.literal_eval(value) if isinstance(value, str) else value
+    if float in options and not isinstance(number, bool):
+        return float(number)
+    if int in options and not isinstance(number, bool) and int(number) == number:  # 1e4
+        return int(number)
     raise ValueError
 
 
@@ -170,12 +153,11 @@ def check(settings: type, key: str, value: Any, where: str) -> Any:
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
         raise UserError(f"{where}: unknown key {key!r}; "
                         + (f"did you mean {near[0]}?" if near else "--help lists the keys"))
-    options = options_of(get_type_hints(settings)[key])
     try:
-        value = convert(value, options)
-    except (ValueError, TypeError, OverflowError):
-        names = sorted(getattr(option, "__name__", option) for option in options)
-        raise UserError(f"{where}: {key}: expected {' or '.join(names)}, got {value!r}") from None
+        value = convert(value, known[key].type)
+    except (ValueError, TypeError, OverflowError, SyntaxError):
+        kind = inspect.formatannotation(known[key].type)
+        raise UserError(f"{where}: {key}: expected {kind}, got {value!r}") from None
     if value == "" and known[key].default:
         raise UserError(f"{where}: {key} must not be empty")
     if type(value) in (int, float):
@@ -191,43 +173,35 @@ def check(settings: type, key: str, value: Any, where: str) -> Any:
 def read_config_file(settings: type, path: str) -> dict[str, Any]:
     """Return the settings that a Python file assigns, e.g. {"n_layer": 6}.
 
-    The file runs in a namespace of its own, where it can read the defaults by name and, as in
-    nanoGPT, a few modules without importing them. Raises UserError, also for a name that looks
-    like a misspelled key; prints the other names that nothing in the file reads.
+    The file runs in a namespace of its own, where it can read the defaults by name. Raises
+    UserError, also for a name that looks like a misspelled key; prints the other names that nothing
+    in the file reads.
     """
     try:
-        with open(path, encoding="utf-8-sig") as f:
-            source = f.read()
-        code, nodes = compile(source, path, "exec"), list(ast.walk(ast.parse(source)))
-    except OSError as e:
-        raise UserError(f"{path}: {e.strerror.lower()} in {os.getcwd()}. Try: "
-                        "config/train_plays_cpu.py") from None
-    except (SyntaxError, ValueError) as e:
-        raise UserError(f"{path}:{getattr(e, 'lineno', None) or 1}: not Python: "
-                        f"{getattr(e, 'msg', e)}") from None
-    reads = {node.id for node in nodes
-             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+        source = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: {e}") from None
     defaults = {f.name: f.default for f in fields(settings)}
-    modules = {name: importlib.import_module(MODULES[name]) for name in MODULES.keys() & reads}
-    namespace = {"__builtins__": vars(builtins) | modules | defaults, "__name__": "config",
-                 "__file__": path}
+    namespace = {"__builtins__": vars(builtins) | defaults, "__name__": "config", "__file__": path}
     try:
-        exec(code, namespace)
+        nodes = list(ast.walk(ast.parse(source)))
+        exec(compile(source, path, "exec"), namespace)
     except (Exception, SystemExit) as e:
-        line = [frame.lineno for frame in inspect.trace() if frame.filename == path][-1]
+        lines = [frame.lineno for frame in inspect.trace() if frame.filename == path]
+        line = lines[-1] if lines else getattr(e, "lineno", None) or 1
         raise UserError(f"{path}:{line}: {type(e).__name__}: {e}") from None
     given = {key: check(settings, key, value, path) for key, value in namespace.items()
              if key in defaults}
-    others = {key: value for key, value in namespace.items() if key not in defaults
+    others = {key for key, value in namespace.items() if key not in defaults
               and not key.startswith("_") and not callable(value) and not inspect.ismodule(value)}
-    for name, value in others.items():
+    unused = others - {node.id for node in nodes
+                       if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    for name in others:
         near = difflib.get_close_matches(name, defaults, n=1, cutoff=0.85)
-        container = hasattr(value, "__len__") and not isinstance(value, str)
-        # not misspelled: learning_rates to loop over; n_heads in n_head = n_heads
-        if near and not container and not (name in reads and near[0] in given):
+        if near and (name in unused or near[0] not in given):  # else a helper: n_head = n_heads
             raise UserError(f"{path}: unknown key {name!r}; did you mean {near[0]}?")
-    if unused := sorted(others.keys() - reads):
-        warn(f"{path}: ignoring unknown settings: {', '.join(unused)}")
+    if unused:
+        warn(f"{path}: ignoring unknown settings: {', '.join(sorted(unused))}")
     return given
 
 
@@ -239,22 +213,23 @@ def parse(settings: type, usage: str, argv: list[str]) -> tuple[Any, dict[str, A
     files. Raises UserError; --help prints every setting and exits.
     """
     if "--help" in argv or "-h" in argv:
-        lines = [f"  --{f.name + '=' + str(f.default):<36}  {f.metadata['why']}"
-                 for f in fields(settings)]
-        print(f"usage: {usage}\n", *lines, sep="\n", flush=True)
+        print(f"usage: {usage}\n")
+        for f in fields(settings):
+            print(f"  --{f.name + '=' + str(f.default):<36}  {f.metadata['why']}")
         sys.exit(0)
-    flags: dict[str, Any] = {}
-    args = [a for a in argv if not a.startswith("-")]
-    for flag in (a for a in argv if a.startswith("-")):
-        key, equals, value = flag.removeprefix("--").partition("=")
-        if not flag.startswith("--") or not equals:
-            raise UserError(f"{flag}: expected --key=value, e.g. --eval_only=True. Try: --help")
-        flags[key] = check(settings, key, value, flag)
     given: dict[str, Any] = {}
-    if settings is TrainConfig:
-        for path in args:
-            given |= read_config_file(settings, path)
-        args = []
+    flags: dict[str, Any] = {}
+    args = []
+    for arg in argv:
+        key, equals, value = arg.removeprefix("--").partition("=")
+        if arg.startswith("--") and equals:
+            flags[key] = check(settings, key, value, arg)
+        elif arg.startswith("-"):
+            raise UserError(f"{arg}: expected --key=value, e.g. --eval_only=True. Try: --help")
+        elif settings is TrainConfig:
+            given |= read_config_file(settings, arg)
+        else:
+            args.append(arg)
     given |= flags
     return settings(**given), given, args
 

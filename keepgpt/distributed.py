@@ -67,13 +67,13 @@ class Ranks:
         return map_tensors(broadcast, value if self.rank == 0 else outline[0])
 
     def on_first(self, work: Callable[[], Any]) -> Any:
-        """Return what `work` returns on rank 0, on every rank. A UserError there is raised on every
+        """Return what `work` returns on rank 0, on every rank. An error there is raised on every
         rank."""
         value, error = None, None
         if self.rank == 0:
             try:
                 value = work()
-            except UserError as e:
+            except (UserError, OSError) as e:
                 error = e
         value, error = self.from_first((value, error))
         if error:
@@ -115,13 +115,6 @@ class Ranks:
         # copy them back: a tensor's alignment in memory may change a kernel's order of additions
         torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(sums, tensors)])
 
-    def exit(self, code: int) -> None:
-        """Exit this process, if it is one of several. Process groups are not destroyed: before
-        PyTorch 2.8, gloo's destructor can deadlock with Python's GIL."""
-        if self.world_size > 1:
-            sys.stdout.flush()
-            os._exit(code)
-
 
 def pick_device(name: str) -> torch.device:
     """Return the device called `name`, or the best one for auto. On CUDA each rank of a host gets
@@ -132,7 +125,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = (torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda"
                   else torch.device(name))
-        if device.type not in ("cpu", "cuda", "mps") or device.type != "cuda" and device.index:
+        if device.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError
         torch.empty(1, device=device)
         if device.type == "cuda":
@@ -163,9 +156,9 @@ def join_ranks(config: TrainConfig) -> Ranks:
         use_deterministic_algorithms()
     if "RANK" not in os.environ:
         return Ranks(0, 1, device)
-    backend = (("nccl" if device.type == "cuda" else "gloo") if config.backend == "auto"
-               else config.backend)
-    if backend == "nccl" and device.type != "cuda":
+    cuda = device.type == "cuda"
+    backend = config.backend if config.backend != "auto" else "nccl" if cuda else "gloo"
+    if backend == "nccl" and not cuda:
         raise UserError(f"backend=nccl needs CUDA, got device {device.type}. Try: --backend=auto")
     timeout = timedelta(seconds=config.rank_timeout)
     store, rank, world_size = next(dist.rendezvous("env://"))
@@ -174,6 +167,8 @@ def join_ranks(config: TrainConfig) -> Ranks:
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
                             timeout=timeout)
+    if rank > 0:  # the first one prints for all
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return Ranks(rank, world_size, device, dist.new_group(backend="gloo", timeout=timeout))
 
 
@@ -193,7 +188,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def can_compile(device: torch.device, deterministic: bool = False) -> bool:
-    """Return True if torch.compile works on this machine, else print what it needs."""
+    """Return True if torch.compile works on this machine, else print a note."""
     cuda, needs = device.type == "cuda", ""
     compilers = ([os.environ.get("CC", "cc"), "gcc", "clang"] if cuda else
                  [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")])
@@ -215,8 +210,7 @@ def device_name(device: torch.device) -> str:
 
 def peak_flops(device: torch.device) -> float | None:
     """Return the device's peak in FLOP/s, or None if it is not known."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    matches = [gpu for gpu in PEAK_TFLOPS if gpu in name]
+    matches = [gpu for gpu in PEAK_TFLOPS if gpu in device_name(device)]
     return 1e12 * PEAK_TFLOPS[max(matches, key=len)] if matches else None
 
 

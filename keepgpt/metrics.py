@@ -1,29 +1,22 @@
 """The log of a run: lines on the terminal, rows in metrics.jsonl, Weights & Biases."""
 import json
 import os
-import shutil
-import sys
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from keepgpt.process import UserError, describe, warn, write_atomically
+from keepgpt.process import warn, write_atomically
 
 
 class Metrics:
     """Log to metrics.jsonl, the terminal and wandb, on rank 0. A resume drops the rows after its
     step, so metrics.jsonl is one clean curve."""
 
-    def __init__(self, out_dir: Path | None, step: int, evaluated: bool,
-                 quiet: bool = False) -> None:
-        """Continue out_dir's metrics.jsonl after `step`; without a folder, write none.
-
-        Unless that step was `evaluated` before its save, its evaluation is dropped too. With
-        `quiet`, on other ranks than the first, print nothing. Raises UserError.
-        """
-        self.live = False  # the cursor is at the end of a line that the next one replaces
-        self.wandb, self.quiet, self.path = None, quiet, out_dir and out_dir / "metrics.jsonl"
-        if not self.path:
+    def __init__(self, out_dir: Path | None, step: int, evaluated: bool) -> None:
+        """Continue out_dir's metrics.jsonl after `step`; without a folder, write none. Unless that
+        step was `evaluated` before its save, its evaluation is dropped too. Raises OSError."""
+        self.wandb, self.file = None, None
+        if not out_dir:
             return
 
         def is_before(line: bytes) -> bool:
@@ -34,15 +27,12 @@ class Metrics:
             except (ValueError, KeyError, TypeError):
                 return False
 
-        try:
-            lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
-            write_atomically(self.path, b"".join(filter(is_before, lines)))
-            self.file = os.open(self.path, os.O_WRONLY)
-        except OSError as e:
-            reason, code = describe(e)
-            raise UserError(f"{self.path}: {reason}", code) from None
+        path = out_dir / "metrics.jsonl"
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        write_atomically(path, b"".join(filter(is_before, lines)))
         # the rows since the last successful fsync; the bytes before them are on the disk
-        self.lock, self.rows, self.safe = Lock(), b"", self.path.stat().st_size
+        self.rows, self.safe, self.lock = b"", path.stat().st_size, Lock()
+        self.file = os.open(path, os.O_WRONLY)
 
     def start_wandb(self, config: dict[str, Any], run_id: str | None) -> str | None:
         """Also log to Weights & Biases, into the run `run_id` if given. Return the run's id. A
@@ -60,13 +50,13 @@ class Metrics:
     def log(self, row: dict[str, Any], **summary: Any) -> None:
         """Log a row, and `summary` to wandb's summary. If the disk is full, rows are written later;
         no checkpoint is saved before them."""
-        if self.path:
+        if self.file:
             with self.lock:
                 self.rows += json.dumps(row).encode() + b"\n"
                 try:
                     self._write()
                 except OSError as e:
-                    self.say(f"warning: metrics.jsonl: {describe(e)[0]}; trying again later")
+                    self.say(f"warning: metrics.jsonl: {e}; trying again later")
         if self.wandb:
             try:
                 self.wandb.log(row, step=row["step"])
@@ -74,21 +64,6 @@ class Metrics:
             except Exception as e:
                 self.say(f"warning: continuing without wandb: {e}")
                 self.wandb = None
-
-    def log_evaluation(self, evaluation: dict[str, Any], best: bool, best_val_loss: float) -> None:
-        """Log the losses of an evaluation, the `best` so far or not."""
-        self.log(evaluation, best_val_loss=best_val_loss)
-        self.say(f"step {evaluation['step']}: train loss {evaluation['train_loss']:.4f}, "
-                 f"val loss {evaluation['val_loss']:.4f}" + (", the best so far" if best else ""))
-
-    def log_step(self, row: dict[str, Any], max_iters: int, step_seconds: float) -> None:
-        """Log a training step; on the terminal also the time left until max_iters."""
-        self.log(row)
-        minutes, seconds = divmod(round((max_iters - row["step"]) * step_seconds), 60)
-        self.say(f"step {row['step']}/{max_iters}: loss {row['loss']:.4f}, lr {row['lr']:.2e}, "
-                 f"{row['tokens_per_s']:,.0f} tokens/s"
-                 + (f", MFU {row['mfu']:.1%}" if "mfu" in row else "")
-                 + f", {minutes // 60}:{minutes % 60:02}:{seconds:02} left", live=True)
 
     def sync(self) -> None:
         """Fsync the rows, before a checkpoint of their step is written. Raises OSError."""
@@ -102,25 +77,18 @@ class Metrics:
         one, the kernel may have dropped them. Raises OSError."""
         done = 0
         while done < len(self.rows):
-            done += os.pwrite(self.file, memoryview(self.rows)[done:], self.safe + done)
+            done += os.pwrite(self.file, self.rows[done:], self.safe + done)
 
     def close(self) -> None:
         """End the wandb run."""
         if self.wandb:
             self.wandb.finish()
 
-    def say(self, text: str, live: bool = False) -> None:
-        """Print a line. On a terminal, the next line replaces a `live` one."""
-        if self.quiet:
-            return
-        tty = sys.stdout.isatty()
-        if live and tty:  # a wrapped line could not be replaced
-            text = text[:shutil.get_terminal_size().columns - 1]
-        start, end = "\r\033[K" if tty and self.live else "", "" if live and tty else "\n"
+    def say(self, text: str) -> None:
+        """Print a line."""
         try:
-            print(start + text, end=end, flush=True)
+            print(text, flush=True)
         except OSError as e:  # the reader has left, as `| head` does, or a log's disk is full
             if not isinstance(e, BrokenPipeError):
-                warn(f"stdout: {describe(e)[0]}; continuing with metrics.jsonl only")
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        self.live = live
+                warn(f"stdout: {e}; continuing with metrics.jsonl only")
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

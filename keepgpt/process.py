@@ -5,6 +5,7 @@ import fcntl
 import importlib
 import os
 import platform
+import re
 import signal
 import sys
 import time
@@ -17,30 +18,24 @@ EXIT_MISTAKE = 2  # the command, a file or the machine must be changed first
 EXIT_NOT_FINITE = 3  # trying again would meet the same numbers
 EXIT_STOPPED = 75  # by a signal, everything saved: the same command with init_from=auto resumes
 EXIT_INTERRUPTED = 130  # by another Ctrl-C
+MISTAKES = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS)
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
 
 
 class UserError(Exception):
     """A mistake in the command, a file or the machine; the text is one line that says how to fix
-    it, `code` the exit code."""
-
-    def __init__(self, message: str, code: int = EXIT_MISTAKE) -> None:
-        super().__init__(message, code)
-        self.code = code
-
-    def __str__(self) -> str:
-        return self.args[0]
+    it."""
 
 
-def exit_with(error: UserError) -> NoReturn:
-    """Print an error in one line and exit with its code. If other ranks have met it as well, only
-    the first one prints it: torchrun ends the others as soon as one has ended."""
+def exit_with(error: Exception, code: int = EXIT_MISTAKE) -> NoReturn:
+    """Print an error in one line and exit. If other ranks have met it as well, only the first one
+    prints it: torchrun ends the others as soon as one has ended."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(1)
     print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr, flush=True)
-    sys.exit(error.code)
+    sys.exit(code)
 
 
 def run_or_exit(work: Callable[[], Any], hint: str = "") -> Any:
@@ -57,23 +52,15 @@ def run_or_exit(work: Callable[[], Any], hint: str = "") -> Any:
             print("stopped while starting, with nothing new to save; "
                   "continue with --init_from=auto")
         sys.exit(EXIT_STOPPED)
+    except BrokenPipeError:  # stdout's reader has left, as `| head` does
+        os._exit(0)
     except OSError as e:
-        if isinstance(e, BrokenPipeError):  # stdout's reader has left, as `| head` does
-            os._exit(0)
-        print(f"error: {e}", file=sys.stderr, flush=True)
-        os._exit(EXIT_FAILED)  # a flush of stdout would fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # a flush of stdout would fail again
+        exit_with(e, EXIT_MISTAKE if e.errno in MISTAKES else EXIT_FAILED)
     except (MemoryError, RuntimeError) as e:
-        if not (isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError"
-                or "allocate" in str(e)):  # torch's on a CPU
+        if isinstance(e, RuntimeError) and not re.search("out of memory|allocate", str(e)):
             raise
-        exit_with(UserError(f"out of memory: {e}. Try: {hint}", EXIT_FAILED))
-
-
-def describe(error: OSError) -> tuple[str, int]:
-    """Return the reason and the exit code of a failed file operation: a full disk may have room
-    later."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return (error.strerror or str(error)).lower(), EXIT_FAILED if full else EXIT_MISTAKE
+        exit_with(UserError(f"out of memory: {e}. Try: {hint}"), EXIT_FAILED)
 
 
 def warn(message: str) -> None:
@@ -122,10 +109,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     OSError."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        temporary.write_bytes(content)
+        sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
     except OSError:
@@ -134,29 +119,25 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def lock_out_dir(out_dir: Path, patience: float) -> None:
-    """Make out_dir and lock it until this process ends; wait up to `patience` seconds for another
-    process that is ending. Raises UserError."""
+    """Make out_dir durably and lock it until this process ends; wait up to `patience` seconds for
+    another process that is ending. Raises UserError and OSError."""
+    new = [folder for folder in (out_dir, *out_dir.parents) if not folder.exists()]
+    out_dir.mkdir(parents=True, exist_ok=True)
+    for folder in new:
+        sync(folder.parent)
+    file = os.open(out_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # closing it would unlock
     deadline = time.monotonic() + patience
-    try:
-        new = [folder for folder in (out_dir, *out_dir.parents) if not folder.exists()]
-        out_dir.mkdir(parents=True, exist_ok=True)
-        for folder in new:  # a crash must not lose the folder
-            sync(folder.parent)
-        file = os.open(out_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # closing it would unlock
-        while True:
-            try:
-                return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise UserError(f"another process is writing to {out_dir}. Try: wait for its "
-                                    "end, or another folder") from None
-            if patience:
-                print(f"another process is writing to {out_dir}; waiting", flush=True)
-                patience = 0
-            time.sleep(0.1)
-    except OSError as e:
-        reason, code = describe(e)
-        raise UserError(f"{out_dir}: {reason}", code) from None
+    while True:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise UserError(f"another process is writing to {out_dir}. Try: wait for its end, "
+                                "or another folder") from None
+        if patience:
+            print(f"another process is writing to {out_dir}; waiting", flush=True)
+            patience = 0
+        time.sleep(0.1)
 
 
 class Stopped(BaseException):
@@ -165,39 +146,30 @@ class Stopped(BaseException):
 
 class Signals:
     """Let SIGINT, SIGTERM and SIGUSR1 ask the run to save and exit, and another Ctrl-C exit at
-    once. Before the first `interrupt` call has ended nothing is new: a signal raises Stopped."""
+    once. Before the first `interrupt` call nothing is new: a signal raises Stopped."""
 
     def __init__(self) -> None:
-        self.received, self.interruptible, self.time = False, True, 0.0
+        self.received, self.interruptible = 0.0, True  # when the first one came
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, _frame: Any) -> None:
         # torchrun sends the terminal's Ctrl-C again: that is not another one
-        if self.received and number == signal.SIGINT and time.monotonic() > self.time + 1:
+        if number == signal.SIGINT and self.received and time.monotonic() > self.received + 1:
             os._exit(EXIT_INTERRUPTED)
-        if not self.received:
-            self.received, self.time = True, time.monotonic()
+        self.received = self.received or time.monotonic()
         if self.interruptible:
             self.interruptible = False
             raise Stopped
 
-    def interrupt(self, work: Callable[[], Any], world_size: int, nothing_new: bool) -> Any:
-        """Return what `work` returns, or None if a signal came.
-
-        One rank alone is interrupted even while it waits, reads or compiles. One of several can't
-        leave a step; if there is `nothing_new` since the last save, it exits instead.
-        """
-        alone = world_size == 1
-        if self.received and nothing_new and not alone:
-            os._exit(EXIT_STOPPED)
+    def interrupt(self, work: Callable[[], Any], alone: bool) -> Any:
+        """Return what `work` returns, or None if a signal came. One rank `alone` is interrupted
+        even while it waits, reads or compiles; several must leave a step together."""
         try:
             try:  # `_handle` raises once, and only inside this block
-                self.interruptible = (alone or nothing_new) and not self.received
+                self.interruptible = alone and not self.received
                 return work()
             finally:
                 self.interruptible = False
         except Stopped:
-            if not alone:
-                os._exit(EXIT_STOPPED)
             return None

@@ -79,11 +79,8 @@ def test_a_file_system_without_links(bundle, tmp_path):
     assert all(read_bundle(tmp_path / name)["step"] == 2 for name in ("ckpt.pt", "best.pt"))
 
 
-@pytest.mark.parametrize("change", [
-    {"step": "x"}, {"config": None}, {"rng": {}}, {"model_args": None}, {"optimizer": []},
-    {"model": []}, {"format": 2}, {"wandb_run_id": 1}])
-def test_a_checkpoint_with_wrong_types_is_refused(bundle, change, tmp_path):
-    checkpoint.write_bundle(bundle | change, tmp_path / "x.pt", Disk())
+def test_another_format_is_refused(bundle, tmp_path):
+    checkpoint.write_bundle(bundle | {"format": 2}, tmp_path / "x.pt", Disk())
     with pytest.raises(CorruptCheckpoint):
         read_bundle(tmp_path / "x.pt")
 
@@ -182,5 +179,4 @@ def test_best_is_resumed_when_ckpt_has_lost_its_end(bundle, tmp_path):
     for path in tmp_path.glob("ckpt*.pt"):
         path.unlink()
     torch.save(bundle, tmp_path / "ckpt.pt")  # an intact zip without our checksum
-    assert checkpoint.find_foreign(tmp_path) is None
     assert read_newest(tmp_path)["step"] == bundle["step"]

@@ -78,7 +78,7 @@ def test_changing_model_seed_or_batch_is_refused(train, tmp_path):
     for flag, value, shown in (
             ("n_layer", 3, "n_layer 2 -> 3"), ("seed", 7, "seed 1337 -> 7"),
             ("block_size", 16, "block_size 32 -> 16"),
-            ("batch_size", 5, "expected 8 as before, got 10")):
+            ("batch_size", 5, "expected 256 as before, got 320")):
         assert shown in complaint(train(init_from="resume", code=None, **{flag: value}))
         assert bits(tmp_path / "out/ckpt.pt") == before
 
@@ -144,8 +144,9 @@ def test_no_intact_checkpoint_is_an_error_that_lists_them(train, tmp_path):
     train()
     for path in tmp_path.glob("out/*.pt"):
         path.write_bytes(b"")
-    line = train(init_from="resume", code=2).stderr.splitlines()[-1]
-    assert line.startswith("error: ") and "ckpt-00000020.pt: " in line
+    done = train(init_from="resume", code=2)
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "ckpt-00000020.pt: " in done.stderr
 
 
 SIGNALLED = TINY | {"max_iters": 200, "lr_decay_iters": 200, "eval_interval": 30, "log_interval": 1,

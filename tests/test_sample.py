@@ -76,7 +76,7 @@ def test_a_prompt_from_a_file_longer_than_the_block(trained, play, tmp_path):
 
 @pytest.mark.parametrize("flags, shown", [
     ({"start": "naïve 你好"}, "你"),
-    ({"start": "FILE:nosuch.txt"}, "nosuch.txt: no such file"),
+    ({"start": "FILE:nosuch.txt"}, "nosuch.txt"),
     ({"out_dir": "nosuch"}, "python train.py"),
     ({"init_from": "nosuch"}, "no such file, folder or model"),
     ({"num_samples": 0}, "num_samples"),

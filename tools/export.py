@@ -19,7 +19,7 @@ from torch import Tensor
 from keepgpt.checkpoint import Disk, write_bundle
 from keepgpt.config import setting
 from keepgpt.pretrained import GPT2_ARGS, QWEN3_ARGS
-from keepgpt.process import UserError, describe, import_package
+from keepgpt.process import UserError, import_package
 from keepgpt.tokenizer import CharTokenizer, HFTokenizer, Tokenizer
 from model import GPT, ModelArgs
 from sample import SampleConfig, load
@@ -209,8 +209,7 @@ def main(config: ExportConfig, args: list[str]) -> None:
         write(temporary, model, vocabulary, origin, getattr(torch, config.dtype))
         (temporary / "model.gguf" if to_gguf else temporary).replace(target)
     except Exception as e:  # libraries raise many types for a full disk
-        reason = describe(e)[0] if isinstance(e, OSError) else e
-        raise UserError(f"--to={target}: {reason}") from None
+        raise UserError(f"--to={target}: {e}") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"{origin} -> {target}")
