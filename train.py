@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +120,8 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks
     # model
     torch.manual_seed(config.seed)
     if bundle:
-        print(f"resuming {config.out_dir} at step {bundle['step']}", *changes, sep=", ")
+        if ranks.rank == 0:
+            print(f"resuming {config.out_dir} at step {bundle['step']}", *changes, sep=", ")
         model = load_model(bundle["model_args"] | {"dropout": config.dropout}, bundle["model"])
     elif (source := config.init_from.removeprefix("auto:")) in ("scratch", "auto"):
         model = GPT(ModelArgs(vocab_size=data["vocab_size"], dropout=config.dropout,
@@ -139,7 +139,8 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks
     if bundle:
         run.restore(bundle)
     out_dir = Path(config.out_dir) if ranks.rank == 0 and not config.eval_only else None
-    metrics = Metrics(out_dir, run.step, run.evaluation.get("step") == run.step)
+    metrics = Metrics(out_dir, run.step, run.evaluation.get("step") == run.step,
+                      quiet=ranks.rank > 0)
     saver = checkpoint.Saver(out_dir, config.keep_checkpoints,
                              bundle["best_val_loss"] if bundle else math.inf, metrics.sync,
                              ranks.device)
@@ -379,10 +380,8 @@ def train(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
             losses = signals.interrupt(lambda: evaluate(run, signals), alone)
             if losses:  # else a signal came: the resumed run evaluates at this step
                 best, unsaved = record_evaluation(run, saver, losses), run.step > 0
-                metrics.log(run.evaluation,
-                            best_val_loss=min(saver.best_val_loss, losses["val_loss"]))
-                metrics.say(f"step {run.step}: train loss {losses['train_loss']:.4f}, val loss "
-                            f"{losses['val_loss']:.4f}" + (", the best so far" if best else ""))
+                metrics.log_evaluation(run.evaluation, best,
+                                       min(saver.best_val_loss, losses["val_loss"]))
                 if config.sample_tokens and ranks.rank == 0:
                     metrics.say(generate_sample(run) + "\n")
             clock, clock_step = time.perf_counter(), run.step
@@ -426,11 +425,7 @@ def train(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
             if peak:  # the model FLOPs utilization (Chowdhery et al. 2022, PaLM, appendix B)
                 row["mfu"] = (run.model.flops_per_token() * row["tokens_per_s"]
                               / (peak * ranks.world_size))
-            metrics.log(row)
-            left = timedelta(seconds=round((config.max_iters - run.step) * seconds))
-            metrics.say(f"step {run.step}/{config.max_iters}: loss {row['loss']:.4f}, "
-                        f"lr {row['lr']:.2e}, {row['tokens_per_s']:,.0f} tokens/s"
-                        + (f", MFU {row['mfu']:.1%}" if peak else "") + f", {left} left")
+            metrics.log_step(row, config.max_iters, seconds)
             clock, clock_step = time.perf_counter(), run.step
 
     # all ranks wait for the last save: torchrun kills the others when one has ended

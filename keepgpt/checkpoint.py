@@ -227,6 +227,8 @@ class Saver:
     def wait_for_copy(self) -> None:
         """Wait until the live tensors may change: before each update."""
         self.copied.wait()
+        if self.stream:  # the GPU waits for the end of the copy, the host does not
+            torch.cuda.current_stream().wait_stream(self.stream)
 
     def wait(self) -> bool:
         """Wait until nothing is being saved. Return True if the last save succeeded. best_val_loss
@@ -241,6 +243,8 @@ class Saver:
             with torch.cuda.stream(self.stream):
                 bundle = map_tensors(self._copy, live)
             self.copied.set()
+            if self.stream:
+                self.stream.synchronize()
             if sys.platform == "linux":  # give training the CPU first
                 with suppress(OSError):  # the priority is lower already
                     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
@@ -259,7 +263,11 @@ class Saver:
             self.copied.set()
 
     def _copy(self, path: str, tensor: Tensor) -> Tensor:
-        """Copy a tensor of the bundle to the host, and wait for the end."""
+        """Copy a tensor to the host; from CUDA, the copy is valid once the stream is done."""
         if path not in self.copies:
-            self.copies[path] = torch.empty(tensor.shape, dtype=tensor.dtype)
-        return self.copies[path].copy_(tensor.detach())
+            copy = self.copies[path] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            if tensor.is_cuda:
+                # pin_memory=True would round up to a power of two; a failure only costs speed
+                torch.cuda.cudart().cudaHostRegister(copy.data_ptr(), copy.nbytes, 0)
+        # from MPS, nothing would wait for such a copy
+        return self.copies[path].copy_(tensor.detach(), non_blocking=tensor.is_cuda)

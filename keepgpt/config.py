@@ -5,6 +5,7 @@ Each setting is a field of a frozen dataclass: its type, its default and its pur
 import ast
 import builtins
 import difflib
+import importlib
 import inspect
 import os
 import signal
@@ -15,6 +16,10 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from keepgpt.process import UserError, prepare_process, run_or_exit, warn
+
+# what nanoGPT's train.py has imported before it runs a config file
+MODULES = {"os": "os", "time": "time", "math": "math", "pickle": "pickle", "np": "numpy",
+           "torch": "torch"}
 
 
 def setting(default: Any, why: str, least: float = -inf, below: float = inf) -> Any:
@@ -173,9 +178,9 @@ def check(settings: type, key: str, value: Any, where: str) -> Any:
 def read_config_file(settings: type, path: str) -> dict[str, Any]:
     """Return the settings that a Python file assigns, e.g. {"n_layer": 6}.
 
-    The file runs in a namespace of its own, where it can read the defaults by name. Raises
-    UserError, also for a name that looks like a misspelled key; prints the other names that nothing
-    in the file reads.
+    The file runs in a namespace of its own, where it can read the defaults by name and, as in
+    nanoGPT, a few modules without importing them. Raises UserError, also for a name that looks
+    like a misspelled key; prints the other names that nothing in the file reads.
     """
     try:
         source = Path(path).read_text(encoding="utf-8-sig")
@@ -184,7 +189,10 @@ def read_config_file(settings: type, path: str) -> dict[str, Any]:
     defaults = {f.name: f.default for f in fields(settings)}
     namespace = {"__builtins__": vars(builtins) | defaults, "__name__": "config", "__file__": path}
     try:
-        nodes = list(ast.walk(ast.parse(source)))
+        reads = {node.id for node in ast.walk(ast.parse(source))
+                 if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+        for name in MODULES.keys() & reads:
+            namespace["__builtins__"][name] = importlib.import_module(MODULES[name])
         exec(compile(source, path, "exec"), namespace)
     except (Exception, SystemExit) as e:
         lines = [frame.lineno for frame in inspect.trace() if frame.filename == path]
@@ -194,8 +202,7 @@ def read_config_file(settings: type, path: str) -> dict[str, Any]:
              if key in defaults}
     others = {key for key, value in namespace.items() if key not in defaults
               and not key.startswith("_") and not callable(value) and not inspect.ismodule(value)}
-    unused = others - {node.id for node in nodes
-                       if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    unused = others - reads
     for name in others:
         near = difflib.get_close_matches(name, defaults, n=1, cutoff=0.85)
         if near and (name in unused or near[0] not in given):  # else a helper: n_head = n_heads
@@ -213,9 +220,9 @@ def parse(settings: type, usage: str, argv: list[str]) -> tuple[Any, dict[str, A
     files. Raises UserError; --help prints every setting and exits.
     """
     if "--help" in argv or "-h" in argv:
-        print(f"usage: {usage}\n")
-        for f in fields(settings):
-            print(f"  --{f.name + '=' + str(f.default):<36}  {f.metadata['why']}")
+        lines = [f"  --{f.name + '=' + str(f.default):<36}  {f.metadata['why']}"
+                 for f in fields(settings)]
+        print(f"usage: {usage}\n", *lines, sep="\n", flush=True)
         sys.exit(0)
     given: dict[str, Any] = {}
     flags: dict[str, Any] = {}

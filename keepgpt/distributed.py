@@ -167,8 +167,6 @@ def join_ranks(config: TrainConfig) -> Ranks:
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
                             timeout=timeout)
-    if rank > 0:  # the first one prints for all
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return Ranks(rank, world_size, device, dist.new_group(backend="gloo", timeout=timeout))
 
 

@@ -1,6 +1,9 @@
 """The log of a run: lines on the terminal, rows in metrics.jsonl, Weights & Biases."""
 import json
 import os
+import shutil
+import sys
+from datetime import timedelta
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -12,10 +15,13 @@ class Metrics:
     """Log to metrics.jsonl, the terminal and wandb, on rank 0. A resume drops the rows after its
     step, so metrics.jsonl is one clean curve."""
 
-    def __init__(self, out_dir: Path | None, step: int, evaluated: bool) -> None:
+    def __init__(self, out_dir: Path | None, step: int, evaluated: bool,
+                 quiet: bool = False) -> None:
         """Continue out_dir's metrics.jsonl after `step`; without a folder, write none. Unless that
-        step was `evaluated` before its save, its evaluation is dropped too. Raises OSError."""
-        self.wandb, self.file = None, None
+        step was `evaluated` before its save, its evaluation is dropped too. With `quiet`, on other
+        ranks than the first, print nothing. Raises OSError."""
+        self.live = False  # the cursor is at the end of a line that the next one replaces
+        self.wandb, self.file, self.quiet = None, None, quiet
         if not out_dir:
             return
 
@@ -65,6 +71,21 @@ class Metrics:
                 self.say(f"warning: continuing without wandb: {e}")
                 self.wandb = None
 
+    def log_evaluation(self, evaluation: dict[str, Any], best: bool, best_val_loss: float) -> None:
+        """Log the losses of an evaluation, the `best` so far or not."""
+        self.log(evaluation, best_val_loss=best_val_loss)
+        self.say(f"step {evaluation['step']}: train loss {evaluation['train_loss']:.4f}, "
+                 f"val loss {evaluation['val_loss']:.4f}" + (", the best so far" if best else ""))
+
+    def log_step(self, row: dict[str, Any], max_iters: int, step_seconds: float) -> None:
+        """Log a training step; on the terminal also the time left until max_iters."""
+        self.log(row)
+        left = timedelta(seconds=round((max_iters - row["step"]) * step_seconds))
+        self.say(f"step {row['step']}/{max_iters}: loss {row['loss']:.4f}, lr {row['lr']:.2e}, "
+                 f"{row['tokens_per_s']:,.0f} tokens/s"
+                 + (f", MFU {row['mfu']:.1%}" if "mfu" in row else "")
+                 + f", {left} left", live=True)
+
     def sync(self) -> None:
         """Fsync the rows, before a checkpoint of their step is written. Raises OSError."""
         with self.lock:
@@ -84,11 +105,17 @@ class Metrics:
         if self.wandb:
             self.wandb.finish()
 
-    def say(self, text: str) -> None:
-        """Print a line."""
+    def say(self, text: str, live: bool = False) -> None:
+        """Print a line. On a terminal, the next line replaces a `live` one."""
+        if self.quiet:
+            return
+        live &= sys.stdout.isatty()
+        if live:  # a wrapped line could not be replaced
+            text = text[:shutil.get_terminal_size().columns - 1]
         try:
-            print(text, flush=True)
+            print("\r\033[K" + text if self.live else text, end="" if live else "\n", flush=True)
         except OSError as e:  # the reader has left, as `| head` does, or a log's disk is full
             if not isinstance(e, BrokenPipeError):
                 warn(f"stdout: {e}; continuing with metrics.jsonl only")
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        self.live = live

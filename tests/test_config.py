@@ -198,14 +198,13 @@ def test_a_file_cannot_change_the_programs_builtins(file, text):
 def test_a_file_may_use_helpers_loops_and_modules(file, tmp_path, capsys):
     (tmp_path / "width.txt").write_text("64")
     config = read(file(f"""
-import math, os
 width = 1
 with open({str(tmp_path / "width.txt")!r}) as f:
     width = int(f.read())
 lr, warmup, max_steps, n_blocks = 3e-4, 0.1, 1_000, 0
 for i in range(3):
     n_blocks += i
-if os.name == 'nt':
+if torch.cuda.is_available() and os.name == 'nt':
     n_blocks = 99
 n_layer, n_embd, learning_rate, max_iters = n_blocks, width, lr * math.sqrt(4), max_steps
 warmup_iters = int(warmup * max_steps)
@@ -217,7 +216,6 @@ warmup_iters = int(warmup * max_steps)
 
 def test_numpy_and_torch_scalars_and_paths_are_values(file):
     config = read(file("""
-import numpy as np, torch
 from pathlib import Path
 learning_rate, n_layer, bias = np.float32(0.5), np.int64(3), np.bool_(True)
 max_iters, min_lr, out_dir = torch.tensor(7), np.logspace(-4, -3, 2)[0], Path("a") / "b"

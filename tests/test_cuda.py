@@ -206,15 +206,27 @@ def gradient_on_cpu(run):
 
 
 class Recorder(torch.Tensor):
-    """A tensor that remembers how it was copied."""
-    copies = []
+    """A tensor that says whether it is on CUDA, and remembers how it was copied."""
+    copies, cuda = [], False
+    is_cuda = property(lambda self: type(self).cuda)
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function == torch.Tensor.to:
+        if function in (torch.Tensor.copy_, torch.Tensor.to):
             cls.copies.append((kwargs or {}).get("non_blocking", False))
+        if function == torch.Tensor.to:
             return args[0]
         return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("cuda", [True, False])
+def test_only_copies_from_cuda_are_not_waited_for(tmp_path, cuda, monkeypatch):
+    monkeypatch.setattr(Recorder, "cuda", cuda)
+    monkeypatch.setattr(Recorder, "copies", [])
+    saver = Saver(tmp_path, 2, 0.0, lambda: None, CPU)
+    saver.copies = {"/w": torch.empty(3)}
+    saver._copy("/w", torch.ones(3).as_subclass(Recorder))
+    assert Recorder.copies == [cuda]
 
 
 @pytest.mark.parametrize("device", [CUDA, MPS, CPU])
@@ -234,15 +246,16 @@ class Streams:
         self.log, self.now = [], "current"
         for name, value in {"Stream": lambda device: self.stream("saver"),
                             "current_stream": lambda: self.stream("current"),
-                            "stream": self.enter}.items():
+                            "stream": self.enter, "cudart": self.cudart}.items():
             monkeypatch.setattr(torch.cuda, name, value)
         real = torch.Tensor.copy_
         monkeypatch.setattr(torch.Tensor, "copy_", lambda *a, **how: (
             self.log.append(f"copy on {self.now}"), real(*a, **how))[1])
 
     def stream(self, name):
-        return SimpleNamespace(name=name, wait_stream=lambda other: self.log.append(
-            f"{name} waits for {other.name}"))
+        return SimpleNamespace(
+            name=name, synchronize=lambda: self.log.append(f"host waits for {name}"),
+            wait_stream=lambda other: self.log.append(f"{name} waits for {other.name}"))
 
     def enter(self, stream):
         streams = self
@@ -255,6 +268,11 @@ class Streams:
                 streams.now = "current"
 
         return Context()
+
+    def cudart(self):
+        self.log.append(f"cudart on {self.now}")
+        return SimpleNamespace(cudaHostRegister=lambda at, size, flags: self.log.append(
+            f"pinned {size}") or 0)
 
 
 class WatchedDisk(Disk):
@@ -277,8 +295,10 @@ def test_a_snapshot_is_ordered_between_two_updates_and_before_its_write(tiny_run
     saver.wait_for_copy()
     assert saver.wait()
     log = [entry for i, entry in enumerate(cuda.log) if entry != cuda.log[i - 1]]
-    # after the update before; the host waits for the copy's end
-    assert log[:3] == ["saver waits for current", "copy on saver", "written"]
+    assert log[0] == "saver waits for current"  # the update before
+    assert log[1] == "copy on saver" and "copy on current" not in log
+    assert log.index("copy on saver") < log.index("current waits for saver")  # the update after
+    assert log.index("host waits for saver") < log.index("written")
     saved = read_bundle(tmp_path / "ckpt.pt")
     assert all(torch.equal(saved["model"][name], p) for name, p in bundle["model"].items())
 

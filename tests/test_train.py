@@ -1,12 +1,15 @@
 """train.py learns, logs its metrics, writes checkpoints and refuses mistakes."""
 import errno
+import fcntl
 import json
 import math
 import os
+import pty
 import shutil
 import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -233,6 +236,33 @@ def test_out_dir_may_have_any_name_in_any_locale(dataset, tmp_path):
 def test_micro_batches_must_divide_evenly_among_ranks(train):
     done = train(ranks=2, gradient_accumulation_steps=3, code=None)
     assert done.returncode != 0 and "gradient_accumulation_steps=3" in done.stderr
+
+
+@pytest.mark.slow
+def test_progress_is_one_line_in_a_terminal_many_in_a_pipe(train, dataset, tmp_path):
+    piped = train(out="piped").stdout
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 50, 0, 0))
+    process = subprocess.Popen(
+        command("train.py", out_dir=tmp_path / "tty", dataset=dataset, **TINY), stdout=theirs,
+        stderr=theirs, env=os.environ | {"COLUMNS": "", "OMP_NUM_THREADS": "1"})
+    os.close(theirs)
+    written = b""
+    try:
+        while block := os.read(ours, 1 << 16):
+            written += block
+    except OSError:  # Linux: the other side is closed
+        pass
+    assert process.wait() == 0
+    lines = [line.split("\r\033[K") for line in written.decode().split("\r\n")]
+    shown = [line[-1] for line in lines]
+    replaced = [live for line in lines for live in line[:-1]]
+    steps = [f"step {step}/40:" for step in range(5, 41, 5)]
+    assert [live[:len(step)] for live, step in zip(replaced, steps, strict=True)] == steps
+    assert max(map(len, replaced)) == 49  # the terminal's width less one
+    lasting = [line for line in piped.splitlines() if not line.startswith(tuple(steps))]
+    assert shown == [line.replace("piped", "tty") for line in lasting] + [""]
+    assert [line.split(" loss")[0] for line in piped.splitlines() if "left" in line] == steps
 
 
 def test_training_continues_when_stdout_closes(dataset, tmp_path):
