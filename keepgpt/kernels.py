@@ -117,10 +117,12 @@ class NormAndRotate(torch.autograd.Function):
         norm = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)  # (B, H, T, 1)
         scale = norm.square_().div_(D).add_(eps).rsqrt_()
         (a, b), (u, v) = unit.mul_(scale).chunk(2, -1), weight.chunk(2)
-        halves = ((a * (cos * u)).addcmul_(b, sin * v, value=-1),
-                  (b * (cos * v)).addcmul_(a, sin * u))
+        y = x.new_empty(B, H, T, D)
+        half = torch.mul(a, cos * u).addcmul_(b, sin * v, value=-1)
+        y[..., :D // 2] = half
+        y[..., D // 2:] = torch.mul(b, cos * v, out=half).addcmul_(a, sin * u)
         ctx.save_for_backward(unit, scale, weight, cos, sin)
-        return torch.cat(halves, -1, out=x.new_empty(B, H, T, D))
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple:
