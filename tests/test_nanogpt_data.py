@@ -42,7 +42,7 @@ def test_both_datasets_train_identically(place, checkpoint, dataset):
 def test_dataset_supplies_a_checkpoints_vocabulary(place, checkpoint):
     told = complaint(run("sample.py", code=None, init_from=checkpoint))
     assert "--dataset" in told
-    flags = {"init_from": checkpoint, "data_dir": place, "dataset": "tutorial"}
+    flags = {"init_from": checkpoint, "dataset": place / "tutorial"}
     sample = {"start": "HAM", "temperature": 0, "num_samples": 1, "max_new_tokens": 20}
     ours = run("sample.py", out_dir=place / "out", **sample)
     assert run("sample.py", **flags, **sample).stdout == ours.stdout
