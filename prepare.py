@@ -184,8 +184,8 @@ def prepare(config: PrepareConfig, given: dict[str, Any], paths: list[str]) -> N
     known = paths[0] if len(paths) == 1 and paths[0] in DATASETS else ""
     name = config.name or known
     if not paths or not name or os.path.basename(name) != name or name[0] == ".":
-        raise UserError(f"expected {', '.join(DATASETS)}, or files and folders with --name=NAME, a "
-                        f"folder in {config.data_dir}, got --name={name}. Try: --help")
+        raise UserError(f"expected {', '.join(DATASETS)}, or files and folders with --name=NAME, "
+                        f"a new folder in {config.data_dir}. Try: --help")
     if name in DATASETS and (name != known or given.keys() & {"tokenizer", "val_fraction"}):
         raise UserError(f"{name} has its own text, tokenizer and split. Try: --name=NAME for "
                         "another dataset")

@@ -51,7 +51,7 @@ from keepgpt.dataset import dataset_folder, read_meta
 from keepgpt.distributed import can_compile, pick_device, pick_dtype
 from keepgpt.kernels import pack_linear_layers
 from keepgpt.pretrained import crop_weights, read_weights
-from model import GPT, generate, load_model
+from model import GPT, ModelArgs, generate, load_model
 
 SMALL = 4e6  # parameters; below, weights stay in the CPU's cache, where float32 is fastest
 GPT2 = {"name": "GPT-2", "tokenizer": {"kind": "gpt2"}, "vocab_size": 50257}
@@ -71,6 +71,7 @@ def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
             origin += f", val loss {evaluation['val_loss']:.4f} at step {evaluation['step']}"
     else:
         args, state, data = read_weights(origin)
+    ModelArgs(**args)  # raises UserError for impossible sizes
     vocabulary = tokenizer.from_meta(find_meta(config, origin, args["vocab_size"], data))
     model = load_model(*crop_weights(args, state, vocabulary.vocab_size, args["block_size"]))
     return model.eval(), vocabulary, origin
@@ -118,7 +119,7 @@ def read_prompt(start: str, vocabulary: tokenizer.Tokenizer) -> list[int]:
         if start.startswith("FILE:"):
             start = Path(start.removeprefix("FILE:")).read_bytes().decode()
         return vocabulary.encode(start) or [vocabulary.eot or 0]
-    except (OSError, ValueError) as e:  # no such file, or a character without a token
+    except (OSError, ValueError, UserError) as e:  # no file, not UTF-8, or without a token
         raise UserError(f"--start: {e}") from None
 
 

@@ -49,6 +49,7 @@ from keepgpt.process import (
     UserError,
     lock_out_dir,
     run_or_exit,
+    warn,
 )
 from keepgpt.tokenizer import check_tokenizer, from_meta
 from model import GPT, ModelArgs, generate, load_model
@@ -108,7 +109,8 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks
     if bundle:
         config, changes = resume_config(config, given, bundle["config"])
         if len(bundle["rng"]) != ranks.world_size:
-            exact = config.elastic and bundle["config"].get("elastic")
+            repeats = ranks.device.type == "cpu" or config.deterministic
+            exact = config.elastic and bundle["config"].get("elastic") and repeats
             changes.append(f"ranks {len(bundle['rng'])} -> {ranks.world_size}"
                            + ("" if exact else ": the same losses up to rounding"))
     folder = dataset_folder(config.data_dir, config.dataset)
@@ -120,8 +122,6 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks
     # model
     torch.manual_seed(config.seed)
     if bundle:
-        if ranks.rank == 0:
-            print(f"resuming {config.out_dir} at step {bundle['step']}", *changes, sep=", ")
         model = load_model(bundle["model_args"] | {"dropout": config.dropout}, bundle["model"])
     elif (source := config.init_from.removeprefix("auto:")) in ("scratch", "auto"):
         model = GPT(ModelArgs(vocab_size=data["vocab_size"], dropout=config.dropout,
@@ -144,6 +144,8 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks
     saver = checkpoint.Saver(out_dir, config.keep_checkpoints,
                              bundle["best_val_loss"] if bundle else math.inf, metrics.sync,
                              ranks.device)
+    if bundle:
+        metrics.say(", ".join([f"resuming {config.out_dir} at step {run.step}", *changes]))
     machine = (f"{ranks.world_size} x {device_name(ranks.device)}, "
                + str(run.dtype).removeprefix("torch.")
                + (", compiled" if run.compiled_model is not model else ""))
@@ -151,7 +153,10 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks
     metrics.say(f"{parameters / 1e6:.2f}M parameters, {config.tokens_per_step:,} tokens/step, "
                 f"{data['tokens']['train']:,} of {data['name']}; {machine}")
     if out_dir:
-        write_card(config, data, run.step, machine)
+        try:
+            write_card(config, data, run.step, machine)
+        except OSError as e:
+            warn(f"not writing {out_dir}/README.md: {e}")
         if config.wandb_log:
             run.wandb_run_id = metrics.start_wandb(asdict(config), run.wandb_run_id)
     return run, saver, metrics
@@ -355,11 +360,12 @@ def halt_unless_healthy(run: Run, metrics: Metrics, saver: checkpoint.Saver) -> 
     if run.healthy:
         return
     saver.wait()
-    step = int(run.applied)
+    step, saved = int(run.applied), checkpoint.has_run(Path(run.config.out_dir))
     metrics.say(f"step {step + 1}: the loss or the gradient is not finite; the update was skipped "
                 "and the run ends.\nLikely causes: a learning rate that is too high (it was "
                 f"{get_lr(step, run.config):.2e}), too little warm-up, float16, or corrupt data.\n"
-                "Try: --init_from=resume with a lower --learning_rate.")
+                + ("Try: --init_from=resume with a lower --learning_rate or --dtype=bfloat16."
+                   if saved else "Nothing was saved before."))
     sys.exit(EXIT_NOT_FINITE)
 
 

@@ -1,9 +1,9 @@
 """Write out_dir/README.md, which says how the weights beside it were made."""
 import platform
 import shlex
-import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +27,7 @@ settings of the last start, saved as a config file with another `out_dir`, repea
 
 Data: {data}
 
-{starts}- {now:%Y-%m-%d %H:%M:%S} UTC, step {step}: `{command}`; {commit}; {machine}; {versions}
+{starts}- {now:%Y-%m-%d %H:%M:%S} UTC, step {step}: `{command}`; {code}; {machine}; {versions}
 """
 
 
@@ -40,9 +40,12 @@ def write_card(config: TrainConfig, data: dict[str, Any], step: int, machine: st
             warn(f"{path} is not about a run, and is not replaced")
             return
         starts += before
-    commit = shutil.which("git") and subprocess.run(
-        ["git", "describe", "--always", "--dirty=, changed", "--exclude=*", "--abbrev=40"],
-        cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    code = "not in git"
+    with suppress(OSError, subprocess.SubprocessError):
+        code = "commit " + subprocess.run(
+            ["git", "describe", "--always", "--dirty=, changed", "--exclude=*", "--abbrev=40"],
+            cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10,
+            check=True).stdout.strip()
     tokenizer = data["tokenizer"].get("name", data["tokenizer"]["kind"])
     text = CARD.format(
         settings="\n".join(f"{key} = {value!r}" for key, value in asdict(config).items()),
@@ -50,7 +53,7 @@ def write_card(config: TrainConfig, data: dict[str, Any], step: int, machine: st
                        if key != "files"),
         starts=starts, now=datetime.now(UTC), step=step,
         command=" ".join(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]).splitlines()),
-        commit=f"commit {commit}" if commit else "not in git", machine=machine,
+        code=code, machine=machine,
         versions=f"Python {platform.python_version()}, torch {torch.__version__}, "
                  f"numpy {np.__version__}")
     # a path may hold bytes that are not UTF-8

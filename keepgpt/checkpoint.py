@@ -16,6 +16,7 @@ import threading
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,8 @@ def is_best(folder: Path, step: int) -> bool:
 
 def has_run(folder: Path) -> bool:
     """Return True if a folder holds a checkpoint, intact or not."""
-    return any(folder.glob("ckpt*.pt")) or (folder / "best.pt").exists()
+    names = (folder / "ckpt.pt", folder / "best.pt")
+    return any(path.exists() for path in names) or bool(numbered(folder))
 
 
 def check_crc(path: Path) -> None:
@@ -177,13 +179,19 @@ def read_newest(folder: Path, prefer_best: bool = False) -> dict[str, Any]:
     """Return the bundle of the newest intact checkpoint, or with `prefer_best` of best.pt if that
     is intact. Print which ones are skipped. Raises CorruptCheckpoint if none is left."""
     newest, best = [folder / "ckpt.pt", *numbered(folder)], [folder / "best.pt"]
+    tried = []
     for path in filter(Path.exists, best + newest if prefer_best else newest + best):
+        if any(map(path.samefile, tried)):  # ckpt.pt is another name of a numbered checkpoint
+            continue
+        tried.append(path)
         try:
             return read_bundle(path)
         except (CorruptCheckpoint, OSError) as e:
             print(f"skipping {path}: {e}", file=sys.stderr)
-    raise CorruptCheckpoint(f"no intact checkpoint of keepGPT in {folder}. Try: another --out_dir; "
-                            f"for nanoGPT's, --init_from={folder / 'ckpt.pt'} --out_dir=<new one>")
+    hint = "another --out_dir"
+    if tried == newest[:1]:  # nanoGPT leaves such a folder
+        hint += f", or if another program wrote it --init_from={tried[0]} --out_dir=<new folder>"
+    raise CorruptCheckpoint(f"no intact checkpoint of keepGPT in {folder}. Try: {hint}")
 
 
 def check_finite(bundle: dict[str, Any]) -> None:
@@ -265,7 +273,9 @@ class Saver:
     def _copy(self, path: str, tensor: Tensor) -> Tensor:
         """Copy a tensor to the host; from CUDA, the copy is valid once the stream is done."""
         if path not in self.copies:
-            copy = self.copies[path] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            memory = mmap(-1, tensor.nbytes)  # pages of its own: a page can be pinned only once
+            copy = torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
+            self.copies[path] = copy
             if tensor.is_cuda:
                 # pin_memory=True would round up to a power of two; a failure only costs speed
                 torch.cuda.cudart().cudaHostRegister(copy.data_ptr(), copy.nbytes, 0)

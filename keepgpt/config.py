@@ -132,11 +132,14 @@ def resume_config(config: TrainConfig, given: dict[str, Any], saved_config: dict
     return resumed, list(changes.values())
 
 
-def convert(value: Any, kind: Any) -> Any:
-    """Return `value` as the type of a setting; a string may spell a number or a bool. Raises
+def options_of(kind: Any) -> list[Any]:
+    """Return the types and the strings that a setting takes, e.g. [bool, "auto"]."""
+    return [option for part in get_args(kind) or (kind,) for option in get_args(part) or (part,)]
+
+
+def convert(value: Any, options: list[Any]) -> Any:
+    """Return `value` as one of `options`; a string may spell a number or a bool. Raises
     ValueError, TypeError, OverflowError or SyntaxError."""
-    # the types and the strings that the setting takes, e.g. [bool, "auto"]
-    options = [option for part in get_args(kind) or (kind,) for option in get_args(part) or (part,)]
     if isinstance(value, str) and value in options:
         return value
     if bool in options and str(value).lower() in ("true", "1", "false", "0"):
@@ -159,10 +162,10 @@ def check(settings: type, key: str, value: Any, where: str) -> Any:
         raise UserError(f"{where}: unknown key {key!r}; "
                         + (f"did you mean {near[0]}?" if near else "--help lists the keys"))
     try:
-        value = convert(value, known[key].type)
+        value = convert(value, options_of(known[key].type))
     except (ValueError, TypeError, OverflowError, SyntaxError):
-        kind = inspect.formatannotation(known[key].type)
-        raise UserError(f"{where}: {key}: expected {kind}, got {value!r}") from None
+        names = [getattr(option, "__name__", option) for option in options_of(known[key].type)]
+        raise UserError(f"{where}: {key}: expected {' or '.join(names)}, got {value!r}") from None
     if value == "" and known[key].default:
         raise UserError(f"{where}: {key} must not be empty")
     if type(value) in (int, float):
@@ -185,7 +188,8 @@ def read_config_file(settings: type, path: str) -> dict[str, Any]:
     try:
         source = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as e:
-        raise UserError(f"{path}: {e}") from None
+        raise UserError(f"{path}: {getattr(e, 'strerror', None) or e}. Try: "
+                        "config/train_plays_cpu.py") from None
     defaults = {f.name: f.default for f in fields(settings)}
     namespace = {"__builtins__": vars(builtins) | defaults, "__name__": "config", "__file__": path}
     try:

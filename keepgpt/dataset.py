@@ -38,7 +38,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         if wrong or meta["dtype"] not in ("uint16", "uint32"):
             raise ValueError(f"{', '.join(wrong) or 'dtype'} missing or wrong")
         for split in SPLITS:
-            sum(split_files(meta, split).values())
+            sum((meta["tokens"][split], *split_files(meta, split).values()))
         return meta
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise BadData(f"{path}: corrupt or unfinished ({e!r}). Try: prepare.py again") from None

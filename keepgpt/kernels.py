@@ -67,7 +67,7 @@ def has_own_backward(x: Tensor) -> bool:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019),
-    in the dtype of `weight`."""
+    computed in the dtype of `weight`."""
     norm = RMSNormFunction.apply if has_own_backward(x) else F.rms_norm
     return norm(x.to(weight.dtype), weight.shape, weight, eps)
 
@@ -156,7 +156,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             x_cast, weight_cast = x.to(dtype), weight.to(dtype)
             loss = torch.zeros((), dtype=wide, device=x.device)
-            dx, dweight = [], torch.zeros_like(weight)
+            dx, dweight = [], torch.zeros_like(weight) if needs_grad else None
             for chunk, target in zip(x_cast.split(rows), targets.split(rows)):
                 logits = (chunk @ weight_cast.T).to(wide)  # (R, V or more)
                 logits[:, V:] = -math.inf  # ignore the padding of the vocabulary

@@ -85,13 +85,15 @@ class Split:
         self.offsets = tokens - self.windows * block_size if shift else 1
 
     def read(self, start: int, count: int) -> bytes:
-        """Return tokens start ... start + count - 1 of the sequence. Raises BadData for an id
-        outside the vocabulary."""
+        """Return tokens start ... start + count - 1 of the sequence. Raises BadData for a file that
+        was truncated since, and for an id outside the vocabulary."""
         size, parts = self.dtype.itemsize, []
         i = bisect_right(self.ends, start) - 1
         while count:
             n, place = min(count, self.ends[i + 1] - start), start - self.ends[i]
             part = os.pread(self.files[i].fileno(), n * size, place * size)
+            if len(part) < n * size:
+                raise BadData(f"{self.files[i].name}: truncated. Try: prepare.py again")
             if (largest := np.frombuffer(part, self.dtype).max(initial=0)) >= self.vocab_size:
                 raise BadData(f"{self.files[i].name}: expected token ids below {self.vocab_size}, "
                               f"got {largest}: the file is corrupt. Try: prepare.py again")
@@ -109,7 +111,7 @@ class Split:
                  + key % np.uint64(self.offsets))
         rows = b"".join(self.read(s, self.block_size + 1) for s in start.tolist())
         window = torch.from_numpy(np.frombuffer(rows, self.dtype).astype(np.int64))
-        window = window.view(count, -1)  # (count, T + 1)
+        window = window.view(count, self.block_size + 1)  # (count, T + 1)
         return window[:, :-1], window[:, 1:]
 
 

@@ -56,7 +56,7 @@ class Metrics:
     def log(self, row: dict[str, Any], **summary: Any) -> None:
         """Log a row, and `summary` to wandb's summary. If the disk is full, rows are written later;
         no checkpoint is saved before them."""
-        if self.file:
+        if self.file is not None:
             with self.lock:
                 self.rows += json.dumps(row).encode() + b"\n"
                 try:

@@ -44,6 +44,9 @@ def read_weights(source: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
     if not path.exists():
         raise UserError(f"init_from={source}: no such file, folder or model. "
                         f"Try: one of {', '.join(NAMES)}, or OWNER/NAME of a Qwen3")
+    if (path / "ckpt.pt").exists():
+        raise UserError(f"init_from={source}: expected a file, got a run's folder. "
+                        f"Try: --init_from={path / 'ckpt.pt'}")
     if path.is_dir():
         data = {"tokenizer": {"kind": "gpt2"}} if gpt2 else read_tokenizer(path)
         return *read_hugging_face(path), data

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,7 +19,8 @@ EXIT_MISTAKE = 2  # the command, a file or the machine must be changed first
 EXIT_NOT_FINITE = 3  # trying again would meet the same numbers
 EXIT_STOPPED = 75  # by a signal, everything saved: the same command with init_from=auto resumes
 EXIT_INTERRUPTED = 130  # by another Ctrl-C
-MISTAKES = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS)
+MISTAKES = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS,
+            errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
 
@@ -53,9 +55,11 @@ def run_or_exit(work: Callable[[], Any], hint: str = "") -> Any:
                   "continue with --init_from=auto")
         sys.exit(EXIT_STOPPED)
     except BrokenPipeError:  # stdout's reader has left, as `| head` does
-        os._exit(0)
+        os._exit(EXIT_FAILED)
     except OSError as e:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # a flush of stdout would fail again
+        with suppress(OSError):  # of stdout
+            sys.stdout.flush()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # a flush at the end would fail again
         exit_with(e, EXIT_MISTAKE if e.errno in MISTAKES else EXIT_FAILED)
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and not re.search("out of memory|allocate", str(e)):
@@ -154,7 +158,7 @@ class Signals:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, _frame: Any) -> None:
-        # torchrun sends the terminal's Ctrl-C again: that is not another one
+        # torchrun sends the terminal's Ctrl-C again, at once: that is not another one
         if number == signal.SIGINT and self.received and time.monotonic() > self.received + 1:
             os._exit(EXIT_INTERRUPTED)
         self.received = self.received or time.monotonic()

@@ -40,6 +40,8 @@ TEXTS = {  # what meta.json says about them; the `files` are those of train and 
         "files": ["data/train-*.parquet", "data/validation-*.parquet"],
         "revision": "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"},
 }
+HUB_FILES = {"Skylion007/openwebtext": 80, "HuggingFaceFW/fineweb-edu": 14,
+             "roneneldan/TinyStories": 5}  # the number of files of train and val
 TINYSHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/"
                    "data/tinyshakespeare/input.txt")
 SUFFIXES = (  # of the files that a folder is searched for
@@ -82,7 +84,8 @@ def open_shards(source: dict[str, Any], val_fraction: float, data_dir: Path) -> 
         text = read_known(source["text"], data_dir / "tinyshakespeare" / "input.txt")
         return [Shard(lambda: iter([io.StringIO(text)]), 1, val_fraction)]
     if "hub" in source:
-        train, val = download_files(source)  # `shares`: file -> its val_fraction
+        train, val = download_files(source)
+        # file -> its val_fraction
         shares = dict.fromkeys(train, val_fraction) | dict.fromkeys(val, 1.0)
     else:
         shares = dict.fromkeys(find_files(source["paths"]), val_fraction)
@@ -102,8 +105,12 @@ def download_files(source: dict[str, Any]) -> list[list[str]]:
     except Exception as e:  # of several packages
         raise UserError(f"{source['hub']}: cannot be downloaded ({e}). Try: the same command again"
                         ) from None
-    return [find_files([os.path.join(glob.escape(folder), pattern)]) if pattern else []
-            for pattern in source["files"]]
+    found = [find_files([os.path.join(glob.escape(folder), pattern)]) if pattern else []
+             for pattern in source["files"]]
+    if (count := sum(map(len, found))) != HUB_FILES[source["hub"]]:
+        raise UserError(f"{folder}: expected {HUB_FILES[source['hub']]} files, got {count}. Try: "
+                        "the same command again, with a network")
+    return found
 
 
 def read_known(name: str, path: Path) -> str:

@@ -383,6 +383,7 @@ def test_generation_on_cuda_mixes_no_devices(fake):
 def test_a_snapshot_of_cuda_tensors_is_on_the_host(fake, tmp_path, monkeypatch):
     Streams(monkeypatch)
     saver, live = Saver(tmp_path, 2, 0.0, lambda: None, CUDA), fake.state_dict()
+    saver.copies = {f"/{name}": torch.empty_like(p, device="cpu") for name, p in live.items()}
     bundle = runtime.map_tensors(saver._copy, live)
     assert bundle.keys() == live.keys()
     for name, p in bundle.items():

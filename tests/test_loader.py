@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -355,6 +356,17 @@ def test_a_missing_or_truncated_file_is_named(data, tmp_path):
     os.truncate(tmp_path / "x" / "train.bin", 1000)
     with pytest.raises(BadData, match="train.bin: expected 1,000 .*got 500"):
         split(8, files={"train.bin": 1000})
+
+
+def test_a_file_truncated_while_it_is_open_is_refused(data):
+    data(1000)
+    a_split = split(8)
+    os.truncate(a_split.files[0].name, 700 * 2)
+    for first in range(a_split.windows):
+        with suppress(BadData):
+            assert a_split.rows(first, 1)[0].shape == (1, 8)
+    with pytest.raises(BadData, match="truncated"):
+        a_split.rows(0, a_split.windows)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory from /proc")

@@ -112,7 +112,7 @@ def test_a_reader_that_has_seen_enough_ends_it(trained):
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     process.stdout.read(5)
     process.stdout.close()
-    assert "Traceback" not in process.stderr.read() and process.wait(timeout=60) == 0
+    assert "Traceback" not in process.stderr.read() and process.wait(timeout=60) == 1
 
 
 def test_a_truncated_best_checkpoint_is_named(trained, tmp_path):
