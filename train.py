@@ -82,7 +82,7 @@ class Run:
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "rng": self.ranks.gather(rng_state(self.ranks.device)),
-                "threads": torch.get_num_threads(),
+                "threads": torch.get_num_threads(), "torch": str(torch.__version__),
                 "config": asdict(self.config), "model_args": asdict(self.model.args),
                 "data": self.data, "evaluation": self.evaluation,
                 "best_val_loss": best_val_loss, "wandb_run_id": self.wandb_run_id}
@@ -108,11 +108,6 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks
     # data
     if bundle:
         config, changes = resume_config(config, given, bundle["config"])
-        if len(bundle["rng"]) != ranks.world_size:
-            repeats = ranks.device.type == "cpu" or config.deterministic
-            exact = config.elastic and bundle["config"].get("elastic") and repeats
-            changes.append(f"ranks {len(bundle['rng'])} -> {ranks.world_size}"
-                           + ("" if exact else ": the same losses up to rounding"))
     folder = dataset_folder(config.data_dir, config.dataset)
     data = read_meta(folder)
     if bundle and data["fingerprint"] != bundle["data"]["fingerprint"]:
@@ -145,6 +140,7 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks
                              bundle["best_val_loss"] if bundle else math.inf, metrics.sync,
                              ranks.device)
     if bundle:
+        changes += list_roundings(config, bundle, ranks)
         metrics.say(", ".join([f"resuming {config.out_dir} at step {run.step}", *changes]))
     machine = (f"{ranks.world_size} x {device_name(ranks.device)}, "
                + str(run.dtype).removeprefix("torch.")
@@ -160,6 +156,20 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks
         if config.wandb_log:
             run.wandb_run_id = metrics.start_wandb(asdict(config), run.wandb_run_id)
     return run, saver, metrics
+
+
+def list_roundings(config: TrainConfig, bundle: dict[str, Any], ranks: Ranks) -> list[str]:
+    """Return a line for each change since a checkpoint that may round sums in another way."""
+    cpu = ranks.device.type == "cpu"
+    exact = config.elastic and bundle["config"].get("elastic") and (cpu or config.deterministic)
+    lines = []
+    for what, before, now in (("ranks", len(bundle["rng"]), ranks.world_size),
+                              ("threads", bundle.get("threads"), torch.get_num_threads()),
+                              ("torch", bundle.get("torch"), str(torch.__version__))):
+        if before not in (None, now) and (cpu or what != "threads"):
+            lines.append(f"{what} {before} -> {now}" + (
+                "" if what == "ranks" and exact else ": the same losses up to rounding"))
+    return lines
 
 
 def build_run(config: TrainConfig, ranks: Ranks, data: dict[str, Any], loader: Loader,

@@ -16,7 +16,7 @@ import threading
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
-from mmap import mmap
+from mmap import MAP_PRIVATE, mmap
 from pathlib import Path
 from typing import Any
 
@@ -273,7 +273,8 @@ class Saver:
     def _copy(self, path: str, tensor: Tensor) -> Tensor:
         """Copy a tensor to the host; from CUDA, the copy is valid once the stream is done."""
         if path not in self.copies:
-            memory = mmap(-1, tensor.nbytes)  # pages of its own: a page can be pinned only once
+            # pages of its own: a page can be pinned only once
+            memory = mmap(-1, tensor.nbytes, flags=MAP_PRIVATE)
             copy = torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
             self.copies[path] = copy
             if tensor.is_cuda:

@@ -83,7 +83,7 @@ class Ranks:
     def any(self, flag: bool) -> bool:
         """Return True if the flag is set on any rank."""
         if self.world_size == 1:
-            return flag
+            return bool(flag)
         count = torch.tensor([float(flag)])
         dist.all_reduce(count, group=self.control)
         return bool(count)

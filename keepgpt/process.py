@@ -48,6 +48,7 @@ def run_or_exit(work: Callable[[], Any], hint: str = "") -> Any:
     except UserError as e:
         exit_with(e)
     except KeyboardInterrupt:
+        print()  # after the terminal's ^C
         sys.exit(EXIT_INTERRUPTED)
     except Stopped:
         if os.environ.get("RANK", "0") == "0":
@@ -91,6 +92,12 @@ def sync(path: str | os.PathLike) -> None:
         os.close(handle)
 
 
+def die_with_parent() -> None:
+    """Let Linux kill this process when the one that started it ends, however that happens."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def prepare_process() -> None:
     """Set what makes this process faster and safer, before it loads torch."""
     # waiting threads spin for some microseconds, then sleep. Sleeping at once halves an idle
@@ -103,9 +110,8 @@ def prepare_process() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-    if "RANK" in os.environ and sys.platform == "linux":
-        # a rank dies with its torchrun: else it would keep the GPU and the lock
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if "RANK" in os.environ:
+        die_with_parent()  # that is torchrun: else a rank would keep the GPU and the lock
 
 
 def write_atomically(path: Path, content: bytes) -> None:

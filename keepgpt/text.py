@@ -171,13 +171,17 @@ def find_files(paths: list[str]) -> list[str]:
 
 
 def list_folder(path: str) -> list[str]:
-    """Return the files of text in a folder, except those in hidden or linked subfolders."""
+    """Return the files of text in a folder and its subfolders, except hidden ones."""
     def stop(error: OSError) -> None:
         raise error
 
-    files = []
-    for folder, folders, names in os.walk(path, onerror=stop):
-        folders[:] = [name for name in folders if name[0] != "."]
+    files, seen = [], set()
+    for folder, folders, names in os.walk(path, onerror=stop, followlinks=True):
+        if os.path.realpath(folder) in seen:  # by a link
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        folders[:] = sorted(name for name in folders if name[0] != ".")
         files += [os.path.join(folder, name) for name in names
                   if name[0] != "." and name.lower().endswith(tuple(SUFFIXES.split()))]
     return files

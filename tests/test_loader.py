@@ -199,7 +199,8 @@ META = {"name": "x", "tokenizer": {"kind": "char", "chars": "ab"}, "vocab_size":
     "", '{"dtype": ', "[]", "{}", '"text"', *(json.dumps(META | change) for change in (
         {"dtype": "float32"}, {"vocab_size": "2"}, {"tokens": {"train": 2}},
         {"tokens": [1, 2]}, {"tokenizer": None}, {"files": {"train": {}}}, {"files": []},
-        {"files": {"train": {"train.bin": 2}, "val": ["val.bin"]}}))])
+        {"files": {"train": {"train.bin": 2}, "val": ["val.bin"]}},
+        {"files": {"train": {"train.bin": 2}, "val": {"val.bin": 2}}, "tokens": {}}))])
 def test_a_corrupt_meta_json_is_refused(data, text):
     Path("x/meta.json").write_text(text)
     with pytest.raises(BadData, match="x/meta.json"):

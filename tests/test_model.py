@@ -385,6 +385,12 @@ def test_what_is_no_checkpoint_is_refused_in_one_line_that_names_it(tmp_path, co
     assert "\n" not in str(refused.value)
 
 
+def test_a_runs_folder_is_answered_with_its_checkpoint(tmp_path):
+    (tmp_path / "ckpt.pt").touch()
+    with pytest.raises(UserError, match=f"Try: --init_from={tmp_path}/ckpt.pt"):
+        read_weights(str(tmp_path))
+
+
 def test_a_checkpoint_never_runs_code(tmp_path):
     class Trap:
         def __reduce__(self):

@@ -541,6 +541,14 @@ def test_file_with_several_links_counts_once(tmp_path):
     assert meta["source"]["files"] == 2
 
 
+def test_folders_behind_links_are_searched(tmp_path):
+    for name in ("d", "elsewhere"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "text.txt").write_text(f"text of {name} " * 9)
+    (tmp_path / "d/link").symlink_to(tmp_path / "elsewhere")
+    assert prepare(tmp_path, "d")[0]["source"]["files"] == 2
+
+
 @pytest.mark.slow
 def test_changed_or_corrupt_dataset_is_prepared_again(tmp_path):
     text, folder = tmp_path / "a.txt", tmp_path / "data" / "x"
@@ -594,6 +602,16 @@ def test_hub_dataset_is_downloaded_once(hub, hub_folder, tmp_path):
     assert joined(tmp_path / "again/tinystories") == (meta, *splits)
     next((tmp_path / "home").rglob("train-00002*")).unlink()
     run("prepare.py", "tinystories", data_dir=tmp_path / "less", env=offline, code=2)
+
+
+def test_an_incomplete_download_is_refused(hub_folder, tmp_path, monkeypatch):
+    shutil.copytree(hub_folder, tmp_path / "cache")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: f"{tmp_path}/cache")
+    source = corpora.TEXTS["tinystories"]
+    assert list(map(len, corpora.download_files(source))) == [4, 1]
+    next((tmp_path / "cache/data").glob("train-*")).unlink()
+    with pytest.raises(UserError, match="expected 5 files, got 4"):
+        corpora.download_files(source)
 
 
 def test_hub_without_a_network_is_one_line(tmp_path):

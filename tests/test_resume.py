@@ -11,6 +11,7 @@ import torch
 from conftest import REPO, TINY, bits, command, complaint, rows, run, start
 
 from keepgpt import checkpoint
+from keepgpt.checkpoint import Disk
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -300,6 +301,34 @@ def test_only_rank_0_needs_out_dir(dataset, tmp_path):
 def test_a_changed_number_of_ranks_is_printed(train, tmp_path):
     train(max_iters=2)
     assert "ranks 1 -> 2" in train(init_from="resume", max_iters=4, ranks=2).stdout
+
+
+def test_another_version_or_number_of_threads_is_printed(train, tmp_path):
+    train(max_iters=2)
+    for path in tmp_path.glob("out/*.pt"):
+        bundle = torch.load(path, weights_only=True)
+        path.unlink()
+    checkpoint.commit(bundle | {"torch": "2.6.0", "threads": 7}, tmp_path / "out", 2, False, Disk())
+    said = train(init_from="resume", max_iters=3).stdout
+    assert "torch 2.6.0 -> " in said and "threads 7 -> 1" in said
+    assert "->" not in train(init_from="resume", max_iters=3).stdout
+
+
+def test_a_corrupt_checkpoint_is_read_once(train, tmp_path):
+    train(max_iters=20)
+    newest = tmp_path / "out/ckpt.pt"
+    os.truncate(newest, newest.stat().st_size - 1)  # also as ckpt-00000020.pt and best.pt
+    assert train(init_from="resume", code=2).stderr.count("skipping ") == 1
+
+
+def test_a_resume_without_a_reader_does_not_claim_success(train, dataset, tmp_path):
+    """A restart loop takes exit code 0 for a run at max_iters."""
+    train(max_iters=20)
+    process = start("train.py", **TINY | {"dataset": dataset, "out_dir": tmp_path / "out",
+                                          "init_from": "resume", "max_iters": 40})
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0
+    assert rows(tmp_path / "out")[-1]["step"] == 40
 
 
 def test_another_ctrl_c_exits_at_once(tmp_path):

@@ -1,5 +1,4 @@
-"""What all tools share: the command line, the end of a process, and how far a run is."""
-import ctypes
+"""What all tools share: the command line, and how far a run is."""
 import json
 import signal
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from keepgpt.config import command_line
-from keepgpt.process import PR_SET_PDEATHSIG, run_or_exit
+from keepgpt.process import run_or_exit
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -25,12 +24,6 @@ def run_tool(settings: type, usage: str, main: Callable[[Any, list[str]], int | 
     config, _, args = command_line(settings, usage)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(run_or_exit(lambda: main(config, args)))
-
-
-def die_with_parent() -> None:
-    """Let Linux kill this process when the one that started it ends, however that happens."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def last_step(out: Path) -> int:

@@ -27,7 +27,7 @@ from tools.common import REPO
 MEASURED = REPO / "docs" / "measured.json"
 PAGES = (REPO / "docs" / "BENCHMARKS.md", REPO / "docs" / "DISTRIBUTED.md")
 NEW_PROCESS = """import json, pickle, sys
-from tools.common import die_with_parent
+from keepgpt.process import die_with_parent
 die_with_parent()
 print(json.dumps(pickle.load(sys.stdin.buffer)()))"""
 Row = dict[str, float | str]

@@ -18,8 +18,8 @@ import torch
 import train
 from keepgpt.checkpoint import CorruptCheckpoint, read_bundle, read_newest
 from keepgpt.config import TrainConfig, parse
-from keepgpt.process import UserError
-from tools.common import REPO, die_with_parent
+from keepgpt.process import UserError, die_with_parent
+from tools.common import REPO
 
 TIME_LIMIT = 300  # seconds; a process that takes longer hangs
 
@@ -119,9 +119,9 @@ def digest(value: Any) -> str:
 
 
 def state_of(bundle: dict[str, Any]) -> str:
-    """Return the digest of all that a checkpoint holds, except for the run's name and folder and,
-    in an elastic run, the generators, whose number is that of the ranks."""
-    left_out = ("run", "config", *(["rng"] if bundle["config"]["elastic"] else []))
+    """Return the digest of all that a checkpoint holds, except for the settings, which name its
+    folder, and in an elastic run the generators, whose number is that of the ranks."""
+    left_out = ("config", *(["rng"] if bundle["config"]["elastic"] else []))
     return digest({key: value for key, value in bundle.items() if key not in left_out})
 
 
