@@ -57,6 +57,7 @@ def test_tools_same_compares_the_states_of_runs(train, tmp_path, alone_out):
     complaint(run("tools.same", alone_out, code=2))
 
 
+@pytest.mark.slow
 def test_a_run_may_change_ranks_bit_identical(train, tmp_path, alone):
     for ranks, steps in ((4, 5), (1, 10), (2, 15), (4, 20)):
         done = train(ranks=ranks, elastic=True, **FLAGS | {"max_iters": steps})
@@ -90,6 +91,7 @@ def test_resuming_a_ddp_run_does_not_promise_equal_bits(train):
     assert "1 -> 2: " in done.stdout and "rounding" in done.stdout
 
 
+@pytest.mark.slow
 def test_plain_ddp_rounds_differently_on_two_ranks(train, tmp_path):
     """Without a difference here the tests above would show nothing."""
     for ranks in (1, 2):

@@ -344,6 +344,7 @@ def test_text_and_jsonl_and_parquet_together(tmp_path):
         assert tokens == expected[1:]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
 def test_memory_does_not_grow_with_the_number_of_files(shakespeare, tmp_path):
     texts = [shakespeare[i:i + 1000] for i in range(0, 2_500_000, 1000)]
@@ -651,6 +652,7 @@ def test_killed_preparation_continues(hub_folder, tmp_path):
     assert early and all(path.stat().st_mtime_ns == time for path, time in early.items())
 
 
+@pytest.mark.slow
 def test_shards_of_another_request_are_not_used(hub_folder, play, tmp_path):
     source, folder = hub_folder / "data", tmp_path / "x"
 

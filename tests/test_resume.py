@@ -14,7 +14,7 @@ from keepgpt import checkpoint
 from keepgpt.checkpoint import Disk
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_twenty_steps_and_twenty_more_equal_forty(train, tmp_path, ranks):
     train(out="whole", ranks=ranks)
     train(out="parts", ranks=ranks, max_iters=20)
@@ -25,6 +25,7 @@ def test_twenty_steps_and_twenty_more_equal_forty(train, tmp_path, ranks):
     assert bits(tmp_path / "whole/ckpt.pt") != bits(tmp_path / "other/ckpt.pt")
 
 
+@pytest.mark.slow
 def test_four_ranks_resume_bit_identical(train, tmp_path):
     """DDP's order of addition matters with more than two ranks and several buckets."""
     flags = {"ranks": 4, "n_embd": 256, "n_layer": 4, "block_size": 16, "batch_size": 1,
@@ -112,6 +113,7 @@ def test_a_moved_folder_resumes_in_its_new_place(train, tmp_path):
     assert saved["step"] == 30 and saved["config"]["out_dir"] == "out"
 
 
+@pytest.mark.slow
 def test_a_corrupt_checkpoint_is_skipped_for_an_older_one(train, tmp_path):
     train(out="whole")
     train(out="parts", max_iters=20)
@@ -282,6 +284,7 @@ def test_a_malicious_pickle_runs_no_code(train, tmp_path):
     assert os.path.exists(planted)
 
 
+@pytest.mark.slow
 def test_only_rank_0_needs_out_dir(dataset, tmp_path):
     """Each rank gets its own working folder, as on separate machines."""
     wrapper = tmp_path / "on_its_own_machine.py"

@@ -22,6 +22,7 @@ import train as script
 from keepgpt import config as configurator
 
 
+@pytest.mark.slow
 def test_loss_falls(train, tmp_path):
     train(dropout=0.0, max_iters=200, lr_decay_iters=200, eval_interval=100, eval_iters=1000)
     losses = [row["val_loss"] for row in rows(tmp_path / "out", "val_loss")]
@@ -52,6 +53,7 @@ def test_evaluation_does_not_change_training(train, tmp_path):
     assert rows(tmp_path / "often", "loss") == rows(tmp_path / "seldom", "loss")
 
 
+@pytest.mark.slow
 def test_one_and_two_ranks_agree_to_rounding(train, tmp_path):
     train(out="one", dtype="float32", log_interval=1)
     train(out="two", dtype="float32", log_interval=1, ranks=2)
