@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from keepgpt.errors import UserError
 from keepgpt.kernels import (
     LinearCrossEntropy,
     attend,
@@ -22,7 +23,6 @@ from keepgpt.kernels import (
     norm_and_rotate,
     rms_norm,
 )
-from keepgpt.process import UserError
 
 
 @dataclass(frozen=True)

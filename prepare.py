@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from keepgpt.config import command_line, setting
 from keepgpt.dataset import SPLITS, dataset_folder, split_files
-from keepgpt.process import UserError, lock_out_dir, run_or_exit, sync, write_atomically
+from keepgpt.errors import UserError, run_or_exit
+from keepgpt.files import lock_out_dir, sync, write_atomically
 from keepgpt.text import DATASETS, TEXTS, Shard, describe_files, open_shards, read_block
 from keepgpt.tokenizer import Tokenizer, describe_tokenizer, from_meta, train_bpe
 

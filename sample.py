@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from keepgpt.config import command_line, setting
-from keepgpt.process import UserError, exit_with, run_or_exit
+from keepgpt.errors import UserError, exit_with, run_or_exit
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ import torch
 from keepgpt import tokenizer
 from keepgpt.checkpoint import has_run, read_newest
 from keepgpt.dataset import dataset_folder, read_meta
-from keepgpt.distributed import can_compile, pick_device, pick_dtype
+from keepgpt.device import can_compile, pick_device, pick_dtype
 from keepgpt.kernels import pack_linear_layers
 from keepgpt.pretrained import crop_weights, read_weights
 from model import GPT, ModelArgs, generate, load_model

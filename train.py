@@ -27,30 +27,15 @@ from keepgpt import checkpoint
 from keepgpt.card import write_card
 from keepgpt.config import ARCHITECTURE, resume_config
 from keepgpt.dataset import dataset_folder, read_meta
-from keepgpt.distributed import (
-    Ranks,
-    can_compile,
-    device_name,
-    join_ranks,
-    peak_flops,
-    pick_dtype,
-    restore_rng,
-    rng_state,
-)
+from keepgpt.device import can_compile, device_name, peak_flops, pick_dtype, restore_rng, rng_state
+from keepgpt.errors import EXIT_FAILED, EXIT_NOT_FINITE, EXIT_STOPPED, UserError, run_or_exit, warn
+from keepgpt.files import lock_out_dir
 from keepgpt.loader import Loader, Split, seed_of
 from keepgpt.metrics import Metrics
 from keepgpt.optim import get_lr, make_optimizer, set_rates
 from keepgpt.pretrained import crop_weights, read_weights
-from keepgpt.process import (
-    EXIT_FAILED,
-    EXIT_NOT_FINITE,
-    EXIT_STOPPED,
-    Signals,
-    UserError,
-    lock_out_dir,
-    run_or_exit,
-    warn,
-)
+from keepgpt.ranks import Ranks, join_ranks
+from keepgpt.signals import Signals
 from keepgpt.tokenizer import check_tokenizer, from_meta
 from model import GPT, ModelArgs, generate, load_model
 

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from keepgpt.config import TrainConfig
-from keepgpt.process import warn, write_atomically
+from keepgpt.errors import warn
+from keepgpt.files import write_atomically
 
 STARTS = "## Starts\n\n"
 CARD = """# A run of keepGPT

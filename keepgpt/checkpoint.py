@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keepgpt.distributed import map_tensors
-from keepgpt.process import UserError, sync
+from keepgpt.errors import UserError
+from keepgpt.files import sync
+from keepgpt.ranks import map_tensors
 
 FORMAT = 1
 # ends each file, with the CRC32 of everything before it: torch.load does not check the zip's own

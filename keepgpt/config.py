@@ -15,7 +15,8 @@ from math import inf
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from keepgpt.process import UserError, prepare_process, run_or_exit, warn
+from keepgpt.errors import UserError, run_or_exit, warn
+from keepgpt.signals import prepare_process
 
 # what nanoGPT's train.py has imported before it runs a config file
 MODULES = {"os": "os", "time": "time", "math": "math", "pickle": "pickle", "np": "numpy",

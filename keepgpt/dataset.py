@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from keepgpt.process import UserError, warn
+from keepgpt.errors import UserError, warn
 
 META_TYPES = {"name": str, "tokenizer": dict, "vocab_size": int, "dtype": str, "tokens": dict,
               "fingerprint": str}

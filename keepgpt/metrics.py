@@ -8,7 +8,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from keepgpt.process import warn, write_atomically
+from keepgpt.errors import warn
+from keepgpt.files import write_atomically
 
 
 class Metrics:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from keepgpt.config import TrainConfig
-from keepgpt.process import UserError
+from keepgpt.errors import UserError
 
 # Newton-Schulz's polynomial a x + b x^3 + c x^5, and how often to apply it (Jordan et al. 2024)
 COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5

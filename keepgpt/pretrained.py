@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from keepgpt.config import ARCHITECTURE
-from keepgpt.process import UserError, import_package
+from keepgpt.errors import UserError, import_package
 
 ARGS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout")  # nanoGPT's
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")

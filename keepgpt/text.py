@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from keepgpt.process import UserError, import_package
+from keepgpt.errors import UserError, import_package
 
 ROWS = 1000  # of a Parquet file, in memory at a time
 DATASETS = {  # name -> (its text, its tokenizer, its val_fraction); the first two are nanoGPT's

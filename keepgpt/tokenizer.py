@@ -18,7 +18,7 @@ import numpy as np
 import tiktoken.registry
 from tiktoken_ext import openai_public
 
-from keepgpt.process import UserError, import_package, warn
+from keepgpt.errors import UserError, import_package, warn
 
 EOT = "<|endoftext|>"
 # of encoder.json: token -> id, in the order of the merges: the ids are the ranks as well

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import complaint, run
 
-from keepgpt.process import UserError
+from keepgpt.errors import UserError
 from model import GPT
 from tools import gpu, measure
 from tools.bench import __main__ as bench

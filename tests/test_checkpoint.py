@@ -15,8 +15,8 @@ from conftest import REPO, TINY, bits, run
 
 from keepgpt import checkpoint
 from keepgpt.checkpoint import CorruptCheckpoint, Disk, Saver, commit, read_bundle, read_newest
-from keepgpt.distributed import Ranks
 from keepgpt.metrics import Metrics
+from keepgpt.ranks import Ranks
 from train import record_evaluation
 
 

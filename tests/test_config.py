@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from keepgpt.config import TrainConfig, parse
-from keepgpt.process import UserError, exit_with
+from keepgpt.errors import UserError, exit_with
 from sample import SampleConfig
 
 ROOT = Path(__file__).parents[1]
@@ -259,7 +259,7 @@ def test_unused_names_in_a_file_are_listed_in_one_line(file, capsys):
 def test_the_users_thread_spin_setting_is_kept(theirs, spins):
     env = {key: value for key, value in os.environ.items()
            if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | theirs
-    program = ("import os; from keepgpt.process import prepare_process; prepare_process(); "
+    program = ("import os; from keepgpt.signals import prepare_process; prepare_process(); "
                "print(os.getenv('GOMP_SPINCOUNT'))")
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True,
                           text=True)

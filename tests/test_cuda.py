@@ -13,14 +13,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from keepgpt import distributed as runtime
+from keepgpt import device as runtime
 from keepgpt.checkpoint import Disk, Saver, read_bundle
 from keepgpt.config import TrainConfig
-from keepgpt.distributed import Ranks
+from keepgpt.errors import EXIT_NOT_FINITE
 from keepgpt.kernels import LinearCrossEntropy
 from keepgpt.loader import Loader, Split
 from keepgpt.optim import AdamW
-from keepgpt.process import EXIT_NOT_FINITE
+from keepgpt.ranks import Ranks, map_tensors
 from model import GPT, KVCache, ModelArgs, generate
 from train import build_run, compute_gradient, evaluate, halt_unless_healthy, update
 
@@ -384,7 +384,7 @@ def test_a_snapshot_of_cuda_tensors_is_on_the_host(fake, tmp_path, monkeypatch):
     Streams(monkeypatch)
     saver, live = Saver(tmp_path, 2, 0.0, lambda: None, CUDA), fake.state_dict()
     saver.copies = {f"/{name}": torch.empty_like(p, device="cpu") for name, p in live.items()}
-    bundle = runtime.map_tensors(saver._copy, live)
+    bundle = map_tensors(saver._copy, live)
     assert bundle.keys() == live.keys()
     for name, p in bundle.items():
         assert p.device == CPU and p.shape == live[name].shape and p.dtype == live[name].dtype

@@ -19,7 +19,8 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 import model as model_module
 from keepgpt import kernels
 from keepgpt.config import TrainConfig
-from keepgpt.distributed import pick_dtype
+from keepgpt.device import pick_dtype
+from keepgpt.errors import UserError
 from keepgpt.kernels import (
     LinearCrossEntropy,
     attend,
@@ -31,7 +32,6 @@ from keepgpt.kernels import (
 )
 from keepgpt.optim import make_optimizer
 from keepgpt.pretrained import crop_weights, read_weights
-from keepgpt.process import UserError
 from model import GPT, KVCache, ModelArgs, generate, load_model, sample_token
 
 torch.set_num_threads(1)  # models this small are slower on two

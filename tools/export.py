@@ -18,8 +18,8 @@ from torch import Tensor
 
 from keepgpt.checkpoint import Disk, write_bundle
 from keepgpt.config import setting
+from keepgpt.errors import UserError, import_package
 from keepgpt.pretrained import GPT2_ARGS, QWEN3_ARGS
-from keepgpt.process import UserError, import_package
 from keepgpt.tokenizer import CharTokenizer, HFTokenizer, Tokenizer
 from model import GPT, ModelArgs
 from sample import SampleConfig, load

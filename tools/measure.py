@@ -21,13 +21,14 @@ from typing import Any
 
 import torch
 
-from keepgpt.process import UserError, write_atomically
+from keepgpt.errors import UserError
+from keepgpt.files import write_atomically
 from tools.common import REPO
 
 MEASURED = REPO / "docs" / "measured.json"
 PAGES = (REPO / "docs" / "BENCHMARKS.md", REPO / "docs" / "DISTRIBUTED.md")
 NEW_PROCESS = """import json, pickle, sys
-from keepgpt.process import die_with_parent
+from keepgpt.signals import die_with_parent
 die_with_parent()
 print(json.dumps(pickle.load(sys.stdin.buffer)()))"""
 Row = dict[str, float | str]

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 
 from keepgpt.config import setting
-from keepgpt.process import UserError, import_package
+from keepgpt.errors import UserError, import_package
 from tools.common import run_tool
 
 TITLES = {"loss": "loss (nats per token)", "lr": "learning rate",

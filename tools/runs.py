@@ -18,7 +18,8 @@ import torch
 import train
 from keepgpt.checkpoint import CorruptCheckpoint, read_bundle, read_newest
 from keepgpt.config import TrainConfig, parse
-from keepgpt.process import UserError, die_with_parent
+from keepgpt.errors import UserError
+from keepgpt.signals import die_with_parent
 from tools.common import REPO
 
 TIME_LIMIT = 300  # seconds; a process that takes longer hangs

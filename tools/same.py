@@ -6,7 +6,7 @@ exit code is 0 if all are equal, else 1.
 from pathlib import Path
 
 from keepgpt.checkpoint import read_newest
-from keepgpt.process import UserError
+from keepgpt.errors import UserError
 from tools.common import NoSettings, run_tool
 from tools.runs import digest
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from keepgpt.config import setting
-from keepgpt.distributed import pick_device
-from keepgpt.process import UserError, write_atomically
+from keepgpt.device import pick_device
+from keepgpt.errors import UserError
+from keepgpt.files import write_atomically
 from tools import measure
 from tools.bench.parts import PARTS, measure_row
 from tools.common import REPO, run_tool

@@ -18,8 +18,9 @@ import torch
 
 from keepgpt.checkpoint import Disk, commit, read_bundle
 from keepgpt.config import TrainConfig
-from keepgpt.distributed import peak_flops, pick_device
-from keepgpt.process import UserError, write_atomically
+from keepgpt.device import peak_flops, pick_device
+from keepgpt.errors import UserError
+from keepgpt.files import write_atomically
 from model import GPT
 from tools import runs
 from tools.bench import sides

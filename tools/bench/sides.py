@@ -12,9 +12,9 @@ from torch.nn import functional as F
 import model as model_module
 from keepgpt import kernels
 from keepgpt.config import ARCHITECTURE, TrainConfig
-from keepgpt.distributed import pick_device, pick_dtype
+from keepgpt.device import pick_device, pick_dtype
 from keepgpt.optim import make_optimizer
-from keepgpt.process import prepare_process
+from keepgpt.signals import prepare_process
 from model import GPT, ModelArgs, generate
 from sample import prepare_model
 from tools.export import to_config

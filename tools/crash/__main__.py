@@ -20,7 +20,7 @@ from time import perf_counter
 
 import torch
 
-from keepgpt.process import UserError
+from keepgpt.errors import UserError
 from tools.common import run_tool
 from tools.crash.common import CrashConfig, Part
 from tools.crash.jobs import elastic, full, hosts, kill

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from keepgpt.checkpoint import numbered
-from keepgpt.process import EXIT_FAILED, UserError
+from keepgpt.errors import EXIT_FAILED, UserError
 from tools import runs
 from tools.common import last_step
 from tools.crash.common import RUN, Part, clone

@@ -12,8 +12,8 @@ from typing import Any
 
 import prepare as script
 from keepgpt.dataset import read_meta
+from keepgpt.errors import UserError
 from keepgpt.loader import Split
-from keepgpt.process import UserError
 from tools import runs
 from tools.crash.common import Part
 

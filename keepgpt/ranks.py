@@ -1,9 +1,6 @@
-"""Ranks, device, dtype, random number generators and reductions."""
-import importlib.util
+"""The ranks of a run: how they find each other, exchange values, and add tensors."""
 import os
 import random
-import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,15 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from keepgpt.config import TrainConfig
-from keepgpt.process import UserError, warn
-
-# dense bfloat16 (float16 before Ampere) from the data sheets; the longest name that the device's
-# name contains counts
-PEAK_TFLOPS = {
-    "GB200": 2500, "B200": 2250, "H200": 989, "H200 NVL": 835, "H100": 989, "H100 PCIe": 756,
-    "H100 NVL": 835, "H20": 148, "A100": 312, "A800": 312, "A40": 150, "A30": 165, "A10": 125,
-    "A10G": 70, "L40": 181, "L40S": 362, "L4": 121, "RTX 6000 Ada": 364, "RTX A6000": 155,
-    "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65}
+from keepgpt.device import pick_device, use_deterministic_algorithms
+from keepgpt.errors import UserError
 
 
 def map_tensors(change: Callable[[str, Tensor], Tensor], nest: Any, path: str = "") -> Any:
@@ -116,33 +106,6 @@ class Ranks:
         torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(sums, tensors)])
 
 
-def pick_device(name: str) -> torch.device:
-    """Return the device called `name`, or the best one for auto. On CUDA each rank of a host gets
-    its own. Raises UserError."""
-    if name == "auto":
-        name = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = (torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda"
-                  else torch.device(name))
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError
-        torch.empty(1, device=device)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-    except (RuntimeError, AssertionError):
-        raise UserError(f"no device {name!r} on this machine. Try: --device=auto") from None
-    return device
-
-
-def use_deterministic_algorithms() -> None:
-    """Use only algorithms whose results are bit-identical each time."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")  # NVLS adds in varying order
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
-
-
 def join_ranks(config: TrainConfig) -> Ranks:
     """Pick the device, and join the other ranks if torchrun started this process. Raises
     UserError."""
@@ -168,62 +131,3 @@ def join_ranks(config: TrainConfig) -> Ranks:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
                             timeout=timeout)
     return Ranks(rank, world_size, device, dist.new_group(backend="gloo", timeout=timeout))
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Return the dtype of the matrix products: the one called `name`, or the fastest safe one for
-    auto."""
-    if name == "float16" and device.type != "cuda":
-        name = "auto"
-        warn(f"float16 needs CUDA; using {pick_dtype(name, device)}")
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
-    bf16_cpu = device.type == "cpu" and (torch.cpu._is_amx_tile_supported()
-                                         or torch.cpu._is_avx512_bf16_supported())
-    return torch.bfloat16 if bf16_cpu else torch.float32
-
-
-def can_compile(device: torch.device, deterministic: bool = False) -> bool:
-    """Return True if torch.compile works on this machine, else print a note."""
-    cuda, needs = device.type == "cuda", ""
-    compilers = ([os.environ.get("CC", "cc"), "gcc", "clang"] if cuda else
-                 [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")])
-    if cuda and deterministic and torch.__version__ < (2, 10):  # chooses kernels by their times
-        needs = "torch 2.10 or newer for deterministic=True"
-    elif cuda and importlib.util.find_spec("triton") is None:
-        needs = "the package triton"
-    elif not any(map(shutil.which, compilers)):
-        needs = f"a compiler ({compilers[-1]})"
-    if needs:
-        warn(f"torch.compile needs {needs}; continuing without it")
-    return not needs
-
-
-def device_name(device: torch.device) -> str:
-    """Return the device's type, or on CUDA its model."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def peak_flops(device: torch.device) -> float | None:
-    """Return the device's peak in FLOP/s, or None if it is not known."""
-    matches = [gpu for gpu in PEAK_TFLOPS if gpu in device_name(device)]
-    return 1e12 * PEAK_TFLOPS[max(matches, key=len)] if matches else None
-
-
-def rng_state(device: torch.device) -> dict[str, Any]:
-    """Return the states of this process's random number generators, as plain values."""
-    numpy_state = np.random.get_state(legacy=False)
-    numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
-    return {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
-
-
-def restore_rng(state: dict[str, Any], device: torch.device) -> None:
-    """Restore the states that `rng_state` returned."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(state["cuda"], device)
