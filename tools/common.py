@@ -22,6 +22,7 @@ def run_tool(settings: type, usage: str, main: Callable[[Any, list[str]], int | 
     """Call `main` with the settings and the arguments of the command line. Exit with the code that
     it returns, or with one line for a mistake."""
     config, _, args = command_line(settings, usage)
+    # during the seconds of loading Ctrl-C ended the process; now tools clean up after it
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(run_or_exit(lambda: main(config, args)))
 
@@ -29,5 +30,10 @@ def run_tool(settings: type, usage: str, main: Callable[[Any, list[str]], int | 
 def last_step(out: Path) -> int:
     """Return the last step in metrics.jsonl, whose last line may be incomplete; 0 for none."""
     path = out / "metrics.jsonl"
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return json.loads(lines[-1])["step"] if lines else 0
+    if not path.exists():
+        return 0
+    # a row that is being written has no newline yet
+    rows = path.read_text(encoding="utf-8").split("\n")[:-1]
+    if not rows:
+        return 0
+    return json.loads(rows[-1])["step"]

@@ -23,8 +23,20 @@ def start(*args: str) -> subprocess.Popen:
 
 def finish(process: subprocess.Popen) -> None:
     """Wait for a script; exit with its code if it fails."""
-    if code := process.wait():
+    code = process.wait()
+    if code:
         sys.exit(code)
+
+
+def kill_at(step: int, run: subprocess.Popen, out: Path) -> bool:
+    """Kill a run when its log reaches `step`. Return False if the run ends before."""
+    while last_step(out) < step:
+        if run.poll() is not None:
+            return False
+        time.sleep(0.1)
+    run.kill()
+    run.wait()
+    return True
 
 
 def main(_config: NoSettings, args: list[str]) -> None:
@@ -32,22 +44,26 @@ def main(_config: NoSettings, args: list[str]) -> None:
     if len(args) > 1:
         raise UserError(f"expected one config file, got {' '.join(args)}")
     config_file = args[0] if args else DEFAULT
-    settings = parse(TrainConfig, "", [config_file])[0]
-    # the default's folder is named in the README
-    out = "out-demo" if config_file == DEFAULT else f"out-demo-{Path(config_file).stem}"
-    kill_at = settings.max_iters * 45 // 100
+    settings, *_ = parse(TrainConfig, "", [config_file])
+
+    # the README names the folder of the default
+    out = "out-demo"
+    if config_file != DEFAULT:
+        out += f"-{Path(config_file).stem}"
     train = ["train.py", config_file, f"--out_dir={out}", "--init_from=auto"]
+
     finish(start("prepare.py", settings.dataset))
-    first, run = last_step(REPO / out), start(*train)
-    while run.poll() is None and not first < kill_at <= last_step(REPO / out):
-        time.sleep(0.1)
-    if run.poll() is None:
-        run.kill()
-        run.wait()
+
+    # an earlier demo may have passed this step; then the run is not killed again
+    half_way = settings.max_iters * 45 // 100
+    is_before = last_step(REPO / out) < half_way
+    run = start(*train)
+    if is_before and kill_at(half_way, run, REPO / out):
         print(f"\nkill -9 at about step {last_step(REPO / out)}: there was no time to save. "
               "The same command again:")
         run = start(*train)
     finish(run)
+
     finish(start("sample.py", f"--out_dir={out}", "--num_samples=2", "--max_new_tokens=400"))
     print(f'\nYour turn: python sample.py --out_dir={out} --start="JULIET:"')
 

@@ -1,22 +1,32 @@
 """Check and measure on a GPU: `python -m tools.gpu [--parts=checks,train] [--only=ROW]`.
 
-This is tools.bench with other defaults. Each part takes 9.5 minutes at most. It needs no network,
-and Transformers only for its columns.
+This is tools.bench with other defaults, and with the checks of tools.crash. Each part takes 9.5
+minutes at most. It needs no network, and Transformers only for its columns.
 """
 from dataclasses import dataclass
+from functools import partial
 
 from keepgpt.config import setting
-from tools.bench.__main__ import BenchConfig, main
+from tools.bench import __main__ as bench
 from tools.common import run_tool
+from tools.crash.checks import CHECKS, run_check
+
+PARTS = {"checks": {name: partial(run_check, check) for name, check in CHECKS.items()},
+         **bench.PARTS}
 
 
 @dataclass(frozen=True)
-class GpuConfig(BenchConfig):
+class GpuConfig(bench.BenchConfig):
     """The settings of tools.gpu."""
     rounds: int = setting(1, "rounds of a measurement; tables show medians", least=1)
     device: str = setting("cuda:0", "cpu = test this program without a GPU")
     minutes: float = setting(9.5, "time limit of each part", least=0)
     parts: str = setting("checks,train,sample,checkpoint", "the parts to run, in this order")
+
+
+def main(config: GpuConfig, args: list[str]) -> int:
+    """Check and measure. Return the exit code. Raises UserError and OSError."""
+    return bench.main(config, args, PARTS)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ A row of a part is a dict from the title of a column to a bare number. docs/meas
 last record of each row, and the tables in docs/ are written from it.
 """
 import json
-import os
 import pickle
 import platform
 import re
@@ -27,84 +26,110 @@ from tools.common import REPO
 
 MEASURED = REPO / "docs" / "measured.json"
 PAGES = (REPO / "docs" / "BENCHMARKS.md", REPO / "docs" / "DISTRIBUTED.md")
-NEW_PROCESS = """import json, pickle, sys
-from keepgpt.signals import die_with_parent
-die_with_parent()
-print(json.dumps(pickle.load(sys.stdin.buffer)()))"""
 Row = dict[str, float | str]
+Records = dict[str, dict[str, dict[str, Any]]]  # by part and row
+
+
+def name_cpu() -> str:
+    """Return the model of the CPU; Linux knows it best."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    for line in lines:
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.processor() or platform.machine()
 
 
 def describe_machine(device: torch.device) -> dict[str, str]:
     """Return what every record says about its circumstances."""
-    cpu = platform.processor() or platform.machine()
-    if os.path.exists("/proc/cpuinfo"):
-        cpu = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo")
-                   if line.startswith("model name"))
-    gpu = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
-    return {"date": date.today().isoformat(), "torch": str(torch.__version__),
-            "machine": f"{gpu}{cpu}, {torch.get_num_threads()} threads"}
+    machine = f"{name_cpu()}, {torch.get_num_threads()} threads"
+    if device.type == "cuda":
+        machine = f"{torch.cuda.get_device_name(device)}, {machine}"
+    return {
+        "date": date.today().isoformat(),
+        "torch": str(torch.__version__),
+        "machine": machine,
+    }
 
 
-def read_records(path: Path = MEASURED) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return the records by part and row."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+def read_records(path: Path = MEASURED) -> Records:
+    """Return the records."""
+    if not path.exists():
+        return {}
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def record(path: Path, part: str, name: str, row: Row, machine: dict[str, str]) -> None:
     """Replace the record of a row. Raises OSError."""
+    # four digits: the rest is noise, and would change with each run
+    numbers = {}
+    for title, value in row.items():
+        numbers[title] = float(f"{value:.4g}") if isinstance(value, float) else value
+
     records = read_records(path)
-    rounded = {title: float(f"{value:.4g}") if isinstance(value, float) else value
-               for title, value in row.items()}
-    records.setdefault(part, {})[name] = machine | {"numbers": rounded}
-    write_atomically(path, (json.dumps(records, indent=1) + "\n").encode())
+    records.setdefault(part, {})[name] = machine | {"numbers": numbers}
+    text = json.dumps(records, indent=1) + "\n"
+    write_atomically(path, text.encode())
 
 
 def format_cell(value: float | str) -> str:
     """Return a number with three digits or more, or a text as it is."""
     if isinstance(value, str):
         return value
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
 
 
 def format_table(part: str, rows: dict[str, Row]) -> list[str]:
     """Return the lines of a Markdown table; "-" stands for a missing number."""
+    # the columns of all rows, each once, in the order of their first row
     titles = list(dict.fromkeys(title for row in rows.values() for title in row))
-    return [f"| {' | '.join([part, *titles])} |", "|" + "---|" * (len(titles) + 1),
-            *(f"| {' | '.join([name, *(format_cell(row.get(title, '-')) for title in titles)])} |"
-              for name, row in rows.items())]
+    table = [[part, *titles]]
+    for name, row in rows.items():
+        cells = [format_cell(row.get(title, "-")) for title in titles]
+        table.append([name, *cells])
+
+    lines = [f"| {' | '.join(cells)} |" for cells in table]
+    lines.insert(1, "|" + "---|" * len(table[0]))
+    return lines
 
 
-def update_page(text: str, records: dict[str, dict[str, dict[str, Any]]]) -> str:
+def update_page(text: str, records: Records) -> str:
     """Return a page whose tables, from `<!-- measured: PART -->` to `<!-- end -->`, are written
     from the records."""
     def write(match: re.Match) -> str:
-        rows = {name: record["numbers"] for name, record in records[match[1]].items()}
-        return "\n".join([match[0].split("\n")[0], *format_table(match[1], rows), "<!-- end -->"])
+        opening, part = match.groups()
+        rows = {name: record["numbers"] for name, record in records[part].items()}
+        return "\n".join([opening, *format_table(part, rows), "<!-- end -->"])
 
-    return re.sub(r"<!-- measured: ([\w ]+) -->\n.*?<!-- end -->", write, text, flags=re.DOTALL)
+    return re.sub(r"(<!-- measured: ([\w ]+) -->)\n.*?<!-- end -->", write, text, flags=re.DOTALL)
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
     """Return the seconds that `work` takes, including its work on the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    # CUDA works in the background: wait for what came before, and for the work itself
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
     start = time.perf_counter()
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - start
 
 
 def call(work: Callable[[], Any], time_limit: float | None = None) -> Any:
     """Return what `work`, a function of a module with its arguments, returns in a new process.
     Raises UserError if it fails."""
+    command = [sys.executable, "-m", "tools.worker"]
     try:
-        done = subprocess.run([sys.executable, "-c", NEW_PROCESS], input=pickle.dumps(work),
-                              cwd=REPO, capture_output=True, timeout=time_limit)
+        done = subprocess.run(command, input=pickle.dumps(work), cwd=REPO, capture_output=True,
+                              timeout=time_limit)
     except subprocess.TimeoutExpired:
         raise UserError("no time is left") from None
     if done.returncode:
-        raise UserError((done.stderr.decode(errors="replace").splitlines() or ["no output"])[-1])
+        # the last line of a traceback names the exception
+        lines = done.stderr.decode(errors="replace").splitlines() or ["no output"]
+        raise UserError(lines[-1])
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -112,19 +137,23 @@ def run_rows(part: str, rows: dict[str, Callable[[], Row]], path: Path, machine:
              minutes: float, workers: int) -> bool:
     """Measure each row in a process of its own, `workers` at a time and for `minutes` in all; print
     and record it when it is ready. Return False if one failed."""
-    deadline, passed = time.monotonic() + 60 * minutes, True
+    deadline = time.monotonic() + 60 * minutes
 
     def measure(name: str) -> tuple[str, Row]:
+        left = deadline - time.monotonic()
         try:
-            return name, call(rows[name], max(0, deadline - time.monotonic()))
+            return name, call(rows[name], max(0, left))
         except UserError as e:
             return name, {"FAILED": str(e)}
 
+    # the threads only wait for the processes
+    passed = True
     with ThreadPool(workers) as pool:
         for name, row in pool.imap_unordered(measure, rows):
             print("", *format_table(part, {name: row}), sep="\n", flush=True)
-            passed &= "FAILED" not in row
-            if "FAILED" not in row:
+            if "FAILED" in row:
+                passed = False
+            else:
                 record(path, part, name, row, machine)
     return passed
 
@@ -132,14 +161,23 @@ def run_rows(part: str, rows: dict[str, Callable[[], Row]], path: Path, machine:
 def compare(rounds: int, sides: dict[str, Callable[[], float]]) -> Row:
     """Return the sides' median seconds, in ms and relative to the first one's. Sides alternate;
     those that can't run here are left out, but not the first. Raises UserError."""
-    times, (first, *_) = defaultdict(list), sides
+    first = next(iter(sides))
+    times = defaultdict(list)
     for _ in range(rounds):
         for name, work in sides.items():
             try:
-                times[name].append(work())
-            except UserError:  # maybe it is not installed
+                taken = work()
+            except UserError:
+                # maybe it is not installed
                 if name == first:
                     raise
-    t = {name: median(values) for name, values in times.items() if values}
-    return ({f"{name}, ms": 1e3 * time for name, time in t.items()}
-            | {f"{name} / {first}": time / t[first] for name, time in t.items() if name != first})
+            else:
+                times[name].append(taken)
+
+    # the ratios stand behind all times
+    medians = {name: median(values) for name, values in times.items()}
+    row = {f"{name}, ms": 1e3 * value for name, value in medians.items()}
+    ours = medians.pop(first)
+    for name, value in medians.items():
+        row[f"{name} / {first}"] = value / ours
+    return row

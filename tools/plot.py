@@ -11,8 +11,15 @@ from keepgpt.config import setting
 from keepgpt.errors import UserError, import_package
 from tools.common import run_tool
 
-TITLES = {"loss": "loss (nats per token)", "lr": "learning rate",
-          "grad_norm": "gradient norm, before clipping", "tokens_per_s": "tokens per second"}
+TITLES = {
+    "loss": "loss (nats per token)",
+    "lr": "learning rate",
+    "grad_norm": "gradient norm, before clipping",
+    "tokens_per_s": "tokens per second",
+}
+STEP_KEYS = ("step", "tokens", *TITLES)
+EVALUATION_KEYS = ("step", "val_loss")
+Columns = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -23,49 +30,77 @@ class PlotConfig:
     to: str = setting("curves.png", "the picture's file")
 
 
-def read_run(folder: str | Path, axis: str) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def to_columns(rows: list[list[float]], keys: tuple[str, ...]) -> Columns:
+    """Return rows of numbers as one array per key, also without any row."""
+    table = np.array(rows, float).reshape(-1, len(keys))
+    return dict(zip(keys, table.T))
+
+
+def read_run(folder: str | Path, axis: str) -> tuple[Columns, Columns]:
     """Return the columns of a run's logged steps and of its evaluations, each with its place "x" on
     the axis. Raises UserError if metrics.jsonl is missing or corrupt."""
-    path, line = Path(folder) / "metrics.jsonl", b""
-    columns = [{key: [] for key in ("step", "tokens", *TITLES)}, {"step": [], "val_loss": []}]
+    path = Path(folder) / "metrics.jsonl"
+    steps = []
+    evaluations = []
+    line = b""
     try:
-        for line in path.read_bytes().split(b"\n")[:-1]:  # the last one is being written
+        # the last line may still be being written
+        for line in path.read_bytes().split(b"\n")[:-1]:
             row = json.loads(line)
-            for key, values in columns["val_loss" in row].items():
-                values.append(float(row[key]))
+            if "val_loss" in row:
+                evaluations.append([float(row[key]) for key in EVALUATION_KEYS])
+            else:
+                steps.append([float(row[key]) for key in STEP_KEYS])
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path}: expected a run's log, got {line!r:.60} ({e}). Try: the out_dir "
                         "of a run") from None
-    logged, evaluated = ({key: np.array(values) for key, values in table.items()}
-                         for table in columns)
+    logged = to_columns(steps, STEP_KEYS)
+    evaluated = to_columns(evaluations, EVALUATION_KEYS)
+
+    # the log has speeds and no times, so a resumed run has no gap
     seconds = np.diff(logged["tokens"], prepend=0) / logged["tokens_per_s"]
-    logged["x"] = {"steps": logged["step"], "tokens": logged["tokens"],
-                   "minutes": np.cumsum(seconds) / 60}[axis]
+    places = {
+        "steps": logged["step"],
+        "tokens": logged["tokens"],
+        "minutes": np.cumsum(seconds) / 60,
+    }
+    logged["x"] = places[axis]
     evaluated["x"] = np.interp(evaluated["step"], [0, *logged["step"]], [0, *logged["x"]])
     return logged, evaluated
+
+
+def draw_run(panels: dict[str, Any], folder: str, axis: str, color: str) -> None:
+    """Draw the curves of one run: each logged value faintly, their moving mean on top."""
+    logged, evaluated = read_run(folder, axis)
+    width = len(logged["x"]) // 50 + 1
+    for key, panel in panels.items():
+        panel.plot(logged["x"], logged[key], color=color, alpha=0.3, linewidth=0.8)
+        # a mean is the difference of two sums
+        total = np.cumsum([0, *logged[key]])
+        mean = (total[width:] - total[:-width]) / width
+        panel.plot(logged["x"][width - 1:], mean, color=color)
+
+    best = min(evaluated["val_loss"], default=np.nan)
+    panels["loss"].plot(evaluated["x"], evaluated["val_loss"], color=color, marker="o",
+                        linewidth=2.2, label=f"{folder}: val loss, best {best:.4f}")
 
 
 def draw(folders: list[str], axis: str) -> Any:
     """Return a figure: the losses above; learning rate, gradient norm and speed below."""
     plt = import_package("matplotlib.pyplot")
-    plt.switch_backend("Agg")  # needs no display
-    figure, panels = plt.subplot_mosaic([["loss"] * 3, ["lr", "grad_norm", "tokens_per_s"]],
-                                        figsize=(14, 9), height_ratios=(2, 1), layout="constrained")
+    # needs no display
+    plt.switch_backend("Agg")
+    layout = [["loss"] * 3, ["lr", "grad_norm", "tokens_per_s"]]
+    figure, panels = plt.subplot_mosaic(layout, figsize=(14, 9), height_ratios=(2, 1),
+                                        layout="constrained")
     for i, folder in enumerate(folders):
-        logged, evaluated = read_run(folder, axis)
-        width = len(logged["x"]) // 50 + 1
-        for key, panel in panels.items():
-            total = np.cumsum([0, *logged[key]])
-            panel.plot(logged["x"], logged[key], color=f"C{i}", alpha=0.3, linewidth=0.8)
-            panel.plot(logged["x"][width - 1:], (total[width:] - total[:-width]) / width,
-                       color=f"C{i}")
-        best = min(evaluated["val_loss"], default=np.nan)
-        panels["loss"].plot(evaluated["x"], evaluated["val_loss"], color=f"C{i}", marker="o",
-                            linewidth=2.2, label=f"{folder}: val loss, best {best:.4f}")
+        draw_run(panels, folder, axis, color=f"C{i}")
+
     for key, panel in panels.items():
         panel.set(title=TITLES[key], xlabel=axis, xlim=(0, None))
         panel.grid(alpha=0.3)
-    panels["loss"].set_yscale("log")  # shows the fall of the first steps and the last hundredths
+    # a logarithm shows the fall of the first steps and the last hundredths
+    panels["loss"].set_yscale("log")
     panels["loss"].yaxis.set_minor_formatter("{x:.3g}")
     figure.legend(loc="outside lower left", ncols=2)
     return figure

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,18 @@ from keepgpt.signals import die_with_parent
 from tools.common import REPO
 
 TIME_LIMIT = 300  # seconds; a process that takes longer hangs
+# the state of a run: the parts of a checkpoint on which its next steps depend
+STATE = ("model", "optimizer", "scaler", "rng", "step", "best_val_loss")
+SPEEDS = ("tokens_per_s", "mfu")  # what two equal runs may log differently
 
 
 def prepare_source(place: Path) -> Path:
     """Prepare a small real text, the source of this program, as a dataset of characters. Return its
     folder."""
-    subprocess.run([sys.executable, REPO / "prepare.py", REPO / "train.py", REPO / "model.py",
-                    "--name=source", "--tokenizer=char", f"--data_dir={place}"],
-                   check=True, stdout=subprocess.DEVNULL)
+    texts = [REPO / "train.py", REPO / "model.py"]
+    flags = to_flags({"name": "source", "tokenizer": "char", "data_dir": place})
+    subprocess.run([sys.executable, REPO / "prepare.py", *texts, *flags], check=True,
+                   stdout=subprocess.DEVNULL)
     return place / "source"
 
 
@@ -42,7 +46,8 @@ def to_flags(settings: dict[str, Any]) -> list[str]:
 def fork(work: Callable[[], int | None], log: Path) -> int:
     """Run `work` in a fork of this process, its output appended to `log`. Return the process id.
     The fork's exit code is what `work` returns."""
-    if pid := os.fork():
+    pid = os.fork()
+    if pid:
         return pid
     code = 1
     try:
@@ -56,6 +61,7 @@ def fork(work: Callable[[], int | None], log: Path) -> int:
     except BaseException:
         traceback.print_exc()
     finally:
+        # nothing of the parent may run twice, such as its clean-up
         os._exit(code)
 
 
@@ -66,32 +72,52 @@ def start(settings: dict[str, Any], ranks: int = 0, torchrun: tuple[str, ...] = 
     several ranks, or with the flags `torchrun`. `largest_file` limits the bytes of a file."""
     if ranks > 1 and not torchrun:
         torchrun = ("--standalone", f"--nproc_per_node={ranks}")
-    launcher = ["-m", "torch.distributed.run", "--max-restarts=20", *torchrun] if torchrun else []
+    command = [sys.executable]
+    if torchrun:
+        command += ["-m", "torch.distributed.run", "--max-restarts=20", *torchrun]
+    flags = to_flags(settings)
+    command += [str(REPO / "train.py"), *flags]
 
     def work() -> int:
         if largest_file:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
         if ranks:
-            os.execv(sys.executable, [sys.executable, *launcher, str(REPO / "train.py"),
-                                      *to_flags(settings)])
-        return train.main(*parse(TrainConfig, "", to_flags(settings))[:2])
+            os.execv(sys.executable, command)
+        config, given, _ = parse(TrainConfig, "", flags)
+        return train.main(config, given)
 
     return fork(work, Path(f"{settings['out_dir']}.log"))
 
 
 def wait_for_exit(pid: int, seconds: float | None = None) -> int | None:
     """Return the exit code of a child, or None if it still runs after `seconds` (TIME_LIMIT)."""
+    if seconds is None:
+        seconds = TIME_LIMIT
+    # a descriptor that is readable when the process has ended
     handle = os.pidfd_open(pid)
-    ended = select.select([handle], [], [], TIME_LIMIT if seconds is None else seconds)[0]
+    ended, _, _ = select.select([handle], [], [], seconds)
     os.close(handle)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) if ended else None
+    if not ended:
+        return None
+    _, status = os.waitpid(pid, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def list_descendants(pid: int) -> list[int]:
+    """Return the ids of the processes that a process has started, of those that they have started,
+    and so on. Linux only."""
+    found = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, path.read_text().split()):
+            found += [child, *list_descendants(child)]
+    return found
 
 
 def run(settings: dict[str, Any], ranks: int = 0, code: int = 0) -> float:
     """Run train.py to its end and return its seconds. Raises UserError if it hangs or ends with
     another exit code."""
-    started, pid = time.perf_counter(), start(settings, ranks)
-    found = wait_for_exit(pid)
+    started = time.perf_counter()
+    found = wait_for_exit(start(settings, ranks))
     if found != code:
         raise UserError(f"an uninterrupted run: expected exit code {code}, got {found} (None: it "
                         f"hangs); see {settings['out_dir']}.log")
@@ -107,7 +133,9 @@ def digest(value: Any) -> str:
             sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
             sha.update(value.contiguous().numpy().tobytes())
         elif isinstance(value, dict):
-            add([item for key in sorted(value, key=str) for item in (key, value[key])])
+            # the order of the keys does not count
+            keys = sorted(value, key=str)
+            add([item for key in keys for item in (key, value[key])])
         elif isinstance(value, (list, tuple)):
             sha.update(f"{len(value)}:".encode())
             for item in value:
@@ -119,27 +147,45 @@ def digest(value: Any) -> str:
     return sha.hexdigest()
 
 
-def state_of(bundle: dict[str, Any]) -> str:
+def state_of(bundle: dict[str, Any], keys: Iterable[str] = STATE) -> str:
+    """Return the digest of those parts of a checkpoint. Runs with equal digests are in the same
+    state."""
+    return digest({key: bundle[key] for key in keys})
+
+
+def full_state_of(bundle: dict[str, Any]) -> str:
     """Return the digest of all that a checkpoint holds, except for the settings, which name its
     folder, and in an elastic run the generators, whose number is that of the ranks."""
-    left_out = ("config", *(["rng"] if bundle["config"]["elastic"] else []))
-    return digest({key: value for key, value in bundle.items() if key not in left_out})
+    keys = set(bundle) - {"config"}
+    if bundle["config"]["elastic"]:
+        keys -= {"rng"}
+    return state_of(bundle, keys)
 
 
 def read_state(path: Path) -> str:
-    """Return the state in a checkpoint file, "corrupt", or "" if it does not exist."""
+    """Return the full state in a checkpoint file, "corrupt", or "" if it does not exist."""
     try:
-        return state_of(read_bundle(path))
+        return full_state_of(read_bundle(path))
     except CorruptCheckpoint:
         return "corrupt" if path.exists() else ""
 
 
 def newest_state(folder: Path) -> str:
-    """Return the state that a run would resume from, or ""."""
+    """Return the full state that a run would resume from, or ""."""
     try:
-        return state_of(read_newest(folder))
+        return full_state_of(read_newest(folder))
     except CorruptCheckpoint:
         return ""
+
+
+def read_rows(out: Path, *keys: str) -> list[dict[str, Any]]:
+    """Return the rows of metrics.jsonl that have all of `keys`, without measured speeds."""
+    found = []
+    for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if set(keys) <= set(row):
+            found.append({key: row[key] for key in row if key not in SPEEDS})
+    return found
 
 
 def list_temporary(folder: Path) -> str:
@@ -149,10 +195,12 @@ def list_temporary(folder: Path) -> str:
 
 def read_end(out: Path) -> dict[str, Any]:
     """Return all that a run leaves in its folder, except for its speed."""
-    rows = map(json.loads, (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return {"ckpt.pt": read_state(out / "ckpt.pt"), "best.pt": read_state(out / "best.pt"),
-            "metrics.jsonl": [row | {"tokens_per_s": 0, "mfu": 0} for row in rows],
-            "temporary files": list_temporary(out)}
+    return {
+        "ckpt.pt": read_state(out / "ckpt.pt"),
+        "best.pt": read_state(out / "best.pt"),
+        "metrics.jsonl": read_rows(out),
+        "temporary files": list_temporary(out),
+    }
 
 
 def compare_end(code: int | None, out: Path, expected: dict[str, Any]) -> str:
@@ -160,4 +208,6 @@ def compare_end(code: int | None, out: Path, expected: dict[str, Any]) -> str:
     if code != 0:
         return f"exit code {code}, see {out}.log"
     names = [name for name, value in read_end(out).items() if value != expected[name]]
-    return f"{', '.join(names)}: not as in the uninterrupted run" if names else ""
+    if not names:
+        return ""
+    return f"{', '.join(names)}: not as in the uninterrupted run"

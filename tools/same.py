@@ -18,11 +18,15 @@ def main(_config: NoSettings, folders: list[str]) -> int:
     states = set()
     for folder in folders:
         bundle = read_newest(Path(folder))
+        # a list: these sums stand in logs, and those of a dict would differ
         state = digest([bundle["model"], bundle["optimizer"]])
         states.add((bundle["step"], state))
         print(f"{folder}: step {bundle['step']}, sha256 {state}")
-    print("bit-identical" if len(states) == 1 else "DIFFERENT")
-    return int(len(states) > 1)
+    if len(states) > 1:
+        print("DIFFERENT")
+        return 1
+    print("bit-identical")
+    return 0
 
 
 if __name__ == "__main__":

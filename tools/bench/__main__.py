@@ -5,21 +5,22 @@
     sample      tokens of one sequence, against Transformers
     checkpoint  the cost of a save, against torch.save and the bare disk
     elastic     elastic=True against DDP, on several ranks
-    checks      not a measurement: is a killed run bit-identical on this device? See tools.gpu
 
 Each row has a process of its own and holds medians; if one fails, the others continue and the exit
 code is 1. Numbers go to docs/measured.json, and `tables` writes them to docs/BENCHMARKS.md and
 docs/DISTRIBUTED.md. Files are in the temporary folder: TMPDIR=/mnt/x measures another disk.
 """
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from keepgpt.config import setting
 from keepgpt.device import pick_device
 from keepgpt.errors import UserError
 from keepgpt.files import write_atomically
 from tools import measure
-from tools.bench.parts import PARTS, measure_row
+from tools.bench.parts import PARTS, Parts, measure_row
 from tools.common import REPO, run_tool
 
 
@@ -34,32 +35,56 @@ class BenchConfig:
     json: str = setting("docs/measured.json", "the file to record the numbers in")
 
 
-def main(config: BenchConfig, args: list[str]) -> int:
+def write_tables(path: Path) -> None:
+    """Rewrite the tables of the pages from the records. Raises OSError."""
+    records = measure.read_records(path)
+    for page in measure.PAGES:
+        text = page.read_text(encoding="utf-8")
+        write_atomically(page, measure.update_page(text, records).encode())
+
+
+def select_rows(config: BenchConfig, names: list[str], parts: Parts, cuda: bool
+                ) -> dict[str, dict[str, Callable[[], measure.Row]]]:
+    """Return the work of the rows to measure, by part and row. Raises UserError if there is
+    none."""
+    selected = {}
+    for part in names:
+        selected[part] = {
+            row: partial(measure_row, work, config.rounds, config.device)
+            for row, work in parts[part].items()
+            # larger batches are too slow without a GPU
+            if config.only in row and (cuda or ", batch " not in row)
+        }
+    if not any(selected.values()):
+        raise UserError(f"--only={config.only}: no row of {', '.join(names)} has that in its name")
+    return selected
+
+
+def main(config: BenchConfig, args: list[str], parts: Parts = PARTS) -> int:
     """Measure the parts, or rewrite the tables. Return the exit code. Raises UserError and
     OSError."""
-    path, parts = REPO / config.json, args or config.parts.split(",")
-    if parts == ["tables"]:
-        for page in measure.PAGES:
-            text = page.read_text(encoding="utf-8")
-            write_atomically(page, measure.update_page(text, measure.read_records(path)).encode())
+    path = REPO / config.json
+    names = args or config.parts.split(",")
+    if names == ["tables"]:
+        write_tables(path)
         return 0
-    if not parts or set(parts) - set(PARTS):
-        raise UserError(f"expected tables, or some of {', '.join(PARTS)}; "
-                        f"got {' '.join(parts) or 'none'}")
+    if not parts.keys() >= set(names):
+        raise UserError(f"expected tables, or some of {', '.join(parts)}; "
+                        f"got {' '.join(names) or 'none'}")
+
     device = pick_device(config.device)
     cuda = device.type == "cuda"
-    rows = {part: {name: partial(measure_row, part, name, config.rounds, config.device)
-                   for name in PARTS[part]
-                   if config.only in name and (cuda or ", batch " not in name)} for part in parts}
-    if not any(rows.values()):
-        raise UserError(f"--only={config.only}: no row of {', '.join(parts)} has that in its name")
-    machine, passed = measure.describe_machine(device), True
+    rows = select_rows(config, names, parts, cuda)
+    machine = measure.describe_machine(device)
     print(*machine.values(), sep=", ")
-    for part in parts:
-        # checks run in parallel, as they wait for compilers
-        passed &= measure.run_rows(f"gpu {part}" if cuda else part, rows[part], path, machine,
-                                   config.minutes, workers=6 if part == "checks" else 1)
-    return 0 if passed else 1
+    code = 0
+    for part in names:
+        title = f"gpu {part}" if cuda else part
+        # checks wait for compilers, so they run in parallel; the others measure time
+        workers = 6 if part == "checks" else 1
+        if not measure.run_rows(title, rows[part], path, machine, config.minutes, workers):
+            code = 1
+    return code
 
 
 if __name__ == "__main__":

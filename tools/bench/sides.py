@@ -26,11 +26,15 @@ SIZES = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "vocab_size"
 
 def shape(*sizes: int, **settings: Any) -> dict[str, Any]:
     """Return the SIZES and other settings of a model and its micro-batch."""
-    return dict(zip(SIZES, sizes)) | {"dropout": 0.0} | settings
+    return {"dropout": 0.0, **dict(zip(SIZES, sizes)), **settings}
 
 
-MODERN = {"architecture": "qwen3", "tie_embeddings": False, "optimizer": "muon",
-          "lr_schedule": "linear"}
+MODERN = {
+    "architecture": "qwen3",
+    "tie_embeddings": False,
+    "optimizer": "muon",
+    "lr_schedule": "linear",
+}
 # each is a row of `bench train`, those with a batch in their name on CUDA only
 SHAPES = {
     "4 layers, width 128": shape(4, 4, 128, 64, 12, 65),
@@ -39,10 +43,16 @@ SHAPES = {
     "GPT-2 124M": shape(12, 12, 768, 1024, 1, 50257),
     "Qwen3 and Muon, 4 layers, width 128": shape(4, 4, 128, 192, 12, 65, **MODERN),
     "Qwen3 and Muon, 124M": shape(12, 6, 768, 1024, 1, 50257, **MODERN),
-    **{f"GPT-2 124M, batch {n}": shape(12, 12, 768, 1024, n, 50257) for n in (16, 32, 64)},
-    **{f"Qwen3 and Muon, 124M, batch {n}": shape(12, 6, 768, 1024, n, 50257, **MODERN)
-       for n in (16, 32, 64)},
-    **{f"GPT-2 350M, batch {n}": shape(24, 16, 1024, 1024, n, 50257) for n in (8, 16, 32)}}
+    "GPT-2 124M, batch 16": shape(12, 12, 768, 1024, 16, 50257),
+    "GPT-2 124M, batch 32": shape(12, 12, 768, 1024, 32, 50257),
+    "GPT-2 124M, batch 64": shape(12, 12, 768, 1024, 64, 50257),
+    "Qwen3 and Muon, 124M, batch 16": shape(12, 6, 768, 1024, 16, 50257, **MODERN),
+    "Qwen3 and Muon, 124M, batch 32": shape(12, 6, 768, 1024, 32, 50257, **MODERN),
+    "Qwen3 and Muon, 124M, batch 64": shape(12, 6, 768, 1024, 64, 50257, **MODERN),
+    "GPT-2 350M, batch 8": shape(24, 16, 1024, 1024, 8, 50257),
+    "GPT-2 350M, batch 16": shape(24, 16, 1024, 1024, 16, 50257),
+    "GPT-2 350M, batch 32": shape(24, 16, 1024, 1024, 32, 50257),
+}
 
 
 def make_settings(name: str) -> tuple[TrainConfig, ModelArgs]:
@@ -50,8 +60,8 @@ def make_settings(name: str) -> tuple[TrainConfig, ModelArgs]:
     settings = SHAPES[name] | {"gradient_accumulation_steps": 1}
     vocab_size = settings.pop("vocab_size")
     config = TrainConfig(**settings)
-    return config, ModelArgs(vocab_size=vocab_size, dropout=config.dropout,
-                             **{key: getattr(config, key) for key in ARCHITECTURE})
+    sizes = {key: getattr(config, key) for key in ARCHITECTURE}
+    return config, ModelArgs(vocab_size=vocab_size, dropout=config.dropout, **sizes)
 
 
 def time_steps(step: Callable[[], Any], device: torch.device) -> float:
@@ -59,43 +69,61 @@ def time_steps(step: Callable[[], Any], device: torch.device) -> float:
     step()
     step()
     count = max(1, round(3 / seconds(step, device)))
-    return seconds(lambda: [step() for _ in range(count)], device) / count
+
+    def repeat() -> None:
+        for _ in range(count):
+            step()
+
+    return seconds(repeat, device) / count
 
 
 def time_optimizer(name: str, device: str) -> float:
     """Time the updates of train.py's optimizer."""
-    where, (config, args) = pick_device(device), make_settings(name)
+    where = pick_device(device)
+    config, args = make_settings(name)
     network = GPT(args).to(where)
     optimizer = make_optimizer(network, config, pick_dtype("auto", where))
     grads = [torch.randn_like(p) for p in network.parameters()]
 
     def step() -> None:
+        # Muon takes the gradients away
         for p, grad in zip(network.parameters(), grads):
-            p.grad = grad  # Muon takes them away
+            p.grad = grad
         optimizer.step()
 
     return time_steps(step, where)
 
 
-def train_peer(network: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], name: str,
-               device: torch.device) -> float:
-    """Time steps of another program, with PyTorch's own AdamW, or its Muon for the matrices of the
-    blocks: `loss_of(x, y)` is the loss of a micro-batch of random tokens, already on the device.
-    Float32 on a CPU, the default; the autocast of train.py on CUDA."""
-    config, args = make_settings(name)
-    batch = torch.randint(args.vocab_size, (2, config.batch_size, args.block_size), device=device)
-    cuda = device.type == "cuda"
-    autocast = torch.autocast(device.type, pick_dtype("auto", device), cuda)
-    muon = [p for n, p in network.named_parameters() if config.optimizer == "muon"
-            and p.dim() == 2 and ".layers." in n]
-    rest = [p for p in network.parameters() if all(p is not matrix for matrix in muon)]
-    optimizers = [torch.optim.AdamW(rest, lr=1e-3, fused=cuda)]
+def make_peer_optimizers(network: nn.Module, config: TrainConfig, fused: bool
+                         ) -> list[torch.optim.Optimizer]:
+    """Return PyTorch's own AdamW, and its Muon for the matrices of the blocks if the shape has
+    it."""
+    adamw = []
+    muon = []
+    for name, p in network.named_parameters():
+        in_block = p.dim() == 2 and ".layers." in name
+        group = muon if in_block and config.optimizer == "muon" else adamw
+        group.append(p)
+    optimizers = [torch.optim.AdamW(adamw, lr=1e-3, fused=fused)]
     if muon:
         optimizers.append(torch.optim.Muon(muon, lr=config.muon_lr))
+    return optimizers
+
+
+def train_peer(network: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], name: str,
+               device: torch.device) -> float:
+    """Time steps of another program: `loss_of(x, y)` is the loss of a micro-batch of random tokens,
+    already on the device. Float32 on a CPU, the default; the autocast of train.py on CUDA."""
+    config, args = make_settings(name)
+    cuda = device.type == "cuda"
+    size = (2, config.batch_size, args.block_size)
+    x, y = torch.randint(args.vocab_size, size, device=device)
+    autocast = torch.autocast(device.type, pick_dtype("auto", device), enabled=cuda)
+    optimizers = make_peer_optimizers(network, config, fused=cuda)
 
     def step() -> None:
         with autocast:
-            loss = loss_of(*batch)
+            loss = loss_of(x, y)
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         for optimizer in optimizers:
@@ -105,32 +133,44 @@ def train_peer(network: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], 
     return time_steps(step, device)
 
 
+def attend_plainly(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
+    """Return causal attention by PyTorch's own function, (B, H, T, D)."""
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
+
+
 def train_plain(name: str, device: str) -> float:
     """Time steps of the same model in plain PyTorch, as in nanoGPT: float32 on a CPU; on CUDA
     compiled, in bfloat16, with all logits in float32."""
+    # without our kernels; this process has no other use
     kernels.has_own_backward = lambda x: False
     model_module.dropout = F.dropout
-    model_module.attend = lambda q, k, v, p: F.scaled_dot_product_attention(
-        q, k, v, dropout_p=p, is_causal=True)
+    model_module.attend = attend_plainly
     torch.set_float32_matmul_precision("high")
-    where, args = pick_device(device), make_settings(name)[1]
-    if where.type == "cuda":  # nanoGPT has 50,304 rows for GPT-2's 50,257 tokens
+    where = pick_device(device)
+    cuda = where.type == "cuda"
+    _, args = make_settings(name)
+    if cuda:
+        # nanoGPT has 50,304 rows for GPT-2's 50,257 tokens
         args = replace(args, vocab_size=-(-args.vocab_size // 64) * 64)
     network = GPT(args).to(where)
 
     def loss_of(x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(network(x).flatten(0, 1), y.flatten())
+        logits = network(x)  # (B, T, V)
+        return F.cross_entropy(logits.flatten(0, 1), y.flatten())
 
-    compiled = torch.compile(loss_of, dynamic=False) if where.type == "cuda" else loss_of
-    return train_peer(network, compiled, name, where)
+    if cuda:
+        loss_of = torch.compile(loss_of, dynamic=False)
+    return train_peer(network, loss_of, name, where)
 
 
 def make_transformers(name: str) -> nn.Module:
     """Return Transformers' model of a shape, with its defaults."""
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # not needed for anything else, and may not be installed
     from transformers import AutoConfig, AutoModelForCausalLM
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(
-        **to_config(make_settings(name)[1]), bos_token_id=0, eos_token_id=None))
+    _, args = make_settings(name)
+    config = AutoConfig.for_model(**to_config(args), bos_token_id=0, eos_token_id=None)
+    return AutoModelForCausalLM.from_config(config)
 
 
 def train_transformers(name: str, device: str) -> float:
@@ -138,24 +178,44 @@ def train_transformers(name: str, device: str) -> float:
     torch.set_float32_matmul_precision("high")
     where = pick_device(device)
     network = make_transformers(name).to(where).train()
-    return train_peer(network, lambda x, y: network(x, labels=x).loss, name, where)
+
+    def loss_of(x: Tensor, _y: Tensor) -> Tensor:
+        # it shifts the labels itself
+        return network(x, labels=x).loss
+
+    return train_peer(network, loss_of, name, where)
 
 
 def sample_ours(name: str, device: str, compile: bool = False) -> float:
     """Time the tokens of one sequence by sample.py."""
     prepare_process()
-    where, network = pick_device(device), GPT(make_settings(name)[1]).eval()
+    where = pick_device(device)
+    _, args = make_settings(name)
+    network = GPT(args).eval()
     prepare_model(network, where, compile=compile)
-    return time_steps(lambda: list(generate(
-        network, [[0]], TOKENS, temperature=0.8, top_k=50, compile=compile)), where) / TOKENS
+
+    def sample() -> list:
+        return list(generate(network, [[0]], TOKENS, temperature=0.8, top_k=50, compile=compile))
+
+    return time_steps(sample, where) / TOKENS
 
 
 def sample_transformers(name: str, device: str) -> float:
     """Time Transformers' `generate` with its cache; on CUDA in the dtype of sample.py."""
     where = pick_device(device)
-    dtype = pick_dtype("auto", where) if where.type == "cuda" else torch.float32
+    dtype = torch.float32
+    if where.type == "cuda":
+        dtype = pick_dtype("auto", where)
     network = make_transformers(name).to(where, dtype).eval()
     prompt = torch.zeros(1, 1, dtype=torch.long, device=where)
-    how = {"do_sample": True, "temperature": 0.8, "top_k": 50, "max_new_tokens": TOKENS,
-           "min_new_tokens": TOKENS, "pad_token_id": 0, "attention_mask": torch.ones_like(prompt)}
+    how = {
+        "do_sample": True,
+        "temperature": 0.8,
+        "top_k": 50,
+        # as many tokens as ours, also after an end of text
+        "max_new_tokens": TOKENS,
+        "min_new_tokens": TOKENS,
+        "pad_token_id": 0,
+        "attention_mask": torch.ones_like(prompt),
+    }
     return time_steps(lambda: network.generate(prompt, **how), where) / TOKENS

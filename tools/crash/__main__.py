@@ -8,9 +8,10 @@
     elastic  kill -9 of a run that comes back on another number of ranks
     prepare  prepare.py dies before each of its file operations, and again in the next attempt
     hosts    two hosts without a common disk: one is killed, comes back, is cut off
+    checks   is a killed run bit-identical on --device? tools.gpu runs the same checks
 
-Without a part, all but hosts in small numbers. The exit code is 1 if anything failed. Files are in
-the temporary folder: TMPDIR=/mnt/x tests another file system. Linux only.
+Without a part, all but hosts and checks in small numbers. The exit code is 1 if anything failed.
+Files are in the temporary folder: TMPDIR=/mnt/x tests another file system. Linux only.
 """
 import os
 import shutil
@@ -22,34 +23,50 @@ import torch
 
 from keepgpt.errors import UserError
 from tools.common import run_tool
+from tools.crash.checks import checks
 from tools.crash.common import CrashConfig, Part
 from tools.crash.jobs import elastic, full, hosts, kill
+from tools.crash.power import power
 from tools.crash.prepare import prepare
-from tools.crash.saves import nth, power, rot
+from tools.crash.saves import nth, rot
 
-PARTS = {"kill": kill, "nth": nth, "power": power, "rot": rot, "full": full, "elastic": elastic,
-         "prepare": prepare, "hosts": hosts}
+QUICK = {
+    "kill": kill,
+    "nth": nth,
+    "power": power,
+    "rot": rot,
+    "full": full,
+    "elastic": elastic,
+    "prepare": prepare,
+}
+PARTS = QUICK | {"hosts": hosts, "checks": checks}
+
+
+def run_part(name: str, config: CrashConfig) -> int:
+    """Run one part and print its counts. Return its failures; their files are kept."""
+    place = Path(tempfile.mkdtemp(prefix="keepgpt-crash-"))
+    part = Part(name, config)
+    tried = PARTS[name](part, place)
+    seconds = perf_counter() - part.started
+    print(f"{name:7} {part.cases:6,} {tried}: {part.failures} failures, {seconds:.0f} s, "
+          f"seed {config.seed}", flush=True)
+    if part.failures:
+        print(f"{name}: its files are in {place}")
+    else:
+        shutil.rmtree(place)
+    return part.failures
 
 
 def main(config: CrashConfig, names: list[str]) -> int:
-    """Run the named parts, or all but hosts. Return the exit code. Raises UserError."""
-    if unknown := [name for name in names if name not in PARTS]:
-        raise UserError(f"{unknown[0]!r}: expected one of {', '.join(PARTS)}")
+    """Run the named parts, or the quick ones. Return the exit code. Raises UserError."""
+    for name in names:
+        if name not in PARTS:
+            raise UserError(f"{name!r}: expected one of {', '.join(PARTS)}")
+    # a process with one thread may be forked
     os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)  # a process with one thread may be forked
-    code = 0
-    for name in names or list(PARTS)[:-1]:
-        place = Path(tempfile.mkdtemp(prefix="keepgpt-crash-"))
-        part = Part(name, config)
-        tried = PARTS[name](part, place)
-        print(f"{name:7} {part.cases:6,} {tried}: {part.failures} failures, "
-              f"{perf_counter() - part.started:.0f} s, seed {config.seed}", flush=True)
-        if part.failures:
-            code = 1
-            print(f"{name}: its files are in {place}")
-        else:
-            shutil.rmtree(place)
-    return code
+    torch.set_num_threads(1)
+    failures = [run_part(name, config) for name in names or QUICK]
+    return 1 if any(failures) else 0
 
 
 if __name__ == "__main__":

@@ -12,12 +12,27 @@ from keepgpt.config import setting
 from tools import runs
 
 KEEP = 2  # checkpoints
-RUN = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "dropout": 0.1,
-       "batch_size": 4, "gradient_accumulation_steps": 2,
-       "learning_rate": 3.0, "warmup_iters": 60, "max_iters": 60,  # it climbs until the loss does
-       "eval_interval": 10, "eval_iters": 2, "log_interval": 1,
-       "checkpoint_interval": 2, "keep_checkpoints": KEEP,
-       "device": "cpu", "compile": False, "init_from": "auto"}
+RUN = {
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 16,
+    "block_size": 16,
+    "dropout": 0.1,
+    "batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    # the rate climbs until the loss does, so the last checkpoint is not the best one
+    "learning_rate": 3.0,
+    "warmup_iters": 60,
+    "max_iters": 60,
+    "eval_interval": 10,
+    "eval_iters": 2,
+    "log_interval": 1,
+    "checkpoint_interval": 2,
+    "keep_checkpoints": KEEP,
+    "device": "cpu",
+    "compile": False,
+    "init_from": "auto",
+}
 MODERN = {"architecture": "qwen3", "optimizer": "muon", "lr_schedule": "linear", "muon_lr": 1.0}
 PAGE = 1 << 12  # bytes
 
@@ -29,15 +44,19 @@ class CrashConfig:
     modern: bool = setting(False, "kill, nth, power, rot, elastic: train a Qwen3 with Muon")
     seed: int = setting(1, "seed of the cases")
     only: int = setting(-1, "the number of the one case (kill: run) to try", least=-1)
+    device: str = setting("auto", "checks: auto | cpu | cuda")
 
 
 class Part:
     """The cases of one part and its failures."""
 
     def __init__(self, name: str, config: CrashConfig) -> None:
-        self.name, self.config, self.started = name, config, time.perf_counter()
-        self.cases = self.failures = 0
-        self.run = RUN | (MODERN if config.modern else {})
+        self.name = name
+        self.config = config
+        self.started = time.perf_counter()
+        self.cases = 0
+        self.failures = 0
+        self.run = RUN | MODERN if config.modern else RUN
 
     def rng(self, case: int) -> random.Random:
         """Return the random numbers of a case; they do not depend on the cases before it."""
@@ -47,26 +66,33 @@ class Part:
         """Return the numbers of the cases to try, out of len(rare): rare ones first."""
         if self.config.only >= 0:
             return [self.config.only]
+        # shuffled, then the rare ones in front: sorting keeps the order of equals
         rng = self.rng(-1)
-        order = sorted(range(len(rare)), key=lambda case: (not rare[case], rng.random()))
+        order = sorted(range(len(rare)), key=lambda case: rng.random())
+        order.sort(key=lambda case: not rare[case])
         return sorted(order[:self.config.cases or few])
 
     def count(self, case: int, problem: str, cases: int = 1) -> None:
         """Count a case; print how to repeat it if there is a problem."""
         self.cases += cases
-        self.failures += bool(problem)
-        if problem and self.failures <= 5:
-            again = f"; again with --seed={self.config.seed} --only={case}" if case >= 0 else ""
-            print(f"{self.name}: FAILURE: {problem}{again}", flush=True)
+        if not problem:
+            return
+        self.failures += 1
+        if self.failures > 5:
+            return
+        if case >= 0:
+            problem += f"; again with --seed={self.config.seed} --only={case}"
+        print(f"{self.name}: FAILURE: {problem}", flush=True)
 
 
 def make_bundles(part: Part, place: Path) -> list[dict[str, Any]]:
     """Return five checkpoints of a small run, in the order of their steps."""
-    bundles, settings = [], part.run | {"out_dir": place / "run"}
-    settings["dataset"] = runs.prepare_source(place)
+    out = place / "run"
+    settings = part.run | {"out_dir": out, "dataset": runs.prepare_source(place)}
+    bundles = []
     for step in (2, 4, 6, 8, 10):
         runs.run(settings | {"max_iters": step})
-        bundles.append(checkpoint.read_bundle(place / "run" / "ckpt.pt"))
+        bundles.append(checkpoint.read_bundle(out / "ckpt.pt"))
     return bundles
 
 
@@ -84,9 +110,12 @@ def check_folder(folder: Path, allowed: set[tuple[str, str]], least: int) -> str
     found = {path.name: runs.read_state(path) for path in folder.glob("*.pt")}
     if "corrupt" in found.values():
         return f"corrupt: {found}"
-    if (found.get("ckpt.pt", ""), found.get("best.pt", "")) not in allowed:
+    pair = (found.get("ckpt.pt", ""), found.get("best.pt", ""))
+    if pair not in allowed:
         return "ckpt.pt and best.pt are missing, or in other states than before or after the save"
     if runs.newest_state(folder) not in {state for state, _ in allowed}:
         return "a run would resume from another state"
     left = len(checkpoint.numbered(folder))
-    return f"{left} checkpoints are left, expected {least}" if left < least else ""
+    if left < least:
+        return f"{left} checkpoints are left, expected {least}"
+    return ""

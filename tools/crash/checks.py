@@ -1,0 +1,138 @@
+"""checks: is a killed run bit-identical on this device? Each check is a function of the device and
+a folder; it returns its result in words, and raises UserError if it fails."""
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from keepgpt.checkpoint import read_bundle
+from keepgpt.errors import EXIT_NOT_FINITE, UserError
+from tools import runs
+from tools.common import REPO
+from tools.crash.common import Part
+
+RUN = {
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 64,
+    "block_size": 64,
+    "dropout": 0.1,
+    "batch_size": 8,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 3e-3,
+    "warmup_iters": 4,
+    "lr_decay_iters": 400,
+    "max_iters": 400,
+    "eval_interval": 200,
+    # all windows, so an evaluation's last batch is smaller
+    "eval_iters": 100,
+    "checkpoint_interval": 10,
+    "log_interval": 5,
+    "deterministic": True,
+    "init_from": "auto",
+}
+
+
+def resume(device: str, folder: Path, ranks: int = 1, **flags: object) -> str:
+    """Compare an uninterrupted run with one that is killed after a save and resumed. The first
+    evaluates before it trains, the resumed one trains first."""
+    whole = folder / "whole"
+    killed = folder / "killed"
+    flags = RUN | flags | {"device": device, "dataset": runs.prepare_source(folder)}
+    runs.run(flags | {"out_dir": whole}, ranks)
+
+    flags["out_dir"] = killed
+    pid = runs.start(flags, ranks)
+    code = None
+    while code is None:
+        code = runs.wait_for_exit(pid, 0.01)
+        if code is None and (killed / "ckpt.pt").exists():
+            os.kill(pid, signal.SIGKILL)
+    if code != -signal.SIGKILL:
+        raise UserError(f"exit code {code} before it was killed")
+
+    runs.run(flags, ranks)
+    if runs.read_end(whole) != runs.read_end(killed):
+        raise UserError("an uninterrupted and a resumed run differ")
+    return "bit-identical to an uninterrupted run"
+
+
+def blow_up(device: str, folder: Path) -> str:
+    """Check that a learning rate of 1e30 gives exit code 3 and leaves finite checkpoints."""
+    out = folder / "out"
+    flags = RUN | {"device": device, "dataset": runs.prepare_source(folder), "out_dir": out}
+    runs.run(flags | {"max_iters": 20}, ranks=1)
+    flags |= {"learning_rate": 1e30, "grad_clip": 0, "checkpoint_interval": 1}
+    runs.run(flags, ranks=1, code=EXIT_NOT_FINITE)
+    bundle = read_bundle(out / "ckpt.pt")
+    if not all(tensor.isfinite().all() for tensor in bundle["model"].values()):
+        raise UserError("ckpt.pt is not finite")
+    return f"exit code {EXIT_NOT_FINITE}, ckpt.pt of step {bundle['step']} is finite"
+
+
+def sample(flags: dict[str, object]) -> bytes:
+    """Return the text of sample.py. Raises UserError if it fails."""
+    command = [sys.executable, "sample.py", *runs.to_flags(flags)]
+    done = subprocess.run(command, cwd=REPO, capture_output=True)
+    if done.returncode:
+        raise UserError(f"sample.py: exit code {done.returncode}: {done.stderr.decode()[-200:]!r}")
+    return done.stdout
+
+
+def compare_decode(device: str, folder: Path) -> str:
+    """Compare a text by compiled decode steps with the text by plain ones."""
+    flags = {"out_dir": folder / "out", "device": device}
+    runs.run(RUN | flags | {"dataset": runs.prepare_source(folder)}, ranks=1)
+    flags |= {"temperature": 0, "num_samples": 1, "max_new_tokens": 200, "dtype": "float32"}
+    plain = sample(flags | {"compile": False})
+    compiled = sample(flags | {"compile": True})
+    if compiled != plain:
+        raise UserError("the texts of compiled and of plain decode steps differ")
+    return "the same 200 tokens"
+
+
+# small steps of a wide model: a save takes longer than a step
+ALWAYS_SAVING = {
+    "checkpoint_interval": 1,
+    "max_iters": 20,
+    "eval_iters": 1,
+    "batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "compile": False,
+    "n_layer": 8,
+    "n_embd": 512,
+}
+CHECKS: dict[str, Callable[[str, Path], str]] = {
+    "kill -9": partial(resume, dtype="bfloat16"),
+    "kill -9, a save at each step": partial(resume, **ALWAYS_SAVING),
+    "kill -9, two ranks": partial(resume, ranks=2, backend="gloo"),
+    "kill -9, elastic": partial(resume, elastic=True),
+    "kill -9, float16": partial(resume, dtype="float16"),
+    "kill -9, float32, not compiled": partial(resume, dtype="float32", compile=False),
+    "a loss that is not finite": blow_up,
+    "compiled decode steps": compare_decode,
+}
+
+
+def run_check(check: Callable[[str, Path], str], _rounds: int, device: str, folder: Path
+              ) -> dict[str, str]:
+    """Return the row of a check in the tables of tools.gpu. Raises UserError."""
+    return {"result": check(device, folder)}
+
+
+def checks(part: Part, place: Path) -> str:
+    """Run the checks one after another on --device."""
+    names = list(CHECKS)
+    for number in part.choose([False] * len(names), few=len(names)):
+        name = names[number]
+        folder = place / str(number)
+        folder.mkdir()
+        try:
+            CHECKS[name](part.config.device, folder)
+            part.count(number, "")
+        except UserError as e:
+            part.count(number, f"{name}: {e}")
+    return f"of {len(names)} checks of device={part.config.device}"

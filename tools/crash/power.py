@@ -1,0 +1,177 @@
+"""power: the power is cut after each operation of a save. The old or the new checkpoint must be
+left, with all that may be on the disk then."""
+import copy
+import io
+import itertools
+import os
+import random
+import shutil
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from keepgpt import checkpoint
+from tools import runs
+from tools.crash.common import KEEP, PAGE, Part, check_folder, make_bundles
+from tools.crash.saves import FaultyDisk, check_next_save
+
+TEARS = ("lost", "kept", "cut", "pages", "zeros")  # what becomes of data without an fsync
+PENDING = 10  # changes of names that may each be lost; older ones have arrived
+
+
+@dataclass
+class File:
+    """A file's content as programs read it, and as the disk surely has it."""
+    now: bytes = b""
+    synced: bytes = b""
+
+    def tear(self, how: str, rng: random.Random) -> bytes:
+        """Return the content after a power cut: data since the fsync may have arrived or not."""
+        if self.now == self.synced or how == "kept":
+            return self.now
+        if how == "lost":
+            return self.synced
+        if how == "zeros":
+            return bytes(len(self.now))
+        if how == "cut":
+            return self.now[:rng.randrange(len(self.now) + 1)]
+        # pages arrive in any order
+        pages = [self.now[i:i + PAGE] for i in range(0, len(self.now), PAGE)]
+        return b"".join(page if rng.random() < 0.7 else bytes(len(page)) for page in pages)
+
+
+Names = dict[str, File | None]  # None: no file
+
+
+class RecordingDisk(FaultyDisk):
+    """A disk without faults. Its `instants` are, after each operation, the files in the folder at
+    its last fsync, by name, and the changes of names since then."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Names = {}
+        self.durable: Names = {}
+        self.pending: list[Names] = []
+        self.instants: list[tuple[Names, list[Names]]] = []
+
+    def do(self, operation: str, *args: Any) -> Any:
+        """Do an operation and record it."""
+        result = super().do(operation, *args)
+        if operation == "fsync_folder":
+            self.durable = self.names
+            self.pending = []
+        elif operation != "close":
+            change = self.record(operation, args, result)
+            if change:
+                self.names = self.names | change
+                self.pending.append(change)
+        self.instants.append(copy.deepcopy((self.durable, self.pending)))
+        return result
+
+    def record(self, operation: str, args: tuple, result: Any) -> Names:
+        """Change the content of a file, or return the change of names that an operation makes."""
+        name = self.opened.get(args[0], args[0]).name
+        file = self.names.get(name)
+        if operation == "create" and not file:
+            return {name: File()}
+        if operation == "rename":
+            return {name: None, args[1].name: file}
+        if operation == "link":
+            return {args[1].name: file}
+        if operation == "remove":
+            return {name: None}
+
+        if operation == "create":
+            file.now = b""
+        elif operation == "write":
+            file.now += args[1][:result]
+        elif operation == "fsync":
+            file.synced = file.now
+        return {}
+
+
+def list_outcomes(durable: Names, pending: list[Names]) -> itertools.product:
+    """Return the outcomes of a power cut: any of the last pending changes, any tear of data."""
+    recent = min(PENDING, len(pending))
+    choices = [(True,)] * (len(pending) - recent) + [(False, True)] * recent
+    files = [file for names in (durable, *pending) for file in names.values() if file]
+    torn = any(file.now != file.synced for file in files)
+    return itertools.product(itertools.product(*choices), TEARS if torn else TEARS[:1])
+
+
+@dataclass
+class Cut:
+    """A case: the power goes after operation n, during save number `started`."""
+    n: int
+    durable: int  # saves that a power cut can't undo
+    started: int
+    arrived: tuple[bool, ...]  # for each pending change
+    tear: str
+
+
+def record_cuts(disk: RecordingDisk, bundles: list[dict[str, Any]], folder: Path) -> list[Cut]:
+    """Save the bundles, each second one as the best, and return all cuts."""
+    cuts = []
+    for i, bundle in enumerate(bundles):
+        first = len(disk.log)
+        checkpoint.commit(bundle, folder, KEEP, i % 2 == 0, disk)
+        operations = range(first, len(disk.log))
+        # a save is durable with its last fsync of the folder
+        synced = [n for n in operations if disk.log[n] == "fsync_folder"] or operations
+        for n in operations:
+            durable = i + (n >= synced[-1])
+            for arrived, tear in list_outcomes(*disk.instants[n]):
+                cuts.append(Cut(n, durable, i + 1, arrived, tear))
+    return cuts
+
+
+def write_outcome(cut: Cut, disk: RecordingDisk, left: Path, rng: random.Random) -> None:
+    """Write the files that a cut leaves."""
+    names, pending = disk.instants[cut.n]
+    for change in itertools.compress(pending, cut.arrived):
+        names = names | change
+    shutil.rmtree(left, ignore_errors=True)
+    left.mkdir()
+    for name, file in names.items():
+        if file:
+            (left / name).write_bytes(file.tear(cut.tear, rng))
+
+
+def list_states(bundles: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Return the states of ckpt.pt and best.pt before the first save and after each one."""
+    states = [("", "")]
+    for i, bundle in enumerate(bundles):
+        state = runs.full_state_of(bundle)
+        best = state if i % 2 == 0 else states[-1][1]
+        states.append((state, best))
+    return states
+
+
+def power(part: Part, place: Path) -> str:
+    """Cut the power after each operation of four saves, with all that may be on the disk then. The
+    old or the new checkpoints must be left, and the next save must succeed."""
+    *bundles, later = make_bundles(part, place)
+    folder = place / "recorded"
+    folder.mkdir()
+    disk = RecordingDisk()
+    cuts = record_cuts(disk, bundles, folder)
+    states = list_states(bundles)
+    left = place / "left"
+    # most operations are writes of a few bytes
+    for number in part.choose([disk.log[cut.n] != "write" for cut in cuts], few=1000):
+        cut = cuts[number]
+        write_outcome(cut, disk, left, part.rng(number))
+        names = ", ".join(sorted(os.listdir(left)))
+        # best.pt is linked before ckpt.pt
+        old = states[cut.durable]
+        new = states[cut.started]
+        allowed = {old, (old[0], new[1]), new}
+        with redirect_stderr(io.StringIO()):
+            problem = check_folder(left, allowed, min(cut.durable, KEEP))
+            problem = problem or check_next_save(left, later)
+        if problem:
+            problem = (f"a cut after {disk.log[cut.n]} of save {cut.started} leaves {names}: "
+                       f"{problem}")
+        part.count(number, problem)
+    return f"of {len(cuts):,} states after a power cut"
