@@ -4,15 +4,13 @@ This is tools.bench with other defaults, and with the checks of tools.crash. Eac
 minutes at most. It needs no network, and Transformers only for its columns.
 """
 from dataclasses import dataclass
-from functools import partial
 
 from keepgpt.config import setting
 from tools.bench import __main__ as bench
 from tools.common import run_tool
-from tools.crash.checks import CHECKS, run_check
+from tools.crash.checks import CHECKS
 
-PARTS = {"checks": {name: partial(run_check, check) for name, check in CHECKS.items()},
-         **bench.PARTS}
+PARTS = {"checks": CHECKS, **bench.PARTS}
 
 
 @dataclass(frozen=True)

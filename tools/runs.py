@@ -22,6 +22,8 @@ from keepgpt.errors import UserError
 from keepgpt.signals import die_with_parent
 from tools.common import REPO
 
+Settings = dict[str, Any]
+Bundle = dict[str, Any]  # the content of a checkpoint
 TIME_LIMIT = 300  # seconds; a process that takes longer hangs
 # the state of a run: the parts of a checkpoint on which its next steps depend
 STATE = ("model", "optimizer", "scaler", "rng", "step", "best_val_loss")
@@ -38,7 +40,7 @@ def prepare_source(place: Path) -> Path:
     return place / "source"
 
 
-def to_flags(settings: dict[str, Any]) -> list[str]:
+def to_flags(settings: Settings) -> list[str]:
     """Return settings as arguments of a command."""
     return [f"--{key}={value}" for key, value in settings.items()]
 
@@ -65,7 +67,7 @@ def fork(work: Callable[[], int | None], log: Path) -> int:
         os._exit(code)
 
 
-def start(settings: dict[str, Any], ranks: int = 0, torchrun: tuple[str, ...] = (),
+def start(settings: Settings, ranks: int = 0, torchrun: tuple[str, ...] = (),
           largest_file: int = 0) -> int:
     """Start train.py, its output appended to <out_dir>.log. Return the process id. With 0 `ranks`
     it is a fork, which finds torch imported; otherwise the real command, behind torchrun for
@@ -113,7 +115,7 @@ def list_descendants(pid: int) -> list[int]:
     return found
 
 
-def run(settings: dict[str, Any], ranks: int = 0, code: int = 0) -> float:
+def run(settings: Settings, ranks: int = 0, code: int = 0) -> float:
     """Run train.py to its end and return its seconds. Raises UserError if it hangs or ends with
     another exit code."""
     started = time.perf_counter()
@@ -147,19 +149,17 @@ def digest(value: Any) -> str:
     return sha.hexdigest()
 
 
-def state_of(bundle: dict[str, Any], keys: Iterable[str] = STATE) -> str:
+def state_of(bundle: Bundle, keys: Iterable[str] = STATE) -> str:
     """Return the digest of those parts of a checkpoint. Runs with equal digests are in the same
     state."""
     return digest({key: bundle[key] for key in keys})
 
 
-def full_state_of(bundle: dict[str, Any]) -> str:
+def full_state_of(bundle: Bundle) -> str:
     """Return the digest of all that a checkpoint holds, except for the settings, which name its
     folder, and in an elastic run the generators, whose number is that of the ranks."""
-    keys = set(bundle) - {"config"}
-    if bundle["config"]["elastic"]:
-        keys -= {"rng"}
-    return state_of(bundle, keys)
+    left_out = {"config", "rng"} if bundle["config"]["elastic"] else {"config"}
+    return state_of(bundle, bundle.keys() - left_out)
 
 
 def read_state(path: Path) -> str:
@@ -178,14 +178,12 @@ def newest_state(folder: Path) -> str:
         return ""
 
 
-def read_rows(out: Path, *keys: str) -> list[dict[str, Any]]:
+def read_rows(out: Path, *keys: str) -> list[dict]:
     """Return the rows of metrics.jsonl that have all of `keys`, without measured speeds."""
-    found = []
-    for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        if set(keys) <= set(row):
-            found.append({key: row[key] for key in row if key not in SPEEDS})
-    return found
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [{key: row[key] for key in row if key not in SPEEDS}
+            for row in rows if row.keys() >= set(keys)]
 
 
 def list_temporary(folder: Path) -> str:

@@ -1,10 +1,9 @@
-"""checks: is a killed run bit-identical on this device? Each check is a function of the device and
-a folder; it returns its result in words, and raises UserError if it fails."""
+"""checks: is a killed run bit-identical on this device? Each check is also a row of tools.gpu; it
+raises UserError if it fails."""
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,15 +12,16 @@ from keepgpt.errors import EXIT_NOT_FINITE, UserError
 from tools import runs
 from tools.common import REPO
 from tools.crash.common import Part
+from tools.measure import Row
 
 RUN = {
     "n_layer": 2,
     "n_head": 2,
     "n_embd": 64,
     "block_size": 64,
-    "dropout": 0.1,
     "batch_size": 8,
     "gradient_accumulation_steps": 2,
+    "dropout": 0.1,
     "learning_rate": 3e-3,
     "warmup_iters": 4,
     "lr_decay_iters": 400,
@@ -36,7 +36,7 @@ RUN = {
 }
 
 
-def resume(device: str, folder: Path, ranks: int = 1, **flags: object) -> str:
+def resume(_rounds: int, device: str, folder: Path, ranks: int = 1, **flags: object) -> Row:
     """Compare an uninterrupted run with one that is killed after a save and resumed. The first
     evaluates before it trains, the resumed one trains first."""
     whole = folder / "whole"
@@ -57,10 +57,10 @@ def resume(device: str, folder: Path, ranks: int = 1, **flags: object) -> str:
     runs.run(flags, ranks)
     if runs.read_end(whole) != runs.read_end(killed):
         raise UserError("an uninterrupted and a resumed run differ")
-    return "bit-identical to an uninterrupted run"
+    return {"result": "bit-identical to an uninterrupted run"}
 
 
-def blow_up(device: str, folder: Path) -> str:
+def blow_up(_rounds: int, device: str, folder: Path) -> Row:
     """Check that a learning rate of 1e30 gives exit code 3 and leaves finite checkpoints."""
     out = folder / "out"
     flags = RUN | {"device": device, "dataset": runs.prepare_source(folder), "out_dir": out}
@@ -70,10 +70,10 @@ def blow_up(device: str, folder: Path) -> str:
     bundle = read_bundle(out / "ckpt.pt")
     if not all(tensor.isfinite().all() for tensor in bundle["model"].values()):
         raise UserError("ckpt.pt is not finite")
-    return f"exit code {EXIT_NOT_FINITE}, ckpt.pt of step {bundle['step']} is finite"
+    return {"result": f"exit code 3, ckpt.pt of step {bundle['step']} is finite"}
 
 
-def sample(flags: dict[str, object]) -> bytes:
+def sample(flags: runs.Settings) -> bytes:
     """Return the text of sample.py. Raises UserError if it fails."""
     command = [sys.executable, "sample.py", *runs.to_flags(flags)]
     done = subprocess.run(command, cwd=REPO, capture_output=True)
@@ -82,7 +82,7 @@ def sample(flags: dict[str, object]) -> bytes:
     return done.stdout
 
 
-def compare_decode(device: str, folder: Path) -> str:
+def compare_decode(_rounds: int, device: str, folder: Path) -> Row:
     """Compare a text by compiled decode steps with the text by plain ones."""
     flags = {"out_dir": folder / "out", "device": device}
     runs.run(RUN | flags | {"dataset": runs.prepare_source(folder)}, ranks=1)
@@ -91,7 +91,7 @@ def compare_decode(device: str, folder: Path) -> str:
     compiled = sample(flags | {"compile": True})
     if compiled != plain:
         raise UserError("the texts of compiled and of plain decode steps differ")
-    return "the same 200 tokens"
+    return {"result": "the same 200 tokens"}
 
 
 # small steps of a wide model: a save takes longer than a step
@@ -105,7 +105,7 @@ ALWAYS_SAVING = {
     "n_layer": 8,
     "n_embd": 512,
 }
-CHECKS: dict[str, Callable[[str, Path], str]] = {
+CHECKS = {
     "kill -9": partial(resume, dtype="bfloat16"),
     "kill -9, a save at each step": partial(resume, **ALWAYS_SAVING),
     "kill -9, two ranks": partial(resume, ranks=2, backend="gloo"),
@@ -117,12 +117,6 @@ CHECKS: dict[str, Callable[[str, Path], str]] = {
 }
 
 
-def run_check(check: Callable[[str, Path], str], _rounds: int, device: str, folder: Path
-              ) -> dict[str, str]:
-    """Return the row of a check in the tables of tools.gpu. Raises UserError."""
-    return {"result": check(device, folder)}
-
-
 def checks(part: Part, place: Path) -> str:
     """Run the checks one after another on --device."""
     names = list(CHECKS)
@@ -130,9 +124,10 @@ def checks(part: Part, place: Path) -> str:
         name = names[number]
         folder = place / str(number)
         folder.mkdir()
+        problem = ""
         try:
-            CHECKS[name](part.config.device, folder)
-            part.count(number, "")
+            CHECKS[name](1, part.config.device, folder)
         except UserError as e:
-            part.count(number, f"{name}: {e}")
+            problem = str(e)
+        part.count(number, problem, f"{name}: ")
     return f"of {len(names)} checks of device={part.config.device}"

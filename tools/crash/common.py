@@ -5,11 +5,10 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from keepgpt import checkpoint
 from keepgpt.config import setting
-from tools import runs
+from tools.runs import Bundle, newest_state, prepare_source, read_state, run
 
 KEEP = 2  # checkpoints
 RUN = {
@@ -72,26 +71,25 @@ class Part:
         order.sort(key=lambda case: not rare[case])
         return sorted(order[:self.config.cases or few])
 
-    def count(self, case: int, problem: str, cases: int = 1) -> None:
-        """Count a case; print how to repeat it if there is a problem."""
+    def count(self, case: int, problem: str, where: str = "", cases: int = 1) -> None:
+        """Count a case; print how to repeat it if there is a problem, and `where` it is."""
         self.cases += cases
         if not problem:
             return
         self.failures += 1
         if self.failures > 5:
             return
-        if case >= 0:
-            problem += f"; again with --seed={self.config.seed} --only={case}"
-        print(f"{self.name}: FAILURE: {problem}", flush=True)
+        again = f"; again with --seed={self.config.seed} --only={case}" if case >= 0 else ""
+        print(f"{self.name}: FAILURE: {where}{problem}{again}", flush=True)
 
 
-def make_bundles(part: Part, place: Path) -> list[dict[str, Any]]:
+def make_bundles(part: Part, place: Path) -> list[Bundle]:
     """Return five checkpoints of a small run, in the order of their steps."""
     out = place / "run"
-    settings = part.run | {"out_dir": out, "dataset": runs.prepare_source(place)}
+    settings = part.run | {"out_dir": out, "dataset": prepare_source(place)}
     bundles = []
     for step in (2, 4, 6, 8, 10):
-        runs.run(settings | {"max_iters": step})
+        run(settings | {"max_iters": step})
         bundles.append(checkpoint.read_bundle(out / "ckpt.pt"))
     return bundles
 
@@ -107,13 +105,13 @@ def check_folder(folder: Path, allowed: set[tuple[str, str]], least: int) -> str
     """Return how a folder breaks the promise "old or new, never neither", or "". `allowed` are the
     states that ckpt.pt and best.pt may have together ("": it may be missing). `least` checkpoints
     must be left."""
-    found = {path.name: runs.read_state(path) for path in folder.glob("*.pt")}
+    found = {path.name: read_state(path) for path in folder.glob("*.pt")}
     if "corrupt" in found.values():
         return f"corrupt: {found}"
     pair = (found.get("ckpt.pt", ""), found.get("best.pt", ""))
     if pair not in allowed:
         return "ckpt.pt and best.pt are missing, or in other states than before or after the save"
-    if runs.newest_state(folder) not in {state for state, _ in allowed}:
+    if newest_state(folder) not in {state for state, _ in allowed}:
         return "a run would resume from another state"
     left = len(checkpoint.numbered(folder))
     if left < least:

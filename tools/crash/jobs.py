@@ -10,13 +10,13 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from keepgpt.checkpoint import numbered
 from keepgpt.errors import EXIT_FAILED, UserError
 from tools import runs
 from tools.common import last_step
 from tools.crash.common import RUN, Part, clone
+from tools.runs import Settings
 
 WIDE = RUN | {"n_embd": 64, "eval_interval": 6, "max_iters": 42}  # a checkpoint over a megabyte
 ROOM = 1 << 16  # bytes between two limits
@@ -32,18 +32,7 @@ HOSTS = RUN | {
 }
 
 
-def kill_rank(pid: int, rng: random.Random, seen: Counter) -> bool:
-    """Kill a torchrun, with which its ranks die, or one of its ranks. Return True for a rank: then
-    torchrun starts all of them again."""
-    victim = rng.choice([pid, *runs.list_descendants(pid)])
-    # a rank may have just ended
-    with suppress(ProcessLookupError):
-        os.kill(victim, signal.SIGKILL)
-    seen["a rank"] += victim != pid
-    return victim != pid
-
-
-def finish_killed_run(settings: dict[str, Any], lives: dict[int, float], kills: int,
+def finish_killed_run(settings: Settings, lives: dict[int, float], kills: int,
                       rng: random.Random, seen: Counter) -> int | None:
     """Start a run again until it ends, each time on one of the numbers of ranks in `lives`, and
     kill it up to `kills` times, at instants that are uniform over the seconds `lives` gives for an
@@ -61,9 +50,14 @@ def finish_killed_run(settings: dict[str, Any], lives: dict[int, float], kills: 
 
         kills -= 1
         seen["kills"] += 1
-        if not ranks:
-            os.kill(pid, signal.SIGKILL)
-        elif kill_rank(pid, rng, seen):
+        # a torchrun, with which its ranks die, or one of its ranks
+        victim = rng.choice([pid, *runs.list_descendants(pid)]) if ranks else pid
+        # a rank may have just ended
+        with suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGKILL)
+        if victim != pid:
+            # torchrun starts all ranks again
+            seen["a rank"] += 1
             return runs.wait_for_exit(pid)
         runs.wait_for_exit(pid)
 
@@ -77,8 +71,8 @@ def finish_killed_run(settings: dict[str, Any], lives: dict[int, float], kills: 
         seen["lost"] = max(seen["lost"], step - max(saved, default=0))
 
 
-def finish_whole_runs(part: Part, settings: dict[str, Any], place: Path, choices: tuple[int, ...]
-                      ) -> tuple[dict[int, float], dict[str, Any]]:
+def finish_whole_runs(part: Part, settings: Settings, place: Path, choices: tuple[int, ...]
+                      ) -> tuple[dict[int, float], dict]:
     """Finish an uninterrupted run on each number of ranks. Return their seconds by ranks, and how
     they end, which must be alike."""
     lives = {}
@@ -89,13 +83,13 @@ def finish_whole_runs(part: Part, settings: dict[str, Any], place: Path, choices
         ends.append(runs.read_end(out))
     expected = ends[0]
     if any(end != expected for end in ends):
-        part.count(-1, "uninterrupted runs differ", 0)
+        part.count(-1, "uninterrupted runs differ", cases=0)
     if expected["best.pt"] == expected["ckpt.pt"]:
-        part.count(-1, "the last checkpoint is the best one: best.pt is not tested", 0)
+        part.count(-1, "the last checkpoint is the best one: best.pt is not tested", cases=0)
     return lives, expected
 
 
-def kill_runs(part: Part, settings: dict[str, Any], place: Path, choices: tuple[int, ...],
+def kill_runs(part: Part, settings: Settings, place: Path, choices: tuple[int, ...],
               kills: int) -> str:
     """Kill run after run, `kills` times in all, each start on one of the numbers of ranks in
     `choices` (0 is a fork). Each must end as an uninterrupted run does, on whichever of them."""
@@ -115,7 +109,7 @@ def kill_runs(part: Part, settings: dict[str, Any], place: Path, choices: tuple[
         # several ranks may also lose the time that they need to start
         if not problem and seen["lost"] > most_lost and choices == (0,):
             problem = f"{seen['lost']} steps were lost"
-        part.count(number, problem, seen["kills"] - before)
+        part.count(number, problem, cases=seen["kills"] - before)
         seen["runs"] += 1
 
     starts = ", ".join(f"{seen[ranks]} on {max(1, ranks)}" for ranks in choices)
@@ -141,7 +135,7 @@ def elastic(part: Part, place: Path) -> str:
     return kill_runs(part, settings, place, (0, 2, 4), part.config.cases or 6)
 
 
-def check_full_disk(settings: dict[str, Any], older: Path, limit: int, expected: dict[str, Any]
+def check_full_disk(settings: Settings, older: Path, limit: int, expected: dict
                     ) -> str:
     """Resume a run while no file may have more than `limit` bytes, then with room. Return the
     problem, or ""."""
@@ -184,26 +178,6 @@ def wait_until(reached: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def find_port() -> int:
-    """Return a port of this machine that is free."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def start_host(settings: dict[str, Any], out: Path, port: int, number: int) -> int:
-    """Start the torchrun of a host, 0 or 1, with one rank. Return its process id."""
-    return runs.start(settings | {"out_dir": out}, ranks=1, torchrun=(
-        "--nnodes=1:2",
-        "--nproc_per_node=1",
-        "--rdzv_backend=c10d",
-        f"--rdzv_endpoint=127.0.0.1:{port}",
-        # addresses in this order: the first host has rank 0
-        f"--local_addr=127.0.0.{1 + number}",
-        f"--rdzv_conf=last_call_timeout=5,is_host={1 - number}",
-    ))
-
-
 def hosts(part: Part, place: Path) -> str:
     """Compare a run with three faults with an uninterrupted one on one rank."""
     settings = HOSTS | {"dataset": runs.prepare_source(place)}
@@ -214,8 +188,21 @@ def hosts(part: Part, place: Path) -> str:
     # torch 2.13 shares torchrun's store with the ranks, and a host that comes back finds none
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    port = find_port()
+    # a port that is free, for the rendezvous
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     rng = part.rng(0)
+
+    def start(out: Path, number: int) -> int:
+        return runs.start(settings | {"out_dir": out}, ranks=1, torchrun=(
+            "--nnodes=1:2",
+            "--nproc_per_node=1",
+            "--rdzv_backend=c10d",
+            f"--rdzv_endpoint=127.0.0.1:{port}",
+            # addresses in this order: the first host has rank 0
+            f"--local_addr=127.0.0.{number}",
+            f"--rdzv_conf=last_call_timeout=5,is_host={int(out == first)}",
+        ))
 
     def wait_for_steps() -> None:
         goal = last_step(first) + rng.randint(100, 300)
@@ -224,8 +211,8 @@ def hosts(part: Part, place: Path) -> str:
     def count_starts() -> int:
         return (first / "README.md").read_text().count("\n- 20")
 
-    staying = start_host(settings, first, port, 0)
-    leaving = start_host(settings, second, port, 1)
+    staying = start(first, 1)
+    leaving = start(second, 2)
     wait_for_steps()
 
     # the second host dies: the first one continues alone
@@ -234,7 +221,7 @@ def hosts(part: Part, place: Path) -> str:
 
     # it comes back: both start again from the newest checkpoint
     before = count_starts()
-    back = start_host(settings, second, port, 1)
+    back = start(second, 2)
     wait_until(lambda: count_starts() > before)
     wait_for_steps()
 
@@ -245,5 +232,5 @@ def hosts(part: Part, place: Path) -> str:
     os.kill(back, signal.SIGKILL)
     part.count(0, runs.compare_end(code, first, runs.read_end(whole)), cases=3)
     if any(second.glob("*.pt")):
-        part.count(0, "the second host has checkpoints of its own", 0)
+        part.count(0, "the second host has checkpoints of its own", cases=0)
     return f"faults of two hosts without a common disk in {count_starts()} starts; 1 end compared"

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from keepgpt import checkpoint
-from tools import runs
 from tools.crash.common import KEEP, PAGE, Part, check_folder, make_bundles
 from tools.crash.saves import FaultyDisk, check_next_save
+from tools.runs import full_state_of
 
 TEARS = ("lost", "kept", "cut", "pages", "zeros")  # what becomes of data without an fsync
 PENDING = 10  # changes of names that may each be lost; older ones have arrived
@@ -50,10 +50,10 @@ class RecordingDisk(FaultyDisk):
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: Names = {}
-        self.durable: Names = {}
-        self.pending: list[Names] = []
-        self.instants: list[tuple[Names, list[Names]]] = []
+        self.names = {}
+        self.durable = {}
+        self.pending = []
+        self.instants = []
 
     def do(self, operation: str, *args: Any) -> Any:
         """Do an operation and record it."""
@@ -102,50 +102,40 @@ def list_outcomes(durable: Names, pending: list[Names]) -> itertools.product:
 
 @dataclass
 class Cut:
-    """A case: the power goes after operation n, during save number `started`."""
-    n: int
+    """A case: the power goes after an operation of save number `save`."""
+    save: int
+    operation: str
     durable: int  # saves that a power cut can't undo
-    started: int
-    arrived: tuple[bool, ...]  # for each pending change
+    names: Names
+    arrived: tuple[Names, ...]
     tear: str
 
 
-def record_cuts(disk: RecordingDisk, bundles: list[dict[str, Any]], folder: Path) -> list[Cut]:
-    """Save the bundles, each second one as the best, and return all cuts."""
+def list_cuts(disk: RecordingDisk, first: int, save: int) -> list[Cut]:
+    """Return all cuts of a save whose operations start at number `first`."""
+    operations = range(first, len(disk.log))
+    # a save is durable with its last fsync of the folder
+    synced = [n for n in operations if disk.log[n] == "fsync_folder"] or operations
     cuts = []
-    for i, bundle in enumerate(bundles):
-        first = len(disk.log)
-        checkpoint.commit(bundle, folder, KEEP, i % 2 == 0, disk)
-        operations = range(first, len(disk.log))
-        # a save is durable with its last fsync of the folder
-        synced = [n for n in operations if disk.log[n] == "fsync_folder"] or operations
-        for n in operations:
-            durable = i + (n >= synced[-1])
-            for arrived, tear in list_outcomes(*disk.instants[n]):
-                cuts.append(Cut(n, durable, i + 1, arrived, tear))
+    for n in operations:
+        names, pending = disk.instants[n]
+        durable = save if n >= synced[-1] else save - 1
+        for arrived, tear in list_outcomes(names, pending):
+            changes = tuple(itertools.compress(pending, arrived))
+            cuts.append(Cut(save, disk.log[n], durable, names, changes, tear))
     return cuts
 
 
-def write_outcome(cut: Cut, disk: RecordingDisk, left: Path, rng: random.Random) -> None:
+def write_outcome(cut: Cut, left: Path, rng: random.Random) -> None:
     """Write the files that a cut leaves."""
-    names, pending = disk.instants[cut.n]
-    for change in itertools.compress(pending, cut.arrived):
+    names = cut.names
+    for change in cut.arrived:
         names = names | change
     shutil.rmtree(left, ignore_errors=True)
     left.mkdir()
     for name, file in names.items():
         if file:
             (left / name).write_bytes(file.tear(cut.tear, rng))
-
-
-def list_states(bundles: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Return the states of ckpt.pt and best.pt before the first save and after each one."""
-    states = [("", "")]
-    for i, bundle in enumerate(bundles):
-        state = runs.full_state_of(bundle)
-        best = state if i % 2 == 0 else states[-1][1]
-        states.append((state, best))
-    return states
 
 
 def power(part: Part, place: Path) -> str:
@@ -155,23 +145,30 @@ def power(part: Part, place: Path) -> str:
     folder = place / "recorded"
     folder.mkdir()
     disk = RecordingDisk()
-    cuts = record_cuts(disk, bundles, folder)
-    states = list_states(bundles)
+    states = [("", "")]  # of ckpt.pt and best.pt, before the first save and after each one
+    cuts = []
+    for i, bundle in enumerate(bundles):
+        first = len(disk.log)
+        # each second one is the best
+        best = i % 2 == 0
+        checkpoint.commit(bundle, folder, KEEP, best, disk)
+        state = full_state_of(bundle)
+        states.append((state, state if best else states[-1][1]))
+        cuts += list_cuts(disk, first, save=i + 1)
+
     left = place / "left"
     # most operations are writes of a few bytes
-    for number in part.choose([disk.log[cut.n] != "write" for cut in cuts], few=1000):
+    for number in part.choose([cut.operation != "write" for cut in cuts], few=1000):
         cut = cuts[number]
-        write_outcome(cut, disk, left, part.rng(number))
+        write_outcome(cut, left, part.rng(number))
         names = ", ".join(sorted(os.listdir(left)))
-        # best.pt is linked before ckpt.pt
         old = states[cut.durable]
-        new = states[cut.started]
+        new = states[cut.save]
+        # best.pt is linked before ckpt.pt
         allowed = {old, (old[0], new[1]), new}
         with redirect_stderr(io.StringIO()):
             problem = check_folder(left, allowed, min(cut.durable, KEEP))
             problem = problem or check_next_save(left, later)
-        if problem:
-            problem = (f"a cut after {disk.log[cut.n]} of save {cut.started} leaves {names}: "
-                       f"{problem}")
-        part.count(number, problem)
+        part.count(number, problem,
+                   f"a cut after {cut.operation} of save {cut.save} leaves {names}: ")
     return f"of {len(cuts):,} states after a power cut"

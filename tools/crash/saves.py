@@ -15,8 +15,8 @@ import torch
 
 from keepgpt import checkpoint
 from keepgpt.checkpoint import Disk, Saver
-from tools import runs
 from tools.crash.common import KEEP, PAGE, Part, check_folder, clone, make_bundles
+from tools.runs import Bundle, full_state_of, list_temporary, newest_state, read_state
 
 # checkpoints before a save; is it the best one?
 BEFORE = ((0, True), (KEEP, False), (KEEP, True))
@@ -80,32 +80,29 @@ class FaultyDisk(Disk):
         return result
 
 
-def save(folder: Path, bundle: dict[str, Any], best: bool, disk: Disk) -> bool:
+def save(folder: Path, bundle: Bundle, best: bool, disk: Disk) -> bool:
     """Save as a run does. Return True if the saver says that it succeeded."""
     saver = Saver(folder, KEEP, math.inf, lambda: None, torch.device("cpu"), disk)
     saver.save(bundle, best)
     return saver.wait()
 
 
-def check_next_save(folder: Path, bundle: dict[str, Any]) -> str:
+def check_next_save(folder: Path, bundle: Bundle) -> str:
     """Save on a disk without faults. Return the problem, or ""."""
-    if not save(folder, bundle, False, FaultyDisk()):
-        return "the next save fails"
-    if runs.newest_state(folder) != runs.full_state_of(bundle):
-        return "the next save is not the newest state"
-    leftovers = runs.list_temporary(folder)
-    if leftovers:
-        return f"the next save leaves {leftovers}"
+    saved = save(folder, bundle, False, FaultyDisk())
+    found = (saved, newest_state(folder), list_temporary(folder))
+    if found != (True, full_state_of(bundle), ""):
+        return f"the next save fails: {found}"
     return ""
 
 
-def check_faulty_save(folder: Path, older: list, new: dict, later: dict, best: bool,
+def check_faulty_save(folder: Path, older: list[Bundle], new: Bundle, later: Bundle, best: bool,
                       disk: FaultyDisk) -> str:
     """Save `new` on a faulty disk, then `later` on a sound one. Return the problem, or ""."""
     # states of ckpt.pt and best.pt before the save, between its two links, and after it
-    old = runs.full_state_of(older[-1]) if older else ""
-    old_best = runs.full_state_of(older[0]) if older else ""
-    now = runs.full_state_of(new)
+    old = full_state_of(older[-1]) if older else ""
+    old_best = full_state_of(older[0]) if older else ""
+    now = full_state_of(new)
     now_best = now if best else old_best
     allowed = {(old, old_best), (old, now_best), (now, now_best)}
 
@@ -113,13 +110,11 @@ def check_faulty_save(folder: Path, older: list, new: dict, later: dict, best: b
         allowed = {(now, now_best)}
         if disk.failed not in ("", "close", "remove"):
             return "the saver calls it a success"
-    leftovers = runs.list_temporary(folder)
+    leftovers = list_temporary(folder)
     if leftovers and disk.fault != "gone":
         return f"{leftovers} is left behind"
-    if disk.problem:
-        return disk.problem
     least = min(len(older), KEEP)
-    return check_folder(folder, allowed, least) or check_next_save(folder, later)
+    return disk.problem or check_folder(folder, allowed, least) or check_next_save(folder, later)
 
 
 @dataclass
@@ -132,7 +127,7 @@ class Fault:
     name: str
 
 
-def list_faults(place: Path, bundles: list[dict[str, Any]], count: int, best: bool) -> list[Fault]:
+def list_faults(place: Path, bundles: list[Bundle], count: int, best: bool) -> list[Fault]:
     """Make a folder with `count` checkpoints, save once more in a copy, and return all faults of
     that save."""
     folder = place / f"{count}{best}"
@@ -165,39 +160,25 @@ def nth(part: Part, place: Path) -> str:
         disk = FaultyDisk(fault.kind, fault.n)
         with redirect_stderr(io.StringIO()):
             problem = check_faulty_save(folder, older, new, later, fault.best, disk)
-        if problem:
-            problem = f"operation {fault.n}, {fault.name}, {fault.kind}: {problem}"
-        part.count(number, problem)
+        part.count(number, problem, f"operation {fault.n}, {fault.name}, {fault.kind}: ")
     return f"of {len(faults):,} faults in the {faults[-1].n} operations of a save"
-
-
-def flip_bits(raw: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """Return a file's content with one to three flipped bits, and its description."""
-    # two draws in this order, so a seed gives the same cases as ever
-    bits = rng.sample(range(8 * len(raw)), rng.choice((1, 1, 2, 3)))
-    changed = bytearray(raw)
-    for bit in bits:
-        changed[bit // 8] ^= 1 << bit % 8
-    return bytes(changed), f"bits {bits} flipped"
-
-
-def zero_page(raw: bytes, rng: random.Random) -> tuple[bytes, str]:
-    """Return a file's content with a page of zeros, and its description."""
-    starts = range(0, len(raw), PAGE)
-    # a page that is zero already would not change
-    start = rng.choice([i for i in starts if any(raw[i:i + PAGE])])
-    rest = raw[start + PAGE:]
-    zeros = bytes(len(raw) - start - len(rest))
-    return raw[:start] + zeros + rest, f"page at byte {start} zeroed"
 
 
 def corrupt(raw: bytes, edges: list[int], case: int, rng: random.Random) -> tuple[bytes, str]:
     """Return a file's content with a fault, and its description. Cuts are at `edges` first."""
     number, kind = divmod(case, 3)
+    changed = bytearray(raw)
     if kind == 0:
-        return flip_bits(raw, rng)
+        bits = rng.sample(range(8 * len(raw)), rng.choice((1, 1, 2, 3)))
+        for bit in bits:
+            changed[bit // 8] ^= 1 << bit % 8
+        return bytes(changed), f"bits {bits} flipped"
     if kind == 1:
-        return zero_page(raw, rng)
+        # a page that is zero already would not change
+        pages = [slice(i, i + PAGE) for i in range(0, len(raw), PAGE)]
+        page = rng.choice([page for page in pages if any(raw[page])])
+        changed[page] = bytes(len(raw[page]))
+        return bytes(changed), f"page at byte {page.start} zeroed"
     end = edges[number] if number < len(edges) else rng.randrange(len(raw))
     return raw[:end], f"cut to {end} bytes"
 
@@ -212,8 +193,8 @@ def rot(part: Part, place: Path) -> str:
         checkpoint.commit(bundle, folder, KEEP, True, Disk())
     path = folder / "ckpt.pt"
     raw = path.read_bytes()
-    if runs.newest_state(folder) != runs.full_state_of(newer):
-        part.count(-1, "an intact checkpoint is not used", 0)
+    if newest_state(folder) != full_state_of(newer):
+        part.count(-1, "an intact checkpoint is not used", cases=0)
 
     # cut at and around the edges of the records, of the zip's directory and of the file
     with zipfile.ZipFile(path) as file:
@@ -223,15 +204,13 @@ def rot(part: Part, place: Path) -> str:
     around = {edge + distance for edge in edges for distance in (-1, 0, 1)}
     ends = sorted(around & set(range(len(raw))))
 
-    expected = ("corrupt", runs.full_state_of(older))
+    expected = ("corrupt", full_state_of(older))
     for case in part.choose([False] * (part.config.cases or 500), few=500):
         content, how = corrupt(raw, ends, case, part.rng(case))
         # in place: the numbered checkpoint is the same file
         path.write_bytes(content)
         with redirect_stderr(io.StringIO()):
-            found = (runs.read_state(path), runs.newest_state(folder))
-        problem = ""
-        if found != expected:
-            problem = f"{how}, of {len(raw)}: it is used, or the older one is not"
-        part.count(case, problem)
+            found = (read_state(path), newest_state(folder))
+        problem = "" if found == expected else "it is used, or the older one is not"
+        part.count(case, problem, f"{how}, of {len(raw)}: ")
     return f"faults in a checkpoint of {len(raw):,} bytes and {records} records"
