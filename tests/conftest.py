@@ -20,7 +20,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
-from tools.runs import digest
+from tools.runs import read_rows, state_of
 
 TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 4,
         "gradient_accumulation_steps": 2, "dropout": 0.1, "learning_rate": 3e-3, "warmup_iters": 4,
@@ -131,16 +131,11 @@ def train(dataset: Path, tmp_path: Path):
 def bits(path: Path) -> str:
     """Return the sha256 of the parts of a bundle that training depends on. Runs with equal hashes
     are in the same state."""
-    bundle = torch.load(path, map_location="cpu", weights_only=True)
-    return digest({key: bundle[key] for key in
-                   ("model", "optimizer", "step", "rng", "best_val_loss", "scaler")})
+    return state_of(torch.load(path, map_location="cpu", weights_only=True))
 
 
-def rows(out_dir: Path, *keys: str) -> list[dict]:
-    """Return the rows of metrics.jsonl that have all of `keys`, without measured speeds."""
-    lines = [json.loads(line) for line in (out_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu")}
-            for row in lines if set(keys) <= set(row)]
+# rows(out_dir, *keys): the rows of metrics.jsonl that have all of `keys`
+rows = read_rows
 
 
 def complaint(done: subprocess.CompletedProcess, silent: bool = True) -> str:

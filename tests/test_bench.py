@@ -12,6 +12,7 @@ from model import GPT
 from tools import gpu, measure
 from tools.bench import __main__ as bench
 from tools.bench import parts, sides
+from tools.crash.checks import CHECKS
 
 torch.set_num_threads(1)  # models this small are slower on two
 
@@ -22,8 +23,8 @@ def one_thread(monkeypatch):
 
 
 @pytest.mark.parametrize("args", [
-    ["tools.bench"], ["tools.bench", "nosuch"], ["tools.bench", "train", "--only=nosuch"],
-    ["tools.bench", "tables", "--rows=2"],
+    ["tools.bench"], ["tools.bench", "nosuch"], ["tools.bench", "checks"],
+    ["tools.bench", "train", "--only=nosuch"], ["tools.bench", "tables", "--rows=2"],
     ["tools.gpu", "now"], ["tools.gpu", "--row=2"], ["tools.gpu", "--parts=trian"],
     ["tools.gpu", "--parts=checks"], ["tools.demo", "--fast"]])
 def test_a_mistake_exits_2_with_one_line(args):
@@ -122,29 +123,12 @@ def test_rows_for_a_gpu_are_shapes(monkeypatch):
     monkeypatch.setattr(measure, "run_rows", lambda part, rows, *args, **how:
                         measured.update({part: rows}) or True)
     for device in ("cpu", "cuda:0"):
-        assert bench.main(gpu.GpuConfig(device=device), []) == 0
+        assert gpu.main(gpu.GpuConfig(device=device), []) == 0
     assert measured["gpu train"].keys() == sides.SHAPES.keys()
     assert any("batch 64" in name for name in measured["gpu train"])
     assert not any("batch 64" in name for name in measured["train"])
-    assert measured["gpu checks"].keys() == parts.PARTS["checks"].keys()
-    assert all(work.args[3] == "cuda:0" for work in measured["gpu checks"].values())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("check", [parts.resume, parts.blow_up])
-def test_a_check_with_real_runs_passes_on_a_cpu(check, tmp_path, monkeypatch):
-    monkeypatch.setattr(parts, "RUN", parts.RUN | {"max_iters": 100, "eval_iters": 2})
-    assert check(1, "cpu", tmp_path)
-
-
-@pytest.mark.slow
-def test_runs_that_differ_or_fail_are_noticed(monkeypatch, tmp_path):
-    ends = iter(range(9))
-    monkeypatch.setattr(parts.runs, "read_end", lambda _: next(ends))
-    with pytest.raises(UserError, match="differ"):
-        parts.resume(1, "cpu", tmp_path, max_iters=60, eval_iters=2)
-    with pytest.raises(UserError, match="got 3"):
-        parts.resume(1, "cpu", tmp_path / "2", learning_rate=1e38, max_iters=4, eval_iters=2)
+    assert measured["gpu checks"].keys() == CHECKS.keys()
+    assert all(work.args[2] == "cuda:0" for work in measured["gpu checks"].values())
 
 
 def test_a_row_that_fails_leaves_the_others(tmp_path):

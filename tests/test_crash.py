@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 from conftest import REPO, complaint, run
 
+from keepgpt.errors import UserError
+from tools.crash import checks
+
 FEW = {"kill": ("--cases=5",), "nth": ("--cases=120",),
        "power": ("--cases=400",), "rot": ("--cases=150",), "full": ("--cases=4",),
        "elastic": ("--cases=1",), "prepare": ("--cases=60",)}
@@ -106,3 +109,32 @@ def test_an_unknown_part_exits_2():
 def test_an_uninterrupted_run_that_hangs_is_an_error():
     impatient = "from tools import runs\nruns.TIME_LIMIT = 0.01"
     complaint(crash("kill", "--cases=1", broken=impatient, code=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", [checks.resume, checks.blow_up])
+def test_a_check_with_real_runs_passes_on_a_cpu(check, tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "RUN", checks.RUN | {"max_iters": 100, "eval_iters": 2})
+    assert check(1, "cpu", tmp_path)
+
+
+@pytest.mark.slow
+def test_runs_that_differ_or_fail_are_noticed(monkeypatch, tmp_path):
+    ends = iter(range(9))
+    monkeypatch.setattr(checks.runs, "read_end", lambda _: next(ends))
+    with pytest.raises(UserError, match="differ"):
+        checks.resume(1, "cpu", tmp_path, max_iters=60, eval_iters=2)
+    with pytest.raises(UserError, match="got 3"):
+        checks.resume(1, "cpu", tmp_path / "2", learning_rate=1e38, max_iters=4, eval_iters=2)
+
+
+@pytest.mark.slow
+def test_the_checks_part_counts_a_check_that_fails():
+    failing = """
+from keepgpt.errors import UserError
+from tools.crash import checks
+def fail(rounds, device, folder):
+    raise UserError("no such device")
+checks.CHECKS = {"fails": fail, "passes": lambda rounds, device, folder: {}}"""
+    done = crash("checks", "--device=cpu", broken=failing, code=1)
+    assert "fails: no such device" in done.stdout and " 1 failures" in done.stdout

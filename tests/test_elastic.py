@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TINY, command, complaint, rows, run
 
-from tools.runs import digest
+from tools.runs import STATE, state_of
 
 FLAGS = {"dtype": "bfloat16", "dropout": 0.2, "gradient_accumulation_steps": 12, "batch_size": 2,
          "block_size": 16, "max_iters": 20, "eval_interval": 10, "log_interval": 1,
@@ -20,9 +20,9 @@ def outcome(out: Path) -> tuple[str, list[dict]]:
     """Return the sha256 of a run's weights, moments and last evaluation, and its metrics without
     the evaluations at the ends of shorter runs."""
     bundle = torch.load(out / "ckpt.pt", weights_only=True)
-    return digest({key: bundle[key] for key in ("model", "optimizer", "step", "evaluation",
-                                                "best_val_loss", "scaler")}), [
-        row for row in rows(out) if "loss" in row or row["step"] % FLAGS["eval_interval"] == 0]
+    state = state_of(bundle, {*STATE, "evaluation"} - {"rng"})
+    return state, [row for row in rows(out)
+                   if "loss" in row or row["step"] % FLAGS["eval_interval"] == 0]
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,15 @@ import os
 import signal
 import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import REPO, TINY, bits, command, rows, run
+
+from tools.common import last_step
+from tools.runs import list_descendants
 
 pytestmark = pytest.mark.slow
 FLAGS = TINY | {"max_iters": 200, "lr_decay_iters": 200, "eval_interval": 30, "log_interval": 1,
@@ -23,25 +27,16 @@ def whole(dataset, tmp_path_factory):
     return folder
 
 
-def logged(out: Path) -> int:
-    """Return the last step in metrics.jsonl, whose last line may be incomplete."""
-    path = out / "metrics.jsonl"
-    lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-    return int(lines[-1].split(b'"step": ')[1].split(b",")[0]) if lines else 0
+def is_rank(pid: int) -> bool:
+    """Return True if a process belongs to a run and has not ended. A loop also starts `sleep`."""
+    with suppress(OSError):
+        return b"--out_dir=" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
 
 
-def trainers(out: Path, torchrun: bool) -> list[int]:
-    """Return the process ids of a run: of its ranks, or of torchrun."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = path.read_bytes()
-        except OSError:
-            continue
-        is_run = f"--out_dir={out}\0".encode() in line and b"bash" not in line[:20]
-        if is_run and (b"torch.distributed.run" in line) == torchrun:
-            found.append(int(path.parent.name))
-    return sorted(found)
+def ranks_of(process: subprocess.Popen) -> list[int]:
+    """Return the process ids of the ranks that a loop or a torchrun has started."""
+    return sorted(filter(is_rank, list_descendants(process.pid)))
 
 
 def until(reached, process: subprocess.Popen) -> None:
@@ -58,8 +53,8 @@ def test_the_loop_finishes_a_killed_run(dataset, tmp_path, whole):
         [REPO / "runs/loop.sh", *command("train.py", out_dir=out, dataset=dataset, **FLAGS)],
         env=ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     for step in (40, 100):
-        until(lambda step=step: logged(out) >= step and trainers(out, False), loop)
-        os.kill(trainers(out, False)[0], signal.SIGKILL)
+        until(lambda step=step: last_step(out) >= step and ranks_of(loop), loop)
+        os.kill(ranks_of(loop)[0], signal.SIGKILL)
     assert loop.wait(timeout=120) == 0 and " 137" in loop.stderr.read()
     assert bits(out / "ckpt.pt") == bits(whole / "ckpt.pt") and rows(out) == rows(whole)
 
@@ -68,11 +63,11 @@ def test_the_loop_ends_on_a_signal_and_on_a_mistake(dataset, tmp_path):
     out = tmp_path / "out"
     loop = [REPO / "runs/loop.sh", *command("train.py", out_dir=out, dataset=dataset, **FLAGS)]
     process = subprocess.Popen(loop, env=ONE_THREAD)
-    until(lambda: logged(out) >= 10, process)
+    until(lambda: last_step(out) >= 10, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 75
     process = subprocess.Popen(loop, env=ONE_THREAD, start_new_session=True)
-    until(lambda: logged(out) >= 100, process)
+    until(lambda: last_step(out) >= 100, process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     assert process.wait(timeout=60) == 75 and (out / "ckpt.pt").exists()
     done = subprocess.run([*loop, "--n_layer=3"], capture_output=True, text=True)
@@ -91,8 +86,8 @@ def test_torchrun_restarts_a_killed_rank(dataset, tmp_path, whole):
     args.insert(args.index("--standalone"), "--max-restarts=3")
     process = subprocess.Popen(args, env=ONE_THREAD, stderr=subprocess.DEVNULL)
     for step, rank in ((40, 0), (100, 1)):
-        until(lambda step=step: logged(out) >= step and len(trainers(out, False)) == 2, process)
-        os.kill(trainers(out, False)[rank], signal.SIGKILL)
+        until(lambda step=step: last_step(out) >= step and len(ranks_of(process)) == 2, process)
+        os.kill(ranks_of(process)[rank], signal.SIGKILL)
     assert process.wait(timeout=120) == 0
     assert bits(out / "ckpt.pt") == bits(tmp_path / "whole/ckpt.pt")
     assert rows(out) == rows(tmp_path / "whole")
@@ -102,14 +97,14 @@ def test_ranks_do_not_outlive_torchrun(dataset, tmp_path):
     out = tmp_path / "out"
     flags = FLAGS | {"dataset": dataset, "max_iters": 10**6}
     process = subprocess.Popen(command("train.py", ranks=2, out_dir=out, **flags), env=ONE_THREAD)
-    until(lambda: logged(out) >= 10, process)
-    ranks = trainers(out, False)
+    until(lambda: last_step(out) >= 10, process)
+    ranks = ranks_of(process)
     process.kill()
     process.wait()
     deadline = time.monotonic() + 20
-    while trainers(out, False) and time.monotonic() < deadline:
+    while any(map(is_rank, ranks)) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert len(ranks) == 2 and not trainers(out, False)
+    assert len(ranks) == 2 and not any(map(is_rank, ranks))
     run("train.py", ranks=2, out_dir=out, **flags | {"max_iters": 100})
 
 
@@ -127,13 +122,13 @@ def test_a_signalled_rank_waits_for_the_last_save(dataset, tmp_path):
                      "eval_interval": 10**5}
     process = subprocess.Popen(command(slow, ranks=2, **flags), stderr=subprocess.DEVNULL,
                                env=ONE_THREAD)
-    until(lambda: logged(out) >= 10 and len(trainers(out, False)) == 2, process)
-    os.kill(trainers(out, False)[1], signal.SIGUSR1)
+    until(lambda: last_step(out) >= 10 and len(ranks_of(process)) == 2, process)
+    os.kill(ranks_of(process)[1], signal.SIGUSR1)
     while not (out / "ckpt.pt").exists():
-        assert process.poll() is None and len(trainers(out, False)) == 2
+        assert process.poll() is None and len(ranks_of(process)) == 2
         time.sleep(0.02)
     assert process.wait(timeout=60) == 1
-    assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == logged(out)
+    assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == last_step(out)
 
 
 def test_usr1_to_torchrun_and_ranks_saves(dataset, tmp_path):
@@ -144,11 +139,11 @@ def test_usr1_to_torchrun_and_ranks_saves(dataset, tmp_path):
     assert "srun env --ignore-signal=USR1 torchrun" in (REPO / "runs/slurm.sh").read_text()
     process = subprocess.Popen(["env", "--ignore-signal=USR1", *args], env=ONE_THREAD,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until(lambda: logged(out) >= 10, process)
-    for pid in trainers(out, True) + trainers(out, False):
+    until(lambda: last_step(out) >= 10, process)
+    for pid in [process.pid, *ranks_of(process)]:
         os.kill(pid, signal.SIGUSR1)
     assert process.wait(timeout=60) == 1  # torchrun's answer to ranks that end with 75
-    assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == logged(out) >= 10
+    assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == last_step(out) >= 10
 
 
 def test_a_rank_ends_without_destroying_its_groups(dataset, tmp_path):
@@ -185,7 +180,7 @@ trap 'kill -9 $!' TERM; "$@" & echo $! > {tmp_path}/step; wait $!""",
     job = [REPO / "runs/slurm.sh", *flags]
     process = subprocess.Popen(job, cwd=REPO, env=env, start_new_session=True,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until(lambda: logged(out) >= 40, process)
+    until(lambda: last_step(out) >= 40, process)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(timeout=60) == 0
     assert "requeue 17" in (tmp_path / "scontrol").read_text()

@@ -12,6 +12,7 @@ from keepgpt.config import TrainConfig, parse
 from keepgpt.errors import UserError
 from tools.common import REPO, NoSettings, last_step, run_tool
 
+# minutes on a CPU
 DEFAULT = "config/train_plays_cpu.py"
 
 
@@ -34,6 +35,7 @@ def kill_at(step: int, run: subprocess.Popen, out: Path) -> bool:
         if run.poll() is not None:
             return False
         time.sleep(0.1)
+    # kill -9: no signal handler can save anything
     run.kill()
     run.wait()
     return True
@@ -41,6 +43,7 @@ def kill_at(step: int, run: subprocess.Popen, out: Path) -> bool:
 
 def main(_config: NoSettings, args: list[str]) -> None:
     """Prepare the config's dataset, train it with a kill in between, and sample from it."""
+    # a second argument would be ignored without a word
     if len(args) > 1:
         raise UserError(f"expected one config file, got {' '.join(args)}")
     config_file = args[0] if args else DEFAULT
@@ -52,6 +55,7 @@ def main(_config: NoSettings, args: list[str]) -> None:
         out += f"-{Path(config_file).stem}"
     train = ["train.py", config_file, f"--out_dir={out}", "--init_from=auto"]
 
+    # the four scripts in the order of the README
     finish(start("prepare.py", settings.dataset))
 
     # an earlier demo may have passed this step; then the run is not killed again

@@ -10,6 +10,7 @@ from tools.bench import __main__ as bench
 from tools.common import run_tool
 from tools.crash.checks import CHECKS
 
+# the checks come first: the speed of a wrong result is worth nothing
 PARTS = {"checks": CHECKS, **bench.PARTS}
 
 

@@ -42,6 +42,7 @@ def name_cpu() -> str:
 
 def describe_machine(device: torch.device) -> dict[str, str]:
     """Return what every record says about its circumstances."""
+    # numbers without their machine and version mean nothing a month later
     machine = f"{name_cpu()}, {torch.get_num_threads()} threads"
     if device.type == "cuda":
         machine = f"{torch.cuda.get_device_name(device)}, {machine}"
@@ -66,6 +67,7 @@ def record(path: Path, part: str, name: str, row: Row, machine: dict[str, str]) 
     for title, value in row.items():
         numbers[title] = float(f"{value:.4g}") if isinstance(value, float) else value
 
+    # read again each time: rows of several parts go into one file
     records = read_records(path)
     records.setdefault(part, {})[name] = machine | {"numbers": numbers}
     text = json.dumps(records, indent=1) + "\n"
@@ -76,6 +78,7 @@ def format_cell(value: float | str) -> str:
     """Return a number with three digits or more, or a text as it is."""
     if isinstance(value, str):
         return value
+    # no decimals for hundreds, three digits for the rest
     if abs(value) >= 100:
         return f"{value:,.0f}"
     return f"{value:.3g}"
@@ -103,6 +106,7 @@ def update_page(text: str, records: Records) -> str:
         rows = {name: record["numbers"] for name, record in records[part].items()}
         return "\n".join([opening, *format_table(part, rows), "<!-- end -->"])
 
+    # everything between the two comments is replaced, and nothing else
     return re.sub(r"(<!-- measured: ([\w ]+) -->)\n.*?<!-- end -->", write, text, flags=re.DOTALL)
 
 
@@ -120,6 +124,7 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
 def call(work: Callable[[], Any], time_limit: float | None = None) -> Any:
     """Return what `work`, a function of a module with its arguments, returns in a new process.
     Raises UserError if it fails."""
+    # a new process: a side may patch modules and set threads
     command = [sys.executable, "-m", "tools.worker"]
     try:
         done = subprocess.run(command, input=pickle.dumps(work), cwd=REPO, capture_output=True,
@@ -130,6 +135,7 @@ def call(work: Callable[[], Any], time_limit: float | None = None) -> Any:
         # the last line of a traceback names the exception
         lines = done.stderr.decode(errors="replace").splitlines() or ["no output"]
         raise UserError(lines[-1])
+    # the last line, because a library may print something before
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -137,18 +143,21 @@ def run_rows(part: str, rows: dict[str, Callable[[], Row]], path: Path, machine:
              minutes: float, workers: int) -> bool:
     """Measure each row in a process of its own, `workers` at a time and for `minutes` in all; print
     and record it when it is ready. Return False if one failed."""
+    # one deadline for all rows: a GPU is lent by the minute
     deadline = time.monotonic() + 60 * minutes
 
     def measure(name: str) -> tuple[str, Row]:
         left = deadline - time.monotonic()
         try:
             return name, call(rows[name], max(0, left))
+        # one row that fails must not hide the others
         except UserError as e:
             return name, {"FAILED": str(e)}
 
     # the threads only wait for the processes
     passed = True
     with ThreadPool(workers) as pool:
+        # each row is stored when it is ready, so an interrupted part keeps its rows
         for name, row in pool.imap_unordered(measure, rows):
             print("", *format_table(part, {name: row}), sep="\n", flush=True)
             if "FAILED" in row:
@@ -161,8 +170,10 @@ def run_rows(part: str, rows: dict[str, Callable[[], Row]], path: Path, machine:
 def compare(rounds: int, sides: dict[str, Callable[[], float]]) -> Row:
     """Return the sides' median seconds, in ms and relative to the first one's. Sides alternate;
     those that can't run here are left out, but not the first. Raises UserError."""
+    # ours
     first = next(iter(sides))
     times = defaultdict(list)
+    # alternating, because a machine's speed changes over minutes
     for _ in range(rounds):
         for name, work in sides.items():
             try:

@@ -11,6 +11,7 @@ from keepgpt.config import setting
 from keepgpt.errors import UserError, import_package
 from tools.common import run_tool
 
+# a panel for each key of the log
 TITLES = {
     "loss": "loss (nats per token)",
     "lr": "learning rate",
@@ -32,6 +33,7 @@ class PlotConfig:
 
 def to_columns(rows: list[list[float]], keys: tuple[str, ...]) -> Columns:
     """Return rows of numbers as one array per key, also without any row."""
+    # reshaped, or a table without rows would have no columns
     table = np.array(rows, float).reshape(-1, len(keys))
     return dict(zip(keys, table.T))
 
@@ -47,6 +49,7 @@ def read_run(folder: str | Path, axis: str) -> tuple[Columns, Columns]:
         # the last line may still be being written
         for line in path.read_bytes().split(b"\n")[:-1]:
             row = json.loads(line)
+            # a row is a logged step or an evaluation, never both
             if "val_loss" in row:
                 evaluations.append([float(row[key]) for key in EVALUATION_KEYS])
             else:
@@ -65,6 +68,7 @@ def read_run(folder: str | Path, axis: str) -> tuple[Columns, Columns]:
         "minutes": np.cumsum(seconds) / 60,
     }
     logged["x"] = places[axis]
+    # an evaluation stands at its step's place, which may not be logged
     evaluated["x"] = np.interp(evaluated["step"], [0, *logged["step"]], [0, *logged["x"]])
     return logged, evaluated
 
@@ -72,6 +76,7 @@ def read_run(folder: str | Path, axis: str) -> tuple[Columns, Columns]:
 def draw_run(panels: dict[str, Any], folder: str, axis: str, color: str) -> None:
     """Draw the curves of one run: each logged value faintly, their moving mean on top."""
     logged, evaluated = read_run(folder, axis)
+    # a fiftieth of the curve, so long runs are smoothed more
     width = len(logged["x"]) // 50 + 1
     for key, panel in panels.items():
         panel.plot(logged["x"], logged[key], color=color, alpha=0.3, linewidth=0.8)
@@ -80,6 +85,7 @@ def draw_run(panels: dict[str, Any], folder: str, axis: str, color: str) -> None
         mean = (total[width:] - total[:-width]) / width
         panel.plot(logged["x"][width - 1:], mean, color=color)
 
+    # a run that was not evaluated yet has no best one
     best = min(evaluated["val_loss"], default=np.nan)
     panels["loss"].plot(evaluated["x"], evaluated["val_loss"], color=color, marker="o",
                         linewidth=2.2, label=f"{folder}: val loss, best {best:.4f}")
@@ -93,6 +99,7 @@ def draw(folders: list[str], axis: str) -> Any:
     layout = [["loss"] * 3, ["lr", "grad_norm", "tokens_per_s"]]
     figure, panels = plt.subplot_mosaic(layout, figsize=(14, 9), height_ratios=(2, 1),
                                         layout="constrained")
+    # one colour per run, in every panel
     for i, folder in enumerate(folders):
         draw_run(panels, folder, axis, color=f"C{i}")
 
@@ -110,6 +117,7 @@ def main(config: PlotConfig, folders: list[str]) -> None:
     """Draw the runs and print the picture's file. Raises UserError."""
     if not folders:
         raise UserError("expected the out_dir of a run, or of several")
+    # its own errors name a file; those below are about --to
     figure = draw(folders, config.x)
     try:
         figure.savefig(config.to)

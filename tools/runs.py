@@ -33,6 +33,7 @@ SPEEDS = ("tokens_per_s", "mfu")  # what two equal runs may log differently
 def prepare_source(place: Path) -> Path:
     """Prepare a small real text, the source of this program, as a dataset of characters. Return its
     folder."""
+    # these files are always there, and no download is needed
     texts = [REPO / "train.py", REPO / "model.py"]
     flags = to_flags({"name": "source", "tokenizer": "char", "data_dir": place})
     subprocess.run([sys.executable, REPO / "prepare.py", *texts, *flags], check=True,
@@ -53,11 +54,13 @@ def fork(work: Callable[[], int | None], log: Path) -> int:
         return pid
     code = 1
     try:
+        # as a command in a shell: ended with this program, its output in a file
         die_with_parent()
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         os.dup2(output, 1)
         os.dup2(output, 2)
         code = work() or 0
+    # a fork must not return into the code of its parent, whatever happens
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else 1
     except BaseException:
@@ -81,10 +84,12 @@ def start(settings: Settings, ranks: int = 0, torchrun: tuple[str, ...] = (),
     command += [str(REPO / "train.py"), *flags]
 
     def work() -> int:
+        # the limit is set in the child alone
         if largest_file:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
         if ranks:
             os.execv(sys.executable, command)
+        # what train.py does after its imports, which the fork has made already
         config, given, _ = parse(TrainConfig, "", flags)
         return train.main(config, given)
 
@@ -110,6 +115,7 @@ def list_descendants(pid: int) -> list[int]:
     and so on. Linux only."""
     found = []
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        # by parentage: other runs on this machine are left alone
         for child in map(int, path.read_text().split()):
             found += [child, *list_descendants(child)]
     return found
@@ -131,6 +137,7 @@ def digest(value: Any) -> str:
     sha = hashlib.sha256()
 
     def add(value: Any) -> None:
+        # the dtype and shape too: equal bytes may mean other numbers
         if isinstance(value, torch.Tensor):
             sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
             sha.update(value.contiguous().numpy().tobytes())
@@ -139,6 +146,7 @@ def digest(value: Any) -> str:
             keys = sorted(value, key=str)
             add([item for key in keys for item in (key, value[key])])
         elif isinstance(value, (list, tuple)):
+            # the length first: else [[1], 2] and [1, [2]] would be equal
             sha.update(f"{len(value)}:".encode())
             for item in value:
                 add(item)
@@ -205,6 +213,7 @@ def compare_end(code: int | None, out: Path, expected: dict[str, Any]) -> str:
     """Return how the end of a run differs from the `expected` one, or ""."""
     if code != 0:
         return f"exit code {code}, see {out}.log"
+    # name what differs: weights, curve, or files left behind
     names = [name for name, value in read_end(out).items() if value != expected[name]]
     if not names:
         return ""

@@ -1,4 +1,4 @@
-"""Do the pickled work on stdin and print what it returns as JSON: a process of tools.measure."""
+"""Call the pickled function on stdin and print its result as JSON, for tools.measure."""
 import json
 import pickle
 import sys
@@ -6,6 +6,7 @@ import sys
 from keepgpt.signals import die_with_parent
 
 if __name__ == "__main__":
+    # an interrupted tool leaves nothing running
     die_with_parent()
     work = pickle.load(sys.stdin.buffer)
     print(json.dumps(work()))

@@ -37,6 +37,7 @@ class BenchConfig:
 
 def write_tables(path: Path) -> None:
     """Rewrite the tables of the pages from the records. Raises OSError."""
+    # numbers stand in one file, so a page can't disagree with its records
     records = measure.read_records(path)
     for page in measure.PAGES:
         text = page.read_text(encoding="utf-8")
@@ -47,6 +48,7 @@ def select_rows(config: BenchConfig, names: list[str], parts: Parts, cuda: bool
                 ) -> dict[str, dict[str, Callable[[], measure.Row]]]:
     """Return the work of the rows to measure, by part and row. Raises UserError if there is
     none."""
+    # a partial, because the work goes to another process
     selected = {}
     for part in names:
         selected[part] = {
@@ -63,15 +65,18 @@ def select_rows(config: BenchConfig, names: list[str], parts: Parts, cuda: bool
 def main(config: BenchConfig, args: list[str], parts: Parts = PARTS) -> int:
     """Measure the parts, or rewrite the tables. Return the exit code. Raises UserError and
     OSError."""
+    # tools.gpu gives the parts as a setting, a person as arguments
     path = REPO / config.json
     names = args or config.parts.split(",")
     if names == ["tables"]:
         write_tables(path)
         return 0
+    # without any part, names is [""]
     if not parts.keys() >= set(names):
         raise UserError(f"expected tables, or some of {', '.join(parts)}; "
                         f"got {' '.join(names) or 'none'}")
 
+    # before the first row: a mistake is answered at once
     device = pick_device(config.device)
     cuda = device.type == "cuda"
     rows = select_rows(config, names, parts, cuda)
@@ -79,6 +84,7 @@ def main(config: BenchConfig, args: list[str], parts: Parts = PARTS) -> int:
     print(*machine.values(), sep=", ")
     code = 0
     for part in names:
+        # numbers of a GPU do not replace those of a CPU
         title = f"gpu {part}" if cuda else part
         # checks wait for compilers, so they run in parallel; the others measure time
         workers = 6 if part == "checks" else 1

@@ -30,9 +30,11 @@ Parts = dict[str, dict[str, Measure]]
 
 def write_random_dataset(folder: Path, vocab_size: int) -> None:
     """Write a dataset of 2**20 random tokens into a folder."""
+    # speed does not depend on the text, and this needs no network
     tokens = np.random.default_rng(0).integers(vocab_size, size=2**20, dtype=np.uint16)
     for split in ("train", "val"):
         tokens.tofile(folder / f"{split}.bin")
+    # as prepare.py writes it; nothing here decodes a token
     meta = {
         "name": "random",
         "tokenizer": {"kind": "gpt2"},
@@ -47,12 +49,14 @@ def write_random_dataset(folder: Path, vocab_size: int) -> None:
 def train(name: str, device: str, folder: Path, ranks: int = 1, **settings: Any) -> list[float]:
     """Run train.py with a shape on random tokens. Return the seconds per step of each log line."""
     out = folder / "out"
+    # a run that resumed would measure fewer steps
     shutil.rmtree(out, ignore_errors=True)
     flags = sides.SHAPES[name] | TRAIN | settings
     flags |= {"device": device, "dataset": folder, "out_dir": out}
     write_random_dataset(folder, flags.pop("vocab_size"))
     runs.run(flags, ranks)
 
+    # the log has tokens per second; rows of evaluations have none
     tokens = TrainConfig(**flags).tokens_per_step
     rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
     return [tokens / row["tokens_per_s"] for row in rows if "loss" in row]
@@ -61,6 +65,7 @@ def train(name: str, device: str, folder: Path, ranks: int = 1, **settings: Any)
 def train_ours(name: str, device: str, folder: Path) -> float:
     """Return the seconds per step of train.py: the median of the last three quarters of a run."""
     steps = 40_000 // sides.SHAPES[name]["n_embd"]
+    # the larger the model, the fewer steps; the first quarter warms up
     times = train(name, device, folder, max_iters=steps, log_interval=steps // 4)
     return median(times[1:4])
 
@@ -68,14 +73,17 @@ def train_ours(name: str, device: str, folder: Path) -> float:
 def measure_step(name: str, rounds: int, device: str, folder: Path) -> Row:
     """Time a training step, against plain PyTorch and Transformers. MFU counts our model's
     FLOPs."""
+    # our side is train.py itself, the others are steps without a loader and a log
     row = compare(rounds, {
         "keepGPT": partial(train_ours, name, device, folder),
         "plain PyTorch": partial(call, partial(sides.train_plain, name, device)),
         "Transformers": partial(call, partial(sides.train_transformers, name, device)),
     })
+    # each further column is ours alone
     step = row["keepGPT, ms"] / 1e3
     config, model_args = sides.make_settings(name)
     if config.optimizer == "muon":
+        # Muon's update has matrix products of its own
         row["optimizer's share"] = call(partial(sides.time_optimizer, name, device)) / step
     row["tokens/s"] = config.tokens_per_step / step
 
@@ -90,6 +98,7 @@ def measure_step(name: str, rounds: int, device: str, folder: Path) -> Row:
 
 def measure_sampling(name: str, rounds: int, device: str, _folder: Path) -> Row:
     """Time a token of one sequence, against Transformers; on CUDA also compiled."""
+    # compiled decode steps are recorded as CUDA graphs
     works = {
         "keepGPT": partial(sides.sample_ours, name, device),
         "Transformers": partial(sides.sample_transformers, name, device),
@@ -109,12 +118,14 @@ def measure_save(name: str, rounds: int, device: str, folder: Path) -> Row:
     interval = 10 if where.type == "cpu" else 400
     path = folder / "out" / "ckpt.pt"
     times = defaultdict(list)
+    # each round has its own run, so all sides see the same state of the machine
     for _ in range(rounds):
         steps = train(name, device, folder, max_iters=4 * interval, checkpoint_interval=interval)
         # three saves start in these
         steps = steps[interval:]
         step = median(steps)
         times["step"].append(step)
+        # the median step is one without a save; what exceeds it is the cost of saving
         times["save"].append((sum(steps) - len(steps) * step) / 3)
 
         # alternatives to that save, without a run beside them
@@ -128,6 +139,7 @@ def measure_save(name: str, rounds: int, device: str, folder: Path) -> Row:
         for kind, work in alternatives.items():
             times[kind].append(seconds(work, torch.device("cpu")))
 
+    # titles are those in the tables of docs/BENCHMARKS.md
     medians = {kind: median(values) for kind, values in times.items()}
     return {
         "checkpoint, MB": len(content) / 1e6,
@@ -142,11 +154,13 @@ def measure_save(name: str, rounds: int, device: str, folder: Path) -> Row:
 
 def measure_elastic(ranks: int, rounds: int, _device: str, folder: Path) -> Row:
     """Time steps of DDP and of elastic=True on CPU ranks of one thread each."""
+    # several ranks with a thread for each core would fight for the cores
     os.environ["OMP_NUM_THREADS"] = "1"
 
     def time_steps(elastic: bool) -> float:
         times = train("6 layers, width 384", "cpu", folder, ranks, max_iters=6, batch_size=2,
                       gradient_accumulation_steps=8, elastic=elastic)
+        # the first step has the costs of the start
         return median(times[1:])
 
     return compare(rounds, {
@@ -155,6 +169,7 @@ def measure_elastic(ranks: int, rounds: int, _device: str, folder: Path) -> Row:
     })
 
 
+# the rows; a shape that has no place here is one that takes too long
 SAMPLED = ("4 layers, width 128", "6 layers, width 384", "GPT-2 124M")
 SAVED = ("6 layers, width 384", "GPT-2 124M")
 PARTS: Parts = {
@@ -167,5 +182,6 @@ PARTS: Parts = {
 
 def measure_row(work: Measure, rounds: int, device: str) -> Row:
     """Measure a row in a temporary folder of its own."""
+    # runs and checkpoints of a row are gone with it
     with tempfile.TemporaryDirectory() as folder:
         return work(rounds, device, Path(folder))

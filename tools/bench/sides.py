@@ -26,9 +26,11 @@ SIZES = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "vocab_size"
 
 def shape(*sizes: int, **settings: Any) -> dict[str, Any]:
     """Return the SIZES and other settings of a model and its micro-batch."""
+    # sizes are given by place, as in a table
     return {"dropout": 0.0, **dict(zip(SIZES, sizes)), **settings}
 
 
+# what config/train_plays_modern_cpu.py changes
 MODERN = {
     "architecture": "qwen3",
     "tie_embeddings": False,
@@ -62,8 +64,10 @@ def make_settings(name: str) -> tuple[TrainConfig, ModelArgs]:
 
 def time_steps(step: Callable[[], Any], device: torch.device) -> float:
     """Return the seconds per step, over about three seconds after two steps to warm up."""
+    # the first steps compile and allocate
     step()
     step()
+    # as many as fit into three seconds, timed together
     count = max(1, round(3 / seconds(step, device)))
 
     def repeat() -> None:
@@ -79,6 +83,7 @@ def time_optimizer(name: str, device: str) -> float:
     config, args = make_settings(name)
     network = GPT(args).to(where)
     optimizer = make_optimizer(network, config, pick_dtype("auto", where))
+    # the time of an update does not depend on the numbers
     grads = [torch.randn_like(p) for p in network.parameters()]
 
     def step() -> None:
@@ -94,6 +99,7 @@ def make_peer_optimizers(network: nn.Module, config: TrainConfig, fused: bool
                          ) -> list[torch.optim.Optimizer]:
     """Return PyTorch's own AdamW, and its Muon for the matrices of the blocks if the shape has
     it."""
+    # torch's Muon takes matrices only, and one rate for all of them
     adamw = []
     muon = []
     for name, p in network.named_parameters():
@@ -112,8 +118,10 @@ def train_peer(network: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], 
     already on the device. Float32 on a CPU, the default; the autocast of train.py on CUDA."""
     config, args = make_settings(name)
     cuda = device.type == "cuda"
+    # inputs and targets of one micro-batch, again and again: no loader is measured
     size = (2, config.batch_size, args.block_size)
     x, y = torch.randint(args.vocab_size, size, device=device)
+    # nanoGPT trains in float32 on a CPU
     autocast = torch.autocast(device.type, pick_dtype("auto", device), enabled=cuda)
     optimizers = make_peer_optimizers(network, config, fused=cuda)
 
@@ -141,6 +149,7 @@ def train_plain(name: str, device: str) -> float:
     kernels.has_own_backward = lambda x: False
     model_module.dropout = F.dropout
     model_module.attend = attend_plainly
+    # nanoGPT allows TF32 too
     torch.set_float32_matmul_precision("high")
     where = pick_device(device)
     cuda = where.type == "cuda"
@@ -154,6 +163,7 @@ def train_plain(name: str, device: str) -> float:
         logits = network(x)  # (B, T, V)
         return F.cross_entropy(logits.flatten(0, 1), y.flatten())
 
+    # nanoGPT compiles by default, but compiling for a CPU takes a minute
     if cuda:
         loss_of = torch.compile(loss_of, dynamic=False)
     return train_peer(network, loss_of, name, where)
@@ -161,6 +171,7 @@ def train_plain(name: str, device: str) -> float:
 
 def make_transformers(name: str) -> nn.Module:
     """Return Transformers' model of a shape, with its defaults."""
+    # nothing is downloaded; without this it tries to for seconds
     os.environ["HF_HUB_OFFLINE"] = "1"
     # not needed for anything else, and may not be installed
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -184,10 +195,12 @@ def train_transformers(name: str, device: str) -> float:
 
 def sample_ours(name: str, device: str, compile: bool = False) -> float:
     """Time the tokens of one sequence by sample.py."""
+    # as sample.py does at its start: memory and threads
     prepare_process()
     where = pick_device(device)
     _, args = make_settings(name)
     network = GPT(args).eval()
+    # the dtype and layout of the weights that sample.py chooses
     prepare_model(network, where, compile=compile)
 
     def sample() -> list:
@@ -199,6 +212,7 @@ def sample_ours(name: str, device: str, compile: bool = False) -> float:
 def sample_transformers(name: str, device: str) -> float:
     """Time Transformers' `generate` with its cache; on CUDA in the dtype of sample.py."""
     where = pick_device(device)
+    # its default on a CPU
     dtype = torch.float32
     if where.type == "cuda":
         dtype = pick_dtype("auto", where)

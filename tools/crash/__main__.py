@@ -30,6 +30,7 @@ from tools.crash.power import power
 from tools.crash.prepare import prepare
 from tools.crash.saves import nth, rot
 
+# the parts that a call without arguments runs: seconds or a few minutes each
 QUICK = {
     "kill": kill,
     "nth": nth,
@@ -39,11 +40,13 @@ QUICK = {
     "elastic": elastic,
     "prepare": prepare,
 }
+# hosts takes minutes, and checks wait for compilers
 PARTS = QUICK | {"hosts": hosts, "checks": checks}
 
 
 def run_part(name: str, config: CrashConfig) -> int:
     """Run one part and print its counts. Return its failures; their files are kept."""
+    # not a context manager: the files of a failure stay
     place = Path(tempfile.mkdtemp(prefix="keepgpt-crash-"))
     part = Part(name, config)
     tried = PARTS[name](part, place)
@@ -59,6 +62,7 @@ def run_part(name: str, config: CrashConfig) -> int:
 
 def main(config: CrashConfig, names: list[str]) -> int:
     """Run the named parts, or the quick ones. Return the exit code. Raises UserError."""
+    # before the first part, so a misspelled one is noticed at once
     for name in names:
         if name not in PARTS:
             raise UserError(f"{name!r}: expected one of {', '.join(PARTS)}")

@@ -14,6 +14,7 @@ from tools.common import REPO
 from tools.crash.common import Part
 from tools.measure import Row
 
+# a run of seconds with two evaluations and many saves
 RUN = {
     "n_layer": 2,
     "n_head": 2,
@@ -41,9 +42,11 @@ def resume(_rounds: int, device: str, folder: Path, ranks: int = 1, **flags: obj
     evaluates before it trains, the resumed one trains first."""
     whole = folder / "whole"
     killed = folder / "killed"
+    # the uninterrupted run, in a folder of its own
     flags = RUN | flags | {"device": device, "dataset": runs.prepare_source(folder)}
     runs.run(flags | {"out_dir": whole}, ranks)
 
+    # kill it as soon as it has saved, wherever it is then
     flags["out_dir"] = killed
     pid = runs.start(flags, ranks)
     code = None
@@ -51,9 +54,11 @@ def resume(_rounds: int, device: str, folder: Path, ranks: int = 1, **flags: obj
         code = runs.wait_for_exit(pid, 0.01)
         if code is None and (killed / "ckpt.pt").exists():
             os.kill(pid, signal.SIGKILL)
+    # a run that ended by itself shows nothing
     if code != -signal.SIGKILL:
         raise UserError(f"exit code {code} before it was killed")
 
+    # the same command again
     runs.run(flags, ranks)
     if runs.read_end(whole) != runs.read_end(killed):
         raise UserError("an uninterrupted and a resumed run differ")
@@ -64,7 +69,9 @@ def blow_up(_rounds: int, device: str, folder: Path) -> Row:
     """Check that a learning rate of 1e30 gives exit code 3 and leaves finite checkpoints."""
     out = folder / "out"
     flags = RUN | {"device": device, "dataset": runs.prepare_source(folder), "out_dir": out}
+    # a good start, so there is something to lose
     runs.run(flags | {"max_iters": 20}, ranks=1)
+    # then weights that overflow, and a save at each step that could store them
     flags |= {"learning_rate": 1e30, "grad_clip": 0, "checkpoint_interval": 1}
     runs.run(flags, ranks=1, code=EXIT_NOT_FINITE)
     bundle = read_bundle(out / "ckpt.pt")
@@ -75,6 +82,7 @@ def blow_up(_rounds: int, device: str, folder: Path) -> Row:
 
 def sample(flags: runs.Settings) -> bytes:
     """Return the text of sample.py. Raises UserError if it fails."""
+    # the real script decides how to compile
     command = [sys.executable, "sample.py", *runs.to_flags(flags)]
     done = subprocess.run(command, cwd=REPO, capture_output=True)
     if done.returncode:
@@ -86,6 +94,7 @@ def compare_decode(_rounds: int, device: str, folder: Path) -> Row:
     """Compare a text by compiled decode steps with the text by plain ones."""
     flags = {"out_dir": folder / "out", "device": device}
     runs.run(RUN | flags | {"dataset": runs.prepare_source(folder)}, ranks=1)
+    # the likeliest token each time; in float32, because rounding could choose another one
     flags |= {"temperature": 0, "num_samples": 1, "max_new_tokens": 200, "dtype": "float32"}
     plain = sample(flags | {"compile": False})
     compiled = sample(flags | {"compile": True})
@@ -94,7 +103,7 @@ def compare_decode(_rounds: int, device: str, folder: Path) -> Row:
     return {"result": "the same 200 tokens"}
 
 
-# small steps of a wide model: a save takes longer than a step
+# a large checkpoint and small steps: a save is always in progress
 ALWAYS_SAVING = {
     "checkpoint_interval": 1,
     "max_iters": 20,
@@ -105,6 +114,7 @@ ALWAYS_SAVING = {
     "n_layer": 8,
     "n_embd": 512,
 }
+# by kind of fault, dtype and number of ranks
 CHECKS = {
     "kill -9": partial(resume, dtype="bfloat16"),
     "kill -9, a save at each step": partial(resume, **ALWAYS_SAVING),
@@ -124,6 +134,7 @@ def checks(part: Part, place: Path) -> str:
         name = names[number]
         folder = place / str(number)
         folder.mkdir()
+        # a check that fails is counted, and the others continue
         problem = ""
         try:
             CHECKS[name](1, part.config.device, folder)

@@ -11,6 +11,7 @@ from keepgpt.config import setting
 from tools.runs import Bundle, newest_state, prepare_source, read_state, run
 
 KEEP = 2  # checkpoints
+# a run of a second: kills must fall into its saves as often as into its steps
 RUN = {
     "n_layer": 2,
     "n_head": 2,
@@ -32,6 +33,7 @@ RUN = {
     "compile": False,
     "init_from": "auto",
 }
+# the other architecture and optimizer, for --modern=True
 MODERN = {"architecture": "qwen3", "optimizer": "muon", "lr_schedule": "linear", "muon_lr": 1.0}
 PAGE = 1 << 12  # bytes
 
@@ -59,6 +61,7 @@ class Part:
 
     def rng(self, case: int) -> random.Random:
         """Return the random numbers of a case; they do not depend on the cases before it."""
+        # so --only repeats a case alone
         return random.Random(f"{self.config.seed} {self.name} {case}")
 
     def choose(self, rare: list[bool], few: int) -> list[int]:
@@ -77,6 +80,7 @@ class Part:
         if not problem:
             return
         self.failures += 1
+        # one broken line of code fails thousands of cases
         if self.failures > 5:
             return
         again = f"; again with --seed={self.config.seed} --only={case}" if case >= 0 else ""
@@ -88,6 +92,7 @@ def make_bundles(part: Part, place: Path) -> list[Bundle]:
     out = place / "run"
     settings = part.run | {"out_dir": out, "dataset": prepare_source(place)}
     bundles = []
+    # each call resumes the run, so these are the checkpoints of one run
     for step in (2, 4, 6, 8, 10):
         run(settings | {"max_iters": step})
         bundles.append(checkpoint.read_bundle(out / "ckpt.pt"))
@@ -97,6 +102,7 @@ def make_bundles(part: Part, place: Path) -> list[Bundle]:
 def clone(source: Path, target: Path) -> Path:
     """Make `target` a copy of a folder, hard links included, and return it."""
     shutil.rmtree(target, ignore_errors=True)
+    # shutil would turn hard links into copies, and ckpt.pt is one
     subprocess.run(["cp", "-a", source, target], check=True)
     return target
 
@@ -105,12 +111,14 @@ def check_folder(folder: Path, allowed: set[tuple[str, str]], least: int) -> str
     """Return how a folder breaks the promise "old or new, never neither", or "". `allowed` are the
     states that ckpt.pt and best.pt may have together ("": it may be missing). `least` checkpoints
     must be left."""
+    # every file by its own name, whether a run would choose it or not
     found = {path.name: read_state(path) for path in folder.glob("*.pt")}
     if "corrupt" in found.values():
         return f"corrupt: {found}"
     pair = (found.get("ckpt.pt", ""), found.get("best.pt", ""))
     if pair not in allowed:
         return "ckpt.pt and best.pt are missing, or in other states than before or after the save"
+    # an intact file is not enough: a resume must choose it
     if newest_state(folder) not in {state for state, _ in allowed}:
         return "a run would resume from another state"
     left = len(checkpoint.numbered(folder))

@@ -37,14 +37,17 @@ def finish_killed_run(settings: Settings, lives: dict[int, float], kills: int,
     """Start a run again until it ends, each time on one of the numbers of ranks in `lives`, and
     kill it up to `kills` times, at instants that are uniform over the seconds `lives` gives for an
     uninterrupted run. Return its exit code, or None if it hangs."""
+    # `step` is where the last start got to
     out = settings["out_dir"]
     step = -1
     while True:
+        # the draws in this order: a seed and a number give the same kills again
         ranks = rng.choice(list(lives))
         pid = runs.start(settings, ranks)
         seen[ranks] += 1
         delay = rng.uniform(0, lives[ranks]) if kills else None
         code = runs.wait_for_exit(pid, delay)
+        # it ended before the instant came, or has been killed often enough
         if code is not None or not kills:
             return code
 
@@ -61,12 +64,14 @@ def finish_killed_run(settings: Settings, lives: dict[int, float], kills: int,
             return runs.wait_for_exit(pid)
         runs.wait_for_exit(pid)
 
+        # a temporary file is left only by a kill inside a save
         if runs.list_temporary(out):
             seen["in a save"] += 1
         # a start that makes no step is killed too early: give the next one more time
         if last_step(out) == step:
             lives[ranks] *= 1.1
         step = last_step(out)
+        # the cost of a kill: the steps since the newest checkpoint
         saved = [int(path.stem.removeprefix("ckpt-")) for path in numbered(out)]
         seen["lost"] = max(seen["lost"], step - max(saved, default=0))
 
@@ -75,6 +80,7 @@ def finish_whole_runs(part: Part, settings: Settings, place: Path, choices: tupl
                       ) -> tuple[dict[int, float], dict]:
     """Finish an uninterrupted run on each number of ranks. Return their seconds by ranks, and how
     they end, which must be alike."""
+    # seconds that a life takes decide when to kill
     lives = {}
     ends = []
     for ranks in choices:
@@ -84,6 +90,7 @@ def finish_whole_runs(part: Part, settings: Settings, place: Path, choices: tupl
     expected = ends[0]
     if any(end != expected for end in ends):
         part.count(-1, "uninterrupted runs differ", cases=0)
+    # then a lost best.pt would not be noticed
     if expected["best.pt"] == expected["ckpt.pt"]:
         part.count(-1, "the last checkpoint is the best one: best.pt is not tested", cases=0)
     return lives, expected
@@ -96,12 +103,14 @@ def kill_runs(part: Part, settings: Settings, place: Path, choices: tuple[int, .
     lives, expected = finish_whole_runs(part, settings, place, choices)
     # since the last save, and while that was written: here, that takes longer than a step
     most_lost = 2 * settings["checkpoint_interval"]
+    # --only repeats one run, whose draws depend on its number
     numbers = [part.config.only] if part.config.only >= 0 else itertools.count()
     seen = Counter()
     for number in numbers:
         before = seen["kills"]
         if before >= kills:
             break
+        # a folder per run: the files of a failure stay
         out = place / f"run{number}"
         code = finish_killed_run(settings | {"out_dir": out}, lives, kills - before,
                                  part.rng(number), seen)
@@ -112,6 +121,7 @@ def kill_runs(part: Part, settings: Settings, place: Path, choices: tuple[int, .
         part.count(number, problem, cases=seen["kills"] - before)
         seen["runs"] += 1
 
+    # how often each number of ranks was tried: chance could leave one out
     starts = ", ".join(f"{seen[ranks]} on {max(1, ranks)}" for ranks in choices)
     return (f"kills, {seen['a rank']} of a rank, {seen['in a save']} during a write; starts by "
             f"ranks: {starts}; {seen['runs']} ends compared")
@@ -139,6 +149,7 @@ def check_full_disk(settings: Settings, older: Path, limit: int, expected: dict
                     ) -> str:
     """Resume a run while no file may have more than `limit` bytes, then with room. Return the
     problem, or ""."""
+    # the signal of a file that is too large is ignored by Python: a write raises
     out = clone(older, settings["out_dir"])
     code = runs.wait_for_exit(runs.start(settings, largest_file=limit))
     if code != EXIT_FAILED or last_step(out) != settings["max_iters"]:
@@ -162,6 +173,7 @@ def full(part: Part, place: Path) -> str:
     runs.run(base | {"out_dir": whole})
     runs.run(base | {"out_dir": older, "max_iters": base["eval_interval"]})
     expected = runs.read_end(whole)
+    # every limit that cuts a checkpoint somewhere
     limits = range(ROOM, (older / "ckpt.pt").stat().st_size, ROOM)
     for number in part.choose([False] * len(limits), few=8):
         settings = base | {"out_dir": place / f"limit{number}"}
@@ -172,6 +184,7 @@ def full(part: Part, place: Path) -> str:
 def wait_until(reached: Callable[[], bool]) -> None:
     """Return when `reached()` is true. Raises UserError if that takes minutes."""
     deadline = time.monotonic() + runs.TIME_LIMIT
+    # polling is enough: steps take milliseconds, starts seconds
     while not reached():
         if time.monotonic() > deadline:
             raise UserError("hosts: the run hangs")
@@ -208,9 +221,11 @@ def hosts(part: Part, place: Path) -> str:
         goal = last_step(first) + rng.randint(100, 300)
         wait_until(lambda: last_step(first) >= goal)
 
+    # a run's README has a line for each start
     def count_starts() -> int:
         return (first / "README.md").read_text().count("\n- 20")
 
+    # the first host stays, the second one gets all faults
     staying = start(first, 1)
     leaving = start(second, 2)
     wait_for_steps()
@@ -231,6 +246,7 @@ def hosts(part: Part, place: Path) -> str:
     code = runs.wait_for_exit(staying)
     os.kill(back, signal.SIGKILL)
     part.count(0, runs.compare_end(code, first, runs.read_end(whole)), cases=3)
+    # only rank 0 saves, and that is on the first host
     if any(second.glob("*.pt")):
         part.count(0, "the second host has checkpoints of its own", cases=0)
     return f"faults of two hosts without a common disk in {count_starts()} starts; 1 end compared"

@@ -58,6 +58,7 @@ class RecordingDisk(FaultyDisk):
     def do(self, operation: str, *args: Any) -> Any:
         """Do an operation and record it."""
         result = super().do(operation, *args)
+        # names are durable with an fsync of their folder, and only then
         if operation == "fsync_folder":
             self.durable = self.names
             self.pending = []
@@ -66,13 +67,16 @@ class RecordingDisk(FaultyDisk):
             if change:
                 self.names = self.names | change
                 self.pending.append(change)
+        # a copy, because later operations change the same files
         self.instants.append(copy.deepcopy((self.durable, self.pending)))
         return result
 
     def record(self, operation: str, args: tuple, result: Any) -> Names:
         """Change the content of a file, or return the change of names that an operation makes."""
+        # an open file is known by its descriptor, others by their path
         name = self.opened.get(args[0], args[0]).name
         file = self.names.get(name)
+        # operations on names
         if operation == "create" and not file:
             return {name: File()}
         if operation == "rename":
@@ -82,6 +86,7 @@ class RecordingDisk(FaultyDisk):
         if operation == "remove":
             return {name: None}
 
+        # operations on content; fsync makes it durable, whatever its name
         if operation == "create":
             file.now = b""
         elif operation == "write":
@@ -93,8 +98,10 @@ class RecordingDisk(FaultyDisk):
 
 def list_outcomes(durable: Names, pending: list[Names]) -> itertools.product:
     """Return the outcomes of a power cut: any of the last pending changes, any tear of data."""
+    # all subsets of the recent changes: a disk may order them as it likes
     recent = min(PENDING, len(pending))
     choices = [(True,)] * (len(pending) - recent) + [(False, True)] * recent
+    # tears differ only if some data was not synced
     files = [file for names in (durable, *pending) for file in names.values() if file]
     torn = any(file.now != file.synced for file in files)
     return itertools.product(itertools.product(*choices), TEARS if torn else TEARS[:1])
@@ -113,6 +120,7 @@ class Cut:
 
 def list_cuts(disk: RecordingDisk, first: int, save: int) -> list[Cut]:
     """Return all cuts of a save whose operations start at number `first`."""
+    # numbers in the log of the disk, which covers all saves
     operations = range(first, len(disk.log))
     # a save is durable with its last fsync of the folder
     synced = [n for n in operations if disk.log[n] == "fsync_folder"] or operations
@@ -129,6 +137,7 @@ def list_cuts(disk: RecordingDisk, first: int, save: int) -> list[Cut]:
 def write_outcome(cut: Cut, left: Path, rng: random.Random) -> None:
     """Write the files that a cut leaves."""
     names = cut.names
+    # names change in the order of the operations
     for change in cut.arrived:
         names = names | change
     shutil.rmtree(left, ignore_errors=True)
@@ -141,6 +150,7 @@ def write_outcome(cut: Cut, left: Path, rng: random.Random) -> None:
 def power(part: Part, place: Path) -> str:
     """Cut the power after each operation of four saves, with all that may be on the disk then. The
     old or the new checkpoints must be left, and the next save must succeed."""
+    # the last checkpoint is for the save after the power is back
     *bundles, later = make_bundles(part, place)
     folder = place / "recorded"
     folder.mkdir()

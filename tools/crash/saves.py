@@ -37,19 +37,23 @@ class FaultyDisk(Disk):
         self.problem = ""  # a rule that the save broke
         self.opened = {}  # paths by descriptor
         self.distrusted = set()  # paths whose fsync failed
+        # each public operation goes through `perform`, also one that is added later
         for name in vars(Disk):
             if not name.startswith("_"):
                 setattr(self, name, partial(self.perform, name))
 
     def perform(self, name: str, *args: Any) -> Any:
         """Do an operation, or raise OSError."""
+        # a descriptor stands for the path that it was opened with
         self.count += 1
         path = self.opened.get(args[0], args[0])
         self.check_trust(name, path)
+        # a disk that is gone fails from there on, others once
         gone = self.fault == "gone" and self.count > self.n
         if self.count != self.n and not gone:
             return self.do(name, *args)
         if self.fault == "short":
+            # a disk may take a part of the data without an error
             half = len(args[1]) // 2 + 1
             return self.do(name, args[0], args[1][:half])
 
@@ -71,6 +75,7 @@ class FaultyDisk(Disk):
 
     def do(self, name: str, *args: Any) -> Any:
         """Do an operation and log it."""
+        # without the wait of a real fsync: only the order of operations counts here
         result = None
         if not name.startswith("fsync"):
             result = getattr(Disk, name)(*args)
@@ -82,6 +87,7 @@ class FaultyDisk(Disk):
 
 def save(folder: Path, bundle: Bundle, best: bool, disk: Disk) -> bool:
     """Save as a run does. Return True if the saver says that it succeeded."""
+    # the saver of a real run, with its thread and its messages
     saver = Saver(folder, KEEP, math.inf, lambda: None, torch.device("cpu"), disk)
     saver.save(bundle, best)
     return saver.wait()
@@ -89,6 +95,7 @@ def save(folder: Path, bundle: Bundle, best: bool, disk: Disk) -> bool:
 
 def check_next_save(folder: Path, bundle: Bundle) -> str:
     """Save on a disk without faults. Return the problem, or ""."""
+    # a failed save must not spoil the folder for the next one
     saved = save(folder, bundle, False, FaultyDisk())
     found = (saved, newest_state(folder), list_temporary(folder))
     if found != (True, full_state_of(bundle), ""):
@@ -106,10 +113,12 @@ def check_faulty_save(folder: Path, older: list[Bundle], new: Bundle, later: Bun
     now_best = now if best else old_best
     allowed = {(old, old_best), (old, now_best), (now, now_best)}
 
+    # a save that succeeds, says the saver, must be found
     if save(folder, new, best, disk):
         allowed = {(now, now_best)}
         if disk.failed not in ("", "close", "remove"):
             return "the saver calls it a success"
+    # a disk that is gone can't remove anything either
     leftovers = list_temporary(folder)
     if leftovers and disk.fault != "gone":
         return f"{leftovers} is left behind"
@@ -132,13 +141,16 @@ def list_faults(place: Path, bundles: list[Bundle], count: int, best: bool) -> l
     that save."""
     folder = place / f"{count}{best}"
     folder.mkdir()
+    # the folder before the save; its first checkpoint is the best one
     for i, bundle in enumerate(bundles[:count]):
         checkpoint.commit(bundle, folder, KEEP, i == 0, Disk())
+    # a save without a fault tells which operations there are
     disk = FaultyDisk()
     checkpoint.commit(bundles[count], clone(folder, place / "case"), KEEP, best, disk)
 
     faults = []
     for n, name in enumerate(disk.log, 1):
+        # only a write can be short
         kinds = (*FAULTS, "short") if name == "write" else FAULTS
         faults += [Fault(count, best, kind, n, name) for kind in kinds]
     return faults
@@ -146,6 +158,7 @@ def list_faults(place: Path, bundles: list[Bundle], count: int, best: bool) -> l
 
 def nth(part: Part, place: Path) -> str:
     """Let each operation of a save fail in each way, in folders with and without checkpoints."""
+    # all faults of all saves first: their order gives them numbers
     bundles = make_bundles(part, place)
     faults = []
     for count, best in BEFORE:
@@ -158,6 +171,7 @@ def nth(part: Part, place: Path) -> str:
         older = bundles[:fault.count]
         new, later = bundles[fault.count:fault.count + 2]
         disk = FaultyDisk(fault.kind, fault.n)
+        # warnings about a disk that fails are right, and thousands
         with redirect_stderr(io.StringIO()):
             problem = check_faulty_save(folder, older, new, later, fault.best, disk)
         part.count(number, problem, f"operation {fault.n}, {fault.name}, {fault.kind}: ")
@@ -169,6 +183,7 @@ def corrupt(raw: bytes, edges: list[int], case: int, rng: random.Random) -> tupl
     number, kind = divmod(case, 3)
     changed = bytearray(raw)
     if kind == 0:
+        # a single bit half of the time
         bits = rng.sample(range(8 * len(raw)), rng.choice((1, 1, 2, 3)))
         for bit in bits:
             changed[bit // 8] ^= 1 << bit % 8
@@ -179,6 +194,7 @@ def corrupt(raw: bytes, edges: list[int], case: int, rng: random.Random) -> tupl
         page = rng.choice([page for page in pages if any(raw[page])])
         changed[page] = bytes(len(raw[page]))
         return bytes(changed), f"page at byte {page.start} zeroed"
+    # first each edge once, then anywhere
     end = edges[number] if number < len(edges) else rng.randrange(len(raw))
     return raw[:end], f"cut to {end} bytes"
 
@@ -188,7 +204,7 @@ def rot(part: Part, place: Path) -> str:
     older, newer = make_bundles(part, place)[-2:]
     folder = place / "rot"
     folder.mkdir()
-    # also as best.pt
+    # two checkpoints, both also as best.pt
     for bundle in (older, newer):
         checkpoint.commit(bundle, folder, KEEP, True, Disk())
     path = folder / "ckpt.pt"
@@ -204,6 +220,7 @@ def rot(part: Part, place: Path) -> str:
     around = {edge + distance for edge in edges for distance in (-1, 0, 1)}
     ends = sorted(around & set(range(len(raw))))
 
+    # the file is recognized, and the older checkpoint is used
     expected = ("corrupt", full_state_of(older))
     for case in part.choose([False] * (part.config.cases or 500), few=500):
         content, how = corrupt(raw, ends, case, part.rng(case))
