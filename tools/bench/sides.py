@@ -1,5 +1,6 @@
 """The models of the benchmarks, and the sides of the comparisons: each returns the seconds of a
 training step, or of a token, and runs in a process of its own."""
+import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -156,7 +157,7 @@ def train_plain(name: str, device: str) -> float:
     _, args = make_settings(name)
     if cuda:
         # nanoGPT has 50,304 rows for GPT-2's 50,257 tokens
-        args = replace(args, vocab_size=-(-args.vocab_size // 64) * 64)
+        args = replace(args, vocab_size=64 * math.ceil(args.vocab_size / 64))
     network = GPT(args).to(where)
 
     def loss_of(x: Tensor, y: Tensor) -> Tensor:
