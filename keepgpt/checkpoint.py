@@ -5,7 +5,6 @@ A save copies the live tensors, writes them to a temporary file, fsyncs it, read
 it, and renames it to ckpt-<step>.pt. Then best.pt, if it is the best, and ckpt.pt become names of
 the same file, with an fsync of the folder after each. Only then are old checkpoints removed.
 """
-import errno
 import io
 import math
 import os
@@ -23,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keepgpt.errors import UserError
-from keepgpt.files import sync
+from keepgpt.errors import UNSUPPORTED, UserError, name_path, warn, warn_once
+from keepgpt.files import FolderLock, FolderLost, check_lock, sync_folder
 from keepgpt.ranks import map_tensors
 
 FORMAT = 1
@@ -37,13 +36,33 @@ class CorruptCheckpoint(UserError):
 
 
 class Disk:
-    """The disk operations of a save; tests make each of them fail."""
-    write, fsync, close, rename, link, remove, fsync_folder = map(
-        staticmethod, (os.write, os.fsync, os.close, os.replace, os.link, os.unlink, sync))
+    """The disk operations of a save; tests make each of them fail. Those that change a name in the
+    folder first check the lock on it."""
+    write, fsync, close, fsync_folder = map(
+        staticmethod, (os.write, os.fsync, os.close, sync_folder))
+    _lock: FolderLock | None = None
 
-    @staticmethod
-    def create(path: Path) -> int:
+    def __init__(self, lock: FolderLock | None = None) -> None:
+        self._lock = lock
+
+    def check(self, _folder: Path) -> None:
+        check_lock(self._lock)
+
+    def create(self, path: Path) -> int:
+        check_lock(self._lock)
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+
+    def rename(self, path: Path, target: Path) -> None:
+        check_lock(self._lock)
+        os.replace(path, target)
+
+    def link(self, target: Path, path: Path) -> None:
+        check_lock(self._lock)
+        os.link(target, path)
+
+    def remove(self, path: Path) -> None:
+        check_lock(self._lock)
+        os.unlink(path)
 
 
 class ChecksummedFile(io.RawIOBase):
@@ -66,15 +85,16 @@ class ChecksummedFile(io.RawIOBase):
 
 def write_bundle(bundle: dict[str, Any], path: Path, disk: Disk) -> None:
     """Write a new checkpoint file and fsync it. Raises OSError; a part of the file may be left."""
-    out = ChecksummedFile(disk, path)
-    try:
-        torch.save(bundle, out)
-        out.write(MAGIC + out.crc.to_bytes(4, "little"))
-        if out.error:
-            raise out.error
-        disk.fsync(out.file)
-    finally:
-        disk.close(out.file)
+    with name_path(path):
+        out = ChecksummedFile(disk, path)
+        try:
+            torch.save(bundle, out)
+            out.write(MAGIC + out.crc.to_bytes(4, "little"))
+            if out.error:
+                raise out.error
+            disk.fsync(out.file)
+        finally:
+            disk.close(out.file)
 
 
 def link(name: Path, target: Path, disk: Disk) -> None:
@@ -83,8 +103,10 @@ def link(name: Path, target: Path, disk: Disk) -> None:
     try:
         disk.link(target, temporary)
     except OSError as e:
-        if e.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+        if e.errno not in UNSUPPORTED:
             raise  # the link may have been made: a copy would overwrite the target
+        warn_once("link", f"this drive has no hard links ({e}): each save also writes copies, "
+                          "which takes more time and space")
         write_bundle(torch.load(target, map_location="cpu", weights_only=True), temporary, disk)
     disk.rename(temporary, name)
 
@@ -108,9 +130,10 @@ def commit(bundle: dict[str, Any], folder: Path, keep: int, best: bool, disk: Di
         remove_leftovers(folder, disk)
         raise
     # a later step is corrupt, or this run was resumed from before it
-    later = [p for p in numbered(folder) if p.name > path.name]
+    newest_first = numbered(folder)
+    later = [old for old in newest_first if step_of(old) > bundle["step"]]
     try:
-        for old in later + numbered(folder)[len(later) + keep:]:
+        for old in later + newest_first[len(later) + keep:]:
             disk.remove(old)
     except OSError as e:  # the new checkpoint is safe
         print(f"\nan old checkpoint can't be removed: {e}", file=sys.stderr, flush=True)
@@ -121,14 +144,43 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"ckpt-{step:08d}.pt"
 
 
+def step_of(path: Path) -> int:
+    """Return the step in the name of a numbered checkpoint."""
+    return int(path.stem.removeprefix("ckpt-"))
+
+
 def numbered(folder: Path) -> list[Path]:
     """Return the numbered checkpoints of a folder, newest first."""
-    return sorted((p for p in folder.glob("ckpt-*.pt") if re.fullmatch(r"ckpt-\d+\.pt", p.name)),
-                  reverse=True)
+    paths = [path for path in folder.glob("ckpt-*.pt")
+             if re.fullmatch(r"ckpt-([0-9]{8}|[1-9][0-9]{8,})\.pt", path.name)]
+    return sorted(paths, key=step_of, reverse=True)
+
+
+def mention_renamed(folder: Path) -> None:
+    """Print a note about the checkpoints in a folder that are not used because of their names."""
+    used = {folder / "ckpt.pt", folder / "best.pt", *numbered(folder)}
+    renamed = [str(path) for path in sorted(folder.glob("*"))
+               if path not in used and path.suffix != ".tmp" and is_checkpoint(path)]
+    if renamed:
+        warn(f"not used because of the name: {', '.join(renamed)}. To sample from such a "
+             "checkpoint: --init_from=FILE. To resume from it: copy it to <new folder>/ckpt.pt, "
+             "then --init_from=resume --out_dir=<new folder>")
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return True if a file ends as a checkpoint does, False also if it can't be read."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-len(MAGIC) - 4, os.SEEK_END)
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
 
 
 def remove_leftovers(folder: Path, disk: Disk) -> None:
-    """Remove the temporary files of a save that failed or was killed."""
+    """Remove the temporary files of a save that failed or was killed. Raises FolderLost if they may
+    be another process's."""
+    disk.check(folder)
     for path in folder.glob("*.pt.tmp"):
         disk.remove(path)
 
@@ -150,7 +202,7 @@ def has_run(folder: Path) -> bool:
 def check_crc(path: Path) -> None:
     """Raise CorruptCheckpoint unless the file has the checksum it was written with, and OSError if
     it can't be read."""
-    with open(path, "rb") as f:
+    with name_path(path), open(path, "rb") as f:
         size, crc = os.fstat(f.fileno()).st_size - len(MAGIC) - 4, 0
         while (left := size - f.tell()) > 0:
             crc = zlib.crc32(f.read(min(left, 1 << 24)), crc)
@@ -180,7 +232,7 @@ def read_newest(folder: Path, prefer_best: bool = False) -> dict[str, Any]:
     """Return the bundle of the newest intact checkpoint, or with `prefer_best` of best.pt if that
     is intact. Print which ones are skipped. Raises CorruptCheckpoint if none is left."""
     newest, best = [folder / "ckpt.pt", *numbered(folder)], [folder / "best.pt"]
-    tried = []
+    tried, unreadable = [], None
     for path in filter(Path.exists, best + newest if prefer_best else newest + best):
         if any(map(path.samefile, tried)):  # ckpt.pt is another name of a numbered checkpoint
             continue
@@ -189,20 +241,29 @@ def read_newest(folder: Path, prefer_best: bool = False) -> dict[str, Any]:
             return read_bundle(path)
         except (CorruptCheckpoint, OSError) as e:
             print(f"skipping {path}: {e}", file=sys.stderr)
+            if isinstance(e, OSError):
+                unreadable = e
     hint = "another --out_dir"
     if tried == newest[:1]:  # nanoGPT leaves such a folder
         hint += f", or if another program wrote it --init_from={tried[0]} --out_dir=<new folder>"
-    raise CorruptCheckpoint(f"no intact checkpoint of keepGPT in {folder}. Try: {hint}")
+    raise CorruptCheckpoint(f"no intact checkpoint of keepGPT in {folder}. Try: {hint}"
+                            ) from unreadable
 
 
 def check_finite(bundle: dict[str, Any]) -> None:
-    """Raise ArithmeticError for weights or moments that are not finite."""
-    moments = {f"{key} of parameter {i}": tensor
-               for i, state in bundle["optimizer"]["state"].items()
-               for key, tensor in state.items()}
-    for name, tensor in (bundle["model"] | moments).items():
-        if not all(math.isfinite(x) for x in torch.aminmax(tensor)):
-            raise ArithmeticError(f"{name} is not finite")
+    """Raise ArithmeticError for weights or moments that are not finite. An optimizer may keep any
+    nest of tensors and plain values."""
+    def check(path: str, tensor: Tensor) -> Tensor:
+        if tensor.is_complex():
+            tensor = torch.view_as_real(tensor)
+        if tensor.is_floating_point() and tensor.numel():
+            tensor = tensor.float() if tensor.element_size() == 1 else tensor  # no float8 kernels
+            if not all(math.isfinite(x) for x in torch.aminmax(tensor)):
+                raise ArithmeticError(f"{path} is not finite")
+        return tensor
+
+    map_tensors(check, bundle["model"], "model")
+    map_tensors(check, bundle["optimizer"]["state"], "optimizer")
 
 
 class Saver:
@@ -261,6 +322,8 @@ class Saver:
             self.before_commit()
             commit(bundle, self.folder, self.keep, best, self.disk)
             self.failed = False
+        except FolderLost:  # this ends the run, with its line
+            self.failed, best = True, False
         except Exception as e:
             self.failed = True
             best = best and is_best(self.folder, live["step"])
@@ -275,11 +338,15 @@ class Saver:
         """Copy a tensor to the host; from CUDA, the copy is valid once the stream is done."""
         if path not in self.copies:
             # pages of its own: a page can be pinned only once
-            memory = mmap(-1, tensor.nbytes, flags=MAP_PRIVATE)
-            copy = torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
+            memory = mmap(-1, max(1, tensor.nbytes), flags=MAP_PRIVATE)
+            copy = torch.frombuffer(memory, dtype=torch.uint8)[:tensor.nbytes]
+            copy = copy.view(tensor.dtype).view(tensor.shape)
             self.copies[path] = copy
             if tensor.is_cuda:
                 # pin_memory=True would round up to a power of two; a failure only costs speed
                 torch.cuda.cudart().cudaHostRegister(copy.data_ptr(), copy.nbytes, 0)
+        copy = self.copies[path]
+        if copy.shape != tensor.shape or copy.dtype != tensor.dtype:  # an optimizer may do that
+            return tensor.detach().to("cpu", copy=True)
         # from MPS, nothing would wait for such a copy
-        return self.copies[path].copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+        return copy.copy_(tensor.detach(), non_blocking=tensor.is_cuda)

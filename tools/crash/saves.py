@@ -61,7 +61,7 @@ class FaultyDisk(Disk):
 
     def do(self, name: str, *args: Any) -> Any:
         """Do an operation and log it."""
-        result = None if name.startswith("fsync") else getattr(Disk, name)(*args)
+        result = None if name.startswith("fsync") else getattr(super(), name)(*args)
         if name == "create":
             self.opened[result] = args[0]
         self.log.append(name)
