@@ -336,11 +336,12 @@ class Saver:
 
     def _copy(self, path: str, tensor: Tensor) -> Tensor:
         """Copy a tensor to the host; from CUDA, the copy is valid once the stream is done."""
+        if not tensor.numel():
+            return tensor.detach().cpu()
         if path not in self.copies:
             # pages of its own: a page can be pinned only once
-            memory = mmap(-1, max(1, tensor.nbytes), flags=MAP_PRIVATE)
-            copy = torch.frombuffer(memory, dtype=torch.uint8)[:tensor.nbytes]
-            copy = copy.view(tensor.dtype).view(tensor.shape)
+            memory = mmap(-1, tensor.nbytes, flags=MAP_PRIVATE)
+            copy = torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
             self.copies[path] = copy
             if tensor.is_cuda:
                 # pin_memory=True would round up to a power of two; a failure only costs speed

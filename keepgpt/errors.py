@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 EXIT_FAILED = 1  # a crash, a full disk or a failed last save: trying again may help
@@ -68,7 +68,8 @@ def run_or_exit(work: Callable[[], Any], hint: str = "") -> Any:
     """Return what `work` returns. End the process, with one line at most, at a mistake, a failed
     file operation, an interruption, or full memory, where `hint` says what to try."""
     try:
-        return work()
+        with name_path("stdout or another stream"):  # files are named where they are used
+            return work()
     except UserError as e:
         exit_with(e, exit_code(e.__cause__))
     except KeyboardInterrupt:
@@ -82,10 +83,8 @@ def run_or_exit(work: Callable[[], Any], hint: str = "") -> Any:
     except BrokenPipeError:  # stdout's reader has left, as `| head` does
         os._exit(EXIT_FAILED)
     except OSError as e:
-        try:
+        with suppress(OSError):  # of stdout
             sys.stdout.flush()
-        except OSError:
-            e.filename = e.filename or "stdout"
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # a flush at the end would fail again
         exit_with(e, exit_code(e))
     except (MemoryError, RuntimeError) as e:

@@ -37,7 +37,8 @@ class Metrics:
                 return False
 
         self.path = path = out_dir / "metrics.jsonl"
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        with name_path(path):
+            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
         write_atomically(path, b"".join(filter(is_before, lines)), folder_lock)
         # the rows since the last successful fsync; the bytes before them are on the disk
         self.rows, self.safe, self.lock = b"", path.stat().st_size, Lock()
