@@ -29,6 +29,8 @@ from keepgpt.ranks import map_tensors
 FORMAT = 1
 # ends each file, with the CRC32 of everything before it: torch.load does not check the zip's own
 MAGIC = b"keepGPT\n"
+CRC_BYTES = 4
+CHUNK = 1 << 24  # bytes to read at a time
 
 
 class CorruptCheckpoint(UserError):
@@ -38,8 +40,10 @@ class CorruptCheckpoint(UserError):
 class Disk:
     """The disk operations of a save; tests make each of them fail. Those that change a name in the
     folder first check the lock on it."""
-    write, fsync, close, fsync_folder = map(
-        staticmethod, (os.write, os.fsync, os.close, sync_folder))
+    write = staticmethod(os.write)
+    fsync = staticmethod(os.fsync)
+    close = staticmethod(os.close)
+    fsync_folder = staticmethod(sync_folder)
     _lock: FolderLock | None = None
 
     def __init__(self, lock: FolderLock | None = None) -> None:
@@ -69,16 +73,23 @@ class ChecksummedFile(io.RawIOBase):
     """A file for torch.save to write to, which computes the CRC32 of its bytes."""
 
     def __init__(self, disk: Disk, path: Path) -> None:
-        self.disk, self.crc, self.file, self.error = disk, 0, disk.create(path), None
+        self.disk = disk
+        self.crc = 0
+        self.error: OSError | None = None
+        self.file = disk.create(path)
 
     def write(self, data: Any) -> int:
+        """Write all bytes of `data` and return their number. An error is stored in `error`:
+        torch.save would hide it behind one of its own."""
         left = memoryview(data).cast("B")
         size = len(left)
         self.crc = zlib.crc32(left, self.crc)
         try:
+            # a disk may take only a part
             while left and not self.error:
-                left = left[self.disk.write(self.file, left):]  # a disk may take only a part
-        except OSError as e:  # torch.save would hide it behind an error of its own
+                written = self.disk.write(self.file, left)
+                left = left[written:]
+        except OSError as e:
             self.error = e
         return size
 
@@ -89,7 +100,7 @@ def write_bundle(bundle: dict[str, Any], path: Path, disk: Disk) -> None:
         out = ChecksummedFile(disk, path)
         try:
             torch.save(bundle, out)
-            out.write(MAGIC + out.crc.to_bytes(4, "little"))
+            out.write(MAGIC + out.crc.to_bytes(CRC_BYTES, "little"))
             if out.error:
                 raise out.error
             disk.fsync(out.file)
@@ -117,11 +128,14 @@ def commit(bundle: dict[str, Any], folder: Path, keep: int, best: bool, disk: Di
     path = path_of(folder, bundle["step"])
     temporary = path.with_suffix(".pt.tmp")
     try:
+        # write it under a temporary name, and read it again before older ones are removed
         remove_leftovers(folder, disk)
         write_bundle(bundle, temporary, disk)
-        check_crc(temporary)  # before older checkpoints are removed
+        check_crc(temporary)
         disk.rename(temporary, path)
-        if best:  # before ckpt.pt: a run resumed from there does not evaluate this step again
+
+        # best.pt comes first: a run resumed from ckpt.pt does not evaluate this step again
+        if best:
             link(folder / "best.pt", path, disk)
             disk.fsync_folder(folder)
         link(folder / "ckpt.pt", path, disk)
@@ -129,14 +143,20 @@ def commit(bundle: dict[str, Any], folder: Path, keep: int, best: bool, disk: Di
     except BaseException:
         remove_leftovers(folder, disk)
         raise
-    # a later step is corrupt, or this run was resumed from before it
-    newest_first = numbered(folder)
-    later = [old for old in newest_first if step_of(old) > bundle["step"]]
     try:
-        for old in later + newest_first[len(later) + keep:]:
-            disk.remove(old)
+        prune(folder, bundle["step"], keep, disk)
     except OSError as e:  # the new checkpoint is safe
         print(f"\nan old checkpoint can't be removed: {e}", file=sys.stderr, flush=True)
+
+
+def prune(folder: Path, step: int, keep: int, disk: Disk) -> None:
+    """Remove the numbered checkpoints but for that of `step` and the newest before it, `keep` in
+    all. Raises OSError."""
+    # a later one is corrupt, or this run was resumed from before it
+    later = [path for path in numbered(folder) if step_of(path) > step]
+    others = [path for path in numbered(folder) if step_of(path) <= step]
+    for path in later + others[keep:]:
+        disk.remove(path)
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -171,7 +191,7 @@ def is_checkpoint(path: Path) -> bool:
     """Return True if a file ends as a checkpoint does, False also if it can't be read."""
     try:
         with open(path, "rb") as file:
-            file.seek(-len(MAGIC) - 4, os.SEEK_END)
+            file.seek(-len(MAGIC) - CRC_BYTES, os.SEEK_END)
             return file.read(len(MAGIC)) == MAGIC
     except OSError:
         return False
@@ -193,6 +213,12 @@ def is_best(folder: Path, step: int) -> bool:
         return False
 
 
+def progress_of(bundle: dict[str, Any]) -> tuple[int, int | None]:
+    """Return a bundle's step and that of its last evaluation: a step may be saved again after it
+    was evaluated."""
+    return bundle["step"], bundle["evaluation"].get("step")
+
+
 def has_run(folder: Path) -> bool:
     """Return True if a folder holds a checkpoint, intact or not."""
     names = (folder / "ckpt.pt", folder / "best.pt")
@@ -202,14 +228,17 @@ def has_run(folder: Path) -> bool:
 def check_crc(path: Path) -> None:
     """Raise CorruptCheckpoint unless the file has the checksum it was written with, and OSError if
     it can't be read."""
-    with name_path(path), open(path, "rb") as f:
-        size, crc = os.fstat(f.fileno()).st_size - len(MAGIC) - 4, 0
-        while (left := size - f.tell()) > 0:
-            crc = zlib.crc32(f.read(min(left, 1 << 24)), crc)
-        end = f.read()
-    if end[:-4] != MAGIC:
+    with name_path(path), open(path, "rb") as file:
+        left = max(0, os.fstat(file.fileno()).st_size - len(MAGIC) - CRC_BYTES)
+        crc = 0
+        while left:
+            chunk = file.read(min(left, CHUNK))
+            crc = zlib.crc32(chunk, crc)
+            left -= len(chunk)
+        end = file.read()
+    if end[:-CRC_BYTES] != MAGIC:
         raise CorruptCheckpoint("truncated, or not a checkpoint of keepGPT")
-    if end[-4:] != crc.to_bytes(4, "little"):
+    if end[-CRC_BYTES:] != crc.to_bytes(CRC_BYTES, "little"):
         raise CorruptCheckpoint("wrong checksum")
 
 
@@ -222,7 +251,8 @@ def read_bundle(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError:  # its text would advise to load it unsafely
         raise CorruptCheckpoint("expected only plain values and tensors") from None
     except Exception as e:  # torch.load raises many types
-        raise CorruptCheckpoint(f"can't be read: {(str(e) or repr(e)).splitlines()[0]}") from None
+        reason = str(e) or repr(e)
+        raise CorruptCheckpoint(f"can't be read: {reason.splitlines()[0]}") from None
     if not isinstance(bundle, dict) or bundle.get("format") != FORMAT:
         raise CorruptCheckpoint(f"expected a bundle of format {FORMAT}")
     return bundle
@@ -231,23 +261,28 @@ def read_bundle(path: Path) -> dict[str, Any]:
 def read_newest(folder: Path, prefer_best: bool = False) -> dict[str, Any]:
     """Return the bundle of the newest intact checkpoint, or with `prefer_best` of best.pt if that
     is intact. Print which ones are skipped. Raises CorruptCheckpoint if none is left."""
-    newest, best = [folder / "ckpt.pt", *numbered(folder)], [folder / "best.pt"]
-    tried, unreadable = [], None
-    for path in filter(Path.exists, best + newest if prefer_best else newest + best):
-        if any(map(path.samefile, tried)):  # ckpt.pt is another name of a numbered checkpoint
+    newest = [folder / "ckpt.pt", *numbered(folder)]
+    best = [folder / "best.pt"]
+    candidates = best + newest if prefer_best else newest + best
+    tried: list[Path] = []
+    unreadable = None
+    for path in candidates:
+        # ckpt.pt is another name of a numbered checkpoint
+        if not path.exists() or any(path.samefile(other) for other in tried):
             continue
         tried.append(path)
         try:
             return read_bundle(path)
-        except (CorruptCheckpoint, OSError) as e:
+        except CorruptCheckpoint as e:
             print(f"skipping {path}: {e}", file=sys.stderr)
-            if isinstance(e, OSError):
-                unreadable = e
+        except OSError as e:
+            print(f"skipping {path}: {e}", file=sys.stderr)
+            unreadable = e
     hint = "another --out_dir"
     if tried == newest[:1]:  # nanoGPT leaves such a folder
         hint += f", or if another program wrote it --init_from={tried[0]} --out_dir=<new folder>"
-    raise CorruptCheckpoint(f"no intact checkpoint of keepGPT in {folder}. Try: {hint}"
-                            ) from unreadable
+    message = f"no intact checkpoint of keepGPT in {folder}. Try: {hint}"
+    raise CorruptCheckpoint(message) from unreadable
 
 
 def check_finite(bundle: dict[str, Any]) -> None:
@@ -268,23 +303,40 @@ def check_finite(bundle: dict[str, Any]) -> None:
 
 class Saver:
     """Save checkpoints in a background thread, one at a time, and own best_val_loss. All saves
-    reuse one copy of the bundle on the host, made from CUDA on a stream of its own."""
+    reuse one copy of the bundle on the host, made from CUDA on a stream of its own.
 
-    def __init__(self, folder: Path | None, keep: int, best_val_loss: float,
-                 before_commit: Callable[[], None], device: torch.device,
-                 disk: Disk | None = None) -> None:
-        """Save into `folder`; None, on other ranks than the first, saves nothing. `best_val_loss`
-        is that of best.pt; `before_commit` is called before anything is written."""
-        self.folder, self.keep, self.best_val_loss, self.before_commit = (
-            folder, keep, best_val_loss, before_commit)
-        self.disk, self.copies, self.copied = disk or Disk(), {}, threading.Event()
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.thread, self.failed = None, False
+    `started` is the progress (see `progress_of`) of the last save that was started, on every rank;
+    `saved` that of the last one that succeeded, on rank 0.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        keep: int,
+        bundle: dict[str, Any] | None,
+        before_commit: Callable[[], None],
+        device: torch.device,
+        disk: Disk | None = None,
+    ) -> None:
+        """Save into `folder`; None, on other ranks than the first, saves nothing. `bundle` is what
+        the run was resumed from; `before_commit` is called before anything is written."""
+        self.folder = folder
+        self.keep = keep
+        self.before_commit = before_commit
+        self.disk = disk or Disk()
+        self.best_val_loss = bundle["best_val_loss"] if bundle else math.inf
+        self.started = progress_of(bundle) if bundle else None
+        self.saved = self.started
+        self.copies: dict[str, Tensor] = {}  # on the host, by the path in the bundle
+        self.copied = threading.Event()
         self.copied.set()
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.thread: threading.Thread | None = None
 
     def save(self, live: dict[str, Any], best: bool) -> None:
         """Start to save a bundle of live tensors, also as best.pt if it is the `best`. They must
         not change before `wait_for_copy` returns."""
+        self.started = progress_of(live)
         if not self.folder:
             return
         self.wait()
@@ -301,38 +353,43 @@ class Saver:
             torch.cuda.current_stream().wait_stream(self.stream)
 
     def wait(self) -> bool:
-        """Wait until nothing is being saved. Return True if the last save succeeded. best_val_loss
+        """Wait until nothing is being saved. Return True unless the last save failed. best_val_loss
         is then that of best.pt."""
         if self.thread:
             self.thread.join()
-        return not self.failed
+        return not self.folder or self.saved == self.started
 
     def _run(self, live: dict[str, Any], best: bool) -> None:
         """Save, in the thread. A failure is printed; training continues."""
         try:
-            with torch.cuda.stream(self.stream):
-                bundle = map_tensors(self._copy, live)
-            self.copied.set()
-            if self.stream:
-                self.stream.synchronize()
-            if sys.platform == "linux":  # give training the CPU first
-                with suppress(OSError):  # the priority is lower already
-                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-            check_finite(bundle)
-            self.before_commit()
-            commit(bundle, self.folder, self.keep, best, self.disk)
-            self.failed = False
+            self._copy_and_commit(live, best)
         except FolderLost:  # this ends the run, with its line
-            self.failed, best = True, False
+            return
         except Exception as e:
-            self.failed = True
-            best = best and is_best(self.folder, live["step"])
             print(f"\nSAVING STEP {live['step']} FAILED: {e}. The older checkpoints are kept.",
                   file=sys.stderr, flush=True)
+            # a save may fail after best.pt was replaced
+            if not best or not is_best(self.folder, live["step"]):
+                return
         finally:
-            if best:
-                self.best_val_loss = live["best_val_loss"]
             self.copied.set()
+        if best:
+            self.best_val_loss = live["best_val_loss"]
+
+    def _copy_and_commit(self, live: dict[str, Any], best: bool) -> None:
+        """Copy a bundle to the host, check it, and save it."""
+        with torch.cuda.stream(self.stream):
+            bundle = map_tensors(self._copy, live)
+        self.copied.set()
+        if self.stream:
+            self.stream.synchronize()
+        if sys.platform == "linux":  # give training the CPU first
+            with suppress(OSError):  # the priority is lower already
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        check_finite(bundle)
+        self.before_commit()
+        commit(bundle, self.folder, self.keep, best, self.disk)
+        self.saved = progress_of(bundle)
 
     def _copy(self, path: str, tensor: Tensor) -> Tensor:
         """Copy a tensor to the host; from CUDA, the copy is valid once the stream is done."""
