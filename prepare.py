@@ -23,8 +23,8 @@ from tqdm import tqdm
 
 from keepgpt.config import command_line, setting
 from keepgpt.dataset import SPLITS, dataset_folder, split_files
-from keepgpt.errors import UserError, run_or_exit
-from keepgpt.files import lock_out_dir, sync, write_atomically
+from keepgpt.errors import UserError, name_path, run_or_exit
+from keepgpt.files import FolderLock, sync_folder, write_atomically
 from keepgpt.text import DATASETS, TEXTS, Shard, describe_files, open_shards, read_block
 from keepgpt.tokenizer import Tokenizer, describe_tokenizer, from_meta, train_bpe
 
@@ -118,8 +118,9 @@ def write_tokens(paths: list[Path], totals: list[int], chunks: Iterator[Chunk],
                 (train, val)[split].write(tokens)
                 totals[split] += len(tokens)
                 bar.update(len(tokens))
-    for path in paths:
-        sync(path)
+        for file in (train, val):
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read_previous(folder: Path, request: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
@@ -135,19 +136,22 @@ def read_previous(folder: Path, request: dict[str, Any], wanted: dict[str, Any])
         return {}
 
 
-def write_dataset(folder: Path, meta: dict[str, Any], shards: list[Shard]) -> dict[str, Any]:
-    """Write the shards that `meta` lacks. Return the complete meta.
+def write_dataset(lock: FolderLock, meta: dict[str, Any], shards: list[Shard]) -> dict[str, Any]:
+    """Write the shards that `meta` lacks to the locked folder. Return the complete meta.
 
     meta.json without a fingerprint lists the complete shards of an unfinished dataset. It is there
     before the first file is replaced: a kill leaves the old dataset, an unfinished one, or the new.
     """
+    folder = lock.folder
+
     def write_meta() -> None:
-        write_atomically(folder / "meta.json", json.dumps(meta, indent=1).encode())
+        write_atomically(folder / "meta.json", json.dumps(meta, indent=1).encode(), lock)
 
     tokenizer, dtype, files = from_meta(meta), np.dtype(meta["dtype"]), meta["files"]
     totals = [sum(files[split].values()) for split in SPLITS]
     for k in range(len(files["val"]), len(shards)):
         names = [f"{split}-{k:05}.bin" if len(shards) > 1 else f"{split}.bin" for split in SPLITS]
+        lock.check()
         write_tokens([folder / f"{name}.tmp" for name in names], totals,
                      split_documents(shards, k, tokenizer.cut), tokenizer, dtype)
         if k + 1 == len(shards) and min(totals) < 2:
@@ -155,16 +159,17 @@ def write_dataset(folder: Path, meta: dict[str, Any], shards: list[Shard]) -> di
                             " tokens. Try: more text, or another --val_fraction")
         write_meta()
         for split, name in zip(SPLITS, names):
+            lock.check()
             os.replace(folder / f"{name}.tmp", folder / name)
             files[split][name] = (folder / name).stat().st_size // dtype.itemsize
-        sync(folder)
+        sync_folder(folder)
         write_meta()
     digest = hashlib.sha256(json.dumps([meta["tokenizer"], totals], sort_keys=True).encode())
     names = [name for split in SPLITS for name in files[split]]
     for name in names:
         with open(folder / name, "rb") as file:
             hashlib.file_digest(file, lambda: digest)
-    remove_ours(folder, keep=["meta.json", *names])
+    remove_ours(lock, keep=["meta.json", *names])
     meta |= {"tokens": dict(zip(SPLITS, totals)), "fingerprint": digest.hexdigest()}
     if len(shards) == 1:
         del meta["files"]
@@ -172,10 +177,12 @@ def write_dataset(folder: Path, meta: dict[str, Any], shards: list[Shard]) -> di
     return meta
 
 
-def remove_ours(folder: Path, keep: Iterable[str] = (), ending: str = "") -> None:
-    """Remove the files of preparations with that ending, except the files to keep."""
-    for path in folder.iterdir():
+def remove_ours(lock: FolderLock, keep: Iterable[str] = (), ending: str = "") -> None:
+    """Remove the files of preparations with that ending from the locked folder, except the files
+    to keep."""
+    for path in lock.folder.glob("*"):
         if OURS.fullmatch(path.name) and path.name.endswith(ending) and path.name not in keep:
+            lock.check()
             path.unlink()
 
 
@@ -200,7 +207,8 @@ def prepare(config: PrepareConfig, given: dict[str, Any], paths: list[str]) -> N
 
     meta = read_previous(folder, request, wanted)
     if "fingerprint" not in meta:
-        lock_out_dir(folder, patience=86_400)
+        lock = FolderLock(folder)
+        lock.acquire(patience=86_400)
         meta = read_previous(folder, request, wanted)  # another preparation had the lock
     took = "exists already"
     if "fingerprint" not in meta:
@@ -218,9 +226,10 @@ def prepare(config: PrepareConfig, given: dict[str, Any], paths: list[str]) -> N
                 size = from_meta(meta).vocab_size
                 meta |= {"vocab_size": size, "dtype": "uint16" if size <= 1 << 16 else "uint32",
                          "files": {split: {} for split in SPLITS}}
-            meta = write_dataset(folder, meta, shards)
+            with name_path(folder):
+                meta = write_dataset(lock, meta, shards)
         finally:
-            remove_ours(folder, ending=".tmp")
+            remove_ours(lock, ending=".tmp")
         took = f"took {time.perf_counter() - started:.1f} s"
     tokens, label = meta["tokens"], wanted.get("name", wanted["kind"])
     print(f"{folder}: {tokens['train']:,} train and {tokens['val']:,} val tokens of {label}, "

@@ -46,7 +46,7 @@ from typing import Any
 import torch
 
 from keepgpt import tokenizer
-from keepgpt.checkpoint import has_run, read_newest
+from keepgpt.checkpoint import has_run, mention_renamed, read_newest
 from keepgpt.dataset import dataset_folder, read_meta
 from keepgpt.device import can_compile, pick_device, pick_dtype
 from keepgpt.kernels import pack_linear_layers
@@ -61,6 +61,7 @@ def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
     """Return the model, its tokenizer, and a line about where they come from. Raises UserError."""
     folder, origin = Path(config.out_dir), config.init_from
     if origin in ("best", "resume"):
+        mention_renamed(folder)
         if not has_run(folder):
             raise UserError(f"{folder}: no checkpoint. Try: --out_dir=<folder of a run>, or "
                             "first: python train.py config/train_plays_cpu.py")

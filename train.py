@@ -29,7 +29,7 @@ from keepgpt.config import ARCHITECTURE, resume_config
 from keepgpt.dataset import dataset_folder, read_meta
 from keepgpt.device import can_compile, device_name, peak_flops, pick_dtype, restore_rng, rng_state
 from keepgpt.errors import EXIT_FAILED, EXIT_NOT_FINITE, EXIT_STOPPED, UserError, run_or_exit, warn
-from keepgpt.files import lock_out_dir
+from keepgpt.files import FolderLock
 from keepgpt.loader import Loader, Split, seed_of
 from keepgpt.metrics import Metrics
 from keepgpt.optim import get_lr, make_optimizer, set_rates
@@ -85,10 +85,11 @@ class Run:
         self.evaluation, self.wandb_run_id = bundle["evaluation"], bundle["wandb_run_id"]
 
 
-def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks
+def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks, lock: FolderLock
           ) -> tuple[Run, checkpoint.Saver, Metrics]:
-    """Start the run that a command asks for, or resume it. Raises UserError."""
-    bundle = ranks.on_first(lambda: find_checkpoint(config))
+    """Start the run that a command asks for, or resume it. `lock` is that on out_dir, on rank 0.
+    Raises UserError."""
+    bundle = ranks.on_first(lambda: find_checkpoint(config, lock))
 
     # data
     if bundle:
@@ -120,10 +121,10 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks
         run.restore(bundle)
     out_dir = Path(config.out_dir) if ranks.rank == 0 and not config.eval_only else None
     metrics = Metrics(out_dir, run.step, run.evaluation.get("step") == run.step,
-                      quiet=ranks.rank > 0)
+                      quiet=ranks.rank > 0, folder_lock=lock)
     saver = checkpoint.Saver(out_dir, config.keep_checkpoints,
                              bundle["best_val_loss"] if bundle else math.inf, metrics.sync,
-                             ranks.device)
+                             ranks.device, checkpoint.Disk(lock))
     if bundle:
         changes += list_roundings(config, bundle, ranks)
         metrics.say(", ".join([f"resuming {config.out_dir} at step {run.step}", *changes]))
@@ -135,7 +136,7 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks
                 f"{data['tokens']['train']:,} of {data['name']}; {machine}")
     if out_dir:
         try:
-            write_card(config, data, run.step, machine)
+            write_card(config, data, run.step, machine, lock)
         except OSError as e:
             warn(f"not writing {out_dir}/README.md: {e}")
         if config.wandb_log:
@@ -185,13 +186,14 @@ def build_run(config: TrainConfig, ranks: Ranks, data: dict[str, Any], loader: L
                autocast, optimizer, scaler)
 
 
-def find_checkpoint(config: TrainConfig) -> dict[str, Any] | None:
+def find_checkpoint(config: TrainConfig, lock: FolderLock) -> dict[str, Any] | None:
     """Lock out_dir, unless with eval_only. Return the bundle to resume from, or None to start a
     run. Raises UserError if init_from does not fit the folder's content."""
     out_dir, auto = Path(config.out_dir), config.init_from.partition(":")[0] == "auto"
     if not config.eval_only:
         # a restart loop may come back before the ranks of a killed launcher have ended
-        lock_out_dir(out_dir, patience=30 if auto else 0)
+        lock.acquire(patience=30 if auto else 0)
+    checkpoint.mention_renamed(out_dir)
     has_run = checkpoint.has_run(out_dir)
     if config.init_from == "resume" or auto and has_run:
         return checkpoint.read_newest(out_dir)
@@ -368,7 +370,8 @@ def train(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
     """Train from the step of the newest checkpoint, or from step 0, to max_iters. Return the exit
     code. Raises UserError."""
     ranks = join_ranks(config)
-    run, saver, metrics = start(config, given, ranks)
+    lock = FolderLock(Path(config.out_dir))
+    run, saver, metrics = start(config, given, ranks, lock)
     config, alone, unsaved, stopped = run.config, ranks.world_size == 1, False, False
     peak, clock, clock_step = peak_flops(ranks.device), time.perf_counter(), run.step
     while True:
@@ -390,7 +393,7 @@ def train(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
             break
 
         # once in a while: save
-        stopped = ranks.any(signals.received)
+        stopped = ranks.any(signals.received or lock.lost)
         due = run.step % (config.checkpoint_interval or config.eval_interval) == 0
         if (ending := ending or stopped) and ranks.any(not saver.wait()):
             unsaved = True  # the last save failed: try once more
@@ -431,6 +434,8 @@ def train(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
 
     # all ranks wait for the last save: torchrun kills the others when one has ended
     saved = ranks.from_first(saver.wait())
+    if stopped or not saved:
+        ranks.on_first(lock.check)  # raises if out_dir was moved
     metrics.close()
     if not config.eval_only:
         metrics.say(f"{'stopped' if stopped else 'done'} at step {run.step}, "

@@ -14,7 +14,7 @@ import torch
 
 from keepgpt.config import TrainConfig
 from keepgpt.errors import warn
-from keepgpt.files import write_atomically
+from keepgpt.files import FolderLock, write_atomically
 
 STARTS = "## Starts\n\n"
 CARD = """# A run of keepGPT
@@ -32,8 +32,10 @@ Data: {data}
 """
 
 
-def write_card(config: TrainConfig, data: dict[str, Any], step: int, machine: str) -> None:
-    """Write out_dir/README.md, with one more line about this start. Raises OSError."""
+def write_card(config: TrainConfig, data: dict[str, Any], step: int, machine: str,
+               lock: FolderLock) -> None:
+    """Write out_dir/README.md, with one more line about this start. Raises OSError and
+    FolderLost."""
     path, starts = Path(config.out_dir) / "README.md", STARTS
     if path.exists():
         _, found, before = path.read_text("utf-8", "surrogateescape").partition(STARTS)
@@ -58,4 +60,4 @@ def write_card(config: TrainConfig, data: dict[str, Any], step: int, machine: st
         versions=f"Python {platform.python_version()}, torch {torch.__version__}, "
                  f"numpy {np.__version__}")
     # a path may hold bytes that are not UTF-8
-    write_atomically(path, text.encode(errors="surrogateescape"))
+    write_atomically(path, text.encode(errors="surrogateescape"), lock)

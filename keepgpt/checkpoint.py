@@ -5,7 +5,6 @@ A save copies the live tensors, writes them to a temporary file, fsyncs it, read
 it, and renames it to ckpt-<step>.pt. Then best.pt, if it is the best, and ckpt.pt become names of
 the same file, with an fsync of the folder after each. Only then are old checkpoints removed.
 """
-import errno
 import io
 import math
 import os
@@ -23,13 +22,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from keepgpt.errors import UserError
-from keepgpt.files import sync
+from keepgpt.errors import UNSUPPORTED, UserError, name_path, warn, warn_once
+from keepgpt.files import FolderLock, FolderLost, check_lock, sync_folder
 from keepgpt.ranks import map_tensors
 
 FORMAT = 1
 # ends each file, with the CRC32 of everything before it: torch.load does not check the zip's own
 MAGIC = b"keepGPT\n"
+CRC_BYTES = 4
+CHUNK = 1 << 24  # bytes to read at a time
 
 
 class CorruptCheckpoint(UserError):
@@ -37,44 +38,74 @@ class CorruptCheckpoint(UserError):
 
 
 class Disk:
-    """The disk operations of a save; tests make each of them fail."""
-    write, fsync, close, rename, link, remove, fsync_folder = map(
-        staticmethod, (os.write, os.fsync, os.close, os.replace, os.link, os.unlink, sync))
+    """The disk operations of a save; tests make each of them fail. Those that change a name in the
+    folder first check the lock on it."""
+    write = staticmethod(os.write)
+    fsync = staticmethod(os.fsync)
+    close = staticmethod(os.close)
+    fsync_folder = staticmethod(sync_folder)
+    _lock: FolderLock | None = None
 
-    @staticmethod
-    def create(path: Path) -> int:
+    def __init__(self, lock: FolderLock | None = None) -> None:
+        self._lock = lock
+
+    def check(self, _folder: Path) -> None:
+        check_lock(self._lock)
+
+    def create(self, path: Path) -> int:
+        check_lock(self._lock)
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+
+    def rename(self, path: Path, target: Path) -> None:
+        check_lock(self._lock)
+        os.replace(path, target)
+
+    def link(self, target: Path, path: Path) -> None:
+        check_lock(self._lock)
+        os.link(target, path)
+
+    def remove(self, path: Path) -> None:
+        check_lock(self._lock)
+        os.unlink(path)
 
 
 class ChecksummedFile(io.RawIOBase):
     """A file for torch.save to write to, which computes the CRC32 of its bytes."""
 
     def __init__(self, disk: Disk, path: Path) -> None:
-        self.disk, self.crc, self.file, self.error = disk, 0, disk.create(path), None
+        self.disk = disk
+        self.crc = 0
+        self.error: OSError | None = None
+        self.file = disk.create(path)
 
     def write(self, data: Any) -> int:
+        """Write all bytes of `data` and return their number. An error is stored in `error`:
+        torch.save would hide it behind one of its own."""
         left = memoryview(data).cast("B")
         size = len(left)
         self.crc = zlib.crc32(left, self.crc)
         try:
+            # a disk may take only a part
             while left and not self.error:
-                left = left[self.disk.write(self.file, left):]  # a disk may take only a part
-        except OSError as e:  # torch.save would hide it behind an error of its own
+                written = self.disk.write(self.file, left)
+                left = left[written:]
+        except OSError as e:
             self.error = e
         return size
 
 
 def write_bundle(bundle: dict[str, Any], path: Path, disk: Disk) -> None:
     """Write a new checkpoint file and fsync it. Raises OSError; a part of the file may be left."""
-    out = ChecksummedFile(disk, path)
-    try:
-        torch.save(bundle, out)
-        out.write(MAGIC + out.crc.to_bytes(4, "little"))
-        if out.error:
-            raise out.error
-        disk.fsync(out.file)
-    finally:
-        disk.close(out.file)
+    with name_path(path):
+        out = ChecksummedFile(disk, path)
+        try:
+            torch.save(bundle, out)
+            out.write(MAGIC + out.crc.to_bytes(CRC_BYTES, "little"))
+            if out.error:
+                raise out.error
+            disk.fsync(out.file)
+        finally:
+            disk.close(out.file)
 
 
 def link(name: Path, target: Path, disk: Disk) -> None:
@@ -83,8 +114,10 @@ def link(name: Path, target: Path, disk: Disk) -> None:
     try:
         disk.link(target, temporary)
     except OSError as e:
-        if e.errno not in (errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS):
+        if e.errno not in UNSUPPORTED:
             raise  # the link may have been made: a copy would overwrite the target
+        warn_once("link", f"this drive has no hard links ({e}): each save also writes copies, "
+                          "which takes more time and space")
         write_bundle(torch.load(target, map_location="cpu", weights_only=True), temporary, disk)
     disk.rename(temporary, name)
 
@@ -95,11 +128,14 @@ def commit(bundle: dict[str, Any], folder: Path, keep: int, best: bool, disk: Di
     path = path_of(folder, bundle["step"])
     temporary = path.with_suffix(".pt.tmp")
     try:
+        # write it under a temporary name, and read it again before older ones are removed
         remove_leftovers(folder, disk)
         write_bundle(bundle, temporary, disk)
-        check_crc(temporary)  # before older checkpoints are removed
+        check_crc(temporary)
         disk.rename(temporary, path)
-        if best:  # before ckpt.pt: a run resumed from there does not evaluate this step again
+
+        # best.pt comes first: a run resumed from ckpt.pt does not evaluate this step again
+        if best:
             link(folder / "best.pt", path, disk)
             disk.fsync_folder(folder)
         link(folder / "ckpt.pt", path, disk)
@@ -107,13 +143,20 @@ def commit(bundle: dict[str, Any], folder: Path, keep: int, best: bool, disk: Di
     except BaseException:
         remove_leftovers(folder, disk)
         raise
-    # a later step is corrupt, or this run was resumed from before it
-    later = [p for p in numbered(folder) if p.name > path.name]
     try:
-        for old in later + numbered(folder)[len(later) + keep:]:
-            disk.remove(old)
+        prune(folder, bundle["step"], keep, disk)
     except OSError as e:  # the new checkpoint is safe
         print(f"\nan old checkpoint can't be removed: {e}", file=sys.stderr, flush=True)
+
+
+def prune(folder: Path, step: int, keep: int, disk: Disk) -> None:
+    """Remove the numbered checkpoints but for that of `step` and the newest before it, `keep` in
+    all. Raises OSError."""
+    # a later one is corrupt, or this run was resumed from before it
+    later = [path for path in numbered(folder) if step_of(path) > step]
+    others = [path for path in numbered(folder) if step_of(path) <= step]
+    for path in later + others[keep:]:
+        disk.remove(path)
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -121,14 +164,43 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"ckpt-{step:08d}.pt"
 
 
+def step_of(path: Path) -> int:
+    """Return the step in the name of a numbered checkpoint."""
+    return int(path.stem.removeprefix("ckpt-"))
+
+
 def numbered(folder: Path) -> list[Path]:
     """Return the numbered checkpoints of a folder, newest first."""
-    return sorted((p for p in folder.glob("ckpt-*.pt") if re.fullmatch(r"ckpt-\d+\.pt", p.name)),
-                  reverse=True)
+    paths = [path for path in folder.glob("ckpt-*.pt")
+             if re.fullmatch(r"ckpt-([0-9]{8}|[1-9][0-9]{8,})\.pt", path.name)]
+    return sorted(paths, key=step_of, reverse=True)
+
+
+def mention_renamed(folder: Path) -> None:
+    """Print a note about the checkpoints in a folder that are not used because of their names."""
+    used = {folder / "ckpt.pt", folder / "best.pt", *numbered(folder)}
+    renamed = [str(path) for path in sorted(folder.glob("*"))
+               if path not in used and path.suffix != ".tmp" and is_checkpoint(path)]
+    if renamed:
+        warn(f"not used because of the name: {', '.join(renamed)}. To sample from such a "
+             "checkpoint: --init_from=FILE. To resume from it: copy it to <new folder>/ckpt.pt, "
+             "then --init_from=resume --out_dir=<new folder>")
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Return True if a file ends as a checkpoint does, False also if it can't be read."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-len(MAGIC) - CRC_BYTES, os.SEEK_END)
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
 
 
 def remove_leftovers(folder: Path, disk: Disk) -> None:
-    """Remove the temporary files of a save that failed or was killed."""
+    """Remove the temporary files of a save that failed or was killed. Raises FolderLost if they may
+    be another process's."""
+    disk.check(folder)
     for path in folder.glob("*.pt.tmp"):
         disk.remove(path)
 
@@ -141,6 +213,12 @@ def is_best(folder: Path, step: int) -> bool:
         return False
 
 
+def progress_of(bundle: dict[str, Any]) -> tuple[int, int | None]:
+    """Return a bundle's step and that of its last evaluation: a step may be saved again after it
+    was evaluated."""
+    return bundle["step"], bundle["evaluation"].get("step")
+
+
 def has_run(folder: Path) -> bool:
     """Return True if a folder holds a checkpoint, intact or not."""
     names = (folder / "ckpt.pt", folder / "best.pt")
@@ -150,14 +228,17 @@ def has_run(folder: Path) -> bool:
 def check_crc(path: Path) -> None:
     """Raise CorruptCheckpoint unless the file has the checksum it was written with, and OSError if
     it can't be read."""
-    with open(path, "rb") as f:
-        size, crc = os.fstat(f.fileno()).st_size - len(MAGIC) - 4, 0
-        while (left := size - f.tell()) > 0:
-            crc = zlib.crc32(f.read(min(left, 1 << 24)), crc)
-        end = f.read()
-    if end[:-4] != MAGIC:
+    with name_path(path), open(path, "rb") as file:
+        left = max(0, os.fstat(file.fileno()).st_size - len(MAGIC) - CRC_BYTES)
+        crc = 0
+        while left:
+            chunk = file.read(min(left, CHUNK))
+            crc = zlib.crc32(chunk, crc)
+            left -= len(chunk)
+        end = file.read()
+    if end[:-CRC_BYTES] != MAGIC:
         raise CorruptCheckpoint("truncated, or not a checkpoint of keepGPT")
-    if end[-4:] != crc.to_bytes(4, "little"):
+    if end[-CRC_BYTES:] != crc.to_bytes(CRC_BYTES, "little"):
         raise CorruptCheckpoint("wrong checksum")
 
 
@@ -170,7 +251,8 @@ def read_bundle(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError:  # its text would advise to load it unsafely
         raise CorruptCheckpoint("expected only plain values and tensors") from None
     except Exception as e:  # torch.load raises many types
-        raise CorruptCheckpoint(f"can't be read: {(str(e) or repr(e)).splitlines()[0]}") from None
+        reason = str(e) or repr(e)
+        raise CorruptCheckpoint(f"can't be read: {reason.splitlines()[0]}") from None
     if not isinstance(bundle, dict) or bundle.get("format") != FORMAT:
         raise CorruptCheckpoint(f"expected a bundle of format {FORMAT}")
     return bundle
@@ -179,51 +261,82 @@ def read_bundle(path: Path) -> dict[str, Any]:
 def read_newest(folder: Path, prefer_best: bool = False) -> dict[str, Any]:
     """Return the bundle of the newest intact checkpoint, or with `prefer_best` of best.pt if that
     is intact. Print which ones are skipped. Raises CorruptCheckpoint if none is left."""
-    newest, best = [folder / "ckpt.pt", *numbered(folder)], [folder / "best.pt"]
-    tried = []
-    for path in filter(Path.exists, best + newest if prefer_best else newest + best):
-        if any(map(path.samefile, tried)):  # ckpt.pt is another name of a numbered checkpoint
+    newest = [folder / "ckpt.pt", *numbered(folder)]
+    best = [folder / "best.pt"]
+    candidates = best + newest if prefer_best else newest + best
+    tried: list[Path] = []
+    unreadable = None
+    for path in candidates:
+        # ckpt.pt is another name of a numbered checkpoint
+        if not path.exists() or any(path.samefile(other) for other in tried):
             continue
         tried.append(path)
         try:
             return read_bundle(path)
-        except (CorruptCheckpoint, OSError) as e:
+        except CorruptCheckpoint as e:
             print(f"skipping {path}: {e}", file=sys.stderr)
+        except OSError as e:
+            print(f"skipping {path}: {e}", file=sys.stderr)
+            unreadable = e
     hint = "another --out_dir"
     if tried == newest[:1]:  # nanoGPT leaves such a folder
         hint += f", or if another program wrote it --init_from={tried[0]} --out_dir=<new folder>"
-    raise CorruptCheckpoint(f"no intact checkpoint of keepGPT in {folder}. Try: {hint}")
+    message = f"no intact checkpoint of keepGPT in {folder}. Try: {hint}"
+    raise CorruptCheckpoint(message) from unreadable
 
 
 def check_finite(bundle: dict[str, Any]) -> None:
-    """Raise ArithmeticError for weights or moments that are not finite."""
-    moments = {f"{key} of parameter {i}": tensor
-               for i, state in bundle["optimizer"]["state"].items()
-               for key, tensor in state.items()}
-    for name, tensor in (bundle["model"] | moments).items():
-        if not all(math.isfinite(x) for x in torch.aminmax(tensor)):
-            raise ArithmeticError(f"{name} is not finite")
+    """Raise ArithmeticError for weights or moments that are not finite. An optimizer may keep any
+    nest of tensors and plain values."""
+    def check(path: str, tensor: Tensor) -> Tensor:
+        if tensor.is_complex():
+            tensor = torch.view_as_real(tensor)
+        if tensor.is_floating_point() and tensor.numel():
+            tensor = tensor.float() if tensor.element_size() == 1 else tensor  # no float8 kernels
+            if not all(math.isfinite(x) for x in torch.aminmax(tensor)):
+                raise ArithmeticError(f"{path} is not finite")
+        return tensor
+
+    map_tensors(check, bundle["model"], "model")
+    map_tensors(check, bundle["optimizer"]["state"], "optimizer")
 
 
 class Saver:
     """Save checkpoints in a background thread, one at a time, and own best_val_loss. All saves
-    reuse one copy of the bundle on the host, made from CUDA on a stream of its own."""
+    reuse one copy of the bundle on the host, made from CUDA on a stream of its own.
 
-    def __init__(self, folder: Path | None, keep: int, best_val_loss: float,
-                 before_commit: Callable[[], None], device: torch.device,
-                 disk: Disk | None = None) -> None:
-        """Save into `folder`; None, on other ranks than the first, saves nothing. `best_val_loss`
-        is that of best.pt; `before_commit` is called before anything is written."""
-        self.folder, self.keep, self.best_val_loss, self.before_commit = (
-            folder, keep, best_val_loss, before_commit)
-        self.disk, self.copies, self.copied = disk or Disk(), {}, threading.Event()
-        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.thread, self.failed = None, False
+    `started` is the progress (see `progress_of`) of the last save that was started, on every rank;
+    `saved` that of the last one that succeeded, on rank 0.
+    """
+
+    def __init__(
+        self,
+        folder: Path | None,
+        keep: int,
+        bundle: dict[str, Any] | None,
+        before_commit: Callable[[], None],
+        device: torch.device,
+        disk: Disk | None = None,
+    ) -> None:
+        """Save into `folder`; None, on other ranks than the first, saves nothing. `bundle` is what
+        the run was resumed from; `before_commit` is called before anything is written."""
+        self.folder = folder
+        self.keep = keep
+        self.before_commit = before_commit
+        self.disk = disk or Disk()
+        self.best_val_loss = bundle["best_val_loss"] if bundle else math.inf
+        self.started = progress_of(bundle) if bundle else None
+        self.saved = self.started
+        self.copies: dict[str, Tensor] = {}  # on the host, by the path in the bundle
+        self.copied = threading.Event()
         self.copied.set()
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.thread: threading.Thread | None = None
 
     def save(self, live: dict[str, Any], best: bool) -> None:
         """Start to save a bundle of live tensors, also as best.pt if it is the `best`. They must
         not change before `wait_for_copy` returns."""
+        self.started = progress_of(live)
         if not self.folder:
             return
         self.wait()
@@ -240,39 +353,48 @@ class Saver:
             torch.cuda.current_stream().wait_stream(self.stream)
 
     def wait(self) -> bool:
-        """Wait until nothing is being saved. Return True if the last save succeeded. best_val_loss
+        """Wait until nothing is being saved. Return True unless the last save failed. best_val_loss
         is then that of best.pt."""
         if self.thread:
             self.thread.join()
-        return not self.failed
+        return not self.folder or self.saved == self.started
 
     def _run(self, live: dict[str, Any], best: bool) -> None:
         """Save, in the thread. A failure is printed; training continues."""
         try:
-            with torch.cuda.stream(self.stream):
-                bundle = map_tensors(self._copy, live)
-            self.copied.set()
-            if self.stream:
-                self.stream.synchronize()
-            if sys.platform == "linux":  # give training the CPU first
-                with suppress(OSError):  # the priority is lower already
-                    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-            check_finite(bundle)
-            self.before_commit()
-            commit(bundle, self.folder, self.keep, best, self.disk)
-            self.failed = False
+            self._copy_and_commit(live, best)
+        except FolderLost:  # this ends the run, with its line
+            return
         except Exception as e:
-            self.failed = True
-            best = best and is_best(self.folder, live["step"])
             print(f"\nSAVING STEP {live['step']} FAILED: {e}. The older checkpoints are kept.",
                   file=sys.stderr, flush=True)
+            # a save may fail after best.pt was replaced
+            if not best or not is_best(self.folder, live["step"]):
+                return
         finally:
-            if best:
-                self.best_val_loss = live["best_val_loss"]
             self.copied.set()
+        if best:
+            self.best_val_loss = live["best_val_loss"]
+
+    def _copy_and_commit(self, live: dict[str, Any], best: bool) -> None:
+        """Copy a bundle to the host, check it, and save it."""
+        with torch.cuda.stream(self.stream):
+            bundle = map_tensors(self._copy, live)
+        self.copied.set()
+        if self.stream:
+            self.stream.synchronize()
+        if sys.platform == "linux":  # give training the CPU first
+            with suppress(OSError):  # the priority is lower already
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        check_finite(bundle)
+        self.before_commit()
+        commit(bundle, self.folder, self.keep, best, self.disk)
+        self.saved = progress_of(bundle)
 
     def _copy(self, path: str, tensor: Tensor) -> Tensor:
         """Copy a tensor to the host; from CUDA, the copy is valid once the stream is done."""
+        if not tensor.numel():
+            return tensor.detach().cpu()
         if path not in self.copies:
             # pages of its own: a page can be pinned only once
             memory = mmap(-1, tensor.nbytes, flags=MAP_PRIVATE)
@@ -281,5 +403,8 @@ class Saver:
             if tensor.is_cuda:
                 # pin_memory=True would round up to a power of two; a failure only costs speed
                 torch.cuda.cudart().cudaHostRegister(copy.data_ptr(), copy.nbytes, 0)
+        copy = self.copies[path]
+        if copy.shape != tensor.shape or copy.dtype != tensor.dtype:  # an optimizer may do that
+            return tensor.detach().to("cpu", copy=True)
         # from MPS, nothing would wait for such a copy
-        return self.copies[path].copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+        return copy.copy_(tensor.detach(), non_blocking=tensor.is_cuda)

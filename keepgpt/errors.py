@@ -6,8 +6,8 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
 EXIT_FAILED = 1  # a crash, a full disk or a failed last save: trying again may help
@@ -15,8 +15,17 @@ EXIT_MISTAKE = 2  # the command, a file or the machine must be changed first
 EXIT_NOT_FINITE = 3  # trying again would meet the same numbers
 EXIT_STOPPED = 75  # by a signal, everything saved: the same command with init_from=auto resumes
 EXIT_INTERRUPTED = 130  # by another Ctrl-C
-MISTAKES = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.EROFS,
-            errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+# a drive that lacks an operation answers it with one of these
+UNSUPPORTED = {errno.EACCES, errno.EBADF, errno.EINVAL, errno.EISDIR, errno.EMLINK, errno.ENOLCK,
+               errno.ENOSYS, errno.ENOTSUP, errno.ENOTTY, errno.EOPNOTSUPP, errno.EPERM,
+               errno.EXDEV}
+# errors of the operating system that another try would only repeat. The others may pass, as a full
+# disk (ENOSPC), a lost connection (EIO, ESTALE, ETIMEDOUT) or too many files (EMFILE) do
+MISTAKES = (UNSUPPORTED - {errno.ENOLCK}) | {
+    errno.EEXIST, errno.EFBIG, errno.EILSEQ, errno.ELOOP, errno.ENAMETOOLONG, errno.ENODEV,
+    errno.ENOENT, errno.ENOEXEC, errno.ENOTDIR, errno.ENOTEMPTY, errno.ENXIO, errno.EROFS,
+    errno.ESPIPE}
+TOPICS: set[str] = set()  # of the notes that are printed once
 
 
 class UserError(Exception):
@@ -38,13 +47,31 @@ def exit_with(error: Exception, code: int = EXIT_MISTAKE) -> NoReturn:
     sys.exit(code)
 
 
+def exit_code(error: BaseException | None) -> int:
+    """Return EXIT_FAILED for an error of the operating system that may pass, else EXIT_MISTAKE."""
+    may_pass = isinstance(error, OSError) and error.errno not in MISTAKES
+    return EXIT_FAILED if may_pass else EXIT_MISTAKE
+
+
+@contextmanager
+def name_path(path: str | os.PathLike) -> Iterator[None]:
+    """Let an OSError name the path that a block reads or writes: that of a descriptor does not."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno:  # that of a library may have only a text
+            e.filename = e.filename or os.fspath(path)
+        raise
+
+
 def run_or_exit(work: Callable[[], Any], hint: str = "") -> Any:
     """Return what `work` returns. End the process, with one line at most, at a mistake, a failed
     file operation, an interruption, or full memory, where `hint` says what to try."""
     try:
-        return work()
+        with name_path("stdout or another stream"):  # files are named where they are used
+            return work()
     except UserError as e:
-        exit_with(e)
+        exit_with(e, exit_code(e.__cause__))
     except KeyboardInterrupt:
         print()  # after the terminal's ^C
         sys.exit(EXIT_INTERRUPTED)
@@ -59,7 +86,7 @@ def run_or_exit(work: Callable[[], Any], hint: str = "") -> Any:
         with suppress(OSError):  # of stdout
             sys.stdout.flush()
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # a flush at the end would fail again
-        exit_with(e, EXIT_MISTAKE if e.errno in MISTAKES else EXIT_FAILED)
+        exit_with(e, exit_code(e))
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and not re.search("out of memory|allocate", str(e)):
             raise
@@ -70,6 +97,13 @@ def warn(message: str) -> None:
     """Print a note on stderr. Of several ranks on a host only the first one prints it."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"note: {message}", file=sys.stderr, flush=True)
+
+
+def warn_once(topic: str, message: str) -> None:
+    """Print a note, unless this process has printed one on that topic."""
+    if topic not in TOPICS:
+        TOPICS.add(topic)
+        warn(message)
 
 
 def import_package(name: str) -> Any:

@@ -70,7 +70,7 @@ class Split:
             try:
                 self.files.append(open(path, "rb", buffering=0))
             except OSError as e:
-                raise BadData(f"{path}: {e.strerror.lower()}. Try: prepare.py again") from None
+                raise BadData(f"{path}: {e.strerror.lower()}. Try: prepare.py again") from e
             found = os.fstat(self.files[-1].fileno()).st_size // self.dtype.itemsize
             if found != expected:
                 raise BadData(f"{path}: expected {expected:,} tokens as in meta.json, got "
@@ -91,7 +91,11 @@ class Split:
         i = bisect_right(self.ends, start) - 1
         while count:
             n, place = min(count, self.ends[i + 1] - start), start - self.ends[i]
-            part = os.pread(self.files[i].fileno(), n * size, place * size)
+            try:
+                part = os.pread(self.files[i].fileno(), n * size, place * size)
+            except OSError as e:
+                e.filename = self.files[i].name
+                raise
             if len(part) < n * size:
                 raise BadData(f"{self.files[i].name}: truncated. Try: prepare.py again")
             if (largest := np.frombuffer(part, self.dtype).max(initial=0)) >= self.vocab_size:

@@ -8,8 +8,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from keepgpt.errors import warn
-from keepgpt.files import write_atomically
+from keepgpt.errors import name_path, warn
+from keepgpt.files import FolderLock, FolderLost, check_lock, write_atomically
 
 
 class Metrics:
@@ -17,10 +17,12 @@ class Metrics:
     step, so metrics.jsonl is one clean curve."""
 
     def __init__(self, out_dir: Path | None, step: int, evaluated: bool,
-                 quiet: bool = False) -> None:
+                 quiet: bool = False, folder_lock: FolderLock | None = None) -> None:
         """Continue out_dir's metrics.jsonl after `step`; without a folder, write none. Unless that
         step was `evaluated` before its save, its evaluation is dropped too. With `quiet`, on other
-        ranks than the first, print nothing. Raises OSError."""
+        ranks than the first, print nothing. `folder_lock` is checked before rows are written.
+        Raises OSError and FolderLost."""
+        self.folder_lock = folder_lock
         self.live = False  # the cursor is at the end of a line that the next one replaces
         self.wandb, self.file, self.quiet = None, None, quiet
         if not out_dir:
@@ -34,9 +36,10 @@ class Metrics:
             except (ValueError, KeyError, TypeError):
                 return False
 
-        path = out_dir / "metrics.jsonl"
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        write_atomically(path, b"".join(filter(is_before, lines)))
+        self.path = path = out_dir / "metrics.jsonl"
+        with name_path(path):
+            lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        write_atomically(path, b"".join(filter(is_before, lines)), folder_lock)
         # the rows since the last successful fsync; the bytes before them are on the disk
         self.rows, self.safe, self.lock = b"", path.stat().st_size, Lock()
         self.file = os.open(path, os.O_WRONLY)
@@ -63,7 +66,9 @@ class Metrics:
                 try:
                     self._write()
                 except OSError as e:
-                    self.say(f"warning: metrics.jsonl: {e}; trying again later")
+                    self.say(f"warning: {e}; trying again later")
+                except FolderLost:
+                    pass  # this ends the run before its next step
         if self.wandb:
             try:
                 self.wandb.log(row, step=row["step"])
@@ -88,18 +93,41 @@ class Metrics:
                  + f", {left} left", live=True)
 
     def sync(self) -> None:
-        """Fsync the rows, before a checkpoint of their step is written. Raises OSError."""
+        """Fsync the rows, before a checkpoint of their step is written. Raises OSError and
+        FolderLost."""
         with self.lock:
             self._write()
-            os.fsync(self.file)
+            with name_path(self.path):
+                os.fsync(self.file)
             self.safe, self.rows = self.safe + len(self.rows), b""
 
     def _write(self) -> None:
         """Write all rows since the last successful fsync, also those written before: after a failed
-        one, the kernel may have dropped them. Raises OSError."""
-        done = 0
-        while done < len(self.rows):
-            done += os.pwrite(self.file, self.rows[done:], self.safe + done)
+        one, the kernel may have dropped them. Raises OSError and FolderLost."""
+        check_lock(self.folder_lock)
+        with name_path(self.path):
+            self._reopen_if_replaced()
+            done = 0
+            while done < len(self.rows):
+                done += os.pwrite(self.file, self.rows[done:], self.safe + done)
+
+    def _reopen_if_replaced(self) -> None:
+        """Continue the file that is at the path of metrics.jsonl, if that is not the opened one, as
+        after a removal or an editor's save, or if it was cut. Raises OSError."""
+        opened = os.fstat(self.file)
+        same = self.path.exists() and os.path.samestat(opened, self.path.stat())
+        if same and opened.st_size >= self.safe:
+            return
+        content = self.path.read_bytes() if self.path.exists() else b""
+        file = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o666)
+        os.close(self.file)
+        # keep the rows that it lacks, on lines of their own
+        lines = content.splitlines()
+        rows = [row for row in self.rows.splitlines() if row not in lines]
+        first = b"\n" if content and not content.endswith(b"\n") else b""
+        self.file, self.safe = file, len(content)
+        self.rows = first + b"".join(row + b"\n" for row in rows)
+        warn(f"{self.path} was replaced, cut or removed; continuing the file that is there now")
 
     def close(self) -> None:
         """End the wandb run."""

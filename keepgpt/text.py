@@ -208,6 +208,9 @@ def read_block(document: TextIO, size: int) -> str:
         if "\0" in block and isinstance(document, io.TextIOWrapper):
             raise ValueError("a NUL byte, as in UTF-16 or a binary file")
         return block
+    except OSError as e:
+        e.filename = document.name
+        raise
     except ValueError as e:
         if isinstance(e, UnicodeDecodeError):
             e = f"byte {document.buffer.tell() - len(e.object) + e.start} of the file"

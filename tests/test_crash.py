@@ -56,9 +56,9 @@ train.sum_as_tree = sum_in_a_row""",
     "prepare": """
 import prepare
 write = prepare.write_atomically
-def write_when_complete(path, content):
+def write_when_complete(path, content, lock):
     if b"fingerprint" in content:
-        write(path, content)
+        write(path, content, lock)
 prepare.write_atomically = write_when_complete"""}
 
 

@@ -5,9 +5,9 @@ others load without this repository, and weights.pt for PyTorch. With --format=g
 file for llama.cpp and the programs on it.
 """
 import json
-import os
 import re
 import shutil
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from torch import Tensor
 from keepgpt.checkpoint import Disk, write_bundle
 from keepgpt.config import setting
 from keepgpt.errors import UserError, import_package
+from keepgpt.files import FolderLock
 from keepgpt.pretrained import GPT2_ARGS, QWEN3_ARGS
 from keepgpt.tokenizer import CharTokenizer, HFTokenizer, Tokenizer
 from model import GPT, ModelArgs
@@ -202,16 +203,23 @@ def main(config: ExportConfig, args: list[str]) -> None:
         raise UserError(f"--to={target}: expected a new {'file' if to_gguf else 'or empty folder'}")
     model, vocabulary, origin = load(SampleConfig(
         out_dir=config.out_dir, init_from=config.init_from, dataset=config.dataset))
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    # the lock says whether the folder is that of a killed export
+    lock = FolderLock(target.with_name(f"{target.name}.export.tmp"))
+    temporary = lock.folder / "export"
     write = write_gguf if to_gguf else write_hugging_face
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up, as after Ctrl-C
+    lock.acquire(patience=0)
     try:
-        temporary.mkdir(parents=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
         write(temporary, model, vocabulary, origin, getattr(torch, config.dtype))
+        lock.check()
         (temporary / "model.gguf" if to_gguf else temporary).replace(target)
     except Exception as e:  # libraries raise many types for a full disk
-        raise UserError(f"--to={target}: {e}") from None
+        raise UserError(f"--to={target}: {e}") from e
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        lock.check()
+        shutil.rmtree(lock.folder, ignore_errors=True)
     print(f"{origin} -> {target}")
 
 

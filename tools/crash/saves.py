@@ -78,7 +78,7 @@ class FaultyDisk(Disk):
         # without the wait of a real fsync: only the order of operations counts here
         result = None
         if not name.startswith("fsync"):
-            result = getattr(Disk, name)(*args)
+            result = getattr(super(), name)(*args)
         if name == "create":
             self.opened[result] = args[0]
         self.log.append(name)
