@@ -81,8 +81,7 @@ def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
 def find_meta(config: SampleConfig, origin: str, vocab_size: int, data: dict[str, Any]
               ) -> dict[str, Any]:
     """Return the meta of the weights' tokens: of --dataset if given, else the weights' own, else of
-    the dataset that nanoGPT's checkpoint names, else GPT-2's if they fit, else of the folder's
-    tokenizer.json. Raises UserError."""
+    the dataset that nanoGPT's checkpoint names, else GPT-2's if they fit. Raises UserError."""
     if "tokenizer" in data and not config.dataset:
         return data
     meta = GPT2
@@ -91,12 +90,7 @@ def find_meta(config: SampleConfig, origin: str, vocab_size: int, data: dict[str
     elif data.get("dataset"):
         with suppress(UserError):  # it may be on another machine
             meta = read_meta(dataset_folder(config.data_dir, data["dataset"]))
-    try:
-        tokenizer.check_tokenizer(origin, vocab_size, data, meta)
-    except UserError:
-        if "folder" not in data or config.dataset:
-            raise
-        return {"tokenizer": tokenizer.describe_tokenizer(str(data["folder"]))}
+    tokenizer.check_tokenizer(origin, vocab_size, data, meta)
     return meta
 
 
@@ -136,7 +130,10 @@ def main(config: SampleConfig) -> None:
         raise UserError("--stop_at_eot=True: this vocabulary has no end-of-text token")
     print(origin, file=sys.stderr)  # stdout is only for the text
     decoders = [vocabulary.make_decoder() for _ in range(config.num_samples)]
-    texts = [vocabulary.decode(prompt) if config.start else ""] * config.num_samples
+    # each decoder reads the prompt first: a token's text may depend on the tokens before it
+    texts = ["".join(map(decode, prompt)) for decode in decoders]
+    if not config.start:
+        texts = [""] * config.num_samples
     print(texts[0], end="", flush=True)
     for tokens in generate(model, [prompt] * config.num_samples, config.max_new_tokens,
                            config.temperature, config.top_k, config.top_p,

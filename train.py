@@ -273,10 +273,13 @@ def record_evaluation(run: Run, saver: checkpoint.Saver, losses: dict[str, float
 def generate_sample(run: Run) -> str:
     """Return a text of the current model, which starts after the end-of-text token or token 0."""
     vocabulary = from_meta(run.data)
+    first = vocabulary.eot or 0
     run.model.eval()
-    tokens = [row[0] for row in generate(run.model, [[vocabulary.eot or 0]],
-                                         run.config.sample_tokens, temperature=0.8, top_k=200)]
-    return vocabulary.decode([token for token in tokens if token is not None])
+    tokens = [row[0] for row in generate(run.model, [[first]], run.config.sample_tokens,
+                                         temperature=0.8, top_k=200)]
+    decode = vocabulary.make_decoder()
+    decode(first)  # it may decide whether a space comes next
+    return "".join(decode(token) for token in tokens if token is not None)
 
 
 def compute_gradient(run: Run) -> Tensor:

