@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -25,6 +26,7 @@ from keepgpt.config import command_line, setting
 from keepgpt.dataset import SPLITS, dataset_folder, split_files
 from keepgpt.errors import UserError, run_or_exit
 from keepgpt.files import lock_out_dir, sync, write_atomically
+from keepgpt.signals import raise_interrupts
 from keepgpt.text import DATASETS, TEXTS, Shard, describe_files, open_shards, read_block
 from keepgpt.tokenizer import Tokenizer, describe_tokenizer, from_meta, train_bpe
 
@@ -179,8 +181,10 @@ def remove_ours(folder: Path, keep: Iterable[str] = (), ending: str = "") -> Non
             path.unlink()
 
 
-def prepare(config: PrepareConfig, given: dict[str, Any], paths: list[str]) -> None:
-    """Prepare the dataset that a command line asks for, unless it exists. Raises UserError."""
+def prepare(config: PrepareConfig, given: dict[str, Any], paths: list[str], opened: ExitStack
+            ) -> None:
+    """Prepare the dataset that a command line asks for, unless it exists. `opened` gets its lock.
+    Raises UserError."""
     started = time.perf_counter()
     known = paths[0] if len(paths) == 1 and paths[0] in DATASETS else ""
     name = config.name or known
@@ -200,7 +204,7 @@ def prepare(config: PrepareConfig, given: dict[str, Any], paths: list[str]) -> N
 
     meta = read_previous(folder, request, wanted)
     if "fingerprint" not in meta:
-        lock_out_dir(folder, patience=86_400)
+        opened.enter_context(lock_out_dir(folder, patience=86_400))
         meta = read_previous(folder, request, wanted)  # another preparation had the lock
     took = "exists already"
     if "fingerprint" not in meta:
@@ -231,6 +235,7 @@ if __name__ == "__main__":
     CONFIG, GIVEN, PATHS = command_line(
         PrepareConfig,
         f"python prepare.py {' | '.join(DATASETS)} | PATH... --name=NAME [--key=value ...]")
-    for number in (signal.SIGINT, signal.SIGTERM):  # a kill cleans up as Ctrl-C does
-        signal.signal(number, signal.default_int_handler)
-    run_or_exit(lambda: prepare(CONFIG, GIVEN, PATHS))
+    # a kill or a closed terminal cleans up as Ctrl-C does
+    raise_interrupts(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    with ExitStack() as OPENED:
+        run_or_exit(lambda: prepare(CONFIG, GIVEN, PATHS, OPENED))

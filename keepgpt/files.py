@@ -3,8 +3,9 @@ import fcntl
 import os
 import time
 from pathlib import Path
+from typing import IO
 
-from keepgpt.errors import UserError
+from keepgpt.errors import UserError, say
 
 
 def sync(path: str | os.PathLike) -> None:
@@ -30,23 +31,24 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise
 
 
-def lock_out_dir(out_dir: Path, patience: float) -> None:
-    """Make out_dir durably and lock it until this process ends; wait up to `patience` seconds for
-    another process that is ending. Raises UserError and OSError."""
+def lock_out_dir(out_dir: Path, patience: float) -> IO[str]:
+    """Make out_dir durably and lock it until the returned file is closed; wait up to `patience`
+    seconds for another process that is ending. Raises UserError and OSError."""
     new = [folder for folder in (out_dir, *out_dir.parents) if not folder.exists()]
     out_dir.mkdir(parents=True, exist_ok=True)
     for folder in new:
         sync(folder.parent)
-    file = os.open(out_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # closing it would unlock
+    file = open(out_dir / ".lock", "a")
     deadline = time.monotonic() + patience
     while True:
         try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
         except BlockingIOError:
             if time.monotonic() > deadline:
                 raise UserError(f"another process is writing to {out_dir}. Try: wait for its end, "
                                 "or another folder") from None
         if patience:
-            print(f"another process is writing to {out_dir}; waiting", flush=True)
+            say(f"another process is writing to {out_dir}; waiting")
             patience = 0
         time.sleep(0.1)
