@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -25,6 +26,7 @@ from keepgpt.config import command_line, setting
 from keepgpt.dataset import SPLITS, dataset_folder, split_files
 from keepgpt.errors import UserError, name_path, run_or_exit
 from keepgpt.files import FolderLock, sync_folder, write_atomically
+from keepgpt.signals import raise_interrupts
 from keepgpt.text import DATASETS, TEXTS, Shard, describe_files, open_shards, read_block
 from keepgpt.tokenizer import Tokenizer, describe_tokenizer, from_meta, train_bpe
 
@@ -186,8 +188,10 @@ def remove_ours(lock: FolderLock, keep: Iterable[str] = (), ending: str = "") ->
             path.unlink()
 
 
-def prepare(config: PrepareConfig, given: dict[str, Any], paths: list[str]) -> None:
-    """Prepare the dataset that a command line asks for, unless it exists. Raises UserError."""
+def prepare(config: PrepareConfig, given: dict[str, Any], paths: list[str], opened: ExitStack
+            ) -> None:
+    """Prepare the dataset that a command line asks for, unless it exists. `opened` gets its lock.
+    Raises UserError."""
     started = time.perf_counter()
     known = paths[0] if len(paths) == 1 and paths[0] in DATASETS else ""
     name = config.name or known
@@ -208,6 +212,7 @@ def prepare(config: PrepareConfig, given: dict[str, Any], paths: list[str]) -> N
     meta = read_previous(folder, request, wanted)
     if "fingerprint" not in meta:
         lock = FolderLock(folder)
+        opened.callback(lock.release)
         lock.acquire(patience=86_400)
         meta = read_previous(folder, request, wanted)  # another preparation had the lock
     took = "exists already"
@@ -240,6 +245,7 @@ if __name__ == "__main__":
     CONFIG, GIVEN, PATHS = command_line(
         PrepareConfig,
         f"python prepare.py {' | '.join(DATASETS)} | PATH... --name=NAME [--key=value ...]")
-    for number in (signal.SIGINT, signal.SIGTERM):  # a kill cleans up as Ctrl-C does
-        signal.signal(number, signal.default_int_handler)
-    run_or_exit(lambda: prepare(CONFIG, GIVEN, PATHS))
+    # a kill or a closed terminal cleans up as Ctrl-C does
+    raise_interrupts(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    with ExitStack() as OPENED:
+        run_or_exit(lambda: prepare(CONFIG, GIVEN, PATHS, OPENED))

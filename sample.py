@@ -51,6 +51,7 @@ from keepgpt.dataset import dataset_folder, read_meta
 from keepgpt.device import can_compile, pick_device, pick_dtype
 from keepgpt.kernels import pack_linear_layers
 from keepgpt.pretrained import crop_weights, read_weights
+from keepgpt.signals import raise_interrupts
 from model import GPT, ModelArgs, generate, load_model
 
 SMALL = 4e6  # parameters; below, weights stay in the CPU's cache, where float32 is fastest
@@ -146,5 +147,5 @@ def main(config: SampleConfig) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    raise_interrupts(signal.SIGINT)
     run_or_exit(lambda: main(CONFIG), "a smaller --num_samples")

@@ -9,12 +9,10 @@ from keepgpt.config import TrainConfig, command_line
 if __name__ == "__main__":  # before torch is loaded: --help and mistakes answer at once
     CONFIG, GIVEN, _ = command_line(TrainConfig, "python train.py [config/x.py] [--key=value ...]")
 
-import math
-import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +26,15 @@ from keepgpt.card import write_card
 from keepgpt.config import ARCHITECTURE, resume_config
 from keepgpt.dataset import dataset_folder, read_meta
 from keepgpt.device import can_compile, device_name, peak_flops, pick_dtype, restore_rng, rng_state
-from keepgpt.errors import EXIT_FAILED, EXIT_NOT_FINITE, EXIT_STOPPED, UserError, run_or_exit, warn
+from keepgpt.errors import (
+    EXIT_FAILED,
+    EXIT_NOT_FINITE,
+    EXIT_STOPPED,
+    UserError,
+    end_process,
+    in_notebook,
+    run_or_exit,
+)
 from keepgpt.files import FolderLock
 from keepgpt.loader import Loader, Split, seed_of
 from keepgpt.metrics import Metrics
@@ -85,10 +91,10 @@ class Run:
         self.evaluation, self.wandb_run_id = bundle["evaluation"], bundle["wandb_run_id"]
 
 
-def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks, lock: FolderLock
-          ) -> tuple[Run, checkpoint.Saver, Metrics]:
-    """Start the run that a command asks for, or resume it. `lock` is that on out_dir, on rank 0.
-    Raises UserError."""
+def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks, lock: FolderLock,
+          opened: ExitStack) -> tuple[Run, checkpoint.Saver, Metrics]:
+    """Start the run that a command asks for, or resume it. `lock` is that on out_dir, on rank 0;
+    `opened` gets what must be closed. Raises UserError."""
     bundle = ranks.on_first(lambda: find_checkpoint(config, lock))
 
     # data
@@ -122,9 +128,10 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks, lock: Folder
     out_dir = Path(config.out_dir) if ranks.rank == 0 and not config.eval_only else None
     metrics = Metrics(out_dir, run.step, run.evaluation.get("step") == run.step,
                       quiet=ranks.rank > 0, folder_lock=lock)
-    saver = checkpoint.Saver(out_dir, config.keep_checkpoints,
-                             bundle["best_val_loss"] if bundle else math.inf, metrics.sync,
-                             ranks.device, checkpoint.Disk(lock))
+    opened.push(metrics.end)
+    saver = checkpoint.Saver(out_dir, config.keep_checkpoints, bundle, metrics.sync, ranks.device,
+                             checkpoint.Disk(lock))
+    opened.callback(saver.wait)
     if bundle:
         changes += list_roundings(config, bundle, ranks)
         metrics.say(", ".join([f"resuming {config.out_dir} at step {run.step}", *changes]))
@@ -135,10 +142,8 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks, lock: Folder
     metrics.say(f"{parameters / 1e6:.2f}M parameters, {config.tokens_per_step:,} tokens/step, "
                 f"{data['tokens']['train']:,} of {data['name']}; {machine}")
     if out_dir:
-        try:
-            write_card(config, data, run.step, machine, lock)
-        except OSError as e:
-            warn(f"not writing {out_dir}/README.md: {e}")
+        metrics.attempt(f"not writing {out_dir}/README.md",
+                        lambda: write_card(config, data, run.step, machine, lock))
         if config.wandb_log:
             run.wandb_run_id = metrics.start_wandb(asdict(config), run.wandb_run_id)
     return run, saver, metrics
@@ -188,7 +193,7 @@ def build_run(config: TrainConfig, ranks: Ranks, data: dict[str, Any], loader: L
 
 def find_checkpoint(config: TrainConfig, lock: FolderLock) -> dict[str, Any] | None:
     """Lock out_dir, unless with eval_only. Return the bundle to resume from, or None to start a
-    run. Raises UserError if init_from does not fit the folder's content."""
+    run. `opened` gets the lock. Raises UserError if init_from does not fit the folder's content."""
     out_dir, auto = Path(config.out_dir), config.init_from.partition(":")[0] == "auto"
     if not config.eval_only:
         # a restart loop may come back before the ranks of a killed launcher have ended
@@ -268,6 +273,13 @@ def record_evaluation(run: Run, saver: checkpoint.Saver, losses: dict[str, float
     run.evaluation = {"step": run.step, **losses}
     saver.wait()  # a save in progress may replace best.pt
     return run.ranks.from_first(run.step > 0 and losses["val_loss"] < saver.best_val_loss)
+
+
+def show_sample(run: Run, metrics: Metrics) -> None:
+    """Print a text of the current model, if that works."""
+    text = metrics.attempt("no sample", lambda: generate_sample(run))
+    if text is not None:
+        metrics.say(text + "\n")
 
 
 def generate_sample(run: Run) -> str:
@@ -369,12 +381,15 @@ def halt_unless_healthy(run: Run, metrics: Metrics, saver: checkpoint.Saver) -> 
     sys.exit(EXIT_NOT_FINITE)
 
 
-def train(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
+def train(config: TrainConfig, given: dict[str, Any], signals: Signals, opened: ExitStack) -> int:
     """Train from the step of the newest checkpoint, or from step 0, to max_iters. Return the exit
-    code. Raises UserError."""
+    code. `opened` gets what must be closed, as a notebook outlives its runs. Raises UserError."""
+    opened.callback(signals.restore)
+    opened.callback(torch.set_num_threads, torch.get_num_threads())
     ranks = join_ranks(config)
     lock = FolderLock(Path(config.out_dir))
-    run, saver, metrics = start(config, given, ranks, lock)
+    opened.callback(lock.release)
+    run, saver, metrics = start(config, given, ranks, lock, opened)
     config, alone, unsaved, stopped = run.config, ranks.world_size == 1, False, False
     peak, clock, clock_step = peak_flops(ranks.device), time.perf_counter(), run.step
     while True:
@@ -390,7 +405,7 @@ def train(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
                 metrics.log_evaluation(run.evaluation, best,
                                        min(saver.best_val_loss, losses["val_loss"]))
                 if config.sample_tokens and ranks.rank == 0:
-                    metrics.say(generate_sample(run) + "\n")
+                    signals.interrupt(lambda: show_sample(run, metrics), alone=True)
             clock, clock_step = time.perf_counter(), run.step
         if config.eval_only:
             break
@@ -439,24 +454,25 @@ def train(config: TrainConfig, given: dict[str, Any], signals: Signals) -> int:
     saved = ranks.from_first(saver.wait())
     if stopped or not saved:
         ranks.on_first(lock.check)  # raises if out_dir was moved
-    metrics.close()
     if not config.eval_only:
         metrics.say(f"{'stopped' if stopped else 'done'} at step {run.step}, "
                     + ("with nothing to save yet" if not run.step else
                        f"{'saved' if saved else 'NOT SAVED'} in {config.out_dir}")
                     + ("; continue with --init_from=auto" if stopped else ""))
     code = EXIT_FAILED if not saved else EXIT_STOPPED if stopped else 0
-    if ranks.world_size > 1:
-        # groups are not destroyed: before PyTorch 2.8, gloo can deadlock there with the GIL
-        sys.stdout.flush()
-        os._exit(code)
+    closed = ranks.from_first(signals.interrupt(metrics.close, alone=True, saved=True))
+    if ranks.world_size > 1 or not (closed or in_notebook()):
+        # groups are not destroyed: before PyTorch 2.8, gloo can deadlock there with the GIL. Nor
+        # does wandb get another chance to hang
+        end_process(code)
     return code
 
 
 def main(config: TrainConfig, given: dict[str, Any]) -> int:
     """Train. Return the exit code, or exit with one line for a mistake."""
-    return run_or_exit(lambda: train(config, given, Signals()),
-                       "a smaller --batch_size and more --gradient_accumulation_steps")
+    with ExitStack() as opened:
+        return run_or_exit(lambda: train(config, given, Signals(), opened),
+                           "a smaller --batch_size and more --gradient_accumulation_steps")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from math import inf
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from keepgpt.errors import UserError, run_or_exit, warn
+from keepgpt.errors import UserError, in_notebook, prepare_streams, run_or_exit, warn
 from keepgpt.signals import prepare_process
 
 # what nanoGPT's train.py has imported before it runs a config file
@@ -249,8 +249,8 @@ def parse(settings: type, usage: str, argv: list[str]) -> tuple[Any, dict[str, A
 def command_line(settings: type, usage: str) -> tuple[Any, dict[str, Any], list[str]]:
     """`parse` this process's command line, or exit with one line. A script calls it before it loads
     torch, so --help and mistakes are answered at once."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the seconds of loading in silence
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # a locale may lack a character
+    if not in_notebook():  # its kernel has set both
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the loading in silence
+        prepare_streams()
     prepare_process()
     return run_or_exit(lambda: parse(settings, usage, sys.argv[1:]))

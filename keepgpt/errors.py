@@ -1,6 +1,8 @@
-"""Exit codes, errors, and the one line that a mistake gets."""
+"""Exit codes, errors, and lines for the user."""
+import builtins
 import errno
 import importlib
+import io
 import os
 import re
 import signal
@@ -37,13 +39,57 @@ class Stopped(BaseException):
     """A signal came during work that can be interrupted."""
 
 
+class Notes(io.TextIOWrapper):
+    """A stderr that never fails, because a script must not end with its terminal."""
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            super().write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            super().flush()
+
+
+def in_notebook() -> bool:
+    """Return True in a process of IPython, such as a notebook's kernel. It outlives the script."""
+    return hasattr(builtins, "__IPYTHON__")
+
+
+def prepare_streams() -> None:
+    """Let stdout and stderr take every character, and stderr lose what can't be written."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed: the next file, a checkpoint, would get its number
+            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), mode, closefd=False))
+    sys.stdout.reconfigure(errors="backslashreplace")  # a locale may lack a character
+    sys.stderr = Notes(open(2, "wb", closefd=False), sys.stderr.encoding, "backslashreplace",
+                       line_buffering=True)
+
+
+def say(text: str, end: str = "\n") -> None:
+    """Print on stdout. If that fails, because its reader has left (as `| head` does), its terminal
+    is gone or its disk is full, print nothing there from now on."""
+    try:
+        print(text, end=end, flush=True)
+    except (OSError, ValueError) as e:
+        if not isinstance(e, BrokenPipeError):
+            warn(f"stdout: {e}; continuing without it")
+        sys.stdout = open(os.devnull, "w")
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's text in one line."""
+    return " ".join(str(error).splitlines()) or repr(error)
+
+
 def exit_with(error: Exception, code: int = EXIT_MISTAKE) -> NoReturn:
     """Print an error in one line and exit. If other ranks have met it as well, only the first one
     prints it: torchrun ends the others as soon as one has ended."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(1)
-    print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr, flush=True)
+    print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -64,28 +110,37 @@ def name_path(path: str | os.PathLike) -> Iterator[None]:
         raise
 
 
+def end_process(code: int) -> NoReturn:
+    """Exit at once, without what libraries do at the interpreter's end, which may hang."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def run_or_exit(work: Callable[[], Any], hint: str = "") -> Any:
     """Return what `work` returns. End the process, with one line at most, at a mistake, a failed
     file operation, an interruption, or full memory, where `hint` says what to try."""
     try:
         with name_path("stdout or another stream"):  # files are named where they are used
-            return work()
+            result = work()
+            sys.stdout.flush()  # a failure here is one of `work`
+            return result
     except UserError as e:
         exit_with(e, exit_code(e.__cause__))
     except KeyboardInterrupt:
-        print()  # after the terminal's ^C
+        say("")  # after the terminal's ^C
         sys.exit(EXIT_INTERRUPTED)
     except Stopped:
         if os.environ.get("RANK", "0") == "0":
-            print("stopped while starting, with nothing new to save; "
-                  "continue with --init_from=auto")
+            say("stopped while starting, with nothing new to save; continue with --init_from=auto")
         sys.exit(EXIT_STOPPED)
-    except BrokenPipeError:  # stdout's reader has left, as `| head` does
-        os._exit(EXIT_FAILED)
     except OSError as e:
-        with suppress(OSError):  # of stdout
+        try:
             sys.stdout.flush()
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # a flush at the end would fail again
+        except OSError:
+            sys.stdout = open(os.devnull, "w")  # the interpreter's own flush would change the code
+        if isinstance(e, BrokenPipeError):  # stdout's reader has left, as `| head` does
+            sys.exit(EXIT_FAILED)
         exit_with(e, exit_code(e))
     except (MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and not re.search("out of memory|allocate", str(e)):

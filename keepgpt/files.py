@@ -5,7 +5,7 @@ import os
 import time
 from pathlib import Path
 
-from keepgpt.errors import UNSUPPORTED, UserError, name_path, warn, warn_once
+from keepgpt.errors import UNSUPPORTED, UserError, name_path, say, warn, warn_once
 
 
 class FolderLost(UserError):
@@ -53,7 +53,7 @@ class FolderLock:
                 raise UserError(f"another process is writing to {self.folder}. Try: wait for its "
                                 "end, or another folder")
             if patience:
-                print(f"another process is writing to {self.folder}; waiting", flush=True)
+                say(f"another process is writing to {self.folder}; waiting")
                 patience = 0
             time.sleep(0.1)
 
@@ -68,8 +68,9 @@ class FolderLock:
                 "the folder back, then the same command again")
 
     def release(self) -> None:
-        """Unlock the folder."""
-        os.close(self.file)
+        """Unlock the folder, if it is locked."""
+        if self.file >= 0:
+            os.close(self.file)
         self.file = -1
 
     def _try_to_acquire(self) -> bool:

@@ -3,13 +3,84 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from threading import Lock
+from queue import SimpleQueue
+from threading import Event, Lock, Thread
 from typing import Any
 
-from keepgpt.errors import name_path, warn
+from keepgpt.errors import (
+    EXIT_FAILED,
+    Stopped,
+    end_process,
+    import_package,
+    in_notebook,
+    name_path,
+    one_line,
+    say,
+    warn,
+)
 from keepgpt.files import FolderLock, FolderLost, check_lock, write_atomically
+
+CLOSE_SECONDS = 10  # for wandb to send the rest; torchrun and Slurm kill 30 seconds after a signal
+
+
+def init_wandb(config: dict[str, Any], run_id: str | None, **mode: str) -> Any:
+    """Return a run of Weights & Biases, the one called `run_id` if given. Raises UserError, and
+    what wandb raises."""
+    wandb = import_package("wandb")
+    terminal = sys.stdin
+    with open(os.devnull) as nobody:
+        sys.stdin = nobody  # else a menu waits for someone to log in
+        try:
+            return wandb.init(project=config["wandb_project"], name=config["wandb_run_name"],
+                              config=config, id=run_id, resume="allow", **mode,
+                              settings=wandb.Settings(init_timeout=20))
+        finally:
+            sys.stdin = terminal
+
+
+class Wandb:
+    """Log to a run of Weights & Biases in a thread: a call that hangs or fails holds up nothing."""
+
+    def __init__(self, run: Any, say: Callable[[str], None]) -> None:
+        """Start the thread. `say` prints a line."""
+        self.run, self.say = run, say
+        # a resume repeats rows, which wandb would refuse one by one
+        self.first_step = getattr(run, "starting_step", 0)
+        self.sync = f"Try: wandb sync {Path(getattr(run, 'dir', 'wandb/RUN/files')).parent}"
+        self.queue = SimpleQueue()  # of rows, each with a summary; None at the end
+        self.ended = Event()
+        self.sent = False  # everything
+        Thread(target=self._send, daemon=True).start()
+
+    def log(self, row: dict[str, Any], summary: dict[str, Any]) -> None:
+        """Send a row unless wandb has it already, and update the run's summary."""
+        if row["step"] >= self.first_step and not self.ended.is_set():
+            self.queue.put((row, summary))
+
+    def _send(self) -> None:
+        """Send the rows and finish the run, in the thread. The first failure is the last."""
+        try:
+            for row, summary in iter(self.queue.get, None):
+                self.run.log(row, step=row["step"])
+                self.run.summary.update(summary)
+            self.run.finish()
+            self.sent = True
+        except BaseException as e:
+            self.say(f"warning: continuing without wandb: {one_line(e)}. {self.sync}")
+        self.ended.set()
+
+    def close(self) -> bool:
+        """Finish the run. Return True unless that fails, takes too long, or a signal comes."""
+        self.queue.put(None)
+        try:
+            self.ended.wait(CLOSE_SECONDS)  # a signal raises Stopped
+        finally:
+            if not self.ended.is_set():
+                self.say(f"warning: wandb has not sent everything. {self.sync}")
+        return self.sent
 
 
 class Metrics:
@@ -25,6 +96,7 @@ class Metrics:
         self.folder_lock = folder_lock
         self.live = False  # the cursor is at the end of a line that the next one replaces
         self.wandb, self.file, self.quiet = None, None, quiet
+        self.failures = set()  # of what decorates the run; each is printed once
         if not out_dir:
             return
 
@@ -44,18 +116,38 @@ class Metrics:
         self.rows, self.safe, self.lock = b"", path.stat().st_size, Lock()
         self.file = os.open(path, os.O_WRONLY)
 
-    def start_wandb(self, config: dict[str, Any], run_id: str | None) -> str | None:
-        """Also log to Weights & Biases, into the run `run_id` if given. Return the run's id. A
-        failure only prints a warning."""
+    def attempt(self, what: str, work: Callable[[], Any]) -> Any:
+        """Return what `work` returns, or None if it fails: what only decorates a run must not end
+        it. The first failure of `what` prints a warning."""
         try:
-            import wandb
-            self.wandb = wandb.init(project=config["wandb_project"], name=config["wandb_run_name"],
-                                    config=config, id=run_id, resume="allow",
-                                    settings=wandb.Settings(init_timeout=20))
-            return self.wandb.id
-        except Exception as e:
-            self.say(f"warning: training without wandb: {e}")
+            return work()
+        except Stopped:
+            raise
+        except BaseException as e:  # a panic of compiled code is not an Exception
+            if what not in self.failures:
+                self.say(f"warning: {what}: {one_line(e)}")
+            self.failures.add(what)
+
+    def start_wandb(self, config: dict[str, Any], run_id: str | None) -> str | None:
+        """Also log to Weights & Biases, into the run `run_id` if given; offline if its server or
+        an account is missing. Return the run's id. A failure only prints a warning."""
+        problem = None
+        try:
+            run = init_wandb(config, run_id)
+        except Stopped:
+            raise
+        except BaseException as e:
+            problem = e
+            run = self.attempt("training without wandb",
+                               lambda: init_wandb(config, run_id, mode="offline"))
+        if not run:
             return run_id
+        self.wandb = Wandb(run, self.say)
+        if problem:
+            self.say(f"warning: wandb logs offline: {one_line(problem)}. Later {self.wandb.sync}")
+        if self.wandb.first_step:
+            self.say(f"wandb has the rows before step {self.wandb.first_step}; sending later ones")
+        return run.id
 
     def log(self, row: dict[str, Any], **summary: Any) -> None:
         """Log a row, and `summary` to wandb's summary. If the disk is full, rows are written later;
@@ -70,12 +162,7 @@ class Metrics:
                 except FolderLost:
                     pass  # this ends the run before its next step
         if self.wandb:
-            try:
-                self.wandb.log(row, step=row["step"])
-                self.wandb.summary.update(summary)
-            except Exception as e:
-                self.say(f"warning: continuing without wandb: {e}")
-                self.wandb = None
+            self.wandb.log(row, summary)
 
     def log_evaluation(self, evaluation: dict[str, Any], best: bool, best_val_loss: float) -> None:
         """Log the losses of an evaluation, the `best` so far or not."""
@@ -129,10 +216,25 @@ class Metrics:
         self.rows = first + b"".join(row + b"\n" for row in rows)
         warn(f"{self.path} was replaced, cut or removed; continuing the file that is there now")
 
-    def close(self) -> None:
-        """End the wandb run."""
-        if self.wandb:
-            self.wandb.finish()
+    def close(self) -> bool:
+        """Close metrics.jsonl and wandb. Return False if wandb may still hang."""
+        if self.file is not None:
+            os.close(self.file)
+            self.file = None
+        wandb, self.wandb = self.wandb, None
+        return not wandb or wandb.close()
+
+    def end(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
+        """Close after an error. If wandb may still hang, end the process here, since the
+        interpreter's end would wait for wandb."""
+        if self.close() or in_notebook():
+            return
+        code = EXIT_FAILED
+        if isinstance(error, SystemExit):
+            code = error.code
+        else:
+            sys.excepthook(kind, error, traceback)
+        end_process(code)
 
     def say(self, text: str, live: bool = False) -> None:
         """Print a line. On a terminal, the next line replaces a `live` one."""
@@ -141,10 +243,5 @@ class Metrics:
         live &= sys.stdout.isatty()
         if live:  # a wrapped line could not be replaced
             text = text[:shutil.get_terminal_size().columns - 1]
-        try:
-            print("\r\033[K" + text if self.live else text, end="" if live else "\n", flush=True)
-        except OSError as e:  # the reader has left, as `| head` does, or a log's disk is full
-            if not isinstance(e, BrokenPipeError):
-                warn(f"stdout: {e}; continuing with metrics.jsonl only")
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        say("\r\033[K" + text if self.live else text, end="" if live else "\n")
         self.live = live

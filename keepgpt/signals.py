@@ -8,7 +8,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from keepgpt.errors import EXIT_INTERRUPTED, Stopped
+from keepgpt.errors import EXIT_INTERRUPTED, Stopped, in_notebook
+
+# a keyboard, a batch system or a closed terminal asks a run to end
+ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
+           signal.SIGXCPU)
 
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
@@ -36,30 +40,56 @@ def prepare_process() -> None:
         die_with_parent()  # that is torchrun: else a rank would keep the GPU and the lock
 
 
+def raise_interrupts(*numbers: int) -> None:
+    """Let signals that are not ignored raise KeyboardInterrupt. A notebook's kernel keeps its own
+    handlers, where an interrupt does so already."""
+    for number in numbers:
+        if not in_notebook() and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
+
+
 class Signals:
-    """Let SIGINT, SIGTERM and SIGUSR1 ask the run to save and exit, and another Ctrl-C exit at
-    once. Before the first `interrupt` call nothing is new: a signal raises Stopped."""
+    """Let signals ask the run to save and exit, and another Ctrl-C exit at once. Before the first
+    `interrupt` call nothing is new: a signal raises Stopped."""
 
     def __init__(self) -> None:
-        self.received, self.interruptible = 0.0, True  # when the first one came
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._handle)
+        self.received = 0.0  # when the first one came
+        self.interruptible = True
+        self.replaced = {}  # the handlers before
+        for number in ENDINGS:
+            # nohup ignores a SIGHUP. torchrun passes on what ends it, nohup or not
+            ignored = number == signal.SIGHUP and "RANK" not in os.environ
+            if not ignored or signal.getsignal(number) != signal.SIG_IGN:
+                self.replaced[number] = signal.signal(number, self._handle)
+
+    def restore(self) -> None:
+        """Restore the former handlers in a notebook. Elsewhere the process ends: a late signal
+        must not change its exit code."""
+        if in_notebook():
+            for number, handler in self.replaced.items():
+                signal.signal(number, handler or signal.SIG_DFL)
 
     def _handle(self, number: int, _frame: Any) -> None:
-        # torchrun sends the terminal's Ctrl-C again, at once: that is not another one
-        if number == signal.SIGINT and self.received and time.monotonic() > self.received + 1:
-            os._exit(EXIT_INTERRUPTED)
-        self.received = self.received or time.monotonic()
+        now = time.monotonic()
+        if self.received and now < self.received + 1:
+            return  # torchrun sends the terminal's Ctrl-C again, at once: that is not another one
+        another = self.received > 0
+        self.received = self.received or now
         if self.interruptible:
             self.interruptible = False
             raise Stopped
+        if another and number == signal.SIGINT:
+            if in_notebook():
+                raise KeyboardInterrupt
+            os._exit(EXIT_INTERRUPTED)
 
-    def interrupt(self, work: Callable[[], Any], alone: bool) -> Any:
+    def interrupt(self, work: Callable[[], Any], alone: bool, saved: bool = False) -> Any:
         """Return what `work` returns, or None if a signal came. One rank `alone` is interrupted
-        even while it waits, reads or compiles; several must leave a step together."""
+        even while it waits, reads or compiles; several must leave a step together. Once all is
+        `saved`, a signal after the first one interrupts, too."""
         try:
             try:  # `_handle` raises once, and only inside this block
-                self.interruptible = alone and not self.received
+                self.interruptible = alone and (saved or not self.received)
                 return work()
             finally:
                 self.interruptible = False

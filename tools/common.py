@@ -9,6 +9,7 @@ from typing import Any
 
 from keepgpt.config import command_line
 from keepgpt.errors import run_or_exit
+from keepgpt.signals import raise_interrupts
 
 REPO = Path(__file__).resolve().parents[1]
 
@@ -23,7 +24,7 @@ def run_tool(settings: type, usage: str, main: Callable[[Any, list[str]], int | 
     it returns, or with one line for a mistake."""
     config, _, args = command_line(settings, usage)
     # during the seconds of loading Ctrl-C ended the process; now tools clean up after it
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    raise_interrupts(signal.SIGINT)
     sys.exit(run_or_exit(lambda: main(config, args)))
 
 

@@ -6,7 +6,7 @@ import random
 import shutil
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stderr
+from contextlib import ExitStack, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def prepare_texts(data_dir: Path, texts: list[str], before: Callable[[str], None
         os.fsync = lambda _file: before and before("fsync")
         sys.setprofile(profile if before else None)
         script.prepare(script.PrepareConfig("x", "char", 0.25, data_dir=str(data_dir)),
-                       {"tokenizer": "char"}, ["text"])
+                       {"tokenizer": "char"}, ["text"], ExitStack())
 
     return runs.wait_for_exit(runs.fork(work, data_dir.with_name("log")))
 
