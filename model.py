@@ -329,11 +329,7 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, temperat
     while end < tokens.size(1) and not finished.all():
         if cache.length + new.size(1) > block_size:
             cache.length, new = 0, tokens[:, end - (block_size - block_size // 4):end]
-        # cuDNN's attention builds a plan for each key length, which takes tens of milliseconds
-        cudnn = torch.backends.cuda.cudnn_sdp_enabled()
-        torch.backends.cuda.enable_cudnn_sdp(False)
         logits = decode(new) if decode and cache.length else model(new, cache=cache)  # (B, 1, V)
-        torch.backends.cuda.enable_cudnn_sdp(cudnn)
         sampled = sample_token(logits[:, -1], temperature, top_k, top_p, rng)  # (B,)
         in_prompt = end < lengths
         tokens[:, end] = torch.where(in_prompt, tokens[:, end], sampled)

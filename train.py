@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from keepgpt import checkpoint
 from keepgpt.card import write_card
-from keepgpt.config import ARCHITECTURE, resume_config
+from keepgpt.config import ARCHITECTURE, check_settings, resume_config
 from keepgpt.dataset import dataset_folder, read_meta
 from keepgpt.device import can_compile, device_name, peak_flops, pick_dtype, restore_rng, rng_state
 from keepgpt.errors import (
@@ -40,7 +40,7 @@ from keepgpt.loader import Loader, Split, seed_of
 from keepgpt.metrics import Metrics
 from keepgpt.optim import get_lr, make_optimizer, set_rates
 from keepgpt.pretrained import crop_weights, read_weights
-from keepgpt.ranks import Ranks, join_ranks
+from keepgpt.ranks import SAME_START, Ranks, join_ranks, shared_settings
 from keepgpt.signals import Signals
 from keepgpt.tokenizer import check_tokenizer, from_meta
 from model import GPT, ModelArgs, generate, load_model
@@ -68,15 +68,32 @@ class Run:
     applied: Tensor | int = 0  # updates made; stays behind `step` once not healthy
 
     def bundle(self, best_val_loss: float) -> dict[str, Any]:
-        """Return the content of a checkpoint, with the live tensors. Every rank must call it."""
+        """Return the content of a checkpoint, with the live tensors. Every rank must call it.
+        Raises UserError if the ranks hold different weights."""
+        self.check_ranks()
         return {"format": checkpoint.FORMAT, "step": self.step,
                 "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "rng": self.ranks.gather(rng_state(self.ranks.device)),
-                "threads": torch.get_num_threads(), "torch": str(torch.__version__),
+                **self.describe_machine(),
                 "config": asdict(self.config), "model_args": asdict(self.model.args),
                 "data": self.data, "evaluation": self.evaluation,
                 "best_val_loss": best_val_loss, "wandb_run_id": self.wandb_run_id}
+
+    def describe_machine(self) -> dict[str, Any]:
+        """Return what decides how this process rounds, besides the settings."""
+        return {"threads": torch.get_num_threads(), "torch": str(torch.__version__),
+                "dtype": str(self.dtype).removeprefix("torch."),
+                "compile": self.compiled_model is not self.model,
+                "device": device_name(self.ranks.device)}
+
+    def check_ranks(self) -> None:
+        """Raise UserError, on every rank, unless all hold the same weights and moments: each rank
+        computes the update itself, and another kind of machine may round it in another way."""
+        state = {"model": self.model.state_dict(),
+                 "optimizer": self.optimizer.state_dict()["state"]}
+        self.ranks.check_equal({f"after step {self.step}": state}, "the same kind of machine for "
+                               "all ranks, see docs/DISTRIBUTED.md; this step is not saved")
 
     def restore(self, bundle: dict[str, Any]) -> None:
         """Load a checkpoint's state, except the model's, which is loaded already. The optimizer
@@ -95,32 +112,25 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks, lock: Folder
           opened: ExitStack) -> tuple[Run, checkpoint.Saver, Metrics]:
     """Start the run that a command asks for, or resume it. `lock` is that on out_dir, on rank 0;
     `opened` gets what must be closed. Raises UserError."""
-    bundle = ranks.on_first(lambda: find_checkpoint(config, lock))
+    bundle = ranks.on_first(lambda: find_checkpoint(config, given, lock))
 
-    # data
-    if bundle:
-        config, changes = resume_config(config, given, bundle["config"])
+    # settings and data
+    config, changes, notes, data = ranks.on_each(lambda: read_inputs(config, given, bundle))
+    # only the name of a dataset may differ between hosts
+    ranks.check_equal({"data": data | {"name": ""}, **shared_settings(config)}, SAME_START)
     folder = dataset_folder(config.data_dir, config.dataset)
-    data = read_meta(folder)
-    if bundle and data["fingerprint"] != bundle["data"]["fingerprint"]:
-        raise UserError(f"{folder}: not the {bundle['data']['name']} that this run was trained on. "
-                        "Try: prepare the same text again")
+    loader, splits = ranks.on_each(lambda: open_data(folder, config, data, ranks))
 
     # model
-    torch.manual_seed(config.seed)
-    if bundle:
-        model = load_model(bundle["model_args"] | {"dropout": config.dropout}, bundle["model"])
-    elif (source := config.init_from.removeprefix("auto:")) in ("scratch", "auto"):
-        model = GPT(ModelArgs(vocab_size=data["vocab_size"], dropout=config.dropout,
-                              **{key: getattr(config, key) for key in ARCHITECTURE}))
-    else:
-        model = load_pretrained(source, config, given, data)
-        config = replace(config, **{key: getattr(model.args, key) for key in ARCHITECTURE})
-    # the number of threads decides the order of a sum; each rank computes Muon's update itself
-    if config.elastic or config.optimizer == "muon" and ranks.world_size > 1:
+    model = ranks.on_each(lambda: build_model(config, given, data, bundle))
+    config = replace(config, **{key: getattr(model.args, key) for key in ARCHITECTURE})
+    # the number of threads decides the order of a sum, and each rank computes the update itself
+    if config.elastic or ranks.world_size > 1:
         threads = ranks.from_first(torch.get_num_threads())
-        torch.set_num_threads((bundle or {}).get("threads", threads))
-    run = build_run(config, ranks, data, *open_data(folder, config, data, ranks), model)
+        if bundle and (config.elastic or config.optimizer == "muon"):
+            threads = bundle.get("threads", threads)
+        torch.set_num_threads(threads)
+    run = build_run(config, ranks, data, loader, splits, model)
 
     # log
     if bundle:
@@ -133,8 +143,10 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks, lock: Folder
                              checkpoint.Disk(lock))
     opened.callback(saver.wait)
     if bundle:
-        changes += list_roundings(config, bundle, ranks)
-        metrics.say(", ".join([f"resuming {config.out_dir} at step {run.step}", *changes]))
+        lines = (changes | list_roundings(run, bundle)).values()
+        metrics.say(", ".join([f"resuming {config.out_dir} at step {run.step}", *lines]))
+    for note in notes:
+        warn(note)
     machine = (f"{ranks.world_size} x {device_name(ranks.device)}, "
                + str(run.dtype).removeprefix("torch.")
                + (", compiled" if run.compiled_model is not model else ""))
@@ -149,17 +161,57 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks, lock: Folder
     return run, saver, metrics
 
 
-def list_roundings(config: TrainConfig, bundle: dict[str, Any], ranks: Ranks) -> list[str]:
-    """Return a line for each change since a checkpoint that may round sums in another way."""
-    cpu = ranks.device.type == "cpu"
-    exact = config.elastic and bundle["config"].get("elastic") and (cpu or config.deterministic)
-    lines = []
-    for what, before, now in (("ranks", len(bundle["rng"]), ranks.world_size),
-                              ("threads", bundle.get("threads"), torch.get_num_threads()),
-                              ("torch", bundle.get("torch"), str(torch.__version__))):
-        if before not in (None, now) and (cpu or what != "threads"):
-            lines.append(f"{what} {before} -> {now}" + (
-                "" if what == "ranks" and exact else ": the same losses up to rounding"))
+def read_inputs(config: TrainConfig, given: dict[str, Any], bundle: dict[str, Any] | None
+                ) -> tuple[TrainConfig, dict[str, str], list[str], dict[str, Any]]:
+    """Return the run's settings, a line for each that a resume changes, notes on them, and the
+    dataset's description, as this rank finds them. Raises UserError."""
+    changes = {}
+    if bundle:
+        config, changes = resume_config(config, given, bundle["config"])
+    config, notes = check_settings(config, changes if bundle else given, resumed=bool(bundle))
+    folder = dataset_folder(config.data_dir, config.dataset)
+    data = read_meta(folder)
+    if bundle and data["fingerprint"] != bundle["data"]["fingerprint"]:
+        raise UserError(f"{folder}: not the {bundle['data']['name']} that this run was trained on. "
+                        "Try: prepare the same text again")
+    return config, changes, notes, data
+
+
+def build_model(config: TrainConfig, given: dict[str, Any], data: dict[str, Any],
+                bundle: dict[str, Any] | None) -> GPT:
+    """Return the model on the CPU, with the weights of a checkpoint's `bundle`, those that
+    init_from names, or random ones. Raises UserError."""
+    torch.manual_seed(config.seed)
+    if bundle:
+        return load_model(bundle["model_args"] | {"dropout": config.dropout}, bundle["model"])
+    source = config.init_from.removeprefix("auto:")
+    if source not in ("scratch", "auto"):
+        return load_pretrained(source, config, given, data)
+    if config.eval_only:
+        warn("evaluating an untrained model. Try: --init_from=resume for the run in out_dir")
+    return GPT(ModelArgs(vocab_size=data["vocab_size"], dropout=config.dropout,
+                         **{key: getattr(config, key) for key in ARCHITECTURE}))
+
+
+def list_roundings(run: Run, bundle: dict[str, Any]) -> dict[str, str]:
+    """Return a line for each change since a checkpoint that may round sums in another way, under
+    the name of what changed."""
+    config, saved, cpu = run.config, bundle["config"], run.ranks.device.type == "cpu"
+    exact = config.elastic and saved.get("elastic") and (cpu or config.deterministic)
+    settings = ("batch_size", "elastic", "deterministic")
+    before = bundle | {key: saved.get(key) for key in settings} | {"ranks": len(bundle["rng"])}
+    now = run.describe_machine() | {key: getattr(config, key) for key in settings}
+    now["ranks"] = run.ranks.world_size
+    del now["deterministic" if cpu else "threads"]  # it changes nothing there
+    lines = {}
+    for key, value in now.items():
+        if before.get(key) in (None, value):
+            continue
+        lines[key] = f"{key} {before[key]} -> {value}"
+        if key != "ranks" or not exact:
+            lines[key] += ": the same losses up to rounding"
+        if config.dropout and key in ("batch_size", "compile", "device"):
+            lines[key] += " and other dropout masks"
     return lines
 
 
@@ -175,6 +227,13 @@ def build_run(config: TrainConfig, ranks: Ranks, data: dict[str, Any], loader: L
     if compile_it and can_compile(device, config.deterministic):
         # static shapes: otherwise the training graph depends on earlier batch sizes
         compiled_model = torch.compile(model, dynamic=False)
+    ranks.check_equal({"dtype": dtype, "compile": compiled_model is not model},
+                      "--dtype=float32 --compile=False for all ranks")
+    difference = ranks.compare({"weights": model.state_dict()})
+    if difference and config.init_from not in ("scratch", "auto", "resume"):
+        raise UserError(f"init_from={config.init_from}: {difference}. Try: the same file for all")
+    if difference:  # another kind of processor draws other random numbers
+        model.load_state_dict(ranks.from_first(model.state_dict()))
     train_model = compiled_model
     if ranks.world_size > 1 and not config.elastic:
         train_model = DistributedDataParallel(compiled_model)
@@ -191,7 +250,8 @@ def build_run(config: TrainConfig, ranks: Ranks, data: dict[str, Any], loader: L
                autocast, optimizer, scaler)
 
 
-def find_checkpoint(config: TrainConfig, lock: FolderLock) -> dict[str, Any] | None:
+def find_checkpoint(config: TrainConfig, given: dict[str, Any], lock: FolderLock
+                    ) -> dict[str, Any] | None:
     """Lock out_dir, unless with eval_only. Return the bundle to resume from, or None to start a
     run. `opened` gets the lock. Raises UserError if init_from does not fit the folder's content."""
     out_dir, auto = Path(config.out_dir), config.init_from.partition(":")[0] == "auto"
@@ -199,6 +259,8 @@ def find_checkpoint(config: TrainConfig, lock: FolderLock) -> dict[str, Any] | N
         # a restart loop may come back before the ranks of a killed launcher have ended
         lock.acquire(patience=30 if auto else 0)
     checkpoint.mention_renamed(out_dir)
+    # an evaluation is of the folder's run, unless init_from names other weights
+    auto = auto or config.eval_only and "init_from" not in given
     has_run = checkpoint.has_run(out_dir)
     if config.init_from == "resume" or auto and has_run:
         return checkpoint.read_newest(out_dir)
@@ -392,6 +454,7 @@ def train(config: TrainConfig, given: dict[str, Any], signals: Signals, opened: 
     run, saver, metrics = start(config, given, ranks, lock, opened)
     config, alone, unsaved, stopped = run.config, ranks.world_size == 1, False, False
     peak, clock, clock_step = peak_flops(ranks.device), time.perf_counter(), run.step
+    first_step = run.step
     while True:
         ending = run.step >= config.max_iters
 
@@ -433,6 +496,8 @@ def train(config: TrainConfig, given: dict[str, Any], signals: Signals, opened: 
             continue
         loss, grad_norm = update(run, saver, losses)
         unsaved = True
+        if run.step == first_step + 1:  # ranks that round differently show it at once
+            run.check_ranks()
 
         # once in a while: log
         log = run.step % config.log_interval == 0

@@ -10,6 +10,7 @@ import inspect
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from math import inf
 from pathlib import Path
@@ -106,16 +107,32 @@ class TrainConfig:
         """Return the tokens of a step, over all ranks."""
         return self.gradient_accumulation_steps * self.batch_size * self.block_size
 
+    @property
+    def decays(self) -> bool:
+        """Return True if the learning rate decays to min_lr."""
+        return self.decay_lr and self.lr_schedule != "constant"
+
+    @property
+    def decay_start(self) -> int:
+        """Return the step where that decay starts."""
+        if self.lr_schedule == "linear":
+            return max(self.warmup_iters, round(self.lr_decay_iters * (1 - self.decay_fraction)))
+        return self.warmup_iters
+
 
 ARCHITECTURE = ("n_layer", "n_head", "n_embd", "block_size", "bias", "architecture", "n_kv_head",
                 "head_dim", "n_ff", "rope_theta", "norm_eps", "tie_embeddings")
 FIXED = ("seed", "optimizer", *ARCHITECTURE)  # see resume_config
+# may differ between hosts. Only rank 0 writes and logs; of weights, data and device, what they are
+# is compared instead of their names
+PER_HOST = ("out_dir", "init_from", "dataset", "data_dir", "device", "wandb_log", "wandb_project",
+            "wandb_run_name")
 
 
 def resume_config(config: TrainConfig, given: dict[str, Any], saved_config: dict[str, Any]
-                  ) -> tuple[TrainConfig, list[str]]:
+                  ) -> tuple[TrainConfig, dict[str, str]]:
     """Return a checkpoint's settings overridden by the `given` ones of this command's `config`,
-    and a line for each change. Raises UserError for what would make it another run."""
+    and a line for each changed key. Raises UserError for what would make it another run."""
     known = {f.name for f in fields(TrainConfig)} & saved_config.keys()
     saved = TrainConfig(**{key: saved_config[key] for key in known})
     # the folder may have moved; the run's first init_from stays recorded
@@ -127,10 +144,83 @@ def resume_config(config: TrainConfig, given: dict[str, Any], saved_config: dict
         if key in changes:
             raise UserError(f"{changes[key]} would make this another run. Try: leave --{key} out, "
                             "or another --out_dir")
-    if resumed.tokens_per_step != saved.tokens_per_step:
+    if resumed.tokens_per_step != saved.tokens_per_step and not resumed.eval_only:
         raise UserError("batch_size x gradient_accumulation_steps x block_size: expected "
                         f"{saved.tokens_per_step} as before, got {resumed.tokens_per_step}")
-    return resumed, list(changes.values())
+    return resumed, changes
+
+
+def check_settings(config: TrainConfig, changed: dict[str, Any], resumed: bool
+                   ) -> tuple[TrainConfig, list[str]]:
+    """Return the settings and a note for each combination of them that is odd, if one of its keys
+    is among the `changed` ones. A min_lr left at a default above learning_rate becomes a tenth of
+    that. Raises UserError for a learning rate that would rise or jump; a run `resumed` with such a
+    schedule unchanged gets a note."""
+    if config.eval_only:
+        return config, []
+    notes = []
+    if config.decays and config.min_lr > config.learning_rate and not resumed \
+            and "min_lr" not in changed:
+        notes.append(f"min_lr: the default {config.min_lr} is above "
+                     f"learning_rate={config.learning_rate}; using {config.learning_rate / 10:g}")
+        config = replace(config, min_lr=config.learning_rate / 10)
+    for keys, message in find_mistakes(config):
+        if changed.keys() & keys:
+            raise UserError(message)
+        notes.append(message)
+    notes += [message for keys, message in find_oddities(config) if changed.keys() & keys]
+    return config, notes + list_unused(config, changed)
+
+
+def find_mistakes(config: TrainConfig) -> Iterator[tuple[set[str], str]]:
+    """Yield the keys of settings that contradict each other, and what is wrong with them."""
+    if not config.decays:
+        return
+    if config.min_lr > config.learning_rate:
+        yield {"min_lr", "learning_rate"}, (
+            f"min_lr={config.min_lr}: expected at most learning_rate={config.learning_rate}, or "
+            f"the rate would rise. Try: --min_lr={config.learning_rate / 10:g}")
+    if config.lr_decay_iters <= config.decay_start < config.max_iters:
+        yield {"warmup_iters", "lr_decay_iters", "decay_fraction", "max_iters"}, (
+            f"lr_decay_iters={config.lr_decay_iters}: expected more than {config.decay_start}, "
+            "where the decay starts, or the rate would jump. Try: a smaller --warmup_iters, or "
+            f"--lr_decay_iters={config.max_iters}")
+    if config.lr_schedule == "linear" and config.decay_fraction > 1:
+        yield {"decay_fraction", "lr_schedule"}, (
+            f"decay_fraction={config.decay_fraction}: expected at most 1. Try: 0.65")
+
+
+def find_oddities(config: TrainConfig) -> Iterator[tuple[set[str], str]]:
+    """Yield the keys of settings that are seldom meant together, and what they lead to."""
+    steps, decay = config.max_iters, config.lr_decay_iters
+    if config.decay_lr and 0 < steps <= config.warmup_iters:
+        yield {"max_iters", "warmup_iters"}, (
+            f"max_iters={steps} ends the run within its warm-up of {config.warmup_iters} steps "
+            "(warmup_iters)")
+    elif config.decays and not steps / 2 <= decay <= steps * 2:
+        yield {"max_iters", "lr_decay_iters"}, (
+            f"max_iters={steps} is far from lr_decay_iters={decay}, where the decay ends")
+    for key, what in (("log_interval", "no step is logged"),
+                      ("eval_interval", "only the first and the last step are evaluated"),
+                      ("checkpoint_interval", "nothing is saved before the end")):
+        if 0 < steps < getattr(config, key):
+            yield {"max_iters", key}, (
+                f"{key}={getattr(config, key)} is above max_iters={steps}: {what}")
+
+
+def list_unused(config: TrainConfig, changed: dict[str, Any]) -> list[str]:
+    """Return a note for each group of `changed` settings that has no effect beside the others."""
+    notes = []
+    for unused, cause, keys in (
+            (config.optimizer != "muon", "optimizer", ("muon_lr", "muon_momentum")),
+            (not config.decay_lr, "decay_lr", ("lr_schedule", "decay_fraction", "warmup_iters",
+                                               "lr_decay_iters", "min_lr")),
+            (config.lr_schedule == "constant", "lr_schedule", ("lr_decay_iters", "min_lr")),
+            (config.lr_schedule != "linear", "lr_schedule", ("decay_fraction",))):
+        names = [key for key in keys if key in changed]
+        if unused and names:
+            notes.append(f"{', '.join(names)}: no effect with {cause}={getattr(config, cause)}")
+    return notes
 
 
 def options_of(kind: Any) -> list[Any]:

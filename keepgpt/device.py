@@ -23,6 +23,9 @@ PEAK_TFLOPS = {
 def pick_device(name: str) -> torch.device:
     """Return the device called `name`, or the best one for auto. On CUDA each rank of a host gets
     its own. Raises UserError."""
+    # cuDNN's attention has given NaN gradients on H100 and H200 (pytorch issue 139298), and sampling
+    # with it makes a plan for each length, which takes tens of milliseconds
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available() else
                 "mps" if torch.backends.mps.is_available() else "cpu")
@@ -57,9 +60,19 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
-    bf16_cpu = device.type == "cpu" and (torch.cpu._is_amx_tile_supported()
-                                         or torch.cpu._is_avx512_bf16_supported())
-    return torch.bfloat16 if bf16_cpu else torch.float32
+    return torch.bfloat16 if device.type == "cpu" and has_fast_bfloat16() else torch.float32
+
+
+def has_fast_bfloat16() -> bool:
+    """Return True if the processor has instructions for bfloat16 and PyTorch uses them: the
+    environment can limit oneDNN, which multiplies matrices, and ATen, which does the rest."""
+    if not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
+        return False
+    # oneDNN says it supports bfloat16 also where these two limits make it convert to float32
+    limits = (os.environ.get(f"{name}_MAX_CPU_ISA", "").lower() for name in ("ONEDNN", "DNNL"))
+    return (torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+            and not any(limit in ("avx512_core", "avx512_core_vnni") for limit in limits))
 
 
 def can_compile(device: torch.device, deterministic: bool = False) -> bool:

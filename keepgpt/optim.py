@@ -71,8 +71,9 @@ class Muon(AdamW):
         for (R, C), triples in shapes.items():
             matrices, grads, means = zip(*triples)
             grad, old_mean = torch.stack(grads), torch.stack(means)  # (N, R, C)
-            mean = old_mean.lerp(grad, 1 - momentum)
-            update = orthogonalize(grad.lerp_(mean, momentum), self.dtype)  # Nesterov's momentum
+            mean = interpolate(old_mean, grad, 1 - momentum)
+            nesterov = interpolate(grad, mean, momentum, out=grad)
+            update = orthogonalize(nesterov, self.dtype)
             update = update.mul_(-lr * max(1, R / C) ** 0.5)
             decay = 1 - lr * group["weight_decay"]
             if skip is not None:
@@ -82,6 +83,13 @@ class Muon(AdamW):
             torch._foreach_copy_(means, mean.unbind())
             torch._foreach_mul_(matrices, decay)
             torch._foreach_add_(matrices, update.unbind())
+
+
+def interpolate(a: Tensor, b: Tensor, weight: float, out: Tensor | None = None) -> Tensor:
+    """Return a + weight * (b - a), in `out` if given."""
+    if a.device.type == "mps":  # lerp has returned wrong values there (pytorch issue 196067)
+        return torch.add(a * (1 - weight), b, alpha=weight, out=out)
+    return torch.lerp(a, b, weight, out=out)
 
 
 def orthogonalize(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -141,15 +149,12 @@ def get_lr(step: int, config: TrainConfig) -> float:
     """Return the learning rate of the update that follows `step`: linear warm-up, then a cosine
     (Loshchilov and Hutter 2017), or constant and linear over the last decay_fraction of
     lr_decay_iters, both down to min_lr, or constant."""
-    highest, lowest, start = config.learning_rate, config.min_lr, config.warmup_iters
-    if not config.decay_lr:
+    highest, lowest, warmup = config.learning_rate, config.min_lr, config.warmup_iters
+    if config.decay_lr and step < warmup:
+        return highest * (step + 1) / (warmup + 1)
+    if not config.decays:
         return highest
-    if step < start:
-        return highest * (step + 1) / (start + 1)
-    if config.lr_schedule == "constant":
-        return highest
-    if config.lr_schedule == "linear":
-        start = max(start, round(config.lr_decay_iters * (1 - config.decay_fraction)))
+    start = config.decay_start
     progress = min(1.0, max(0.0, (step - start) / max(1, config.lr_decay_iters - start)))
     if config.lr_schedule == "linear":
         return highest + (lowest - highest) * progress

@@ -1,9 +1,13 @@
 """The ranks of a run: how they find each other, exchange values, and add tensors."""
+import hashlib
+import json
 import os
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from keepgpt.config import TrainConfig
+from keepgpt.config import PER_HOST, TrainConfig
 from keepgpt.device import pick_device, use_deterministic_algorithms
 from keepgpt.errors import UserError
+
+CHUNK = 1 << 18  # numbers of 8 bytes that a checksum takes at a time
+SAME_START = "the same command, files and versions for all ranks"
 
 
 def map_tensors(change: Callable[[str, Tensor], Tensor], nest: Any, path: str = "") -> Any:
@@ -59,16 +66,35 @@ class Ranks:
     def on_first(self, work: Callable[[], Any]) -> Any:
         """Return what `work` returns on rank 0, on every rank. An error there is raised on every
         rank."""
+        return self.from_first(self.on_each(lambda: work() if self.rank == 0 else None))
+
+    def on_each(self, work: Callable[[], Any]) -> Any:
+        """Return what `work` returns on this rank. An error on any rank is raised on every
+        rank."""
         value, error = None, None
-        if self.rank == 0:
-            try:
-                value = work()
-            except (UserError, OSError) as e:
-                error = e
-        value, error = self.from_first((value, error))
-        if error:
-            raise error
+        try:
+            value = work()
+        except (UserError, OSError) as e:
+            error = e
+        for rank, theirs in enumerate(self.gather(error)):
+            if rank and isinstance(theirs, UserError):
+                raise UserError(f"rank {rank}: {theirs}")
+            if theirs:
+                raise theirs
         return value
+
+    def compare(self, facts: dict[str, Any]) -> str:
+        """Return which of the `facts`, nested dicts of plain values and tensors, differs between
+        ranks, or "", on every rank."""
+        if self.world_size == 1:
+            return ""
+        return find_difference(self.gather(describe(facts, self.device)))
+
+    def check_equal(self, facts: dict[str, Any], hint: str) -> None:
+        """Raise UserError, on every rank, unless each has the same `facts`."""
+        difference = self.compare(facts)
+        if difference:
+            raise UserError(f"{difference}. Try: {hint}")
 
     def any(self, flag: bool) -> bool:
         """Return True if the flag is set on any rank."""
@@ -106,6 +132,89 @@ class Ranks:
         torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(sums, tensors)])
 
 
+def describe(facts: dict[str, Any], device: torch.device) -> dict[str, str]:
+    """Return each plain value in nested dicts as a short text, and each tensor's checksum, under
+    the keys that lead to it. Waits for the device once."""
+    weights = torch.arange(1, 2 * CHUNK, 2, device=device)
+    names, sums = [], []
+
+    def add_checksum(path: str, tensor: Tensor) -> str:
+        names.append(path)
+        sums.append(checksum(tensor, weights.to(tensor.device)).to(device))
+        return ""
+
+    texts = flatten(map_tensors(add_checksum, facts))
+    numbers = torch.stack(sums).tolist() if sums else []
+    return texts | {name: f"checksum {number:x}" for name, number in zip(names, numbers)}
+
+
+def flatten(nest: Any, path: str = "") -> dict[str, str]:
+    """Return the text of each value in nested dicts, or the hash of a long one, by its path."""
+    if isinstance(nest, dict):
+        texts = {}
+        for key, value in nest.items():
+            texts |= flatten(value, f"{path}/{key}")
+        return texts
+    text = repr(nest)
+    if len(text) > 40:
+        text = f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]}"
+    return {path: text}
+
+
+def checksum(tensor: Tensor, weights: Tensor) -> Tensor:
+    """Return a number, int64 on the tensor's device, that depends on its bits and their order. It
+    takes one pass over the memory; `weights` are CHUNK odd numbers."""
+    tensor = tensor.detach().flatten()
+    bits = tensor.view(torch.int64 if tensor.nbytes % 8 == 0 else torch.uint8)
+    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    for part in bits.split(CHUNK):
+        total = total * 31 + (part * weights[:len(part)]).sum()
+    return total
+
+
+def find_difference(everyone: list[dict[str, str]]) -> str:
+    """Return how the first rank that differs from rank 0 does, or ""."""
+    first = everyone[0]
+    for rank, theirs in enumerate(everyone):
+        names = [name for name in first | theirs if first.get(name) != theirs.get(name)]
+        if names:
+            name = names[0]
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            return (f"{name.lstrip('/')}: rank 0 has {first.get(name, 'none')}, "
+                    f"rank {rank} has {theirs.get(name, 'none')}{more}")
+    return ""
+
+
+def shared_settings(config: TrainConfig) -> dict[str, Any]:
+    """Return the settings that must be equal on all ranks."""
+    return {key: value for key, value in asdict(config).items() if key not in PER_HOST}
+
+
+def hash_source() -> dict[str, str]:
+    """Return the sha256 of each source file of a run, by its path."""
+    root = Path(__file__).parents[1]
+    files = [root / "train.py", root / "model.py", *sorted(root.glob("keepgpt/*.py"))]
+    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in files}
+
+
+def check_start(store: dist.Store, rank: int, world_size: int, facts: dict[str, Any]) -> None:
+    """Raise UserError, on every rank, unless all were started with the same `facts`. It needs no
+    process group: other versions or backends could hang while they make one."""
+    store.set(f"start/{rank}", json.dumps(flatten(facts)))
+    if rank == 0:
+        everyone = [json.loads(store.get(f"start/{r}")) for r in range(world_size)]
+        store.set("start/difference", find_difference(everyone))
+    difference = store.get("start/difference").decode()
+    if not difference:
+        return
+    store.set(f"start/read/{rank}", "")
+    if rank == 0:  # the store may end with this process
+        with suppress(RuntimeError):
+            store.wait([f"start/read/{r}" for r in range(world_size)], timedelta(seconds=5))
+    raise UserError(f"{difference}. Try: {SAME_START}")
+
+
 def join_ranks(config: TrainConfig) -> Ranks:
     """Pick the device, and join the other ranks if torchrun started this process. Raises
     UserError."""
@@ -128,6 +237,10 @@ def join_ranks(config: TrainConfig) -> Ranks:
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun keeps this store for all its restarts, with the addresses of killed ranks in it
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    store.set_timeout(timeout)
+    check_start(store, rank, world_size, {
+        "torch": str(torch.__version__), **hash_source(), "device": device.type,
+        **shared_settings(config)})
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
                             timeout=timeout)
     return Ranks(rank, world_size, device, dist.new_group(backend="gloo", timeout=timeout))
