@@ -34,6 +34,7 @@ from keepgpt.errors import (
     end_process,
     in_notebook,
     run_or_exit,
+    warn,
 )
 from keepgpt.files import FolderLock
 from keepgpt.loader import Loader, Split, seed_of
