@@ -23,7 +23,7 @@ from tools.crash.common import KEEP, PAGE, Part, check_folder, clone, make_bundl
 
 BEFORE = ((0, True), (KEEP, False), (KEEP, True))  # checkpoints before a save; is it the best one?
 # an error instead of the operation, after it (late), or from it on (gone)
-FAULTS = ("EIO", "ENOSPC", "EINTR", "EDQUOT", "late", "gone")
+FAULTS = ("EIO", "ENOSPC", "EINTR", "EDQUOT", "ENOTSUP", "late", "gone")
 TEARS = ("lost", "kept", "cut", "pages", "zeros")  # what becomes of data without an fsync
 
 
@@ -90,7 +90,8 @@ def check_faulty_save(folder: Path, older: list, new: dict, later: dict, best: b
     allowed = {(old, old_best), (old, now_best), (now, now_best)}
     if save(folder, new, best, disk):
         allowed = {(now, now_best)}
-        if disk.failed not in ("", "close", "remove"):
+        without_links = (disk.failed, disk.fault) == ("link", "ENOTSUP")  # it writes a copy
+        if disk.failed not in ("", "close", "remove") and not without_links:
             return "the saver calls it a success"
     if runs.list_temporary(folder) and disk.fault != "gone":
         return f"{runs.list_temporary(folder)} is left behind"
