@@ -214,7 +214,7 @@ class Metrics:
         first = b"\n" if content and not content.endswith(b"\n") else b""
         self.file, self.safe = file, len(content)
         self.rows = first + b"".join(row + b"\n" for row in rows)
-        warn(f"{self.path} was replaced, cut or removed; continuing the file that is there now")
+        warn(f"{self.path} was replaced, cut or removed; the next rows go to the file of that name")
 
     def close(self) -> bool:
         """Close metrics.jsonl and wandb. Return False if wandb may still hang."""

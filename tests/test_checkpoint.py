@@ -147,7 +147,7 @@ def test_no_operation_of_a_save_touches_another_folder(bundle, tmp_path):
             break
         assert contents(folder) == disk.found
         assert read_newest(folder.with_name("old"))["step"] in ((3,) if saved else (2, 3))
-    assert n > 15 and saved
+    assert n > 10 and saved
 
 
 def test_another_format_is_refused(bundle, tmp_path):
@@ -265,7 +265,7 @@ def test_renamed_checkpoints_are_mentioned(bundle, dataset, tmp_path):
     out.mkdir()
     for name in names:
         checkpoint.write_bundle(bundle, out / name, Disk())
-    (out / "notes.pt").write_bytes(b"something else, which is no checkpoint")
+    (out / "notes.pt").write_bytes(b"something else, not a checkpoint")
     done = [run("sample.py", out_dir=out, code=2),
             run("train.py", out_dir=out, init_from="auto", **flags),
             run("train.py", out_dir=out, init_from="auto", **flags | {"max_iters": 4}),

@@ -1,5 +1,5 @@
-"""What a process writes is in the folder that it locked; drives that lack an operation; errors of
-the disk name their path."""
+"""A process writes only in the folder that it locked; drives may lack an operation; errors of the
+disk name their path."""
 import errno
 import fcntl
 import json

@@ -717,7 +717,7 @@ def test_file_size_limit_keeps_the_existing_dataset(shakespeare, tmp_path):
     for name in ("x", "y"):
         done = subprocess.run(command("prepare.py", text, name=name, data_dir=tmp_path / "data"),
                               capture_output=True, text=True, preexec_fn=limit_files)
-        assert done.returncode == 1 and done.stderr.count("\n") == 1
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert read_set(tmp_path / "data" / "x") == before
     assert sorted(dataset_files(tmp_path / "data" / "x")) == ["meta.json", "train.bin", "val.bin"]
     assert files_in(tmp_path / "data" / "y") == []

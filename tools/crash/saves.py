@@ -21,7 +21,7 @@ from tools.runs import Bundle, full_state_of, list_temporary, newest_state, read
 # checkpoints before a save; is it the best one?
 BEFORE = ((0, True), (KEEP, False), (KEEP, True))
 # an error instead of the operation, after it (late), or from it on (gone)
-FAULTS = ("EIO", "ENOSPC", "EINTR", "EDQUOT", "late", "gone")
+FAULTS = ("EIO", "ENOSPC", "EINTR", "EDQUOT", "ENOTSUP", "late", "gone")
 
 
 class FaultyDisk(Disk):
@@ -116,7 +116,8 @@ def check_faulty_save(folder: Path, older: list[Bundle], new: Bundle, later: Bun
     # a save that succeeds, says the saver, must be found
     if save(folder, new, best, disk):
         allowed = {(now, now_best)}
-        if disk.failed not in ("", "close", "remove"):
+        without_links = (disk.failed, disk.fault) == ("link", "ENOTSUP")  # it writes a copy
+        if disk.failed not in ("", "close", "remove") and not without_links:
             return "the saver calls it a success"
     # a disk that is gone can't remove anything either
     leftovers = list_temporary(folder)
