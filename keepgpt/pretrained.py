@@ -35,7 +35,7 @@ SIZES = {
         "n_ff": "intermediate_size", "vocab_size": "vocab_size",
         "block_size": "max_position_embeddings"},
 }
-# What else decides the network: the values that model.py has. The first one is the default.
+# Other keys that decide the network: the values that model.py has; the first is the default.
 FIXED = {
     "gpt2": {
         # five names of one formula
@@ -57,9 +57,9 @@ FIXED = {
 FIXED_IN_ALL = {"is_causal": (True,), "is_encoder_decoder": (False,), "pruned_heads": ({}, [])}
 # Of rotary positions; rope_theta is a size.
 FIXED_IN_ROPE = {"rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (1,)}
-# What changes no logit of this network: names, dropout and initialization, other heads, dtype,
-# what is returned, and how a text is generated. sliding_window and max_window_layers count only
-# with use_sliding_window.
+# Keys that change no logit of this network: names, dropout and initialization, other heads, dtype,
+# outputs, and settings of generation. sliding_window and max_window_layers count only with
+# use_sliding_window.
 HARMLESS_TEXT = """
     model_type architectures transformers_version name_or_path _name_or_path _commit_hash
     tokenizer_class task_specific_params finetuning_task unsloth_version unsloth_fixed
@@ -179,26 +179,28 @@ def find_weight_files(folder: Path) -> dict[Path, set[str]]:
     """Return the files with a folder's weights, and of each the tensors that an index expects:
     those of the index, else model.safetensors, else the same of pytorch_model.bin, else the only
     file. Print a note that names those left out. Raises UserError."""
-    found = {}
     for name in ("model.safetensors", "pytorch_model.bin"):
-        found = found or read_index(folder / f"{name}.index.json")
+        found = read_index(folder / f"{name}.index.json")
         if not found and (folder / name).exists():
             found = {folder / name: set()}
-    all_files = [sorted(folder.glob(pattern)) for pattern in ("*.safetensors",
-                                                              "pytorch_model*.bin")]
-    files = all_files[0] or all_files[1]
-    if not found and len(files) == 1:
-        found = {files[0]: set()}
-    if not found:
+        if found:
+            files = list_weight_files(folder, Path(name).suffix)
+            ignored = [file.name for file in files if file not in found]
+            if ignored:
+                warn(f"{folder}: reading {', '.join(sorted(file.name for file in found))}, not "
+                     + ", ".join(ignored))
+            return found
+    files = list_weight_files(folder, ".safetensors") or list_weight_files(folder, ".bin")
+    if len(files) != 1:
         got = ", ".join(file.name for file in files) or "none of them"
         raise UserError(f"{folder}: expected model.safetensors, pytorch_model.bin, an index of "
                         f"several files, or one file, got {got}")
-    suffix = next(iter(found)).suffix
-    ignored = [file.name for file in files if file not in found and file.suffix == suffix]
-    if ignored:
-        warn(f"{folder}: reading {', '.join(sorted(file.name for file in found))}, not "
-             + ", ".join(ignored))
-    return found
+    return {files[0]: set()}
+
+
+def list_weight_files(folder: Path, suffix: str) -> list[Path]:
+    """Return the files that may be weights, by name. Trainers write other .bin files as well."""
+    return sorted(folder.glob("pytorch_model*.bin" if suffix == ".bin" else f"*{suffix}"))
 
 
 def read_index(path: Path) -> dict[Path, set[str]]:

@@ -388,8 +388,8 @@ def find_difference_to_bpe(ours: BPETokenizer, theirs: Any, found: dict[str, Any
             ("model", options, {}), ("added_tokens", added, [])):
         if got != expected:
             return f"another {part}"
-    # tiktoken joins the pair with the lowest rank. Merges in this order do the same, if each token
-    # is what they make of its own characters.
+    # tiktoken joins the pair with the lowest rank. Merges in this order do the same, if they join
+    # the characters of each token to that token.
     ranks = [model["vocab"][a + b] for a, b in model["merges"]]
     tokens = [token for token, i in ours.ids.items() if token not in ours.special_tokens]
     same = ranks == sorted(ranks) and all(len(theirs.model.tokenize(token)) == 1

@@ -162,7 +162,7 @@ def test_a_space_after_the_prompt_is_printed(make, play, tmp_path, monkeypatch, 
             [i] * len(prompts) for i in ids[size:]))
     sample.main(sample.SampleConfig(start=prompt, num_samples=2))
     assert samples(capsys.readouterr().out) == [text, text]
-    # the sample that training prints begins after the first token
+    # the sample that training prints starts after the first token
     made = train_script.generate_sample(SimpleNamespace(
         data={"tokenizer": description}, model=model, config=SimpleNamespace(sample_tokens=9)))
     assert made == " and the queen"

@@ -344,7 +344,7 @@ def test_a_folder_has_one_tokenizer(bpe, text, tmp_path):
 @pytest.mark.parametrize("make", [byte_level, sentencepiece, wordpiece, unigram])
 def test_a_decoder_accepts_any_ids(make, text, tmp_path):
     ours = from_meta(describe(save(make(text), tmp_path / "own")))
-    # what it makes of a text, token by token, is what the library makes of all tokens together
+    # token by token it gives the same text as the library does of all tokens together
     ids = ours.encode(text[:3000] + " é 日本 \u0301 é")
     assert ours.decode(ids) == ours.tokenizer.decode(ids, skip_special_tokens=False)
     draw = random.Random(1)
