@@ -91,7 +91,7 @@ class Metrics:
         step was `evaluated` before its save, its evaluation is dropped too. With `quiet`, on other
         ranks than the first, print nothing. Raises OSError."""
         self.live = False  # the cursor is at the end of a line that the next one replaces
-        self.wandb, self.file, self.quiet = None, None, quiet
+        self.step, self.wandb, self.file, self.quiet = step, None, None, quiet
         self.failures = set()  # of what decorates the run; each is printed once
         self.may_hang = False  # wandb, at the interpreter's end: its start failed or was interrupted
         if not out_dir:
@@ -143,7 +143,7 @@ class Metrics:
         self.wandb = Wandb(run, self.say)
         if problem:
             self.say(f"warning: wandb logs offline: {one_line(problem)}. {self.wandb.sync}")
-        if self.wandb.first_step:
+        if self.wandb.first_step > self.step + 1:
             self.say(f"wandb has the rows before step {self.wandb.first_step}; sending later ones")
         return run.id
 
