@@ -47,7 +47,7 @@ def write_card(config: TrainConfig, data: dict[str, Any], step: int, machine: st
     with suppress(OSError, subprocess.SubprocessError):
         code = "commit " + subprocess.run(
             ["git", "describe", "--always", "--dirty=, changed", "--exclude=*", "--abbrev=40"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10,
+            cwd=Path(__file__).parent, capture_output=True, text=True, errors="replace", timeout=10,
             check=True).stdout.strip()
     tokenizer = data["tokenizer"].get("name", data["tokenizer"]["kind"])
     text = CARD.format(

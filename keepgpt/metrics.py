@@ -95,8 +95,9 @@ class Metrics:
         Raises OSError and FolderLost."""
         self.folder_lock = folder_lock
         self.live = False  # the cursor is at the end of a line that the next one replaces
-        self.wandb, self.file, self.quiet = None, None, quiet
+        self.step, self.wandb, self.file, self.quiet = step, None, None, quiet
         self.failures = set()  # of what decorates the run; each is printed once
+        self.may_hang = False  # wandb, at the interpreter's end: its start failed or was interrupted
         if not out_dir:
             return
 
@@ -132,8 +133,10 @@ class Metrics:
         """Also log to Weights & Biases, into the run `run_id` if given; offline if its server or
         an account is missing. Return the run's id. A failure only prints a warning."""
         problem = None
+        self.may_hang = True
         try:
             run = init_wandb(config, run_id)
+            self.may_hang = False
         except Stopped:
             raise
         except BaseException as e:
@@ -144,8 +147,8 @@ class Metrics:
             return run_id
         self.wandb = Wandb(run, self.say)
         if problem:
-            self.say(f"warning: wandb logs offline: {one_line(problem)}. Later {self.wandb.sync}")
-        if self.wandb.first_step:
+            self.say(f"warning: wandb logs offline: {one_line(problem)}. {self.wandb.sync}")
+        if self.wandb.first_step > self.step + 1:
             self.say(f"wandb has the rows before step {self.wandb.first_step}; sending later ones")
         return run.id
 
@@ -222,7 +225,8 @@ class Metrics:
             os.close(self.file)
             self.file = None
         wandb, self.wandb = self.wandb, None
-        return not wandb or wandb.close()
+        closed = not wandb or wandb.close()
+        return closed and not self.may_hang
 
     def end(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
         """Close after an error. If wandb may still hang, end the process here, since the

@@ -5,8 +5,8 @@
 #   runs/loop.sh torchrun --standalone --nproc_per_node=8 train.py config/x.py --init_from=auto
 #
 # It ends with the run (0), with what another try would only repeat (2: a mistake, 3: not finite),
-# with a Ctrl-C, SIGTERM or SIGUSR1 of your own, and after three tries in a row that lived under a minute:
-# behind torchrun all failures look alike.
+# with a Ctrl-C or another signal of yours, a batch system's or a closed terminal's, and after three tries in a row
+# that lived under a minute: behind torchrun all failures look alike.
 set -u
 if [ $# -eq 0 ]; then
     echo "usage: $0 COMMAND [ARGS ...]" >&2
@@ -14,7 +14,8 @@ if [ $# -eq 0 ]; then
 fi
 child="" stopped="" short=0
 trap 'stopped=1' INT  # the terminal has sent it to the run as well
-trap 'stopped=1; [ -n "$child" ] && kill -TERM "$child"' TERM USR1
+trap 'stopped=1; [ -n "$child" ] && kill -TERM "$child"' TERM HUP USR1 USR2 XCPU
+trap '' PIPE  # a lost line of the loop's own must not end it
 
 while true; do
     started=$SECONDS

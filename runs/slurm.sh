@@ -22,10 +22,11 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else torch 2.13 hangs when a node
 host=$(scontrol show hostnames "${SLURM_JOB_NODELIST:-localhost}" | head -n 1)
 leave=""
 # to the job's steps, not to srun, which would kill them at once
-trap 'leave=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
+trap 'leave=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1 USR2 XCPU
 
-# torchrun would die of a USR1 that reaches the whole step (--signal without B:); its ranks save
-srun env --ignore-signal=USR1 torchrun --nnodes="${SLURM_NNODES:-1}" --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" \
+# torchrun would die of a signal that reaches the whole step (--signal without B:); its ranks save
+srun env --ignore-signal=USR1,USR2,XCPU torchrun \
+    --nnodes="${SLURM_NNODES:-1}" --nproc_per_node="${SLURM_GPUS_ON_NODE:-1}" \
     --rdzv_backend=c10d --rdzv_id="$SLURM_JOB_ID" \
     --rdzv_endpoint="$host:$((20000 + SLURM_JOB_ID % 10000))" --max-restarts=3 \
     train.py --init_from=auto "$@" &
