@@ -5,7 +5,6 @@
 Of several Parquet files each is a shard, which becomes a file of train and one of val: an
 interrupted preparation continues with the next shard. Any other text is one shard.
 """
-import hashlib
 import json
 import os
 import re
@@ -22,7 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from keepgpt.config import command_line, setting
-from keepgpt.dataset import SPLITS, dataset_folder, split_files
+from keepgpt.dataset import SPLITS, compute_crc32, compute_fingerprint, dataset_folder, split_files
 from keepgpt.errors import UserError, run_or_exit
 from keepgpt.files import lock_out_dir, sync, write_atomically
 from keepgpt.text import DATASETS, TEXTS, Shard, describe_files, open_shards, read_block
@@ -123,16 +122,29 @@ def write_tokens(paths: list[Path], totals: list[int], chunks: Iterator[Chunk],
 
 
 def read_previous(folder: Path, request: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    """Return the meta.json that a preparation of this request has left, {} if a file is missing."""
+    """Return the meta.json that a preparation of this request has left, {} if a file is missing or
+    has changed since."""
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
-        size = np.dtype(meta["dtype"]).itemsize
         same = request.items() <= meta.items() and wanted.items() <= meta["tokenizer"].items()
-        intact = all((folder / file).stat().st_size == size * tokens for split in SPLITS
-                     for file, tokens in split_files(meta, split).items())
-        return meta if same and intact else {}
+        return meta if same and is_intact(folder, meta) else {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {}
+
+
+def is_intact(folder: Path, meta: dict[str, Any]) -> bool:
+    """Return True if the .bin files that `meta` lists are those that were written. Raises OSError
+    for a missing file, and LookupError for a description without a way to tell."""
+    size = np.dtype(meta["dtype"]).itemsize
+    for split in SPLITS:
+        for file, tokens in split_files(meta, split).items():
+            if (folder / file).stat().st_size != size * tokens:
+                return False
+    # a complete dataset has a fingerprint, an older one no CRC32s
+    if "fingerprint" in meta and compute_fingerprint(folder, meta) != meta["fingerprint"]:
+        return False
+    known = meta["crc32"] if "fingerprint" not in meta else meta.get("crc32", {})
+    return all(compute_crc32(folder / file) == crc32 for file, crc32 in known.items())
 
 
 def write_dataset(folder: Path, meta: dict[str, Any], shards: list[Shard]) -> dict[str, Any]:
@@ -153,19 +165,17 @@ def write_dataset(folder: Path, meta: dict[str, Any], shards: list[Shard]) -> di
         if k + 1 == len(shards) and min(totals) < 2:
             raise UserError(f"{meta['name']}: too short, with {totals[0]} train and {totals[1]} val"
                             " tokens. Try: more text, or another --val_fraction")
+        crc32 = {name: compute_crc32(folder / f"{name}.tmp") for name in names}
         write_meta()
         for split, name in zip(SPLITS, names):
             os.replace(folder / f"{name}.tmp", folder / name)
             files[split][name] = (folder / name).stat().st_size // dtype.itemsize
         sync(folder)
+        meta["crc32"] |= crc32
         write_meta()
-    digest = hashlib.sha256(json.dumps([meta["tokenizer"], totals], sort_keys=True).encode())
-    names = [name for split in SPLITS for name in files[split]]
-    for name in names:
-        with open(folder / name, "rb") as file:
-            hashlib.file_digest(file, lambda: digest)
-    remove_ours(folder, keep=["meta.json", *names])
-    meta |= {"tokens": dict(zip(SPLITS, totals)), "fingerprint": digest.hexdigest()}
+    remove_ours(folder, keep=["meta.json", *meta["crc32"]])
+    meta["tokens"] = dict(zip(SPLITS, totals))
+    meta["fingerprint"] = compute_fingerprint(folder, meta)
     if len(shards) == 1:
         del meta["files"]
     write_meta()
@@ -217,7 +227,7 @@ def prepare(config: PrepareConfig, given: dict[str, Any], paths: list[str]) -> N
                 meta = request | {"tokenizer": complete_tokenizer(wanted, shards)}
                 size = from_meta(meta).vocab_size
                 meta |= {"vocab_size": size, "dtype": "uint16" if size <= 1 << 16 else "uint32",
-                         "files": {split: {} for split in SPLITS}}
+                         "files": {split: {} for split in SPLITS}, "crc32": {}}
             meta = write_dataset(folder, meta, shards)
         finally:
             remove_ours(folder, ending=".tmp")

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from keepgpt import checkpoint
 from keepgpt.card import write_card
 from keepgpt.config import ARCHITECTURE, resume_config
-from keepgpt.dataset import dataset_folder, read_meta
+from keepgpt.dataset import IDENTITY, dataset_folder, read_crc32, read_meta
 from keepgpt.device import can_compile, device_name, peak_flops, pick_dtype, restore_rng, rng_state
 from keepgpt.errors import EXIT_FAILED, EXIT_NOT_FINITE, EXIT_STOPPED, UserError, run_or_exit, warn
 from keepgpt.files import lock_out_dir
@@ -95,9 +95,11 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks
         config, changes = resume_config(config, given, bundle["config"])
     folder = dataset_folder(config.data_dir, config.dataset)
     data = read_meta(folder)
-    if bundle and data["fingerprint"] != bundle["data"]["fingerprint"]:
-        raise UserError(f"{folder}: not the {bundle['data']['name']} that this run was trained on. "
+    saved = bundle["data"] if bundle else {}
+    if bundle and any(data[key] != saved[key] for key in IDENTITY):
+        raise UserError(f"{folder}: not the {saved['name']} that this run was trained on. "
                         "Try: prepare the same text again")
+    data["crc32"] = ranks.on_first(lambda: read_crc32(folder, data, saved))
 
     # model
     torch.manual_seed(config.seed)
