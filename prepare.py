@@ -12,8 +12,9 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from keepgpt.config import command_line, setting
 from keepgpt.dataset import SPLITS, compute_crc32, compute_fingerprint, dataset_folder, split_files
-from keepgpt.errors import UserError, run_or_exit
+from keepgpt.errors import EXIT_INTERRUPTED, UserError, run_or_exit, warn
 from keepgpt.files import lock_out_dir, sync, write_atomically
 from keepgpt.text import DATASETS, TEXTS, Shard, describe_files, open_shards, read_block
 from keepgpt.tokenizer import Tokenizer, describe_tokenizer, from_meta, train_bpe
@@ -47,6 +48,72 @@ class PrepareConfig:
     data_dir: str = setting("data", "the folder of all datasets, as in train.py")
 
 
+class LossCheck:
+    """Decode what a tokenizer encodes, to find out whether it loses text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer, self.difference = tokenizer, ""
+        self.tokens = self.unknown = 0
+        self.unknown_id = self.lengths = None
+        if tokenizer.description["kind"] == "hf":
+            model = json.loads(tokenizer.description["json"])["model"]
+            self.unknown_id = tokenizer.ids.get(model.get("unk_token"), model.get("unk_id"))
+        else:
+            # the other kinds can only drop bytes: their number shows it, and takes no time
+            self.lengths = np.array([len(tokenizer.token_bytes(i))
+                                     for i in range(tokenizer.vocab_size)])
+
+    def find_difference(self, text: str, tokens: np.ndarray) -> str:
+        """Return where the decoded `tokens` first differ from `text`, or "". Threads call it."""
+        if self.difference:
+            return ""
+        if self.lengths is not None and self.lengths[tokens].sum() == len(text.encode()):
+            return ""
+        if self.lengths is not None:
+            decoded = self.tokenizer.decode(tokens.tolist())
+        else:
+            # the one method that releases the GIL
+            decoded, = self.tokenizer.tokenizer.decode_batch([tokens.tolist()],
+                                                             skip_special_tokens=False)
+        if decoded == text:
+            return ""
+        pairs = enumerate(zip_longest(text, decoded))
+        at = next(i for i, (before, after) in pairs if before != after)
+        part = slice(max(at - 10, 0), at + 20)
+        return f"{text[part]!r} became {decoded[part]!r}"
+
+    def add(self, difference: str, tokens: np.ndarray) -> None:
+        """Count a chunk's tokens, and keep the first difference."""
+        self.difference = self.difference or difference
+        self.tokens += len(tokens)
+        if self.unknown_id is not None:
+            self.unknown += int((tokens == self.unknown_id).sum())
+
+    def warn(self, name: str) -> None:
+        """Print a note if text was lost."""
+        if self.difference:
+            share = self.unknown / max(self.tokens, 1)
+            warn(f"{name}: this tokenizer loses text: encoded and decoded, {self.difference}; "
+                 f"{share:.2%} of the tokens stand for unknown text")
+
+
+@contextmanager
+def clean_up_on_signals(folder: Path) -> Iterator[None]:
+    """Let SIGINT and SIGTERM remove the temporary files in `folder` and exit at once: threads may
+    be in a library's compiled code for minutes, and any other way to end waits for them."""
+    def stop(_number: int, _frame: Any) -> None:
+        remove_ours(folder, ending=".tmp")
+        os._exit(EXIT_INTERRUPTED)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        remove_ours(folder, ending=".tmp")
+        for number, action in before.items():
+            signal.signal(number, action)
+
+
 def split_documents(shards: list[Shard], k: int, cut: Callable[[str], int]) -> Iterator[Chunk]:
     """Yield the texts of shard k to encode, those of long documents cut where `cut` allows it.
 
@@ -67,8 +134,13 @@ def split_documents(shards: list[Shard], k: int, cut: Callable[[str], int]) -> I
             starts, rest = True, ""
             while block := read_block(document, min(BLOCK, left)):
                 left -= len(block)
+                # the rest has no place to cut, unless the block completes one at its end
+                searched = max(len(rest) - 2, 0)
                 rest += block
-                end = cut(rest) if left else len(rest)
+                end = len(rest)
+                if left:
+                    place = cut(rest[searched:])
+                    end = searched + place if place else 0
                 if end:
                     yield split, starts, rest[:end]
                     starts, rest = False, rest[end:]
@@ -100,17 +172,19 @@ def complete_tokenizer(wanted: dict[str, Any], shards: list[Shard]) -> dict[str,
 
 
 def write_tokens(paths: list[Path], totals: list[int], chunks: Iterator[Chunk],
-                 tokenizer: Tokenizer, dtype: np.dtype) -> None:
+                 tokenizer: Tokenizer, dtype: np.dtype, loss: LossCheck) -> None:
     """Encode `chunks` to a train and a val file, by threads, as encoders release the GIL. `totals`
     are the tokens of train and val so far."""
-    def encode(chunk: Chunk) -> np.ndarray:
-        return tokenizer.encode_to_numpy(chunk[2]).astype(dtype)
+    def encode(chunk: Chunk) -> tuple[np.ndarray, str]:
+        tokens = tokenizer.encode_to_numpy(chunk[2])
+        return tokens.astype(dtype), loss.find_difference(chunk[2], tokens)
 
     threads = os.cpu_count() or 1
     with (open(paths[0], "wb") as train, open(paths[1], "wb") as val, ThreadPoolExecutor(threads)
           as pool, tqdm(unit="token", unit_scale=True, disable=None) as bar):
         while batch := list(islice(chunks, 2 * threads)):  # memory is flat
-            for (split, starts, _), tokens in zip(batch, pool.map(encode, batch)):
+            for (split, starts, _), (tokens, difference) in zip(batch, pool.map(encode, batch)):
+                loss.add(difference, tokens)
                 if starts and totals[split] > 0:  # a separator
                     end = tokenizer.encode("\n") if tokenizer.eot is None else [tokenizer.eot]
                     tokens = np.append(np.array(end, dtype), tokens)
@@ -158,13 +232,16 @@ def write_dataset(folder: Path, meta: dict[str, Any], shards: list[Shard]) -> di
 
     tokenizer, dtype, files = from_meta(meta), np.dtype(meta["dtype"]), meta["files"]
     totals = [sum(files[split].values()) for split in SPLITS]
+    loss = LossCheck(tokenizer)
     for k in range(len(files["val"]), len(shards)):
         names = [f"{split}-{k:05}.bin" if len(shards) > 1 else f"{split}.bin" for split in SPLITS]
         write_tokens([folder / f"{name}.tmp" for name in names], totals,
-                     split_documents(shards, k, tokenizer.cut), tokenizer, dtype)
-        if k + 1 == len(shards) and min(totals) < 2:
-            raise UserError(f"{meta['name']}: too short, with {totals[0]} train and {totals[1]} val"
-                            " tokens. Try: more text, or another --val_fraction")
+                     split_documents(shards, k, tokenizer.cut), tokenizer, dtype, loss)
+        if k + 1 == len(shards):
+            loss.warn(meta["name"])
+            if min(totals) < 2:
+                raise UserError(f"{meta['name']}: too short, with {totals[0]} train and {totals[1]} "
+                                "val tokens. Try: more text, or another --val_fraction")
         crc32 = {name: compute_crc32(folder / f"{name}.tmp") for name in names}
         write_meta()
         for split, name in zip(SPLITS, names):
@@ -218,19 +295,17 @@ def prepare(config: PrepareConfig, given: dict[str, Any], paths: list[str]) -> N
         if foreign and not (folder / "meta.json").exists():
             raise UserError(f"{foreign[0]} has no meta.json: it was not made by prepare.py, or "
                             f"meta.json was lost. Try: another --name, or rm -r {folder}")
-        try:
-            shards = open_shards(source, request["val_fraction"], folder.parent)
-            if meta:
-                print(f"{folder}: {len(meta['files']['val'])} of {len(shards)} shards are "
-                      "complete; continuing", flush=True)
-            else:
-                meta = request | {"tokenizer": complete_tokenizer(wanted, shards)}
-                size = from_meta(meta).vocab_size
-                meta |= {"vocab_size": size, "dtype": "uint16" if size <= 1 << 16 else "uint32",
-                         "files": {split: {} for split in SPLITS}, "crc32": {}}
+        shards = open_shards(source, request["val_fraction"], folder.parent)
+        if meta:
+            print(f"{folder}: {len(meta['files']['val'])} of {len(shards)} shards are "
+                  "complete; continuing", flush=True)
+        else:
+            meta = request | {"tokenizer": complete_tokenizer(wanted, shards)}
+            size = from_meta(meta).vocab_size
+            meta |= {"vocab_size": size, "dtype": "uint16" if size <= 1 << 16 else "uint32",
+                     "files": {split: {} for split in SPLITS}, "crc32": {}}
+        with clean_up_on_signals(folder):
             meta = write_dataset(folder, meta, shards)
-        finally:
-            remove_ours(folder, ending=".tmp")
         took = f"took {time.perf_counter() - started:.1f} s"
     tokens, label = meta["tokens"], wanted.get("name", wanted["kind"])
     print(f"{folder}: {tokens['train']:,} train and {tokens['val']:,} val tokens of {label}, "
@@ -241,6 +316,6 @@ if __name__ == "__main__":
     CONFIG, GIVEN, PATHS = command_line(
         PrepareConfig,
         f"python prepare.py {' | '.join(DATASETS)} | PATH... --name=NAME [--key=value ...]")
-    for number in (signal.SIGINT, signal.SIGTERM):  # a kill cleans up as Ctrl-C does
-        signal.signal(number, signal.default_int_handler)
+    # end at once, also in a library's compiled code, for which Python's own handler would wait
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     run_or_exit(lambda: prepare(CONFIG, GIVEN, PATHS))
