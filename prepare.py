@@ -5,7 +5,6 @@
 Of several Parquet files each is a shard, which becomes a file of train and one of val: an
 interrupted preparation continues with the next shard. Any other text is one shard.
 """
-import hashlib
 import json
 import os
 import re
@@ -13,9 +12,9 @@ import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,9 @@ import numpy as np
 from tqdm import tqdm
 
 from keepgpt.config import command_line, setting
-from keepgpt.dataset import SPLITS, dataset_folder, split_files
-from keepgpt.errors import UserError, name_path, run_or_exit
+from keepgpt.dataset import SPLITS, compute_crc32, compute_fingerprint, dataset_folder, split_files
+from keepgpt.errors import EXIT_INTERRUPTED, UserError, in_notebook, name_path, run_or_exit, warn
 from keepgpt.files import FolderLock, sync_folder, write_atomically
-from keepgpt.signals import raise_interrupts
 from keepgpt.text import DATASETS, TEXTS, Shard, describe_files, open_shards, read_block
 from keepgpt.tokenizer import Tokenizer, describe_tokenizer, from_meta, train_bpe
 
@@ -50,6 +48,76 @@ class PrepareConfig:
     data_dir: str = setting("data", "the folder of all datasets, as in train.py")
 
 
+class LossCheck:
+    """Decode what a tokenizer encodes, to find out whether it loses text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer, self.difference = tokenizer, ""
+        self.tokens = self.unknown = 0
+        self.unknown_id = self.lengths = None
+        if tokenizer.description["kind"] == "hf":
+            model = json.loads(tokenizer.description["json"])["model"]
+            self.unknown_id = tokenizer.ids.get(model.get("unk_token"), model.get("unk_id"))
+        else:
+            # the other kinds can only drop bytes: their number shows it, and takes no time
+            self.lengths = np.array([len(tokenizer.token_bytes(i))
+                                     for i in range(tokenizer.vocab_size)])
+
+    def find_difference(self, text: str, tokens: np.ndarray) -> str:
+        """Return where the decoded `tokens` first differ from `text`, or "". Threads call it."""
+        if self.difference:
+            return ""
+        if self.lengths is not None and self.lengths[tokens].sum() == len(text.encode()):
+            return ""
+        if self.lengths is not None:
+            decoded = self.tokenizer.decode(tokens.tolist())
+        else:
+            # the one method that releases the GIL
+            decoded, = self.tokenizer.tokenizer.decode_batch([tokens.tolist()],
+                                                             skip_special_tokens=False)
+        if decoded == text:
+            return ""
+        pairs = enumerate(zip_longest(text, decoded))
+        at = next(i for i, (before, after) in pairs if before != after)
+        part = slice(max(at - 10, 0), at + 20)
+        return f"{text[part]!r} became {decoded[part]!r}"
+
+    def add(self, difference: str, tokens: np.ndarray) -> None:
+        """Count a chunk's tokens, and keep the first difference."""
+        self.difference = self.difference or difference
+        self.tokens += len(tokens)
+        if self.unknown_id is not None:
+            self.unknown += int((tokens == self.unknown_id).sum())
+
+    def warn(self, name: str) -> None:
+        """Print a note if text was lost."""
+        if self.difference:
+            share = self.unknown / max(self.tokens, 1)
+            warn(f"{name}: this tokenizer loses text: encoded and decoded, {self.difference}; "
+                 f"{share:.2%} of the tokens stand for unknown text")
+
+
+@contextmanager
+def clean_up_on_signals(lock: FolderLock) -> Iterator[None]:
+    """Remove the temporary files of the locked folder at the end of a block, and let signals do so
+    and exit at once: threads may be in a library's compiled code for minutes, and any other way to
+    end waits for them. A notebook's kernel keeps its own handlers."""
+    def stop(_number: int, _frame: Any) -> None:
+        remove_ours(lock, ending=".tmp")
+        os._exit(EXIT_INTERRUPTED)
+
+    numbers = () if in_notebook() else (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    # an ignored signal stays ignored, as SIGHUP is under nohup
+    before = {number: signal.signal(number, stop) for number in numbers
+              if signal.getsignal(number) != signal.SIG_IGN}
+    try:
+        yield
+    finally:
+        remove_ours(lock, ending=".tmp")
+        for number, action in before.items():
+            signal.signal(number, action)
+
+
 def split_documents(shards: list[Shard], k: int, cut: Callable[[str], int]) -> Iterator[Chunk]:
     """Yield the texts of shard k to encode, those of long documents cut where `cut` allows it.
 
@@ -70,8 +138,13 @@ def split_documents(shards: list[Shard], k: int, cut: Callable[[str], int]) -> I
             starts, rest = True, ""
             while block := read_block(document, min(BLOCK, left)):
                 left -= len(block)
+                # the rest has no place to cut, unless the block completes one at its end
+                searched = max(len(rest) - 2, 0)
                 rest += block
-                end = cut(rest) if left else len(rest)
+                end = len(rest)
+                if left:
+                    place = cut(rest[searched:])
+                    end = searched + place if place else 0
                 if end:
                     yield split, starts, rest[:end]
                     starts, rest = False, rest[end:]
@@ -103,17 +176,19 @@ def complete_tokenizer(wanted: dict[str, Any], shards: list[Shard]) -> dict[str,
 
 
 def write_tokens(paths: list[Path], totals: list[int], chunks: Iterator[Chunk],
-                 tokenizer: Tokenizer, dtype: np.dtype) -> None:
+                 tokenizer: Tokenizer, dtype: np.dtype, loss: LossCheck) -> None:
     """Encode `chunks` to a train and a val file, by threads, as encoders release the GIL. `totals`
     are the tokens of train and val so far."""
-    def encode(chunk: Chunk) -> np.ndarray:
-        return tokenizer.encode_to_numpy(chunk[2]).astype(dtype)
+    def encode(chunk: Chunk) -> tuple[np.ndarray, str]:
+        tokens = tokenizer.encode_to_numpy(chunk[2])
+        return tokens.astype(dtype), loss.find_difference(chunk[2], tokens)
 
     threads = os.cpu_count() or 1
     with (open(paths[0], "wb") as train, open(paths[1], "wb") as val, ThreadPoolExecutor(threads)
           as pool, tqdm(unit="token", unit_scale=True, disable=None) as bar):
         while batch := list(islice(chunks, 2 * threads)):  # memory is flat
-            for (split, starts, _), tokens in zip(batch, pool.map(encode, batch)):
+            for (split, starts, _), (tokens, difference) in zip(batch, pool.map(encode, batch)):
+                loss.add(difference, tokens)
                 if starts and totals[split] > 0:  # a separator
                     end = tokenizer.encode("\n") if tokenizer.eot is None else [tokenizer.eot]
                     tokens = np.append(np.array(end, dtype), tokens)
@@ -126,16 +201,29 @@ def write_tokens(paths: list[Path], totals: list[int], chunks: Iterator[Chunk],
 
 
 def read_previous(folder: Path, request: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
-    """Return the meta.json that a preparation of this request has left, {} if a file is missing."""
+    """Return the meta.json that a preparation of this request has left, {} if a file is missing or
+    has changed since."""
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
-        size = np.dtype(meta["dtype"]).itemsize
         same = request.items() <= meta.items() and wanted.items() <= meta["tokenizer"].items()
-        intact = all((folder / file).stat().st_size == size * tokens for split in SPLITS
-                     for file, tokens in split_files(meta, split).items())
-        return meta if same and intact else {}
+        return meta if same and is_intact(folder, meta) else {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {}
+
+
+def is_intact(folder: Path, meta: dict[str, Any]) -> bool:
+    """Return True if the .bin files that `meta` lists are those that were written. Raises OSError
+    for a missing file, and LookupError for a description without a way to tell."""
+    size = np.dtype(meta["dtype"]).itemsize
+    for split in SPLITS:
+        for file, tokens in split_files(meta, split).items():
+            if (folder / file).stat().st_size != size * tokens:
+                return False
+    # a complete dataset has a fingerprint, an older one no CRC32s
+    if "fingerprint" in meta and compute_fingerprint(folder, meta) != meta["fingerprint"]:
+        return False
+    known = meta["crc32"] if "fingerprint" not in meta else meta.get("crc32", {})
+    return all(compute_crc32(folder / file) == crc32 for file, crc32 in known.items())
 
 
 def write_dataset(lock: FolderLock, meta: dict[str, Any], shards: list[Shard]) -> dict[str, Any]:
@@ -151,28 +239,29 @@ def write_dataset(lock: FolderLock, meta: dict[str, Any], shards: list[Shard]) -
 
     tokenizer, dtype, files = from_meta(meta), np.dtype(meta["dtype"]), meta["files"]
     totals = [sum(files[split].values()) for split in SPLITS]
+    loss = LossCheck(tokenizer)
     for k in range(len(files["val"]), len(shards)):
         names = [f"{split}-{k:05}.bin" if len(shards) > 1 else f"{split}.bin" for split in SPLITS]
         lock.check()
         write_tokens([folder / f"{name}.tmp" for name in names], totals,
-                     split_documents(shards, k, tokenizer.cut), tokenizer, dtype)
-        if k + 1 == len(shards) and min(totals) < 2:
-            raise UserError(f"{meta['name']}: too short, with {totals[0]} train and {totals[1]} val"
-                            " tokens. Try: more text, or another --val_fraction")
+                     split_documents(shards, k, tokenizer.cut), tokenizer, dtype, loss)
+        if k + 1 == len(shards):
+            loss.warn(meta["name"])
+            if min(totals) < 2:
+                raise UserError(f"{meta['name']}: too short, with {totals[0]} train and "
+                                f"{totals[1]} val tokens. Try: more text, or another --val_fraction")
+        crc32 = {name: compute_crc32(folder / f"{name}.tmp") for name in names}
         write_meta()
         for split, name in zip(SPLITS, names):
             lock.check()
             os.replace(folder / f"{name}.tmp", folder / name)
             files[split][name] = (folder / name).stat().st_size // dtype.itemsize
         sync_folder(folder)
+        meta["crc32"] |= crc32
         write_meta()
-    digest = hashlib.sha256(json.dumps([meta["tokenizer"], totals], sort_keys=True).encode())
-    names = [name for split in SPLITS for name in files[split]]
-    for name in names:
-        with open(folder / name, "rb") as file:
-            hashlib.file_digest(file, lambda: digest)
-    remove_ours(lock, keep=["meta.json", *names])
-    meta |= {"tokens": dict(zip(SPLITS, totals)), "fingerprint": digest.hexdigest()}
+    remove_ours(lock, keep=["meta.json", *meta["crc32"]])
+    meta["tokens"] = dict(zip(SPLITS, totals))
+    meta["fingerprint"] = compute_fingerprint(folder, meta)
     if len(shards) == 1:
         del meta["files"]
     write_meta()
@@ -221,20 +310,17 @@ def prepare(config: PrepareConfig, given: dict[str, Any], paths: list[str], open
         if foreign and not (folder / "meta.json").exists():
             raise UserError(f"{foreign[0]} has no meta.json: it was not made by prepare.py, or "
                             f"meta.json was lost. Try: another --name, or rm -r {folder}")
-        try:
-            shards = open_shards(source, request["val_fraction"], folder.parent)
-            if meta:
-                print(f"{folder}: {len(meta['files']['val'])} of {len(shards)} shards are "
-                      "complete; continuing", flush=True)
-            else:
-                meta = request | {"tokenizer": complete_tokenizer(wanted, shards)}
-                size = from_meta(meta).vocab_size
-                meta |= {"vocab_size": size, "dtype": "uint16" if size <= 1 << 16 else "uint32",
-                         "files": {split: {} for split in SPLITS}}
-            with name_path(folder):
-                meta = write_dataset(lock, meta, shards)
-        finally:
-            remove_ours(lock, ending=".tmp")
+        shards = open_shards(source, request["val_fraction"], folder.parent)
+        if meta:
+            print(f"{folder}: {len(meta['files']['val'])} of {len(shards)} shards are "
+                  "complete; continuing", flush=True)
+        else:
+            meta = request | {"tokenizer": complete_tokenizer(wanted, shards)}
+            size = from_meta(meta).vocab_size
+            meta |= {"vocab_size": size, "dtype": "uint16" if size <= 1 << 16 else "uint32",
+                     "files": {split: {} for split in SPLITS}, "crc32": {}}
+        with name_path(folder), clean_up_on_signals(lock):
+            meta = write_dataset(lock, meta, shards)
         took = f"took {time.perf_counter() - started:.1f} s"
     tokens, label = meta["tokens"], wanted.get("name", wanted["kind"])
     print(f"{folder}: {tokens['train']:,} train and {tokens['val']:,} val tokens of {label}, "
@@ -245,7 +331,5 @@ if __name__ == "__main__":
     CONFIG, GIVEN, PATHS = command_line(
         PrepareConfig,
         f"python prepare.py {' | '.join(DATASETS)} | PATH... --name=NAME [--key=value ...]")
-    # a kill or a closed terminal cleans up as Ctrl-C does
-    raise_interrupts(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     with ExitStack() as OPENED:
         run_or_exit(lambda: prepare(CONFIG, GIVEN, PATHS, OPENED))

@@ -52,6 +52,7 @@ from keepgpt.device import can_compile, pick_device, pick_dtype
 from keepgpt.kernels import pack_linear_layers
 from keepgpt.pretrained import crop_weights, read_weights
 from keepgpt.signals import raise_interrupts
+from keepgpt.text import open_text, read_block
 from model import GPT, ModelArgs, generate, load_model
 
 SMALL = 4e6  # parameters; below, weights stay in the CPU's cache, where float32 is fastest
@@ -113,7 +114,8 @@ def read_prompt(start: str, vocabulary: tokenizer.Tokenizer) -> list[int]:
     UserError."""
     try:
         if start.startswith("FILE:"):
-            start = Path(start.removeprefix("FILE:")).read_bytes().decode()
+            # as prepare.py reads it: \n for each line end, without a byte-order mark
+            start = read_block(open_text(start.removeprefix("FILE:")), -1)
         return vocabulary.encode(start) or [vocabulary.eot or 0]
     except (OSError, ValueError, UserError) as e:  # no file, not UTF-8, or without a token
         raise UserError(f"--start: {e}") from None

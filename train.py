@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from keepgpt import checkpoint
 from keepgpt.card import write_card
 from keepgpt.config import ARCHITECTURE, check_settings, resume_config
-from keepgpt.dataset import dataset_folder, read_meta
+from keepgpt.dataset import IDENTITY, dataset_folder, read_crc32, read_meta
 from keepgpt.device import can_compile, device_name, peak_flops, pick_dtype, restore_rng, rng_state
 from keepgpt.errors import (
     EXIT_FAILED,
@@ -120,6 +120,8 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks, lock: Folder
     # only the name of a dataset may differ between hosts
     ranks.check_equal({"data": data | {"name": ""}, **shared_settings(config)}, SAME_START)
     folder = dataset_folder(config.data_dir, config.dataset)
+    saved = bundle["data"] if bundle else {}
+    data["crc32"] = ranks.on_first(lambda: read_crc32(folder, data, saved))
     loader, splits = ranks.on_each(lambda: open_data(folder, config, data, ranks))
 
     # model
@@ -172,7 +174,7 @@ def read_inputs(config: TrainConfig, given: dict[str, Any], bundle: dict[str, An
     config, notes = check_settings(config, changes if bundle else given, resumed=bool(bundle))
     folder = dataset_folder(config.data_dir, config.dataset)
     data = read_meta(folder)
-    if bundle and data["fingerprint"] != bundle["data"]["fingerprint"]:
+    if bundle and any(data[key] != bundle["data"][key] for key in IDENTITY):
         raise UserError(f"{folder}: not the {bundle['data']['name']} that this run was trained on. "
                         "Try: prepare the same text again")
     return config, changes, notes, data

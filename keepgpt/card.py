@@ -53,7 +53,7 @@ def write_card(config: TrainConfig, data: dict[str, Any], step: int, machine: st
     text = CARD.format(
         settings="\n".join(f"{key} = {value!r}" for key, value in asdict(config).items()),
         data=", ".join(f"{key} {value}" for key, value in (data | {"tokenizer": tokenizer}).items()
-                       if key != "files"),
+                       if key not in ("files", "crc32")),
         starts=starts, now=datetime.now(UTC), step=step,
         command=" ".join(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]).splitlines()),
         code=code, machine=machine,

@@ -2,6 +2,7 @@
 import hashlib
 import json
 import pickle
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ META_TYPES = {"name": str, "tokenizer": dict, "vocab_size": int, "dtype": str, "
               "fingerprint": str}
 SPLITS = ("train", "val")
 FIRST = 1 << 19  # tokens of a .bin file without meta.json that identify it
+BLOCK = 1 << 17  # bytes of a .bin file with a CRC32 of their own; Linux reads that many ahead
+# two descriptions with the same values here are of the same tokens
+IDENTITY = ("fingerprint", "tokenizer", "vocab_size", "dtype", "tokens")
 
 
 class BadData(UserError):
@@ -39,6 +43,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
             raise ValueError(f"{', '.join(wrong) or 'dtype'} missing or wrong")
         for split in SPLITS:
             sum((meta["tokens"][split], *split_files(meta, split).values()))
+        "".join(meta.get("crc32", {}).values())
         return meta
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise BadData(f"{path}: corrupt or unfinished ({e!r}). Try: prepare.py again") from None
@@ -47,6 +52,45 @@ def read_meta(folder: Path) -> dict[str, Any]:
 def split_files(meta: dict[str, Any], split: str) -> dict[str, int]:
     """Return the .bin files of a split, in order, with the number of tokens in each."""
     return meta["files"][split] if "files" in meta else {f"{split}.bin": meta["tokens"][split]}
+
+
+def compute_crc32(path: Path) -> str:
+    """Return the CRC32 of each BLOCK bytes of a file, in 8 hexadecimal digits. Raises OSError."""
+    with open(path, "rb") as file:
+        return "".join(f"{zlib.crc32(block):08x}" for block in iter(lambda: file.read(BLOCK), b""))
+
+
+def compute_fingerprint(folder: Path, meta: dict[str, Any]) -> str:
+    """Return the sha256 of the tokenizer's description, the token counts (as JSON with sorted keys)
+    and the bytes of train and val. Raises OSError."""
+    totals = [meta["tokens"][split] for split in SPLITS]
+    digest = hashlib.sha256(json.dumps([meta["tokenizer"], totals], sort_keys=True).encode())
+    for split in SPLITS:
+        for name in split_files(meta, split):
+            with open(folder / name, "rb") as file:
+                hashlib.file_digest(file, lambda: digest)
+    return digest.hexdigest()
+
+
+def read_crc32(folder: Path, meta: dict[str, Any], saved: dict[str, Any]) -> dict[str, str]:
+    """Return the CRC32s of each .bin file, see `compute_crc32`: those of meta.json, or of the
+    description `saved` in a checkpoint.
+
+    Neither has any at the first start on a dataset of nanoGPT, or of a prepare.py before it wrote
+    them. Then all files are read once. Raises BadData if they are not those that prepare.py wrote.
+    """
+    files = [name for split in SPLITS for name in split_files(meta, split)]
+    for known in (meta, saved):
+        if set(files) == known.get("crc32", {}).keys():
+            return known["crc32"]
+    gigabytes = sum((folder / name).stat().st_size for name in files) / 1e9
+    if gigabytes > 1:
+        warn(f"{folder}: no checksums yet; reading its {gigabytes:.1f} GB once to compute them")
+    # nanoGPT's have no source, and no fingerprint of all their bytes
+    if "source" in meta and compute_fingerprint(folder, meta) != meta["fingerprint"]:
+        raise BadData(f"{folder}: changed since it was prepared: its fingerprint differs. "
+                      "Try: prepare.py again")
+    return {name: compute_crc32(folder / name) for name in files}
 
 
 def describe_nanogpt_data(folder: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ A split is cut into windows of block_size tokens, each with the next token as th
 epoch visits every window once, in a permutation computed by arithmetic, and cuts at another offset.
 """
 import os
+import zlib
 from bisect import bisect_right
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from keepgpt.dataset import BadData, split_files
+from keepgpt.dataset import BLOCK, BadData, split_files
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -61,10 +62,14 @@ class Split:
     def __init__(self, folder: Path, split: str, meta: dict[str, Any], block_size: int, seed: int,
                  shift: bool) -> None:
         """Open the files of `split` that `meta` names. With `shift`, each epoch cuts at another
-        offset. Raises BadData for a missing or truncated file, and for too few tokens."""
+        offset. With `crc32` in `meta`, each block is compared with its own when it is first read.
+        Raises BadData for a missing or truncated file, and for too few tokens."""
         self.dtype, self.vocab_size = np.dtype(meta["dtype"]), meta["vocab_size"]
         self.block_size, self.key = block_size, np.uint64(seed_of(seed))
         self.files, self.ends = [], [0]  # file i holds tokens ends[i] ... ends[i + 1] - 1
+        self.crc32 = [meta["crc32"].get(name, "") for name in split_files(meta, split)
+                      ] if "crc32" in meta else []
+        self.intact = []  # for each file: one byte for each block, 1 after it was compared
         for name, expected in split_files(meta, split).items():
             path = folder / name
             try:
@@ -76,6 +81,7 @@ class Split:
                 raise BadData(f"{path}: expected {expected:,} tokens as in meta.json, got "
                               f"{found:,}. Try: prepare.py again")
             self.ends.append(self.ends[-1] + found)
+            self.intact.append(bytearray(found * self.dtype.itemsize // BLOCK + 1))
         tokens = self.ends[-1]
         if tokens <= block_size:
             raise BadData(f"{folder}: expected at least {block_size + 1:,} {split} tokens for "
@@ -86,7 +92,7 @@ class Split:
 
     def read(self, start: int, count: int) -> bytes:
         """Return tokens start ... start + count - 1 of the sequence. Raises BadData for a file that
-        was truncated since, and for an id outside the vocabulary."""
+        was truncated or changed, and for an id outside the vocabulary."""
         size, parts = self.dtype.itemsize, []
         i = bisect_right(self.ends, start) - 1
         while count:
@@ -98,12 +104,29 @@ class Split:
                 raise
             if len(part) < n * size:
                 raise BadData(f"{self.files[i].name}: truncated. Try: prepare.py again")
+            if self.crc32:
+                self.check_blocks(i, place * size, (place + n) * size)
             if (largest := np.frombuffer(part, self.dtype).max(initial=0)) >= self.vocab_size:
                 raise BadData(f"{self.files[i].name}: expected token ids below {self.vocab_size}, "
                               f"got {largest}: the file is corrupt. Try: prepare.py again")
             parts.append(part)
             start, count, i = start + n, count - n, i + 1
         return b"".join(parts)
+
+    def check_blocks(self, i: int, start: int, end: int) -> None:
+        """Compare the blocks of file i that hold the bytes start ... end - 1 with their CRC32s, if
+        that was not done before. Raises BadData."""
+        for block in range(start // BLOCK, (end - 1) // BLOCK + 1):
+            if self.intact[i][block]:
+                continue
+            content = os.pread(self.files[i].fileno(), BLOCK, block * BLOCK)
+            if f"{zlib.crc32(content):08x}" != self.crc32[i][8 * block:8 * block + 8]:
+                first = block * BLOCK
+                raise BadData(f"{self.files[i].name}: block {block:,}, bytes {first:,} to "
+                              f"{first + len(content) - 1:,}, has changed since the dataset was "
+                              "prepared or the run was started. Try: prepare.py again, or copy "
+                              "the file again")
+            self.intact[i][block] = 1
 
     def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Return windows first ... first + count - 1 of the endless sequence of epochs: inputs and

