@@ -66,7 +66,7 @@ def test_a_corrupted_write_is_never_committed(bundle, tmp_path):
 
 
 def test_a_checkpoint_that_cannot_be_removed_is_no_failure(bundle, tmp_path, capsys):
-    saver = Saver(tmp_path, 2, 9.0, lambda: None, torch.device("cpu"), Faulty("remove", refuse))
+    saver = Saver(tmp_path, 2, None, lambda: None, torch.device("cpu"), Faulty("remove", refuse))
     for step in (1, 2, 3):
         saver.save(bundle | {"step": step, "best_val_loss": 9.0 - step}, best=True)
         assert saver.wait() and saver.best_val_loss == 9.0 - step
@@ -75,12 +75,13 @@ def test_a_checkpoint_that_cannot_be_removed_is_no_failure(bundle, tmp_path, cap
 
 
 def test_a_failed_save_restores_best_val_loss(bundle, tmp_path):
-    saver = Saver(tmp_path, 2, 9.0, lambda: None, torch.device("cpu"), Faulty("fsync", refuse))
-    saver.save(bundle | {"best_val_loss": 5.0}, best=True)
-    saver.wait()
+    saver = Saver(tmp_path, 2, bundle | {"best_val_loss": 9.0}, lambda: None, torch.device("cpu"),
+                  Faulty("fsync", refuse))
+    saver.save(bundle | {"step": 7, "best_val_loss": 5.0}, best=True)
+    assert not saver.wait()
     assert saver.best_val_loss == 9.0
     saver.disk = Faulty("fsync_folder", refuse)  # best.pt is there by then
-    saver.save(bundle | {"best_val_loss": 5.0}, best=True)
+    saver.save(bundle | {"step": 7, "best_val_loss": 5.0}, best=True)
     assert not saver.wait() and saver.best_val_loss == 5.0
 
 
@@ -140,7 +141,7 @@ def test_no_operation_of_a_save_touches_another_folder(bundle, tmp_path):
             commit(bundle | {"step": step}, folder, 2, True, Disk(lock))
         (folder / "stray.pt.tmp").touch()
         disk = MovingDisk(lock, bundle, n)
-        saver = Saver(folder, 2, 9.0, lambda: None, torch.device("cpu"), disk)
+        saver = Saver(folder, 2, None, lambda: None, torch.device("cpu"), disk)
         saver.save(bundle | {"step": 3}, best=True)
         saved = saver.wait()
         if not disk.found:
@@ -228,7 +229,7 @@ def test_a_user_without_privileges_can_save(bundle):
             os.nice(15)
             os.setgid(65534)
             os.setuid(65534)
-            saver = Saver(Path(name), 2, 9.0, lambda: None, torch.device("cpu"))
+            saver = Saver(Path(name), 2, None, lambda: None, torch.device("cpu"))
             saver.save(bundle, best=True)
             os._exit(0 if saver.wait() else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
@@ -238,7 +239,7 @@ def test_a_user_without_privileges_can_save(bundle):
 def test_an_evaluation_waits_for_a_best_save(bundle, tmp_path):
     cpu = torch.device("cpu")
     slow = Faulty("fsync", lambda *_: time.sleep(0.5))
-    saver = Saver(tmp_path, 2, 9.0, lambda: None, cpu, slow)
+    saver = Saver(tmp_path, 2, None, lambda: None, cpu, slow)
     saver.save(bundle | {"step": 1, "best_val_loss": 5.0}, best=True)
     run = SimpleNamespace(step=2, ranks=Ranks(0, 1, cpu))
     assert not record_evaluation(run, saver, {"val_loss": 6.0})
@@ -288,7 +289,7 @@ STATES = {"int": 3, "float": 0.5, "None": None, "bool": True, "text": "x",
 @pytest.mark.parametrize("kind", STATES)
 def test_an_optimizer_may_keep_any_plain_state(bundle, tmp_path, capsys, kind):
     changed = bundle | {"optimizer": bundle["optimizer"] | {"state": {0: {"x": STATES[kind]}}}}
-    saver = Saver(tmp_path, 2, 9.0, lambda: None, torch.device("cpu"))
+    saver = Saver(tmp_path, 2, None, lambda: None, torch.device("cpu"))
     saver.save(changed, best=False)
     assert saver.wait(), capsys.readouterr().err
     saved = read_bundle(tmp_path / "ckpt.pt")
@@ -300,14 +301,14 @@ def test_an_optimizer_may_keep_any_plain_state(bundle, tmp_path, capsys, kind):
                                    torch.tensor(math.nan).to(torch.float8_e4m3fn)])
 def test_a_state_that_is_not_finite_is_never_saved(bundle, tmp_path, capsys, state):
     changed = bundle | {"optimizer": bundle["optimizer"] | {"state": {0: {"x": state}}}}
-    saver = Saver(tmp_path, 2, 9.0, lambda: None, torch.device("cpu"))
+    saver = Saver(tmp_path, 2, None, lambda: None, torch.device("cpu"))
     saver.save(changed, best=False)
     assert not saver.wait() and "optimizer/0/x" in capsys.readouterr().err
     assert not path_of(tmp_path, bundle["step"]).exists()
 
 
 def test_a_state_may_change_its_shape_between_saves(bundle, tmp_path):
-    saver = Saver(tmp_path, 2, 9.0, lambda: None, torch.device("cpu"))
+    saver = Saver(tmp_path, 2, None, lambda: None, torch.device("cpu"))
     for step, tensor in enumerate((torch.ones(3), torch.ones(1), torch.ones(5)), 1):
         state = {"state": {0: {"x": tensor}}}
         saver.save(bundle | {"step": step, "optimizer": bundle["optimizer"] | state}, best=False)

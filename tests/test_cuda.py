@@ -57,7 +57,7 @@ def on(run, device):
 
 
 def no_saver():
-    return Saver(None, 2, 0.0, lambda: None, CPU)
+    return Saver(None, 2, None, lambda: None, CPU)
 
 
 # compiled graphs
@@ -223,7 +223,7 @@ class Recorder(torch.Tensor):
 def test_only_copies_from_cuda_are_not_waited_for(tmp_path, cuda, monkeypatch):
     monkeypatch.setattr(Recorder, "cuda", cuda)
     monkeypatch.setattr(Recorder, "copies", [])
-    saver = Saver(tmp_path, 2, 0.0, lambda: None, CPU)
+    saver = Saver(tmp_path, 2, None, lambda: None, CPU)
     saver.copies = {"/w": torch.empty(3)}
     saver._copy("/w", torch.ones(3).as_subclass(Recorder))
     assert Recorder.copies == [cuda]
@@ -289,7 +289,7 @@ def test_a_snapshot_is_ordered_between_two_updates_and_before_its_write(tiny_run
     run = tiny_run()
     update(run, no_saver(), compute_gradient(run))
     cuda = Streams(monkeypatch)
-    saver = Saver(tmp_path, 2, 0.0, lambda: None, CUDA, WatchedDisk(cuda.log))
+    saver = Saver(tmp_path, 2, None, lambda: None, CUDA, WatchedDisk(cuda.log))
     bundle = run.bundle(9.0)
     saver.save(bundle, best=False)
     saver.wait_for_copy()
@@ -306,7 +306,7 @@ def test_a_snapshot_is_ordered_between_two_updates_and_before_its_write(tiny_run
 def test_a_checkpoint_stores_no_more_than_its_tensors(tiny_run, tmp_path):
     run = tiny_run()
     update(run, no_saver(), compute_gradient(run))
-    saver = Saver(tmp_path, 2, 0.0, lambda: None, CPU)
+    saver = Saver(tmp_path, 2, None, lambda: None, CPU)
     saver.save(run.bundle(9.0), best=False)
     assert saver.wait()
     saved = read_bundle(tmp_path / "ckpt.pt")
@@ -382,7 +382,7 @@ def test_generation_on_cuda_mixes_no_devices(fake):
 
 def test_a_snapshot_of_cuda_tensors_is_on_the_host(fake, tmp_path, monkeypatch):
     Streams(monkeypatch)
-    saver, live = Saver(tmp_path, 2, 0.0, lambda: None, CUDA), fake.state_dict()
+    saver, live = Saver(tmp_path, 2, None, lambda: None, CUDA), fake.state_dict()
     saver.copies = {f"/{name}": torch.empty_like(p, device="cpu") for name, p in live.items()}
     bundle = map_tensors(saver._copy, live)
     assert bundle.keys() == live.keys()

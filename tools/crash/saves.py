@@ -1,7 +1,6 @@
 """The parts with single saves: nth and rot. The old or the new checkpoint must be left."""
 import errno
 import io
-import math
 import os
 import random
 import zipfile
@@ -88,7 +87,7 @@ class FaultyDisk(Disk):
 def save(folder: Path, bundle: Bundle, best: bool, disk: Disk) -> bool:
     """Save as a run does. Return True if the saver says that it succeeded."""
     # the saver of a real run, with its thread and its messages
-    saver = Saver(folder, KEEP, math.inf, lambda: None, torch.device("cpu"), disk)
+    saver = Saver(folder, KEEP, None, lambda: None, torch.device("cpu"), disk)
     saver.save(bundle, best)
     return saver.wait()
 
