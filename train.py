@@ -109,8 +109,9 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks
 
     # settings and data
     config, changes, notes, data = ranks.on_each(lambda: read_inputs(config, given, bundle))
-    # only the name of a dataset may differ between hosts
-    ranks.check_equal({"data": data | {"name": ""}, **shared_settings(config)}, SAME_START)
+    # the name of a dataset and the paths of its text may differ between hosts
+    ranks.check_equal({"data": data | {"name": "", "source": ""}, **shared_settings(config)},
+                      SAME_START)
     folder = dataset_folder(config.data_dir, config.dataset)
     loader, splits = ranks.on_each(lambda: open_data(folder, config, data, ranks))
 
@@ -225,7 +226,7 @@ def build_run(config: TrainConfig, ranks: Ranks, data: dict[str, Any], loader: L
                       "--dtype=float32 --compile=False for all ranks")
     difference = ranks.compare({"weights": model.state_dict()})
     if difference and config.init_from not in ("scratch", "auto", "resume"):
-        raise UserError(f"init_from={config.init_from}: {difference}. Try: the same file for all")
+        raise UserError(f"init_from: {difference}. Try: the same file for all ranks")
     if difference:  # another kind of processor draws other random numbers
         model.load_state_dict(ranks.from_first(model.state_dict()))
     train_model = compiled_model
