@@ -117,8 +117,9 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks, lock: Folder
 
     # settings and data
     config, changes, notes, data = ranks.on_each(lambda: read_inputs(config, given, bundle))
-    # only the name of a dataset may differ between hosts
-    ranks.check_equal({"data": data | {"name": ""}, **shared_settings(config)}, SAME_START)
+    # the name of a dataset and the paths of its text may differ between hosts
+    ranks.check_equal({"data": data | {"name": "", "source": ""}, **shared_settings(config)},
+                      SAME_START)
     folder = dataset_folder(config.data_dir, config.dataset)
     saved = bundle["data"] if bundle else {}
     data["crc32"] = ranks.on_first(lambda: read_crc32(folder, data, saved))
@@ -234,7 +235,7 @@ def build_run(config: TrainConfig, ranks: Ranks, data: dict[str, Any], loader: L
                       "--dtype=float32 --compile=False for all ranks")
     difference = ranks.compare({"weights": model.state_dict()})
     if difference and config.init_from not in ("scratch", "auto", "resume"):
-        raise UserError(f"init_from={config.init_from}: {difference}. Try: the same file for all")
+        raise UserError(f"init_from: {difference}. Try: the same file for all ranks")
     if difference:  # another kind of processor draws other random numbers
         model.load_state_dict(ranks.from_first(model.state_dict()))
     train_model = compiled_model

@@ -393,13 +393,35 @@ def test_a_snapshot_of_cuda_tensors_is_on_the_host(fake, tmp_path, monkeypatch):
 # sampling and peaks
 
 
-def test_generation_leaves_out_cudnn_s_attention_and_training_does_not(monkeypatch):
-    enabled, forward = [], GPT.forward
-    monkeypatch.setattr(GPT, "forward", lambda *args, **how: (
-        enabled.append(torch.backends.cuda.cudnn_sdp_enabled()), forward(*args, **how))[1])
-    for _ in generate(GPT(ARGS).eval(), [[1, 2]], 3):
-        assert torch.backends.cuda.cudnn_sdp_enabled()
-    assert enabled == [False] * 3
+@pytest.mark.parametrize("name", ["auto", "cpu"])
+def test_cudnn_s_attention_is_off_once_a_device_is_picked(name):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    runtime.pick_device(name)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_generation_leaves_the_choice_of_attention_alone():
+    for enabled in (True, False):
+        torch.backends.cuda.enable_cudnn_sdp(enabled)
+        for _ in generate(GPT(ARGS).eval(), [[1, 2]], 3):
+            assert torch.backends.cuda.cudnn_sdp_enabled() == enabled
+
+
+@pytest.mark.parametrize("processor, onednn, aten, limit, fast", [
+    (True, True, "AVX512", "", True), (True, True, "AVX512", "AVX512_CORE_AMX", True),
+    (False, True, "AVX512", "", False), (True, False, "AVX512", "AVX2", False),
+    (True, True, "AVX2", "", False), (True, True, "DEFAULT", "", False),
+    (True, True, "AVX512", "avx512_core", False), (True, True, "AVX512", "AVX512_CORE_VNNI", False)])
+def test_auto_takes_bfloat16_only_where_pytorch_uses_it(monkeypatch, processor, onednn, aten,
+                                                        limit, fast):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: processor)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: processor)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: aten)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    expected = torch.bfloat16 if fast else torch.float32
+    assert runtime.pick_dtype("auto", CPU) == expected
+    assert runtime.pick_dtype("bfloat16", CPU) == torch.bfloat16  # as asked for
 
 
 @pytest.mark.parametrize("name, tflops", [

@@ -7,6 +7,8 @@ import pytest
 import torch
 from conftest import bits, complaint, rows, run
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from keepgpt import checkpoint
 from keepgpt.config import TrainConfig
@@ -15,6 +17,7 @@ from keepgpt.optim import (
     AdamW,
     Muon,
     get_lr,
+    interpolate,
     make_optimizer,
     orthogonalize,
     set_rates,
@@ -346,3 +349,49 @@ def test_muon_stops_before_a_loss_that_is_not_finite(train, tmp_path):
 
 def test_muon_refuses_a_learning_rate_of_0(train):
     assert "learning_rate" in complaint(train(learning_rate=0.0, code=None, **MUON))
+
+
+# devices
+
+
+def test_muon_uses_no_lerp_on_mps():
+    class Recorder(TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            assert function not in (torch.lerp, torch.Tensor.lerp, torch.Tensor.lerp_)
+            return function(*args, **(kwargs or {}))
+
+    with FakeTensorMode(), Recorder():
+        p = nn.Parameter(torch.empty(4, 6, device="mps"), requires_grad=False)
+        p.grad = torch.empty_like(p)
+        optimizer = muon_alone([p], lr=0.1, weight_decay=0.0)
+        optimizer.update_matrices(optimizer.param_groups[0])
+
+
+def test_both_forms_of_the_mean_are_equal_to_rounding():
+    a, b = torch.randn(2, 5), torch.randn(2, 5)
+    expected = a.lerp(b, 0.3)
+    assert torch.equal(interpolate(a, b, 0.3), expected)
+
+    class Mps(torch.Tensor):
+        device = torch.device("mps")
+
+    assert torch.allclose(interpolate(a.as_subclass(Mps), b, 0.3), expected)
+    out = a.clone().as_subclass(Mps)
+    assert interpolate(out, b, 0.3, out=out) is out and torch.allclose(out, expected)
+
+
+# the path of float32
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
+def test_a_limited_processor_trains_in_float32(train, tmp_path, architecture):
+    """`auto` is float32 then, on any machine."""
+    env = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    flags = MUON | {"architecture": architecture, "env": env, "fresh": True}
+    assert "cpu, float32" in train(out="whole", max_iters=20, **flags).stdout
+    train(out="parts", max_iters=10, **flags)
+    train(out="parts", max_iters=20, init_from="resume", **flags)
+    assert bits(tmp_path / "whole/ckpt.pt") == bits(tmp_path / "parts/ckpt.pt")
+    bundle = torch.load(tmp_path / "whole/ckpt.pt", weights_only=True)
+    assert bundle["dtype"] == "float32"
