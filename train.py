@@ -37,7 +37,7 @@ from keepgpt.pretrained import crop_weights, read_weights
 from keepgpt.ranks import Ranks, join_ranks
 from keepgpt.signals import Signals
 from keepgpt.tokenizer import check_tokenizer, from_meta
-from model import GPT, ModelArgs, generate, load_model
+from model import GPT, ModelArgs, build_model, generate, load_model
 
 
 @dataclass
@@ -104,7 +104,7 @@ def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks
     if bundle:
         model = load_model(bundle["model_args"] | {"dropout": config.dropout}, bundle["model"])
     elif (source := config.init_from.removeprefix("auto:")) in ("scratch", "auto"):
-        model = GPT(ModelArgs(vocab_size=data["vocab_size"], dropout=config.dropout,
+        model = build_model(ModelArgs(vocab_size=data["vocab_size"], dropout=config.dropout,
                               **{key: getattr(config, key) for key in ARCHITECTURE}))
     else:
         model = load_pretrained(source, config, given, data)

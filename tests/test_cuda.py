@@ -21,7 +21,7 @@ from keepgpt.kernels import LinearCrossEntropy
 from keepgpt.loader import Loader, Split
 from keepgpt.optim import AdamW
 from keepgpt.ranks import Ranks, map_tensors
-from model import GPT, KVCache, ModelArgs, generate
+from model import GPT, KVCache, ModelArgs, build_model, generate
 from train import build_run, compute_gradient, evaluate, halt_unless_healthy, update
 
 ARGS = ModelArgs(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=61, bias=True,
@@ -45,7 +45,7 @@ def tiny_run(tmp_path):
                           for shift in (True, False))
         loader = Loader(shifted, config.batch_size, 1, range(1), CPU)
         return build_run(config, Ranks(0, 1, CPU), {}, loader, {"train": fixed, "val": fixed},
-                         GPT(ARGS))
+                         build_model(ARGS))
 
     return make
 
@@ -349,7 +349,7 @@ def fake():
     math_alone = sdpa_kernel(SDPBackend.MATH)
     with FakeTensorMode(), SliceByOperators(), torch.inference_mode(), math_alone:
         with torch.device("meta"):
-            model = GPT(replace(ARGS, n_head=1, n_embd=64, block_size=32))
+            model = build_model(replace(ARGS, n_head=1, n_embd=64, block_size=32))
         for module in model.modules():
             for name, p in module._parameters.items():
                 module._parameters[name] = torch.nn.Parameter(
@@ -397,7 +397,7 @@ def test_generation_leaves_out_cudnn_s_attention_and_training_does_not(monkeypat
     enabled, forward = [], GPT.forward
     monkeypatch.setattr(GPT, "forward", lambda *args, **how: (
         enabled.append(torch.backends.cuda.cudnn_sdp_enabled()), forward(*args, **how))[1])
-    for _ in generate(GPT(ARGS).eval(), [[1, 2]], 3):
+    for _ in generate(build_model(ARGS).eval(), [[1, 2]], 3):
         assert torch.backends.cuda.cudnn_sdp_enabled()
     assert enabled == [False] * 3
 

@@ -21,7 +21,7 @@ from keepgpt.config import TrainConfig
 from keepgpt.device import peak_flops, pick_device
 from keepgpt.errors import UserError
 from keepgpt.files import write_atomically
-from model import GPT
+from model import build_model
 from tools import runs
 from tools.bench import sides
 from tools.common import REPO
@@ -77,7 +77,7 @@ def measure_step(name: str, rounds: int, device: str, folder: Path) -> Row:
     row["tokens/s"] = settings.tokens_per_step / step
     if peak := peak_flops(pick_device(device)):
         with torch.device("meta"):
-            row["MFU"] = GPT(model_args).flops_per_token() * row["tokens/s"] / peak
+            row["MFU"] = build_model(model_args).flops_per_token() * row["tokens/s"] / peak
     return row
 
 

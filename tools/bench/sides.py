@@ -15,7 +15,7 @@ from keepgpt.config import ARCHITECTURE, TrainConfig
 from keepgpt.device import pick_device, pick_dtype
 from keepgpt.optim import make_optimizer
 from keepgpt.signals import prepare_process
-from model import GPT, ModelArgs, generate
+from model import ModelArgs, build_model, generate
 from sample import prepare_model
 from tools.export import to_config
 from tools.measure import seconds
@@ -65,7 +65,7 @@ def time_steps(step: Callable[[], Any], device: torch.device) -> float:
 def time_optimizer(name: str, device: str) -> float:
     """Time the updates of train.py's optimizer."""
     where, (config, args) = pick_device(device), make_settings(name)
-    network = GPT(args).to(where)
+    network = build_model(args).to(where)
     optimizer = make_optimizer(network, config, pick_dtype("auto", where))
     grads = [torch.randn_like(p) for p in network.parameters()]
 
@@ -116,7 +116,7 @@ def train_plain(name: str, device: str) -> float:
     where, args = pick_device(device), make_settings(name)[1]
     if where.type == "cuda":  # nanoGPT has 50,304 rows for GPT-2's 50,257 tokens
         args = replace(args, vocab_size=-(-args.vocab_size // 64) * 64)
-    network = GPT(args).to(where)
+    network = build_model(args).to(where)
 
     def loss_of(x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(network(x).flatten(0, 1), y.flatten())
@@ -144,7 +144,7 @@ def train_transformers(name: str, device: str) -> float:
 def sample_ours(name: str, device: str, compile: bool = False) -> float:
     """Time the tokens of one sequence by sample.py."""
     prepare_process()
-    where, network = pick_device(device), GPT(make_settings(name)[1]).eval()
+    where, network = pick_device(device), build_model(make_settings(name)[1]).eval()
     prepare_model(network, where, compile=compile)
     return time_steps(lambda: list(generate(
         network, [[0]], TOKENS, temperature=0.8, top_k=50, compile=compile)), where) / TOKENS
