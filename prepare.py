@@ -249,7 +249,8 @@ def write_dataset(lock: FolderLock, meta: dict[str, Any], shards: list[Shard]) -
             loss.warn(meta["name"])
             if min(totals) < 2:
                 raise UserError(f"{meta['name']}: too short, with {totals[0]} train and "
-                                f"{totals[1]} val tokens. Try: more text, or another --val_fraction")
+                                f"{totals[1]} val tokens. Try: more text, or another "
+                                "--val_fraction")
         crc32 = {name: compute_crc32(folder / f"{name}.tmp") for name in names}
         write_meta()
         for split, name in zip(SPLITS, names):

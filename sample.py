@@ -29,7 +29,6 @@ class SampleConfig:
     device: str = setting("auto", "auto | cpu | cuda | cuda:1 | mps")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto",
         "dtype of the weights; auto = the fastest")
-    compile: bool = setting(False, "compile the step of one token; pays off for long texts")
 
 
 if __name__ == "__main__":  # before torch is imported
@@ -48,7 +47,7 @@ import torch
 from keepgpt import tokenizer
 from keepgpt.checkpoint import has_run, mention_renamed, read_newest
 from keepgpt.dataset import dataset_folder, read_meta
-from keepgpt.device import can_compile, pick_device, pick_dtype
+from keepgpt.device import pick_device, pick_dtype
 from keepgpt.kernels import pack_linear_layers
 from keepgpt.pretrained import crop_weights, read_weights
 from keepgpt.signals import raise_interrupts
@@ -96,8 +95,7 @@ def find_meta(config: SampleConfig, origin: str, vocab_size: int, data: dict[str
     return meta
 
 
-def prepare_model(model: GPT, device: torch.device, dtype_name: str = "auto",
-                  compile: bool = False) -> None:
+def prepare_model(model: GPT, device: torch.device, dtype_name: str = "auto") -> None:
     """Move the model to the device in the given or the fastest dtype, and pack its linear layers
     if that makes it faster."""
     fastest, dtype = pick_dtype("auto", device), pick_dtype(dtype_name, device)
@@ -105,7 +103,7 @@ def prepare_model(model: GPT, device: torch.device, dtype_name: str = "auto",
     if dtype_name == "auto" and device.type == "cpu" and size < SMALL:
         dtype = torch.float32
     model.to(device, dtype)
-    if device.type == "cpu" and dtype == fastest == torch.bfloat16 and not compile:
+    if device.type == "cpu" and dtype == fastest == torch.bfloat16:
         pack_linear_layers(model)
 
 
@@ -126,8 +124,7 @@ def main(config: SampleConfig) -> None:
     Raises UserError."""
     device = pick_device(config.device)
     model, vocabulary, origin = load(config)
-    compile = config.compile and can_compile(device)
-    prepare_model(model, device, config.dtype, compile)
+    prepare_model(model, device, config.dtype)
     prompt = read_prompt(config.start, vocabulary)
     if config.stop_at_eot and vocabulary.eot is None:
         raise UserError("--stop_at_eot=True: this vocabulary has no end-of-text token")
@@ -140,7 +137,7 @@ def main(config: SampleConfig) -> None:
     print(texts[0], end="", flush=True)
     for tokens in generate(model, [prompt] * config.num_samples, config.max_new_tokens,
                            config.temperature, config.top_k, config.top_p,
-                           vocabulary.eot if config.stop_at_eot else None, config.seed, compile):
+                           vocabulary.eot if config.stop_at_eot else None, config.seed):
         new = [decode(token) if token is not None else ""
                for decode, token in zip(decoders, tokens)]
         texts = [text + more for text, more in zip(texts, new)]

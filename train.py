@@ -2,18 +2,21 @@
 every key.
 
 Kill it at any time: with --init_from=auto the same command resumes from the newest checkpoint in
-out_dir.
+out_dir. Read `train` first, then `set_up`.
 """
 from keepgpt.config import TrainConfig, command_line
 
 if __name__ == "__main__":  # before torch is loaded: --help and mistakes answer at once
-    CONFIG, GIVEN, _ = command_line(TrainConfig, "python train.py [config/x.py] [--key=value ...]")
+    CONFIG, OVERRIDES, _ = command_line(
+        TrainConfig, "python train.py [config/x.py] [--key=value ...]"
+    )
 
 import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +24,23 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from keepgpt import checkpoint
+from keepgpt import checkpoint, elastic
 from keepgpt.card import write_card
 from keepgpt.config import ARCHITECTURE, check_settings, resume_config
-from keepgpt.dataset import IDENTITY, dataset_folder, read_crc32, read_meta
-from keepgpt.device import can_compile, device_name, peak_flops, pick_dtype, restore_rng, rng_state
+from keepgpt.dataset import check_identity, dataset_folder, read_crc32, read_meta
+from keepgpt.device import (
+    device_name,
+    peak_flops,
+    pick_dtype,
+    restore_rng,
+    rng_state,
+    seed_generator,
+    should_compile,
+)
 from keepgpt.errors import (
     EXIT_FAILED,
-    EXIT_NOT_FINITE,
     EXIT_STOPPED,
+    NotFinite,
     UserError,
     end_process,
     in_notebook,
@@ -39,208 +50,163 @@ from keepgpt.errors import (
 from keepgpt.files import FolderLock
 from keepgpt.loader import Loader, Split, seed_of
 from keepgpt.metrics import Metrics
-from keepgpt.optim import get_lr, make_optimizer, set_rates
+from keepgpt.optim import get_lr_factor, make_optimizer, set_rates
 from keepgpt.pretrained import crop_weights, read_weights
 from keepgpt.ranks import SAME_START, Ranks, join_ranks, shared_settings
 from keepgpt.signals import Signals
 from keepgpt.tokenizer import check_tokenizer, from_meta
-from model import GPT, ModelArgs, generate, load_model
+from model import GPT, ModelArgs, build_model, generate, load_model
 
 
 @dataclass
-class Run:
-    """A run in this process: its settings, its data, its model and its progress."""
-    config: TrainConfig
+class State:
+    """What training changes, and a checkpoint therefore stores."""
     ranks: Ranks
-    data: dict[str, Any]  # the dataset's description, see dataset.read_meta
-    loader: Loader
-    splits: dict[str, Split]
     model: GPT
-    compiled_model: Any  # the model itself where it is not compiled
-    train_model: Any  # that one in DDP, if there are several ranks
-    dtype: torch.dtype  # of the matrix products
-    autocast: Any
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     step: int = 0  # updates done
     evaluation: dict[str, Any] = field(default_factory=dict)  # the last one: step and losses
     wandb_run_id: str | None = None
-    healthy: Tensor | int = 1  # 0 after the first non-finite number
-    applied: Tensor | int = 0  # updates made; stays behind `step` once not healthy
 
-    def bundle(self, best_val_loss: float) -> dict[str, Any]:
-        """Return the content of a checkpoint, with the live tensors. Every rank must call it.
-        Raises UserError if the ranks hold different weights."""
-        self.check_ranks()
-        return {"format": checkpoint.FORMAT, "step": self.step,
-                "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "rng": self.ranks.gather(rng_state(self.ranks.device)),
-                **self.describe_machine(),
-                "config": asdict(self.config), "model_args": asdict(self.model.args),
-                "data": self.data, "evaluation": self.evaluation,
-                "best_val_loss": best_val_loss, "wandb_run_id": self.wandb_run_id}
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as a dict of plain values and live tensors. Every rank must call it."""
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "rng": self.ranks.gather(rng_state(self.ranks.device)),
+            "world_size": self.ranks.world_size,
+            "evaluation": self.evaluation,
+            "wandb_run_id": self.wandb_run_id,
+        }
 
-    def describe_machine(self) -> dict[str, Any]:
-        """Return what decides how this process rounds, besides the settings."""
-        return {"threads": torch.get_num_threads(), "torch": str(torch.__version__),
-                "dtype": str(self.dtype).removeprefix("torch."),
-                "compile": self.compiled_model is not self.model,
-                "device": device_name(self.ranks.device)}
-
-    def check_ranks(self) -> None:
-        """Raise UserError, on every rank, unless all hold the same weights and moments: each rank
-        computes the update itself, and another kind of machine may round it in another way."""
-        state = {"model": self.model.state_dict(),
-                 "optimizer": self.optimizer.state_dict()["state"]}
-        self.ranks.check_equal({f"after step {self.step}": state}, "the same kind of machine for "
-                               "all ranks, see docs/DISTRIBUTED.md; this step is not saved")
-
-    def restore(self, bundle: dict[str, Any]) -> None:
-        """Load a checkpoint's state, except the model's, which is loaded already. The optimizer
-        keeps this command's settings."""
+    def load_state_dict(self, bundle: dict[str, Any]) -> None:
+        """Load what `state_dict` returned, except the model's weights, which are loaded already.
+        The optimizer keeps this command's settings."""
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict(bundle["optimizer"] | {"param_groups": groups})
         if bundle["scaler"]:
             self.scaler.load_state_dict(bundle["scaler"])
         if self.ranks.rank < len(bundle["rng"]):
             restore_rng(bundle["rng"][self.ranks.rank], self.ranks.device)
-        self.step = self.applied = bundle["step"]
-        self.evaluation, self.wandb_run_id = bundle["evaluation"], bundle["wandb_run_id"]
+        self.step = bundle["step"]
+        self.evaluation = bundle["evaluation"]
+        self.wandb_run_id = bundle["wandb_run_id"]
+
+    @property
+    def progress(self) -> tuple[int, int | None]:
+        """Return the step and that of the last evaluation, see checkpoint.progress_of."""
+        return self.step, self.evaluation.get("step")
 
 
-def start(config: TrainConfig, given: dict[str, Any], ranks: Ranks, lock: FolderLock,
-          opened: ExitStack) -> tuple[Run, checkpoint.Saver, Metrics]:
-    """Start the run that a command asks for, or resume it. `lock` is that on out_dir, on rank 0;
-    `opened` gets what must be closed. Raises UserError."""
-    bundle = ranks.on_first(lambda: find_checkpoint(config, given, lock))
+@dataclass
+class Run:
+    """A run in this process: its settings, its data, its model and its state."""
+    config: TrainConfig
+    ranks: Ranks
+    lock: FolderLock  # on out_dir, held by rank 0
+    data: dict[str, Any]  # the dataset's description, see dataset.read_meta
+    loader: Loader
+    splits: dict[str, Split]
+    compiled_model: Any  # the model itself where it is not compiled
+    train_model: Any  # that one in DDP, if there are several ranks
+    accumulate: Callable[[Callable[[int, int], None]], None]  # see compute_gradient
+    dtype: torch.dtype  # of the matrix products
+    autocast: Any
+    state: State
+    saver: checkpoint.Saver | None = None  # set_up makes it, and the log, last
+    metrics: Metrics | None = None
+    first_step: int = 0  # of this process
+    # on the device: whether all numbers were finite so far, and the updates made until then
+    is_finite: Tensor | bool = True
+    updates: Tensor | int = 0
 
-    # settings and data
-    config, changes, notes, data = ranks.on_each(lambda: read_inputs(config, given, bundle))
-    # the name of a dataset and the paths of its text may differ between hosts
-    ranks.check_equal({"data": data | {"name": "", "source": ""}, **shared_settings(config)},
-                      SAME_START)
+
+def set_up(config: TrainConfig, overrides: dict[str, Any], opened: ExitStack) -> Run:
+    """Start the run that a command asks for, or resume it. `overrides` are the settings that the
+    command gives; `opened` gets what must be closed. Raises UserError."""
+    # join the other ranks
+    opened.callback(torch.set_num_threads, torch.get_num_threads())
+    ranks = join_ranks(config)
+
+    # lock the folder and find the checkpoint to resume from, on rank 0, which sends it to all
+    lock = FolderLock(Path(config.out_dir))
+    opened.callback(lock.release)
+    bundle = ranks.on_first(lambda: find_checkpoint(config, overrides, lock))
+
+    # merge the checkpoint's settings with the command's
+    config, changes, notes = ranks.on_each(lambda: merge_settings(config, overrides, bundle))
+    elastic.check_elastic(config, ranks)
+
+    # open the data. Only its name and place may differ between hosts
     folder = dataset_folder(config.data_dir, config.dataset)
-    saved = bundle["data"] if bundle else {}
-    data["crc32"] = ranks.on_first(lambda: read_crc32(folder, data, saved))
+    data = ranks.on_each(lambda: read_meta(folder))
+    saved_data = bundle["data"] if bundle else {}
+    if bundle:
+        ranks.on_each(lambda: check_identity(folder, data, saved_data))
+    ranks.check_equal({"data": data | {"name": ""}, **shared_settings(config)}, SAME_START)
+    data["crc32"] = ranks.on_first(lambda: read_crc32(folder, data, saved_data))
     loader, splits = ranks.on_each(lambda: open_data(folder, config, data, ranks))
 
-    # model
-    model = ranks.on_each(lambda: build_model(config, given, data, bundle))
+    # build the model: with the checkpoint's weights, those that init_from names, or random ones
+    threads = bundle.get("threads") if bundle and config.elastic else None
+    ranks.agree_on_threads(threads)
+    torch.manual_seed(config.seed)
+    model = ranks.on_each(lambda: make_model(config, overrides, data, bundle))
     config = replace(config, **{key: getattr(model.args, key) for key in ARCHITECTURE})
-    # the number of threads decides the order of a sum, and each rank computes the update itself
-    if config.elastic or ranks.world_size > 1:
-        threads = ranks.from_first(torch.get_num_threads())
-        if bundle and (config.elastic or config.optimizer == "muon"):
-            threads = bundle.get("threads", threads)
-        torch.set_num_threads(threads)
-    run = build_run(config, ranks, data, loader, splits, model)
+    is_read = bundle or config.init_from not in ("scratch", "auto")
+    ranks.agree_on_weights(model, config.init_from if is_read else None)
 
-    # log
+    # compile it, wrap it in DDP, make the optimizer, and restore the state
+    run = build_run(config, ranks, lock, data, loader, splits, model)
     if bundle:
-        run.restore(bundle)
+        run.state.load_state_dict(bundle)
+        run.first_step = run.updates = run.state.step
+
+    # start the log and the saver, which write on rank 0 only
     out_dir = Path(config.out_dir) if ranks.rank == 0 and not config.eval_only else None
-    metrics = Metrics(out_dir, run.step, run.evaluation.get("step") == run.step,
-                      quiet=ranks.rank > 0, folder_lock=lock)
-    opened.push(metrics.end)
-    saver = checkpoint.Saver(out_dir, config.keep_checkpoints, bundle, metrics.sync, ranks.device,
-                             checkpoint.Disk(lock))
-    opened.callback(saver.wait)
+    is_evaluated = run.state.evaluation.get("step") == run.state.step
+    run.metrics = Metrics(
+        out_dir, run.state.step, is_evaluated, quiet=ranks.rank > 0, folder_lock=lock
+    )
+    opened.push(run.metrics.end)
+    run.saver = checkpoint.Saver(
+        out_dir, config.keep_checkpoints, bundle, run.metrics.sync, ranks.device,
+        checkpoint.Disk(lock),
+    )
+    opened.callback(run.saver.wait)
     if bundle:
-        lines = (changes | list_roundings(run, bundle)).values()
-        metrics.say(", ".join([f"resuming {config.out_dir} at step {run.step}", *lines]))
+        changes |= list_roundings(run, bundle)
+        line = [f"resuming {config.out_dir} at step {run.state.step}", *changes.values()]
+        run.metrics.say(", ".join(line))
     for note in notes:
         warn(note)
-    machine = (f"{ranks.world_size} x {device_name(ranks.device)}, "
-               + str(run.dtype).removeprefix("torch.")
-               + (", compiled" if run.compiled_model is not model else ""))
-    parameters = sum(p.numel() for p in model.parameters())
-    metrics.say(f"{parameters / 1e6:.2f}M parameters, {config.tokens_per_step:,} tokens/step, "
-                f"{data['tokens']['train']:,} of {data['name']}; {machine}")
-    if out_dir:
-        metrics.attempt(f"not writing {out_dir}/README.md",
-                        lambda: write_card(config, data, run.step, machine, lock))
-        if config.wandb_log:
-            run.wandb_run_id = metrics.start_wandb(asdict(config), run.wandb_run_id)
-    return run, saver, metrics
+    describe_run(run)
+    return run
 
 
-def read_inputs(config: TrainConfig, given: dict[str, Any], bundle: dict[str, Any] | None
-                ) -> tuple[TrainConfig, dict[str, str], list[str], dict[str, Any]]:
-    """Return the run's settings, a line for each that a resume changes, notes on them, and the
-    dataset's description, as this rank finds them. Raises UserError."""
-    changes = {}
-    if bundle:
-        config, changes = resume_config(config, given, bundle["config"])
-    config, notes = check_settings(config, changes if bundle else given, resumed=bool(bundle))
-    folder = dataset_folder(config.data_dir, config.dataset)
-    data = read_meta(folder)
-    if bundle and any(data[key] != bundle["data"][key] for key in IDENTITY):
-        raise UserError(f"{folder}: not the {bundle['data']['name']} that this run was trained on. "
-                        "Try: prepare the same text again")
-    return config, changes, notes, data
-
-
-def build_model(config: TrainConfig, given: dict[str, Any], data: dict[str, Any],
-                bundle: dict[str, Any] | None) -> GPT:
-    """Return the model on the CPU, with the weights of a checkpoint's `bundle`, those that
-    init_from names, or random ones. Raises UserError."""
-    torch.manual_seed(config.seed)
-    if bundle:
-        return load_model(bundle["model_args"] | {"dropout": config.dropout}, bundle["model"])
-    source = config.init_from.removeprefix("auto:")
-    if source not in ("scratch", "auto"):
-        return load_pretrained(source, config, given, data)
-    if config.eval_only:
-        warn("evaluating an untrained model. Try: --init_from=resume for the run in out_dir")
-    return GPT(ModelArgs(vocab_size=data["vocab_size"], dropout=config.dropout,
-                         **{key: getattr(config, key) for key in ARCHITECTURE}))
-
-
-def list_roundings(run: Run, bundle: dict[str, Any]) -> dict[str, str]:
-    """Return a line for each change since a checkpoint that may round sums in another way, under
-    the name of what changed."""
-    config, saved, cpu = run.config, bundle["config"], run.ranks.device.type == "cpu"
-    exact = config.elastic and saved.get("elastic") and (cpu or config.deterministic)
-    settings = ("batch_size", "elastic", "deterministic")
-    before = bundle | {key: saved.get(key) for key in settings} | {"ranks": len(bundle["rng"])}
-    now = run.describe_machine() | {key: getattr(config, key) for key in settings}
-    now["ranks"] = run.ranks.world_size
-    del now["deterministic" if cpu else "threads"]  # it changes nothing there
-    lines = {}
-    for key, value in now.items():
-        if before.get(key) in (None, value):
-            continue
-        lines[key] = f"{key} {before[key]} -> {value}"
-        if key != "ranks" or not exact:
-            lines[key] += ": the same losses up to rounding"
-        if config.dropout and key in ("batch_size", "compile", "device"):
-            lines[key] += " and other dropout masks"
-    return lines
-
-
-def build_run(config: TrainConfig, ranks: Ranks, data: dict[str, Any], loader: Loader,
-              splits: dict[str, Split], model: GPT) -> Run:
-    """Compile the model, wrap it in DDP, and make its optimizer."""
+def build_run(config: TrainConfig, ranks: Ranks, lock: FolderLock, data: dict[str, Any],
+              loader: Loader, splits: dict[str, Split], model: GPT) -> Run:
+    """Compile the model, wrap it in DDP, and make its optimizer. Raises UserError."""
     device = ranks.device
     model.to(device)
     dtype = pick_dtype(config.dtype, device)
     autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-    compiled_model = model
-    compile_it = config.compile is True or config.compile == "auto" and device.type == "cuda"
-    if compile_it and can_compile(device, config.deterministic):
-        # static shapes: otherwise the training graph depends on earlier batch sizes
-        compiled_model = torch.compile(model, dynamic=False)
-    ranks.check_equal({"dtype": dtype, "compile": compiled_model is not model},
-                      "--dtype=float32 --compile=False for all ranks")
-    difference = ranks.compare({"weights": model.state_dict()})
-    if difference and config.init_from not in ("scratch", "auto", "resume"):
-        raise UserError(f"init_from: {difference}. Try: the same file for all ranks")
-    if difference:  # another kind of processor draws other random numbers
-        model.load_state_dict(ranks.from_first(model.state_dict()))
+    is_compiled = should_compile(config, device)
+    ranks.check_equal(
+        {"dtype": dtype, "compile": is_compiled}, "--dtype=float32 --compile=False for all ranks"
+    )
+    # static shapes: otherwise the training graph depends on earlier batch sizes
+    compiled_model = torch.compile(model, dynamic=False) if is_compiled else model
     train_model = compiled_model
-    if ranks.world_size > 1 and not config.elastic:
+    accumulate = partial(accumulate_gradient, train_model, loader.mine)
+    if config.elastic:
+        accumulate = partial(elastic.accumulate_gradient, model, ranks, loader.mine)
+    elif ranks.world_size > 1:
         train_model = DistributedDataParallel(compiled_model)
+        accumulate = partial(accumulate_gradient, train_model, loader.mine)
         # DDP fixes the order of its buckets at the first backward pass. Run one now and discard
         # it: then a resumed run adds gradients in the same order as an uninterrupted one.
         with autocast:
@@ -248,301 +214,518 @@ def build_run(config: TrainConfig, ranks: Ranks, data: dict[str, Any], loader: L
             loss = train_model(x.to(device), y.to(device))
         loss.backward()
         model.zero_grad(set_to_none=True)
+
     optimizer = make_optimizer(model, config, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    return Run(config, ranks, data, loader, splits, model, compiled_model, train_model, dtype,
-               autocast, optimizer, scaler)
+    state = State(ranks, model, optimizer, scaler)
+    return Run(config, ranks, lock, data, loader, splits, compiled_model, train_model, accumulate,
+               dtype, autocast, state)
 
 
-def find_checkpoint(config: TrainConfig, given: dict[str, Any], lock: FolderLock
+def find_checkpoint(config: TrainConfig, overrides: dict[str, Any], lock: FolderLock
                     ) -> dict[str, Any] | None:
     """Lock out_dir, unless with eval_only. Return the bundle to resume from, or None to start a
-    run. `opened` gets the lock. Raises UserError if init_from does not fit the folder's content."""
-    out_dir, auto = Path(config.out_dir), config.init_from.partition(":")[0] == "auto"
+    run. Raises UserError if init_from does not fit the folder's content."""
+    out_dir = Path(config.out_dir)
+    auto = config.init_from.partition(":")[0] == "auto"
     if not config.eval_only:
         # a restart loop may come back before the ranks of a killed launcher have ended
         lock.acquire(patience=30 if auto else 0)
     checkpoint.mention_renamed(out_dir)
-    # an evaluation is of the folder's run, unless init_from names other weights
-    auto = auto or config.eval_only and "init_from" not in given
     has_run = checkpoint.has_run(out_dir)
+    # an evaluation is of the folder's run, unless init_from names other weights
+    if config.eval_only and "init_from" not in overrides:
+        auto = True
     if config.init_from == "resume" or auto and has_run:
         return checkpoint.read_newest(out_dir)
     if has_run and not config.eval_only:
-        raise UserError(f"{out_dir} already holds a run. Try: --init_from=resume to continue it, "
-                        "or --out_dir=<new folder>")
+        raise UserError(
+            f"{out_dir} already holds a run. Try: --init_from=resume to continue it, or "
+            "--out_dir=<new folder>"
+        )
     return None
 
 
-def load_pretrained(source: str, config: TrainConfig, given: dict[str, Any],
+def merge_settings(config: TrainConfig, overrides: dict[str, Any], bundle: dict[str, Any] | None
+                   ) -> tuple[TrainConfig, dict[str, str], list[str]]:
+    """Return the run's settings, a line for each one that a resume changes, and notes on them.
+    Raises UserError."""
+    if not bundle:
+        config, notes = check_settings(config, overrides, resumed=False)
+        return config, {}, notes
+    config, changes = resume_config(config, overrides, bundle["config"])
+    config, notes = check_settings(config, changes, resumed=True)
+    return config, changes, notes
+
+
+def open_data(folder: Path, config: TrainConfig, data: dict[str, Any], ranks: Ranks
+              ) -> tuple[Loader, dict[str, Split]]:
+    """Return this rank's share of the training batches, and both splits for evaluations. Raises
+    UserError."""
+    micro_batches = config.gradient_accumulation_steps
+    per_rank, rest = divmod(micro_batches, ranks.world_size)
+    if rest:
+        raise UserError(
+            f"gradient_accumulation_steps={micro_batches} counts over all ranks: expected a "
+            f"multiple of {ranks.world_size}"
+        )
+    open_split = partial(
+        Split, folder, meta=data, block_size=config.block_size, seed=config.seed
+    )
+    mine = range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)
+    loader = Loader(
+        open_split("train", shift=True), config.batch_size, micro_batches, mine, ranks.device
+    )
+    splits = {"train": open_split("train", shift=False), "val": open_split("val", shift=False)}
+    return loader, splits
+
+
+def make_model(config: TrainConfig, overrides: dict[str, Any], data: dict[str, Any],
+               bundle: dict[str, Any] | None) -> GPT:
+    """Return the model on the CPU, with the weights of a checkpoint's `bundle`, those that
+    init_from names, or random ones. Raises UserError."""
+    if bundle:
+        return load_model(bundle["model_args"] | {"dropout": config.dropout}, bundle["model"])
+    source = config.init_from.removeprefix("auto:")
+    if source not in ("scratch", "auto"):
+        return load_pretrained(source, config, overrides, data)
+    if config.eval_only:
+        warn("evaluating an untrained model. Try: --init_from=resume for the run in out_dir")
+    settings = {key: getattr(config, key) for key in ARCHITECTURE}
+    return build_model(
+        ModelArgs(vocab_size=data["vocab_size"], dropout=config.dropout, **settings)
+    )
+
+
+def load_pretrained(source: str, config: TrainConfig, overrides: dict[str, Any],
                     data: dict[str, Any]) -> GPT:
     """Return a model with the weights of `source` (see pretrained.read_weights), cropped to the
     dataset's vocabulary and the config's block_size. Raises UserError."""
     args, state, tokens = read_weights(source)
-    have_args = ModelArgs(**args)  # raises UserError for impossible sizes
+    source_args = ModelArgs(**args)  # raises UserError for impossible sizes
     for key in ARCHITECTURE:
-        value, have = given.get(key), getattr(have_args, key)
-        if value is not None and value != have and not (key == "block_size" and value < have):
-            raise UserError(f"init_from={source} has {key}={have}, not {value}. "
-                            f"Try: leave --{key} out")
+        expected = getattr(source_args, key)
+        value = overrides.get(key, expected)
+        is_shorter = key == "block_size" and value < expected
+        if value != expected and not is_shorter:
+            raise UserError(
+                f"init_from={source} has {key}={expected}, not {value}. Try: leave --{key} out"
+            )
     check_tokenizer(source, args["vocab_size"], tokens, data)
-    args, state = crop_weights(args, state, data["vocab_size"],
-                               min(config.block_size, args["block_size"]))
+    block_size = min(config.block_size, args["block_size"])
+    args, state = crop_weights(args, state, data["vocab_size"], block_size)
     return load_model(args | {"dropout": config.dropout}, state)
 
 
-def open_data(folder: Path, config: TrainConfig, data: dict[str, Any],
-              ranks: Ranks) -> tuple[Loader, dict[str, Split]]:
-    """Return this rank's share of the training batches, and both splits for evaluations."""
-    if config.elastic and ranks.world_size & (ranks.world_size - 1):
-        raise UserError(f"elastic=True: expected 1, 2, 4, 8, ... ranks, got {ranks.world_size}")
-    if config.elastic and config.backend == "gloo" and ranks.device.type == "cuda":
-        raise UserError("elastic=True needs backend=nccl on CUDA. Try: --backend=auto")
-    per_rank, rest = divmod(config.gradient_accumulation_steps, ranks.world_size)
-    if rest:
-        raise UserError(f"gradient_accumulation_steps={config.gradient_accumulation_steps} counts "
-                        f"over all ranks: expected a multiple of {ranks.world_size}")
-    train, ordered_train, val = (
-        Split(folder, name, data, config.block_size, config.seed, shift)
-        for name, shift in (("train", True), ("train", False), ("val", False)))
-    loader = Loader(train, config.batch_size, config.gradient_accumulation_steps,
-                    range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank), ranks.device)
-    return loader, {"train": ordered_train, "val": val}
+def describe_machine(run: Run) -> dict[str, Any]:
+    """Return what decides how this process rounds, besides the settings."""
+    return {
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+        "dtype": str(run.dtype).removeprefix("torch."),
+        "compile": run.compiled_model is not run.state.model,
+        "device": device_name(run.ranks.device),
+    }
+
+
+def list_roundings(run: Run, bundle: dict[str, Any]) -> dict[str, str]:
+    """Return a line for each change since a checkpoint that may round sums in another way, under
+    the name of what changed."""
+    config = run.config
+    saved_config = bundle["config"]
+    on_cpu = run.ranks.device.type == "cpu"
+
+    # what was, and what is now
+    settings = ("batch_size", "elastic", "deterministic")
+    before = bundle | {key: saved_config.get(key) for key in settings}
+    before["ranks"] = bundle.get("world_size", len(bundle["rng"]))  # older bundles lack it
+    now = describe_machine(run) | {key: getattr(config, key) for key in settings}
+    now["ranks"] = run.ranks.world_size
+    del now["deterministic" if on_cpu else "threads"]  # it changes nothing there
+
+    is_exact = on_cpu or config.deterministic
+    lines = {}
+    for key, value in now.items():
+        if before.get(key) in (None, value):
+            continue
+        lines[key] = f"{key} {before[key]} -> {value}"
+        if key == "ranks" and config.elastic and saved_config.get("elastic") and is_exact:
+            continue
+        lines[key] += ": the same losses up to rounding"
+        if config.dropout and key in ("batch_size", "compile", "device"):
+            lines[key] += " and other dropout masks"
+    return lines
+
+
+def describe_run(run: Run) -> None:
+    """Print the size of the run and its machine, and start what describes it elsewhere."""
+    config = run.config
+    machine = f"{run.ranks.world_size} x {device_name(run.ranks.device)}, "
+    machine += str(run.dtype).removeprefix("torch.")
+    if run.compiled_model is not run.state.model:
+        machine += ", compiled"
+    parameters = sum(p.numel() for p in run.state.model.parameters())
+    run.metrics.say(
+        f"{parameters / 1e6:.2f}M parameters, {config.tokens_per_step:,} tokens/step, "
+        f"{run.data['tokens']['train']:,} of {run.data['name']}; {machine}"
+    )
+    if run.saver.folder:
+        run.metrics.attempt(
+            f"not writing {config.out_dir}/README.md",
+            lambda: write_card(config, run.data, run.state.step, machine, run.lock),
+        )
+        if config.wandb_log:
+            run.state.wandb_run_id = run.metrics.start_wandb(
+                asdict(config), run.state.wandb_run_id
+            )
+
+
+def train(run: Run, signals: Signals) -> int:
+    """Train until max_iters, or until a signal comes. Return the exit code. Raises UserError."""
+    config = run.config
+    state = run.state
+    ranks = run.ranks
+    is_alone = ranks.world_size == 1
+    clock = Clock(state.step)
+    while True:
+        # once in a while: evaluate
+        best = False
+        if is_evaluation_due(run):
+            best = evaluate_and_log(run, signals)
+            clock.restart(state.step)
+
+        # once in a while: save. A signal asks for the last save
+        is_stopped = ranks.any(signals.received or run.lock.lost)
+        if best or is_save_due(run):
+            save(run, best)
+        if is_stopped or state.step >= config.max_iters:
+            break
+
+        # a step: the gradient of all micro-batches, then one update
+        losses = signals.interrupt(lambda: compute_gradient(run), is_alone)
+        if losses is None:  # a signal came and interrupted it
+            state.optimizer.zero_grad(set_to_none=True)
+            continue
+        loss, grad_norm = update(run, losses)
+
+        # once in a while: log
+        if state.step % config.log_interval == 0:
+            log_step(run, clock, loss, grad_norm)
+    is_saved = save_last(run, best)
+    return finish(run, signals, is_stopped, is_saved)
+
+
+@dataclass
+class Clock:
+    """Measure the mean duration of the steps since the last line or evaluation."""
+    step: int
+    time: float = field(default_factory=time.perf_counter)
+
+    def restart(self, step: int) -> None:
+        """Start to measure at `step`."""
+        self.step = step
+        self.time = time.perf_counter()
+
+    def seconds_per_step(self, step: int) -> float:
+        """Return the mean seconds of the steps up to `step`."""
+        return (time.perf_counter() - self.time) / (step - self.step)
+
+
+def is_evaluation_due(run: Run) -> bool:
+    """Return True at each eval_interval and at the end, unless this step is evaluated already."""
+    step = run.state.step
+    is_due = step % run.config.eval_interval == 0 or step >= run.config.max_iters
+    return is_due and run.state.evaluation.get("step") != step
+
+
+def evaluate_and_log(run: Run, signals: Signals) -> bool:
+    """Evaluate. Return True if the validation loss is lower than best.pt's. If a signal comes, the
+    resumed run evaluates at this step."""
+    check_finite(run)
+    is_alone = run.ranks.world_size == 1
+    losses = signals.interrupt(lambda: evaluate(run, signals), is_alone)
+    if losses is None:
+        return False
+    run.state.evaluation = {"step": run.state.step, **losses}
+    run.saver.wait()  # a save in progress may replace best.pt
+    is_lower = losses["val_loss"] < run.saver.best_val_loss
+    best = run.ranks.from_first(run.state.step > 0 and is_lower)
+    best_val_loss = min(run.saver.best_val_loss, losses["val_loss"])
+    run.metrics.log_evaluation(run.state.evaluation, best, best_val_loss)
+    if run.config.sample_tokens and run.ranks.rank == 0:
+        signals.interrupt(lambda: show_sample(run), alone=True)
+    return best
 
 
 @torch.no_grad()
 def evaluate(run: Run, signals: Signals) -> dict[str, float] | None:
     """Return each split's mean loss, computed by all ranks together; None if a signal came."""
-    run.model.eval()
-    config, ranks, losses = run.config, run.ranks, {}
+    ranks = run.ranks
+    batch_size = run.config.batch_size
+    run.state.model.eval()
+    losses = {}
     for name, split in run.splits.items():
-        count = min(config.eval_iters * config.batch_size, split.windows)
-        rows = torch.tensor([min(config.batch_size, count - first)
-                             for first in range(0, count, config.batch_size)])
-        means = torch.zeros(len(rows), device=ranks.device)  # each entry is filled by one rank
-        for i, size in enumerate(rows.tolist()):
+        # the last batch may be smaller
+        count = min(run.config.eval_iters * batch_size, split.windows)
+        sizes = [min(batch_size, count - first) for first in range(0, count, batch_size)]
+        means = torch.zeros(len(sizes), device=ranks.device)  # each entry is filled by one rank
+        for i, size in enumerate(sizes):
             rank = i % ranks.world_size
             if rank == 0 and ranks.any(signals.received):
                 return None
-            if rank == ranks.rank:
-                x, y = (t.to(ranks.device) for t in split.rows(i * config.batch_size, size))
-                # a smaller last batch would need another compiled graph
-                model = run.compiled_model if size == config.batch_size else run.model
-                with run.autocast:
-                    means[i] = model(x, y)
-        losses[f"{name}_loss"] = (ranks.sum(means).cpu().double() * rows).sum().item() / count
+            if rank != ranks.rank:
+                continue
+            x, y = split.rows(i * batch_size, size)
+            # a smaller batch would need another compiled graph
+            model = run.compiled_model if size == batch_size else run.state.model
+            with run.autocast:
+                means[i] = model(x.to(ranks.device), y.to(ranks.device))
+        means = ranks.sum(means).cpu().double()
+        losses[f"{name}_loss"] = (means * torch.tensor(sizes)).sum().item() / count
     return losses
 
 
-def record_evaluation(run: Run, saver: checkpoint.Saver, losses: dict[str, float]) -> bool:
-    """Store an evaluation's losses. Return True if its validation loss is lower than best.pt's."""
-    run.evaluation = {"step": run.step, **losses}
-    saver.wait()  # a save in progress may replace best.pt
-    return run.ranks.from_first(run.step > 0 and losses["val_loss"] < saver.best_val_loss)
-
-
-def show_sample(run: Run, metrics: Metrics) -> None:
+def show_sample(run: Run) -> None:
     """Print a text of the current model, if that works."""
-    text = metrics.attempt("no sample", lambda: generate_sample(run))
+    text = run.metrics.attempt("no sample", lambda: generate_sample(run))
     if text is not None:
-        metrics.say(text + "\n")
+        run.metrics.say(text + "\n")
 
 
 def generate_sample(run: Run) -> str:
     """Return a text of the current model, which starts after the end-of-text token or token 0."""
-    vocabulary = from_meta(run.data)
-    first = vocabulary.eot or 0
-    run.model.eval()
-    tokens = [row[0] for row in generate(run.model, [[first]], run.config.sample_tokens,
-                                         temperature=0.8, top_k=200)]
-    decode = vocabulary.make_decoder()
-    decode(first)  # it may decide whether a space comes next
-    return "".join(decode(token) for token in tokens if token is not None)
+    tokenizer = from_meta(run.data)
+    run.state.model.eval()
+    steps = generate(
+        run.state.model, [[tokenizer.eot or 0]], run.config.sample_tokens, temperature=0.8,
+        top_k=200,
+    )
+    tokens = [row[0] for row in steps]
+    return tokenizer.decode([token for token in tokens if token is not None])
+
+
+def is_save_due(run: Run) -> bool:
+    """Return True at each checkpoint_interval, unless a save of this state was started already."""
+    step = run.state.step
+    interval = run.config.checkpoint_interval or run.config.eval_interval
+    return step > 0 and step % interval == 0 and run.saver.started != run.state.progress
+
+
+def save(run: Run, best: bool) -> None:
+    """Start to save a checkpoint, also as best.pt if it is the `best`. Raises UserError if a number
+    is not finite, or if the ranks hold different weights."""
+    check_finite(run)
+    check_ranks(run)
+    run.saver.wait()  # a save in progress may change best_val_loss
+    best_val_loss = run.state.evaluation["val_loss"] if best else run.saver.best_val_loss
+    run.saver.save(make_bundle(run, best_val_loss), best)
+
+
+def make_bundle(run: Run, best_val_loss: float) -> dict[str, Any]:
+    """Return the content of a checkpoint, with live tensors. Every rank must call it."""
+    return run.state.state_dict() | describe_machine(run) | {
+        "format": checkpoint.FORMAT,
+        "config": asdict(run.config),
+        "model_args": asdict(run.state.model.args),
+        "data": run.data,
+        "best_val_loss": best_val_loss,
+    }
+
+
+def save_last(run: Run, best: bool) -> bool:
+    """Save this step, unless it is on disk or there is nothing to save. Try twice: a second file
+    may succeed where the first one failed. Return True if it is on disk."""
+    for _ in range(2):
+        if is_saved(run):
+            return True
+        save(run, best)
+    return is_saved(run)
+
+
+def is_saved(run: Run) -> bool:
+    """Wait for the save in progress. Return True if this step is on disk, or it is step 0."""
+    run.saver.wait()
+    return run.ranks.from_first(
+        run.state.step == 0 or run.saver.saved == run.state.progress
+    )
+
+
+def check_ranks(run: Run) -> None:
+    """Raise UserError, on every rank, unless all hold the same weights and moments: each rank
+    computes the update itself, and another kind of machine may round it in another way."""
+    state = {
+        "model": run.state.model.state_dict(),
+        "optimizer": run.state.optimizer.state_dict()["state"],
+    }
+    run.ranks.check_equal(
+        {f"after step {run.state.step}": state},
+        "the same kind of machine for all ranks, see docs/DISTRIBUTED.md; this step is not saved",
+    )
 
 
 def compute_gradient(run: Run) -> Tensor:
     """Set .grad to the mean gradient of a step's micro-batches. Return this rank's losses, (M,),
     0 for micro-batches of other ranks."""
-    run.model.train()
-    mine = run.loader.mine
+    state = run.state
+    state.model.train()
     losses = torch.zeros(run.config.gradient_accumulation_steps, device=run.ranks.device)
-    count = len(losses) if run.config.elastic else len(mine)  # DDP averages over the ranks
-    batches = run.loader.step(run.step)
 
-    def add_gradient(m: int) -> None:
-        _, x, y = next(batches)
-        torch.manual_seed(seed_of(run.config.seed, run.step, m))  # dropout depends on nothing else
+    def add_gradient(m: int, count: int) -> None:
+        """Add the gradient of micro-batch m, divided by `count`, to .grad."""
+        x, y = run.loader.get_batch(state.step, m)
+        # dropout depends on nothing else
+        seed_generator(seed_of(run.config.seed, state.step, m), run.ranks.device)
         with run.autocast:
             loss = run.train_model(x, y)
         losses[m] = loss.detach()
-        run.scaler.scale(loss / count).backward()
+        state.scaler.scale(loss / count).backward()
 
-    if run.config.elastic:
-        total = sum_as_tree(run.model, add_gradient, mine.start, mine.stop)
-        run.ranks.add_in_pairs(total)
-        for p, grad in zip(run.model.parameters(), total):
-            p.grad = grad
-    else:
-        for m in mine:
-            run.train_model.require_backward_grad_sync = m == mine[-1]  # DDP: once per step
-            add_gradient(m)
+    run.accumulate(add_gradient)
     return losses
 
 
-def sum_as_tree(model: GPT, add_gradient: Callable[[int], None], first: int, end: int
-                ) -> list[Tensor]:
-    """Return the gradient of micro-batches first ... end - 1, added in a binary tree. Each of
-    several ranks computes one branch of the tree that one rank computes, so both round alike."""
-    if end - first > 2:
-        middle = (first + end) // 2
-        total = sum_as_tree(model, add_gradient, first, middle)
-        torch._foreach_add_(total, sum_as_tree(model, add_gradient, middle, end))
-        return total
-    for m in range(first, end):  # backward adds the second gradient to the first
-        add_gradient(m)
-    total = [p.grad for p in model.parameters()]
-    model.zero_grad(set_to_none=True)
-    return total
+def accumulate_gradient(train_model: Any, micro_batches: range,
+                        add_gradient: Callable[[int, int], None]) -> None:
+    """Set .grad to the mean gradient of this rank's `micro_batches`. DDP averages it over the
+    ranks, once per step."""
+    for m in micro_batches:
+        train_model.require_backward_grad_sync = m == micro_batches[-1]
+        add_gradient(m, len(micro_batches))
 
 
-def update(run: Run, saver: checkpoint.Saver, losses: Tensor) -> tuple[Tensor, Tensor]:
+def update(run: Run, losses: Tensor) -> tuple[Tensor, Tensor]:
     """Take one step of the optimizer, unless a number is not finite. Return the mean loss and the
-    norm of the gradient over all ranks, before clipping."""
-    config, optimizer, scaler = run.config, run.optimizer, run.scaler
-    loss = run.ranks.sum(losses).mean()
-    scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters()])
-    if config.grad_clip:
-        torch.nn.utils.clip_grads_with_norm_(run.model.parameters(), config.grad_clip, grad_norm)
+    norm of the gradient over all ranks, before clipping. On a CPU, raises NotFinite."""
+    config = run.config
+    state = run.state
     on_cuda = run.ranks.device.type == "cuda"
+
+    # the loss and the gradient norm
+    loss = run.ranks.sum(losses).mean()
+    state.scaler.unscale_(state.optimizer)
+    parameters = list(state.model.parameters())
+    grad_norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+    if config.grad_clip:
+        torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, grad_norm)
+
     # float16 gradients overflow now and then: the scaler skips that update
-    run.healthy = run.healthy * torch.isfinite(loss if scaler.is_enabled() else loss + grad_norm)
-    if on_cuda and not scaler.is_enabled():
-        optimizer.found_inf = 1.0 - run.healthy  # read on the device: 1 changes nothing
-    set_rates(optimizer, run.step, config)
-    saver.wait_for_copy()
-    if on_cuda or run.healthy:  # elsewhere the host decides
-        scaler.step(optimizer)
-    scaler.update()
-    if scaler.is_enabled():
+    numbers = loss if state.scaler.is_enabled() else loss + grad_norm
+    run.is_finite = torch.isfinite(numbers) & run.is_finite
+    if on_cuda and not state.scaler.is_enabled():
+        # the host does not wait: on the device, 1 makes the optimizer change nothing
+        state.optimizer.found_inf = 1.0 - run.is_finite.float()
+    if not on_cuda:
+        check_finite(run)
+
+    # the update, once a save in progress has copied the weights
+    set_rates(state.optimizer, state.step, config)
+    run.saver.wait_for_copy()
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    if state.scaler.is_enabled():
         # below 1, even unscaled gradients overflow
-        run.healthy = run.healthy * (scaler.scale(torch.ones_like(loss)) >= 1)
-    optimizer.zero_grad(set_to_none=True)
-    run.applied = run.applied + run.healthy
-    run.step += 1
+        run.is_finite = run.is_finite & (state.scaler.scale(torch.ones_like(loss)) >= 1)
+    state.optimizer.zero_grad(set_to_none=True)
+    run.updates = run.updates + run.is_finite
+    state.step += 1
+    if state.step == run.first_step + 1:  # ranks that round differently show it at once
+        check_ranks(run)
     return loss, grad_norm
 
 
-def halt_unless_healthy(run: Run, metrics: Metrics, saver: checkpoint.Saver) -> None:
-    """Exit if a loss or a gradient was not finite; that update was not made. Waits for the GPU."""
-    if run.healthy:
+def check_finite(run: Run) -> None:
+    """Raise NotFinite if a loss or a gradient was not finite; that update was not made. Waits for
+    the GPU."""
+    if run.is_finite:
         return
-    saver.wait()
-    step, saved = int(run.applied), checkpoint.has_run(Path(run.config.out_dir))
-    metrics.say(f"step {step + 1}: the loss or the gradient is not finite; the update was skipped "
-                "and the run ends.\nLikely causes: a learning rate that is too high (it was "
-                f"{get_lr(step, run.config):.2e}), too little warm-up, float16, or corrupt data.\n"
-                + ("Try: --init_from=resume with a lower --learning_rate or --dtype=bfloat16."
-                   if saved else "Nothing was saved before."))
-    sys.exit(EXIT_NOT_FINITE)
+    run.saver.wait()
+    step = int(run.updates)
+    rate = run.config.learning_rate * get_lr_factor(step, run.config)
+    hint = "another --out_dir and a lower --learning_rate"
+    if checkpoint.has_run(Path(run.config.out_dir)):
+        hint = "--init_from=resume with a lower --learning_rate or --dtype=bfloat16"
+    raise NotFinite(
+        f"step {step + 1}: the loss or the gradient is not finite; that update was not made. "
+        f"Likely causes: too high a learning rate (it was {rate:.2e}), too little warm-up, "
+        f"float16, or corrupt data. Try: {hint}"
+    )
 
 
-def train(config: TrainConfig, given: dict[str, Any], signals: Signals, opened: ExitStack) -> int:
-    """Train from the step of the newest checkpoint, or from step 0, to max_iters. Return the exit
-    code. `opened` gets what must be closed, as a notebook outlives its runs. Raises UserError."""
-    opened.callback(signals.restore)
-    opened.callback(torch.set_num_threads, torch.get_num_threads())
-    ranks = join_ranks(config)
-    lock = FolderLock(Path(config.out_dir))
-    opened.callback(lock.release)
-    run, saver, metrics = start(config, given, ranks, lock, opened)
-    config, alone, unsaved, stopped = run.config, ranks.world_size == 1, False, False
-    peak, clock, clock_step = peak_flops(ranks.device), time.perf_counter(), run.step
-    first_step = run.step
-    while True:
-        ending = run.step >= config.max_iters
+def log_step(run: Run, clock: Clock, loss: Tensor, grad_norm: Tensor) -> None:
+    """Log a training step."""
+    check_finite(run)
+    config = run.config
+    step = run.state.step
+    seconds = clock.seconds_per_step(step)
+    tokens_per_s = config.tokens_per_step / seconds
+    row = {
+        "step": step,
+        "tokens": step * config.tokens_per_step,
+        "loss": loss.item(),
+        "lr": config.learning_rate * get_lr_factor(step - 1, config),
+        "grad_norm": grad_norm.item(),
+        "tokens_per_s": tokens_per_s,
+    }
+    peak = peak_flops(run.ranks.device)
+    if peak:  # the model FLOPs utilization (Chowdhery et al. 2022, PaLM, appendix B)
+        flops = run.state.model.flops_per_token() * tokens_per_s
+        row["mfu"] = flops / (peak * run.ranks.world_size)
+    run.metrics.log_step(row, config.max_iters, seconds)
+    clock.restart(step)
 
-        # once in a while: evaluate
-        best, due = False, ending or run.step % config.eval_interval == 0
-        if config.eval_only or due and run.evaluation.get("step") != run.step:
-            halt_unless_healthy(run, metrics, saver)
-            losses = signals.interrupt(lambda: evaluate(run, signals), alone)
-            if losses:  # else a signal came: the resumed run evaluates at this step
-                best, unsaved = record_evaluation(run, saver, losses), run.step > 0
-                metrics.log_evaluation(run.evaluation, best,
-                                       min(saver.best_val_loss, losses["val_loss"]))
-                if config.sample_tokens and ranks.rank == 0:
-                    signals.interrupt(lambda: show_sample(run, metrics), alone=True)
-            clock, clock_step = time.perf_counter(), run.step
-        if config.eval_only:
-            break
 
-        # once in a while: save
-        stopped = ranks.any(signals.received or lock.lost)
-        due = run.step % (config.checkpoint_interval or config.eval_interval) == 0
-        if (ending := ending or stopped) and ranks.any(not saver.wait()):
-            unsaved = True  # the last save failed: try once more
-        if unsaved and (due or best or ending):
-            halt_unless_healthy(run, metrics, saver)
-            saver.wait()
-            bundle = run.bundle(run.evaluation["val_loss"] if best else saver.best_val_loss)
-            saver.save(bundle, best)
-            if ending and not saver.wait():
-                saver.save(bundle, best)  # the last one: try once more, to a new file
-            unsaved = False
-        if ending:
-            break
-
-        # a step: the gradient of all micro-batches, then one update
-        losses = signals.interrupt(lambda: compute_gradient(run), alone)
-        if losses is None:  # a signal came and interrupted it
-            run.optimizer.zero_grad(set_to_none=True)
-            continue
-        loss, grad_norm = update(run, saver, losses)
-        unsaved = True
-        if run.step == first_step + 1:  # ranks that round differently show it at once
-            run.check_ranks()
-
-        # once in a while: log
-        log = run.step % config.log_interval == 0
-        if log or ranks.device.type == "cpu":
-            halt_unless_healthy(run, metrics, saver)
-        if log:
-            row = {"step": run.step, "tokens": run.step * config.tokens_per_step,
-                   "loss": loss.item(), "lr": get_lr(run.step - 1, config),
-                   "grad_norm": grad_norm.item()}
-            seconds = (time.perf_counter() - clock) / (run.step - clock_step)
-            row["tokens_per_s"] = config.tokens_per_step / seconds
-            if peak:  # the model FLOPs utilization (Chowdhery et al. 2022, PaLM, appendix B)
-                row["mfu"] = (run.model.flops_per_token() * row["tokens_per_s"]
-                              / (peak * ranks.world_size))
-            metrics.log_step(row, config.max_iters, seconds)
-            clock, clock_step = time.perf_counter(), run.step
-
-    # all ranks wait for the last save: torchrun kills the others when one has ended
-    saved = ranks.from_first(saver.wait())
-    if stopped or not saved:
-        ranks.on_first(lock.check)  # raises if out_dir was moved
-    if not config.eval_only:
-        metrics.say(f"{'stopped' if stopped else 'done'} at step {run.step}, "
-                    + ("with nothing to save yet" if not run.step else
-                       f"{'saved' if saved else 'NOT SAVED'} in {config.out_dir}")
-                    + ("; continue with --init_from=auto" if stopped else ""))
-    code = EXIT_FAILED if not saved else EXIT_STOPPED if stopped else 0
-    closed = ranks.from_first(signals.interrupt(metrics.close, alone=True, saved=True))
-    if ranks.world_size > 1 or not (closed or in_notebook()):
-        # groups are not destroyed: before PyTorch 2.8, gloo can deadlock there with the GIL. Nor
-        # does wandb get another chance to hang
-        end_process(code)
+def finish(run: Run, signals: Signals, is_stopped: bool, is_saved: bool) -> int:
+    """Print how the run ended and close the log. Return the exit code. Raises UserError if out_dir
+    was moved."""
+    if is_stopped or not is_saved:
+        run.ranks.on_first(run.lock.check)
+    outcome = f"{'saved' if is_saved else 'NOT SAVED'} in {run.config.out_dir}"
+    if run.state.step == 0:
+        outcome = "with nothing to save yet"
+    if is_stopped:
+        outcome += "; continue with --init_from=auto"
+    run.metrics.say(f"{'stopped' if is_stopped else 'done'} at step {run.state.step}, {outcome}")
+    code = 0
+    if is_stopped:
+        code = EXIT_STOPPED
+    if not is_saved:
+        code = EXIT_FAILED
+    close(run, signals, code)
     return code
 
 
-def main(config: TrainConfig, given: dict[str, Any]) -> int:
+def close(run: Run, signals: Signals, code: int) -> None:
+    """Close the log. End the process here where its own end may hang."""
+    # all ranks wait for rank 0: torchrun kills the others when one has ended
+    closed = run.ranks.from_first(
+        signals.interrupt(run.metrics.close, alone=True, saved=True)
+    )
+    if run.ranks.world_size > 1 or not (closed or in_notebook()):
+        # groups are not destroyed: before PyTorch 2.8, gloo can deadlock there with the GIL. Nor
+        # does wandb get another chance to hang
+        end_process(code)
+
+
+def run_training(config: TrainConfig, overrides: dict[str, Any], signals: Signals,
+                 opened: ExitStack) -> int:
+    """Set up a run, then train, or evaluate once. Return the exit code. Raises UserError."""
+    opened.callback(signals.restore)
+    run = set_up(config, overrides, opened)
+    if not run.config.eval_only:
+        return train(run, signals)
+    evaluate_and_log(run, signals)
+    close(run, signals, 0)
+    return 0
+
+
+def main(config: TrainConfig, overrides: dict[str, Any]) -> int:
     """Train. Return the exit code, or exit with one line for a mistake."""
     with ExitStack() as opened:
-        return run_or_exit(lambda: train(config, given, Signals(), opened),
-                           "a smaller --batch_size and more --gradient_accumulation_steps")
+        return run_or_exit(
+            lambda: run_training(config, overrides, Signals(), opened),
+            "a smaller --batch_size and more --gradient_accumulation_steps",
+        )
 
 
 if __name__ == "__main__":
-    sys.exit(main(CONFIG, GIVEN))
+    sys.exit(main(CONFIG, OVERRIDES))

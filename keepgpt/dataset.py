@@ -49,6 +49,13 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise BadData(f"{path}: corrupt or unfinished ({e!r}). Try: prepare.py again") from None
 
 
+def check_identity(folder: Path, meta: dict[str, Any], saved: dict[str, Any]) -> None:
+    """Raise BadData unless the dataset in `folder` has the tokens of the description `saved`."""
+    if any(meta[key] != saved[key] for key in IDENTITY):
+        raise BadData(f"{folder}: not the {saved['name']} that this run was trained on. Try: "
+                      "prepare the same text again")
+
+
 def split_files(meta: dict[str, Any], split: str) -> dict[str, int]:
     """Return the .bin files of a split, in order, with the number of tokens in each."""
     return meta["files"][split] if "files" in meta else {f"{split}.bin": meta["tokens"][split]}

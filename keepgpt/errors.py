@@ -35,6 +35,10 @@ class UserError(Exception):
     it."""
 
 
+class NotFinite(UserError):
+    """A loss or a gradient that is not finite."""
+
+
 class Stopped(BaseException):
     """A signal came during work that can be interrupted."""
 
@@ -94,7 +98,10 @@ def exit_with(error: Exception, code: int = EXIT_MISTAKE) -> NoReturn:
 
 
 def exit_code(error: BaseException | None) -> int:
-    """Return EXIT_FAILED for an error of the operating system that may pass, else EXIT_MISTAKE."""
+    """Return EXIT_FAILED for an error of the operating system that may pass, EXIT_NOT_FINITE for a
+    number that is not finite, else EXIT_MISTAKE."""
+    if isinstance(error, NotFinite):
+        return EXIT_NOT_FINITE
     may_pass = isinstance(error, OSError) and error.errno not in MISTAKES
     return EXIT_FAILED if may_pass else EXIT_MISTAKE
 
@@ -126,7 +133,7 @@ def run_or_exit(work: Callable[[], Any], hint: str = "") -> Any:
             sys.stdout.flush()  # a failure here is one of `work`
             return result
     except UserError as e:
-        exit_with(e, exit_code(e.__cause__))
+        exit_with(e, exit_code(e.__cause__ or e))
     except KeyboardInterrupt:
         say("")  # after the terminal's ^C
         sys.exit(EXIT_INTERRUPTED)

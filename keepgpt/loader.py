@@ -7,8 +7,7 @@ epoch visits every window once, in a permutation computed by arithmetic, and cut
 import os
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,20 +152,27 @@ class Loader:
     device: torch.device
 
     def __post_init__(self) -> None:
-        self.thread, self.prefetched = ThreadPoolExecutor(1), {}
+        self.thread = ThreadPoolExecutor(1)
+        self.prefetched: dict[tuple[int, int], Future] = {}  # (step, m) -> the next micro-batch
 
-    def read(self, step: int, m: int) -> list[Tensor]:
-        """Return micro-batch m of `step`, (B, T) each, for CUDA in pinned memory."""
-        batch = self.split.rows((step * self.micro_batches + m) * self.batch_size, self.batch_size)
+    def get_batch(self, step: int, m: int) -> tuple[Tensor, Tensor]:
+        """Return the inputs and targets of micro-batch m of `step`, (B, T) each, on the device.
+        Raises BadData."""
+        batch = self.prefetched.pop((step, m), None) or self.thread.submit(self._read, step, m)
+        # the next one in this rank's order is read while this one is computed
+        following = (step, m + 1) if m + 1 in self.mine else (step + 1, self.mine[0])
+        self.prefetched = {following: self.thread.submit(self._read, *following)}
+        x, y = batch.result()
+        is_pinned = self.device.type == "cuda"  # a copy of other memory would be waited for
+        x = x.to(self.device, non_blocking=is_pinned)
+        y = y.to(self.device, non_blocking=is_pinned)
+        return x, y
+
+    def _read(self, step: int, m: int) -> list[Tensor]:
+        """Return micro-batch m of `step` in host memory, for CUDA pinned."""
+        first = (step * self.micro_batches + m) * self.batch_size
+        batch = self.split.rows(first, self.batch_size)
+        if self.device.type != "cuda":
+            return list(batch)
         # contiguous: otherwise the GPU would fetch a copy
-        return [t.contiguous().pin_memory() if self.device.type == "cuda" else t for t in batch]
-
-    def step(self, step: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield (m, inputs, targets) for each of this rank's micro-batches of `step`."""
-        for m in self.mine:
-            following = (step, m + 1) if m + 1 in self.mine else (step + 1, self.mine[0])
-            batch = self.prefetched.pop((step, m), None) or self.thread.submit(self.read, step, m)
-            self.prefetched = {following: self.thread.submit(self.read, *following)}
-            pinned = self.device.type == "cuda"  # a copy of other memory would be waited for
-            x, y = (t.to(self.device, non_blocking=pinned) for t in batch.result())
-            yield m, x, y
+        return [t.contiguous().pin_memory() for t in batch]

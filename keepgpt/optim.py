@@ -1,10 +1,19 @@
-"""AdamW, Muon, and their schedules, which are functions of the step: no schedule is saved.
+"""AdamW, Muon, and the schedule of their rates, a function of the step: no schedule is saved.
 
-Letters for shapes: N matrices of R rows and C columns.
+The contract of an optimizer, which tests/test_optim.py checks for each name in OPTIMIZERS:
+
+- It is a torch.optim.Optimizer whose groups hold every parameter of the model exactly once.
+- Each group has its own "peak_lr"; `set_rates` multiplies it by `get_lr_factor(step)`.
+- `step()` changes nothing, neither weights nor state, if the tensor `found_inf` is 1: on CUDA the
+  host does not know yet that a gradient is not finite. `found_inf` may be absent or None.
+- Its state is a nest of tensors and plain values, as a checkpoint is loaded with weights_only=True.
+
+To add one, write a function like `make_adamw` and name it in OPTIMIZERS.
 """
 import inspect
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +22,21 @@ from keepgpt.config import TrainConfig
 from keepgpt.errors import UserError
 
 # Newton-Schulz's polynomial a x + b x^3 + c x^5, and how often to apply it (Jordan et al. 2024)
-COEFFICIENTS, ITERATIONS = (3.4445, -4.7750, 2.0315), 5
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
 # Muon's momentum rises from the first number to config.muon_momentum in 300 steps: in
 # modded-nanogpt's records that lowers the loss by 0.013
-FIRST_MOMENTUM, MOMENTUM_WARMUP = 0.85, 300
+FIRST_MOMENTUM = 0.85
+MOMENTUM_WARMUP = 300
 
 
 class AdamW(torch.optim.AdamW):
     """AdamW (Loshchilov and Hutter 2019) without PyTorch's wrappers that keep torch.compile out of
     its methods: they import torch._dynamo, one second of CPU time at each start."""
-    add_param_group, zero_grad, state_dict, load_state_dict = (
-        inspect.unwrap(getattr(torch.optim.AdamW, name))
-        for name in ("add_param_group", "zero_grad", "state_dict", "load_state_dict"))
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
@@ -33,10 +45,9 @@ class Muon(AdamW):
     parameter groups that have a `momentum`, AdamW for the others.
 
     The momentum of each matrix's gradient is orthogonalized, so its singular values lie near 1, and
-    multiplied by lr * max(1, R / C)^0.5. Then one `lr` suits all widths (Yang, Simon and Bernstein
-    2023, "A Spectral Condition for Feature Learning"). Like the fused AdamW, it changes nothing if
-    `found_inf`, which GradScaler or the training loop may set, is 1. `torch.optim.Muon` computes
-    the same one matrix at a time.
+    multiplied by lr * max(1, R / C)^0.5, for R rows and C columns. Then one `lr` suits all widths
+    (Yang, Simon and Bernstein 2023, "A Spectral Condition for Feature Learning").
+    `torch.optim.Muon` computes the same one matrix at a time.
     """
     __setstate__ = torch.optim.Optimizer.__setstate__  # Adam's wants moments of all parameters
 
@@ -49,7 +60,8 @@ class Muon(AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """Update all parameters. Frees the gradients of the matrices."""
-        skip = self.found_inf > 0 if getattr(self, "found_inf", None) is not None else None
+        found_inf = getattr(self, "found_inf", None)
+        skip = None if found_inf is None else found_inf > 0
         for group in self.param_groups:
             if "momentum" in group:
                 self.update_matrices(group, skip)
@@ -60,29 +72,50 @@ class Muon(AdamW):
     def update_matrices(self, group: dict, skip: Tensor | None = None) -> None:
         """Update the parameters of a Muon group, all matrices of one shape at a time, unless the
         tensor `skip` is True."""
-        lr, momentum, shapes = group["lr"], group["momentum"], defaultdict(list)
+        by_shape = defaultdict(list)  # shape -> (matrix, gradient, momentum) of each matrix
         for p in group["params"]:
             state = self.state[p]
             if not state:
                 state["momentum_buffer"] = torch.zeros_like(p)
-            matrices = (t.chunk(group["parts"]) for t in (p, p.grad, state["momentum_buffer"]))
+            tensors = (p, p.grad, state["momentum_buffer"])
+            matrices = [tensor.chunk(group["parts"]) for tensor in tensors]
             for triple in zip(*matrices):
-                shapes[triple[0].shape].append(triple)
-        for (R, C), triples in shapes.items():
+                by_shape[triple[0].shape].append(triple)
+        for triples in by_shape.values():
             matrices, grads, means = zip(*triples)
-            grad, old_mean = torch.stack(grads), torch.stack(means)  # (N, R, C)
-            mean = interpolate(old_mean, grad, 1 - momentum)
-            nesterov = interpolate(grad, mean, momentum, out=grad)
-            update = orthogonalize(nesterov, self.dtype)
-            update = update.mul_(-lr * max(1, R / C) ** 0.5)
-            decay = 1 - lr * group["weight_decay"]
-            if skip is not None:
-                # adding -0 changes no bit, adding 0 would change -0
-                mean, update = mean.where(~skip, old_mean), update.where(~skip, -0.0)
-                decay = torch.where(skip, 1.0, decay)
-            torch._foreach_copy_(means, mean.unbind())
-            torch._foreach_mul_(matrices, decay)
-            torch._foreach_add_(matrices, update.unbind())
+            update_equal_shapes(matrices, grads, means, group, self.dtype, skip)
+
+
+def update_equal_shapes(
+    matrices: tuple[Tensor, ...],
+    grads: tuple[Tensor, ...],
+    means: tuple[Tensor, ...],
+    group: dict,
+    dtype: torch.dtype,
+    skip: Tensor | None,
+) -> None:
+    """Update N matrices (R, C) and the `means` of their gradients in place by Muon's rule, unless
+    the tensor `skip` is True. Newton-Schulz computes in `dtype`."""
+    R, C = matrices[0].shape
+    lr = group["lr"]
+    momentum = group["momentum"]
+
+    # Nesterov's momentum, orthogonalized
+    grad = torch.stack(grads)  # (N, R, C)
+    old_mean = torch.stack(means)  # (N, R, C)
+    mean = interpolate(old_mean, grad, 1 - momentum)
+    nesterov = interpolate(grad, mean, momentum, out=grad)
+    update = orthogonalize(nesterov, dtype)
+    update = update.mul_(-lr * max(1, R / C) ** 0.5)
+    decay = 1 - lr * group["weight_decay"]
+
+    if skip is not None:
+        mean = mean.where(~skip, old_mean)
+        update = update.where(~skip, -0.0)  # adding -0 changes no bit, adding 0 would change -0
+        decay = torch.where(skip, 1.0, decay)
+    torch._foreach_copy_(means, mean.unbind())
+    torch._foreach_mul_(matrices, decay)
+    torch._foreach_add_(matrices, update.unbind())
 
 
 def interpolate(a: Tensor, b: Tensor, weight: float, out: Tensor | None = None) -> Tensor:
@@ -102,60 +135,94 @@ def orthogonalize(x: Tensor, dtype: torch.dtype) -> Tensor:
     y = (y / torch.linalg.matrix_norm(y, keepdim=True).clamp(min=1e-7)).to(dtype)
     for _ in range(ITERATIONS):
         square = y @ y.mT  # (N, R, R)
-        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)  # (N, R, R)
         y = torch.baddbmm(y, polynomial, y, beta=a)  # (N, R, C)
     return (y.mT if tall else y).to(x.dtype)
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig,
-                   dtype: torch.dtype = torch.float32) -> AdamW:
+def make_adamw(model: nn.Module, config: TrainConfig, dtype: torch.dtype) -> AdamW:
+    """Return AdamW for all parameters. Biases and norms do not decay."""
+    return AdamW(group_by_decay(model.parameters(), config),
+                 betas=(config.beta1, config.beta2), fused=True)
+
+
+def make_muon(model: nn.Module, config: TrainConfig, dtype: torch.dtype) -> Muon:
+    """Return Muon for the matrices of the blocks and AdamW for all else."""
+    matrices = {name: p for name, p in model.named_parameters()
+                if name.startswith(f"{model.layers}.") and p.dim() == 2}
+    others = [p for name, p in model.named_parameters() if name not in matrices]
+    groups = group_by_decay(others, config)
+
+    # a group for each number of matrices in a parameter; the larger number first, as in
+    # checkpoints, whose state follows this order
+    by_parts = defaultdict(list)
+    for name, p in matrices.items():
+        parts = [n for ending, n in model.stacked.items() if name.endswith(ending)]
+        by_parts[parts[0] if parts else 1].append(p)
+    for parts in sorted(by_parts, reverse=True):
+        groups.append({"params": by_parts[parts], "parts": parts, "peak_lr": config.muon_lr,
+                       "momentum": config.muon_momentum, "weight_decay": config.weight_decay})
+    return Muon(groups, dtype if dtype == torch.bfloat16 else torch.float32,
+                betas=(config.beta1, config.beta2), fused=True)
+
+
+def group_by_decay(parameters: Iterable[Tensor], config: TrainConfig) -> list[dict]:
+    """Return two groups for AdamW: matrices, which decay, and vectors, which do not."""
+    parameters = list(parameters)
+    matrices = [p for p in parameters if p.dim() >= 2]
+    vectors = [p for p in parameters if p.dim() < 2]
+    return [
+        {"params": matrices, "weight_decay": config.weight_decay, "peak_lr": config.learning_rate},
+        {"params": vectors, "weight_decay": 0.0, "peak_lr": config.learning_rate}]
+
+
+OPTIMIZERS = {"adamw": make_adamw, "muon": make_muon}
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig, dtype: torch.dtype = torch.float32
+                   ) -> torch.optim.Optimizer:
     """Return the optimizer of all parameters of `model`, whose matrix products are in `dtype`.
-    Muon takes the matrices of the blocks, AdamW all else. Biases and norms do not decay. Raises
-    UserError."""
-    named = dict(model.named_parameters())  # a shared parameter occurs once
-    # the blocks' modules are numbered: transformer.h.0.attn, model.layers.0.self_attn
-    matrices = {name: p for name, p in named.items() if config.optimizer == "muon"
-                and p.dim() == 2 and any(part.isdecimal() for part in name.split("."))}
-    rest = [p for name, p in named.items() if name not in matrices]
-    groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
-              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
-    settings = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "fused": True}
-    if config.optimizer == "adamw":
-        return AdamW(groups, **settings)
-    if not config.learning_rate:
-        raise UserError("optimizer=muon: expected learning_rate above 0, got 0: min_lr / "
-                        "learning_rate is where both rates end. Try: --learning_rate=1e-3")
-    for parts in (3, 1):  # q, k and v are three matrices in one parameter
-        group = [p for name, p in matrices.items() if ("c_attn" in name) == (parts == 3)]
-        if group:
-            groups.append({"params": group, "parts": parts, "lr": config.muon_lr,
-                           "momentum": config.muon_momentum, "weight_decay": config.weight_decay})
-    return Muon(groups, dtype if dtype == torch.bfloat16 else torch.float32, **settings)
+    Raises UserError for an unknown name of an optimizer or a schedule."""
+    if config.optimizer not in OPTIMIZERS:
+        raise UserError(f"optimizer: expected {' or '.join(OPTIMIZERS)}, got {config.optimizer!r}")
+    optimizer = OPTIMIZERS[config.optimizer](model, config, dtype)
+    covered = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(covered) == sorted(id(p) for p in model.parameters())
+    set_rates(optimizer, 0, config)
+    return optimizer
 
 
 def set_rates(optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) -> None:
-    """Set each group's learning rate, and Muon's momentum, for the update that follows `step`. Muon
-    has the same fraction of muon_lr as AdamW has of learning_rate."""
+    """Set each group's learning rate, and Muon's momentum, for the update that follows `step`."""
+    factor = get_lr_factor(step, config)
     for group in optimizer.param_groups:
-        group["lr"] = get_lr(step, config)
+        group["lr"] = group["peak_lr"] * factor
         if "momentum" in group:
-            group["lr"] *= config.muon_lr / config.learning_rate
             first = min(FIRST_MOMENTUM, config.muon_momentum)
             rise = min(1.0, step / MOMENTUM_WARMUP)
             group["momentum"] = first + (config.muon_momentum - first) * rise
 
 
-def get_lr(step: int, config: TrainConfig) -> float:
-    """Return the learning rate of the update that follows `step`: linear warm-up, then a cosine
-    (Loshchilov and Hutter 2017), or constant and linear over the last decay_fraction of
-    lr_decay_iters, both down to min_lr, or constant."""
-    highest, lowest, warmup = config.learning_rate, config.min_lr, config.warmup_iters
-    if config.decay_lr and step < warmup:
-        return highest * (step + 1) / (warmup + 1)
-    if not config.decays:
-        return highest
-    start = config.decay_start
-    progress = min(1.0, max(0.0, (step - start) / max(1, config.lr_decay_iters - start)))
-    if config.lr_schedule == "linear":
-        return highest + (lowest - highest) * progress
-    return lowest + (highest - lowest) * (1 + math.cos(math.pi * progress)) / 2
+# how far the learning rate has fallen, from 0 to 1, while `progress` goes from 0 to 1
+SCHEDULES = {
+    "cosine": lambda progress: (1 - math.cos(math.pi * progress)) / 2,
+    "linear": lambda progress: progress,
+    "constant": lambda progress: 0.0,
+}
+
+
+def get_lr_factor(step: int, config: TrainConfig) -> float:
+    """Return the share of the peak learning rates that the update after `step` has: a linear
+    warm-up, then lr_schedule (cosine: Loshchilov and Hutter 2017), down to min_lr /
+    learning_rate at lr_decay_iters. Raises UserError for an unknown schedule."""
+    if config.lr_schedule not in SCHEDULES:
+        raise UserError(f"lr_schedule: expected {' or '.join(SCHEDULES)}, got "
+                        f"{config.lr_schedule!r}")
+    if not config.decay_lr:
+        return 1.0
+    if step < config.warmup_iters:
+        return (step + 1) / (config.warmup_iters + 1)
+    steps = max(1, config.lr_decay_iters - config.decay_start)
+    progress = min(1.0, max(0.0, (step - config.decay_start) / steps))
+    least = config.min_lr / config.learning_rate if config.learning_rate else 0.0
+    return 1 - (1 - least) * SCHEDULES[config.lr_schedule](progress)

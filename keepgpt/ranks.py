@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from keepgpt.config import PER_HOST, TrainConfig
 from keepgpt.device import pick_device, use_deterministic_algorithms
@@ -110,26 +110,20 @@ class Ranks:
             dist.all_reduce(x)
         return x
 
-    def add_in_pairs(self, tensors: list[Tensor]) -> None:
-        """Replace each tensor by its sum over all ranks, bit-identical on each of them.
+    def agree_on_threads(self, threads: int | None) -> None:
+        """Use `threads` CPU threads on every rank, or as many as rank 0 does: their number decides
+        the order of a sum, and each rank computes the update itself."""
+        if threads or self.world_size > 1:
+            torch.set_num_threads(threads or self.from_first(torch.get_num_threads()))
 
-        The number of ranks is a power of two: neighbours add theirs, then neighbouring pairs, and
-        so on. Both of a pair get the same sum, because a + b = b + a.
-        """
-        if self.world_size == 1:
-            return
-        mine = torch.cat([tensor.flatten() for tensor in tensors])
-        theirs, distance = torch.empty_like(mine), 1
-        while distance < self.world_size:
-            partner = self.rank ^ distance
-            for transfer in dist.batch_isend_irecv([dist.P2POp(dist.isend, mine, partner),
-                                                    dist.P2POp(dist.irecv, theirs, partner)]):
-                transfer.wait()
-            mine += theirs
-            distance *= 2
-        sums = mine.split([tensor.numel() for tensor in tensors])
-        # copy them back: a tensor's alignment in memory may change a kernel's order of additions
-        torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(sums, tensors)])
+    def agree_on_weights(self, model: nn.Module, source: str | None) -> None:
+        """Give every rank rank 0's weights: another kind of processor draws other random numbers.
+        Raises UserError if weights that were read from a `source` differ."""
+        difference = self.compare({"weights": model.state_dict()})
+        if difference and source:
+            raise UserError(f"init_from={source}: {difference}. Try: the same file for all")
+        if difference:
+            model.load_state_dict(self.from_first(model.state_dict()))
 
 
 def describe(facts: dict[str, Any], device: torch.device) -> dict[str, str]:

@@ -8,7 +8,7 @@ import torch
 from conftest import complaint, run
 
 from keepgpt.errors import UserError
-from model import GPT
+from model import build_model
 from tools import gpu, measure
 from tools.bench import __main__ as bench
 from tools.bench import parts, sides
@@ -81,7 +81,7 @@ def test_work_in_a_new_process_returns_or_fails():
 def test_transformers_qwen3_has_as_many_parameters():
     name = "Qwen3 and Muon, 4 layers, width 128"
     sizes = [sum(p.numel() for p in network.parameters()) for network in
-             (sides.make_transformers(name), GPT(sides.make_settings(name)[1]))]
+             (sides.make_transformers(name), build_model(sides.make_settings(name)[1]))]
     assert sizes[0] == sizes[1]
 
 

@@ -16,13 +16,13 @@ from torch.overrides import TorchFunctionMode
 from keepgpt import device as runtime
 from keepgpt.checkpoint import Disk, Saver, read_bundle
 from keepgpt.config import TrainConfig
-from keepgpt.errors import EXIT_NOT_FINITE
+from keepgpt.errors import NotFinite
 from keepgpt.kernels import LinearCrossEntropy
 from keepgpt.loader import Loader, Split
 from keepgpt.optim import AdamW
 from keepgpt.ranks import Ranks, map_tensors
-from model import GPT, KVCache, ModelArgs, generate
-from train import build_run, compute_gradient, evaluate, halt_unless_healthy, update
+from model import KVCache, ModelArgs, build_model, generate
+from train import build_run, check_finite, compute_gradient, evaluate, make_bundle, update
 
 ARGS = ModelArgs(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=61, bias=True,
                  dropout=0.0)
@@ -44,8 +44,10 @@ def tiny_run(tmp_path):
         shifted, fixed = (Split(tmp_path, "train", meta, config.block_size, 0, shift)
                           for shift in (True, False))
         loader = Loader(shifted, config.batch_size, 1, range(1), CPU)
-        return build_run(config, Ranks(0, 1, CPU), {}, loader, {"train": fixed, "val": fixed},
-                         GPT(ARGS))
+        run = build_run(config, Ranks(0, 1, CPU), None, {}, loader,
+                        {"train": fixed, "val": fixed}, build_model(ARGS))
+        run.saver = Saver(None, 2, None, lambda: None, CPU)
+        return run
 
     return make
 
@@ -54,10 +56,6 @@ def on(run, device):
     """The run, as if its tensors were on another device."""
     run.ranks = replace(run.ranks, device=device)
     return run
-
-
-def no_saver():
-    return Saver(None, 2, None, lambda: None, CPU)
 
 
 # compiled graphs
@@ -73,7 +71,7 @@ def test_graphs_are_static_whichever_is_compiled_first(tiny_run, evaluated_first
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", lambda *a, **how: compile(*a, backend=backend, **how))
-    monkeypatch.setattr("train.can_compile", lambda *_: True)
+    monkeypatch.setattr("keepgpt.device.can_compile", lambda *_: True)
     torch._dynamo.reset()
     run, signals = tiny_run(compile=True, eval_iters=3), SimpleNamespace(received=False)
     run.splits["train"].windows = run.splits["val"].windows = 4 + 4 + 1  # the last batch is smaller
@@ -92,7 +90,7 @@ def test_a_smaller_last_batch_counts_in_an_evaluation(tiny_run):
     losses = evaluate(run, SimpleNamespace(received=False))
     x, y = run.splits["val"].rows(0, 9)
     with torch.no_grad(), run.autocast:
-        assert losses["val_loss"] == pytest.approx(run.model(x, y).item(), rel=1e-3)
+        assert losses["val_loss"] == pytest.approx(run.state.model(x, y).item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -149,49 +147,47 @@ def test_deterministic_sums_over_gpus_leave_the_switch_out(monkeypatch):
 # numbers that are not finite
 
 
-def test_float16_that_overflows_at_every_scale_ends_the_run(tiny_run, capsys):
-    run, saver = tiny_run(), no_saver()
-    run.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    update(run, saver, compute_gradient(run))
-    before = copy.deepcopy(run.model.state_dict())
-    for _ in range(5):  # 4, 2, 1, 0.5: the third is one too many
-        losses = compute_gradient(run)
-        run.model.transformer.wte.weight.grad[0, 0] = math.inf
-        update(run, saver, losses)
-    metrics = SimpleNamespace(say=print)
-    with pytest.raises(SystemExit) as ended:
-        halt_unless_healthy(run, metrics, saver)
-    assert ended.value.code == EXIT_NOT_FINITE and "step 4: " in capsys.readouterr().out
-    assert all(torch.equal(p, before[name]) for name, p in run.model.state_dict().items())
+def test_float16_that_overflows_at_every_scale_ends_the_run(tiny_run):
+    run = tiny_run()
+    run.state.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    update(run, compute_gradient(run))
+    before = copy.deepcopy(run.state.model.state_dict())
+    with pytest.raises(NotFinite, match="step 4: "):
+        for _ in range(5):  # 4, 2, 1, 0.5: the third is one too many
+            losses = compute_gradient(run)
+            run.state.model.transformer.wte.weight.grad[0, 0] = math.inf
+            update(run, losses)
+    assert all(torch.equal(p, before[name]) for name, p in run.state.model.state_dict().items())
 
 
 def test_float16_that_overflows_now_and_then_goes_on(tiny_run):
-    run, saver = tiny_run(), no_saver()
-    run.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)
+    run = tiny_run()
+    run.state.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)
     for i in range(8):
         losses = compute_gradient(run)
         if i % 2:
-            run.model.transformer.wte.weight.grad[0, 0] = math.inf
-        update(run, saver, losses)
-    halt_unless_healthy(run, None, saver)
-    assert run.step == run.applied == 8
+            run.state.model.transformer.wte.weight.grad[0, 0] = math.inf
+        update(run, losses)
+    check_finite(run)
+    assert run.state.step == run.updates == 8
 
 
 def test_mps_makes_no_update_that_is_not_finite(tiny_run):
     class Deaf(AdamW):  # as on MPS
         found_inf = property(lambda self: None, lambda self, value: None)
 
-    run, saver = on(tiny_run(), MPS), no_saver()
-    run.optimizer.__class__ = Deaf
+    run = on(tiny_run(), MPS)
+    run.state.optimizer.__class__ = Deaf
     losses = gradient_on_cpu(run)
-    before = copy.deepcopy(run.model.state_dict())
-    run.model.transformer.wte.weight.grad[0, 0] = math.nan
-    update(run, saver, losses)
-    assert not run.healthy and run.applied == 0
-    assert all(torch.equal(p, before[name]) for name, p in run.model.state_dict().items())
-    run.healthy.fill_(1)
-    update(run, saver, gradient_on_cpu(run))
-    assert any((p != before[name]).any() for name, p in run.model.state_dict().items())
+    before = copy.deepcopy(run.state.model.state_dict())
+    run.state.model.transformer.wte.weight.grad[0, 0] = math.nan
+    with pytest.raises(NotFinite):
+        update(run, losses)
+    assert run.updates == 0
+    assert all(torch.equal(p, before[name]) for name, p in run.state.model.state_dict().items())
+    run.is_finite = True
+    update(run, gradient_on_cpu(run))
+    assert any((p != before[name]).any() for name, p in run.state.model.state_dict().items())
 
 
 def gradient_on_cpu(run):
@@ -234,8 +230,8 @@ def test_only_pinned_batches_are_not_waited_for(device, monkeypatch):
     monkeypatch.setattr(Recorder, "copies", [])
     rows = [torch.zeros(2, 3).as_subclass(Recorder) for _ in "xy"]
     loader = Loader(None, 2, 1, range(1), device)
-    loader.read = lambda *_: rows
-    list(loader.step(0))
+    loader._read = lambda *_: rows
+    loader.get_batch(0, 0)
     assert Recorder.copies == [device == CUDA] * 2
 
 
@@ -287,10 +283,10 @@ class WatchedDisk(Disk):
 def test_a_snapshot_is_ordered_between_two_updates_and_before_its_write(tiny_run, tmp_path,
                                                                         monkeypatch):
     run = tiny_run()
-    update(run, no_saver(), compute_gradient(run))
+    update(run, compute_gradient(run))
     cuda = Streams(monkeypatch)
     saver = Saver(tmp_path, 2, None, lambda: None, CUDA, WatchedDisk(cuda.log))
-    bundle = run.bundle(9.0)
+    bundle = make_bundle(run, 9.0)
     saver.save(bundle, best=False)
     saver.wait_for_copy()
     assert saver.wait()
@@ -305,9 +301,9 @@ def test_a_snapshot_is_ordered_between_two_updates_and_before_its_write(tiny_run
 
 def test_a_checkpoint_stores_no_more_than_its_tensors(tiny_run, tmp_path):
     run = tiny_run()
-    update(run, no_saver(), compute_gradient(run))
+    update(run, compute_gradient(run))
     saver = Saver(tmp_path, 2, None, lambda: None, CPU)
-    saver.save(run.bundle(9.0), best=False)
+    saver.save(make_bundle(run, 9.0), best=False)
     assert saver.wait()
     saved = read_bundle(tmp_path / "ckpt.pt")
     assert all(t.untyped_storage().nbytes() == t.nbytes for t in saved["model"].values())
@@ -349,7 +345,7 @@ def fake():
     math_alone = sdpa_kernel(SDPBackend.MATH)
     with FakeTensorMode(), SliceByOperators(), torch.inference_mode(), math_alone:
         with torch.device("meta"):
-            model = GPT(replace(ARGS, n_head=1, n_embd=64, block_size=32))
+            model = build_model(replace(ARGS, n_head=1, n_embd=64, block_size=32))
         for module in model.modules():
             for name, p in module._parameters.items():
                 module._parameters[name] = torch.nn.Parameter(
@@ -403,7 +399,7 @@ def test_cudnn_s_attention_is_off_once_a_device_is_picked(name):
 def test_generation_leaves_the_choice_of_attention_alone():
     for enabled in (True, False):
         torch.backends.cuda.enable_cudnn_sdp(enabled)
-        for _ in generate(GPT(ARGS).eval(), [[1, 2]], 3):
+        for _ in generate(build_model(ARGS).eval(), [[1, 2]], 3):
             assert torch.backends.cuda.cudnn_sdp_enabled() == enabled
 
 

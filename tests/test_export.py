@@ -26,7 +26,7 @@ from keepgpt.tokenizer import (
     to_tokenizers,
     train_bpe,
 )
-from model import GPT, ModelArgs, generate, load_model
+from model import GPT, ModelArgs, build_model, generate, load_model
 from tools.export import to_gguf_tokenizer
 
 QWEN3 = {"architecture": "qwen3", "n_kv_head": 1, "head_dim": 32, "n_ff": 40,
@@ -101,7 +101,7 @@ def by_llama_cpp(file: Path, work: dict, tmp_path: Path) -> dict:
 def save_random(path: Path, args: ModelArgs, description: dict) -> GPT:
     """Save a model whose next token depends on the text and the place."""
     torch.manual_seed(0)
-    model = GPT(args).eval()
+    model = build_model(args).eval()
     for name, p in model.named_parameters():
         torch.nn.init.normal_(p, std=3 if "wpe" in name else 0.3)
     torch.save({"model": model.state_dict(), "model_args": vars(model.args),
@@ -377,7 +377,7 @@ def test_dtype_is_that_of_the_weights(train, tmp_path):
 def weights(place: Path) -> Path:
     """A file of random weights, of more than 15 KiB."""
     args, path = ModelArgs(1, 1, 32, 32, 60, True, 0.0), place / "weights.pt"
-    torch.save({"model": GPT(args).state_dict(), "model_args": vars(args), "data": {
+    torch.save({"model": build_model(args).state_dict(), "model_args": vars(args), "data": {
         "tokenizer": {"kind": "char", "chars": "".join(map(chr, range(40, 100)))}}}, path)
     return path
 

@@ -22,7 +22,7 @@ from keepgpt.optim import (
     orthogonalize,
     set_rates,
 )
-from model import GPT, ModelArgs
+from model import GPT, ModelArgs, build_model
 
 ARGS = ModelArgs(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=61, bias=True,
                  dropout=0.0)
@@ -34,7 +34,7 @@ MUON = {"optimizer": "muon", "lr_schedule": "linear", "min_lr": 0.0}
 def model_with_gradients(seed: int = 0) -> GPT:
     """Return a small GPT with random weights and gradients."""
     torch.manual_seed(seed)
-    model = GPT(ARGS)
+    model = build_model(ARGS)
     for p in model.parameters():
         p.data.add_(torch.randn_like(p) * 0.02)
         p.grad = torch.randn_like(p)
@@ -216,7 +216,7 @@ def test_gradscaler_skips_an_overflow_and_goes_on():
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
 def test_the_groups_cover_the_model(architecture):
     qwen3 = {"bias": False, "architecture": "qwen3", "n_kv_head": 1, "tie_embeddings": False}
-    model = GPT(replace(ARGS, **qwen3) if architecture == "qwen3" else ARGS)
+    model = build_model(replace(ARGS, **qwen3) if architecture == "qwen3" else ARGS)
     groups = make_optimizer(model, CONFIG).param_groups
     kind = {id(p): (group.get("parts"), group["weight_decay"])
             for group in groups for p in group["params"]}
@@ -250,7 +250,7 @@ def test_schedules_take_their_values():
 def test_muons_rate_and_momentum_follow_the_step():
     config = replace(CONFIG, learning_rate=1e-3, min_lr=1e-4, muon_lr=0.02, lr_decay_iters=1000,
                      lr_schedule="linear", decay_fraction=0.5)
-    optimizer = make_optimizer(GPT(ARGS), config)
+    optimizer = make_optimizer(build_model(ARGS), config)
     for step, lr, momentum in ((0, 1e-3, 0.85), (150, 1e-3, 0.90), (750, 5.5e-4, 0.95),
                                (1000, 1e-4, 0.95)):
         set_rates(optimizer, step, config)

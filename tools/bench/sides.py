@@ -16,7 +16,7 @@ from keepgpt.config import ARCHITECTURE, TrainConfig
 from keepgpt.device import pick_device, pick_dtype
 from keepgpt.optim import make_optimizer
 from keepgpt.signals import prepare_process
-from model import GPT, ModelArgs, generate
+from model import ModelArgs, build_model, generate
 from sample import prepare_model
 from tools.export import to_config
 from tools.measure import seconds
@@ -82,7 +82,7 @@ def time_optimizer(name: str, device: str) -> float:
     """Time the updates of train.py's optimizer."""
     where = pick_device(device)
     config, args = make_settings(name)
-    network = GPT(args).to(where)
+    network = build_model(args).to(where)
     optimizer = make_optimizer(network, config, pick_dtype("auto", where))
     # the time of an update does not depend on the numbers
     grads = [torch.randn_like(p) for p in network.parameters()]
@@ -158,7 +158,7 @@ def train_plain(name: str, device: str) -> float:
     if cuda:
         # nanoGPT has 50,304 rows for GPT-2's 50,257 tokens
         args = replace(args, vocab_size=64 * math.ceil(args.vocab_size / 64))
-    network = GPT(args).to(where)
+    network = build_model(args).to(where)
 
     def loss_of(x: Tensor, y: Tensor) -> Tensor:
         logits = network(x)  # (B, T, V)
@@ -194,18 +194,18 @@ def train_transformers(name: str, device: str) -> float:
     return train_peer(network, loss_of, name, where)
 
 
-def sample_ours(name: str, device: str, compile: bool = False) -> float:
+def sample_ours(name: str, device: str) -> float:
     """Time the tokens of one sequence by sample.py."""
     # as sample.py does at its start: memory and threads
     prepare_process()
     where = pick_device(device)
     _, args = make_settings(name)
-    network = GPT(args).eval()
+    network = build_model(args).eval()
     # the dtype and layout of the weights that sample.py chooses
-    prepare_model(network, where, compile=compile)
+    prepare_model(network, where)
 
     def sample() -> list:
-        return list(generate(network, [[0]], TOKENS, temperature=0.8, top_k=50, compile=compile))
+        return list(generate(network, [[0]], TOKENS, temperature=0.8, top_k=50))
 
     return time_steps(sample, where) / TOKENS
 
