@@ -2,15 +2,12 @@
 raises UserError if it fails."""
 import os
 import signal
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
 from keepgpt.checkpoint import read_bundle
 from keepgpt.errors import EXIT_NOT_FINITE, UserError
 from tools import runs
-from tools.common import REPO
 from tools.crash.common import Part
 from tools.measure import Row
 
@@ -78,16 +75,6 @@ def blow_up(_rounds: int, device: str, folder: Path) -> Row:
     if not all(tensor.isfinite().all() for tensor in bundle["model"].values()):
         raise UserError("ckpt.pt is not finite")
     return {"result": f"exit code 3, ckpt.pt of step {bundle['step']} is finite"}
-
-
-def sample(flags: runs.Settings) -> bytes:
-    """Return the text of sample.py. Raises UserError if it fails."""
-    # the real script decides how to compile
-    command = [sys.executable, "sample.py", *runs.to_flags(flags)]
-    done = subprocess.run(command, cwd=REPO, capture_output=True)
-    if done.returncode:
-        raise UserError(f"sample.py: exit code {done.returncode}: {done.stderr.decode()[-200:]!r}")
-    return done.stdout
 
 
 # a large checkpoint and small steps: a save is always in progress
