@@ -240,8 +240,9 @@ def write_dataset(folder: Path, meta: dict[str, Any], shards: list[Shard]) -> di
         if k + 1 == len(shards):
             loss.warn(meta["name"])
             if min(totals) < 2:
-                raise UserError(f"{meta['name']}: too short, with {totals[0]} train and {totals[1]} "
-                                "val tokens. Try: more text, or another --val_fraction")
+                raise UserError(f"{meta['name']}: too short, with {totals[0]} train and "
+                                f"{totals[1]} val tokens. Try: more text, or another "
+                                "--val_fraction")
         crc32 = {name: compute_crc32(folder / f"{name}.tmp") for name in names}
         write_meta()
         for split, name in zip(SPLITS, names):
