@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from keepgpt.dataset import BadData, read_meta
+from keepgpt.dataset import BLOCK, BadData, compute_crc32, read_meta
 from keepgpt.loader import Loader, Split, mix, permute, seed_of
 
 
@@ -222,6 +222,61 @@ def test_an_id_outside_the_vocabulary_names_its_file(data):
     a_split = Split(Path("x"), "train", meta, 8, 1, shift=False)
     with pytest.raises(BadData, match="x/train-00001.bin: .*below 1000, got 1000"):
         a_split.rows(0, a_split.windows)
+
+
+# a split with checksums
+
+
+def split_with_crc32(*names):
+    """Return the split of these files of x, with the CRC32s that they have now."""
+    sizes = {name: Path("x", name).stat().st_size // 2 for name in names}
+    crc32 = {name: compute_crc32(Path("x", name)) for name in names}
+    meta = {"dtype": "uint16", "vocab_size": 2**16, "files": {"train": sizes}, "crc32": crc32}
+    return Split(Path("x"), "train", meta, 8, 1, shift=False)
+
+
+def change(path, where, content):
+    """Replace bytes of a file in place."""
+    with open(path, "r+b") as f:
+        f.seek(where)
+        f.write(content)
+
+
+@pytest.mark.parametrize("block, where", [(0, 0), (0, BLOCK - 1), (1, BLOCK), (2, 2 * BLOCK + 77),
+                                          (3, 3 * BLOCK), (3, 400_001)])
+def test_a_changed_byte_is_never_returned(data, block, where):
+    data(200_001)  # 400,002 bytes: three blocks and a part
+    whole, a_split = split(8), split_with_crc32("train.bin")
+    before = Path("x/train.bin").read_bytes()[where]
+    change("x/train.bin", where, bytes([before ^ 1]))
+    for first in range(0, a_split.ends[-1] - 9, 1000):
+        touched = range(2 * first // BLOCK, (2 * first + 17) // BLOCK + 1)
+        if block in touched:
+            with pytest.raises(BadData, match=f"x/train.bin: block {block}, "):
+                a_split.read(first, 9)
+        else:
+            assert a_split.read(first, 9) == whole.read(first, 9)
+
+
+def test_each_block_is_compared_once(data, monkeypatch):
+    data(200_001)
+    a_split, sizes, pread = split_with_crc32("train.bin"), [], os.pread
+    monkeypatch.setattr(os, "pread", lambda *a: sizes.append(a[1]) or pread(*a))
+    for epoch in range(2):
+        a_split.rows(epoch * a_split.windows, a_split.windows)
+    assert sizes.count(BLOCK) == 4 and len(sizes) == 4 + 2 * a_split.windows
+
+
+def test_swapped_files_are_refused(data):
+    for first, name in ((0, "train-00000.bin"), (7, "train-00001.bin")):
+        data(100_000, first=first)
+        os.rename("x/train.bin", f"x/{name}")
+    a_split = split_with_crc32("train-00000.bin", "train-00001.bin")
+    contents = [Path("x", name).read_bytes() for name in ("train-00001.bin", "train-00000.bin")]
+    for k, content in enumerate(contents):
+        Path(f"x/train-0000{k}.bin").write_bytes(content)
+        with pytest.raises(BadData, match=f"train-0000{k}.bin: block 0"):
+            a_split.read(k * 100_000, 9)
 
 
 # a dataset that nanoGPT prepared

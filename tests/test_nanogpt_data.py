@@ -1,8 +1,10 @@
 """Files from nanoGPT's first tutorial work here: train.bin, val.bin, meta.pkl, a checkpoint."""
 import json
+import os
 import pickle
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, complaint, rows, run
@@ -56,3 +58,94 @@ def test_a_nanogpt_checkpoint_can_be_fine_tuned(place, checkpoint):
     before, after = rows(place / "out", "val_loss")[-1], rows(place / "further", "val_loss")
     assert after[0]["val_loss"] == pytest.approx(before["val_loss"], abs=1e-5)
     assert after[-1]["val_loss"] < before["val_loss"]
+
+
+# data that changes between two starts
+
+CHARS = "".join(map(chr, range(32, 96)))
+DAMAGE = {"half zeroed": lambda old: old[:len(old) // 2] + bytes(len(old) - len(old) // 2),
+          "reversed": lambda old: np.frombuffer(old, "<u2")[::-1].tobytes(),
+          "another file": lambda old: np.full(len(old) // 2, 7, "<u2").tobytes(),
+          "later half reversed": lambda old: old[:len(old) // 2]
+          + np.frombuffer(old[len(old) // 2:], "<u2")[::-1].tobytes()}
+
+
+def write_dataset(folder, kind):
+    """Write 1.4 MB of tokens: as prepare.py does, as it did before checksums, or as nanoGPT."""
+    tokens = np.random.default_rng(0).integers(64, size=700_000, dtype="<u2")
+    (folder / "text.txt").write_text("".join(CHARS[i] for i in tokens), "ascii")
+    run("prepare.py", folder / "text.txt", name="x", tokenizer="char", data_dir=folder)
+    meta = json.loads((folder / "x/meta.json").read_text())
+    if kind == "old":
+        del meta["crc32"]
+        (folder / "x/meta.json").write_text(json.dumps(meta))
+    elif kind == "nanogpt":
+        (folder / "x/meta.json").unlink()
+        itos = dict(enumerate(meta["tokenizer"]["chars"]))
+        (folder / "x/meta.pkl").write_bytes(pickle.dumps({"itos": itos}))
+
+
+def train_on(folder, ranks=1, code=0, **flags):
+    """Train on the dataset of `write_dataset`. Each evaluation reads all of its blocks."""
+    return run("train.py", ranks=ranks, code=code, **TINY | {
+        "dataset": folder / "x", "out_dir": folder / "out", "init_from": "auto", "max_iters": 4,
+        "eval_interval": 4, "batch_size": 16, "eval_iters": 40} | flags)
+
+
+@pytest.fixture(scope="module", params=["new", "old", "nanogpt"])
+def started(request, tmp_path_factory):
+    """Return the kind of a dataset, and the folder with it and with a run of four steps on it."""
+    folder = tmp_path_factory.mktemp(request.param)
+    write_dataset(folder, request.param)
+    train_on(folder)
+    return request.param, folder
+
+
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("file, damage", [("train.bin", "reversed"), ("val.bin", "another file"),
+                                          ("train.bin", "half zeroed"),
+                                          ("train.bin", "later half reversed")])
+def test_a_resume_on_changed_data_is_refused(started, file, damage, ranks):
+    kind, folder = started
+    path, saved = folder / "x" / file, (folder / "out/ckpt.pt").read_bytes()
+    intact, times = path.read_bytes(), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    path.write_bytes(DAMAGE[damage](intact))
+    os.utime(path, ns=times)
+    done = train_on(folder, ranks, max_iters=8, eval_interval=8, code=2)
+    lines = {line for line in done.stderr.splitlines() if line.startswith("error: ")}
+    # nanoGPT's first tokens are a part of what identifies its datasets
+    identity = f"error: {folder}/x: not the x that this run was trained on"
+    assert len(lines) == 1, done.stderr
+    line = lines.pop()
+    assert f"x/{file}: block " in line or kind == "nanogpt" and line.startswith(identity)
+    assert (folder / "out/ckpt.pt").read_bytes() == saved
+    path.write_bytes(intact)
+
+
+@pytest.mark.parametrize("kind", ["new", "old"])
+def test_a_first_start_on_changed_data_is_refused(tmp_path, kind):
+    write_dataset(tmp_path, kind)
+    path = tmp_path / "x/train.bin"
+    path.write_bytes(DAMAGE["half zeroed"](path.read_bytes()))
+    assert str(tmp_path / "x") in complaint(train_on(tmp_path, code=2), silent=False)
+
+
+def test_a_changed_description_is_refused(train, dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "x")
+    train(dataset=tmp_path / "x", max_iters=2)
+    text = (tmp_path / "x/meta.json").read_text()
+    meta = json.loads(text)
+    meta["tokenizer"]["chars"] = meta["tokenizer"]["chars"][::-1]
+    (tmp_path / "x/meta.json").write_text(json.dumps(meta))
+    complaint(train(dataset=tmp_path / "x", max_iters=4, init_from="resume", code=2))
+
+
+def test_checksums_are_computed_once(train, dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "x")
+    meta = json.loads((tmp_path / "x/meta.json").read_text())
+    crc32 = meta.pop("crc32")
+    (tmp_path / "x/meta.json").write_text(json.dumps(meta))
+    for steps in (2, 4):
+        train(dataset=tmp_path / "x", max_iters=steps, init_from="auto")
+        bundle = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+        assert bundle["data"]["crc32"] == crc32 and bundle["data"].items() >= meta.items()

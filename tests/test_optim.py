@@ -1,28 +1,33 @@
 """Muon's updates, the schedules, and runs with Muon: exact resume, 1, 2 and 4 ranks, NaN."""
 import copy
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import bits, complaint, rows, run
+from conftest import REPO, TINY, bits, complaint, rows, run
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from keepgpt import checkpoint
+from keepgpt import checkpoint, optim
 from keepgpt.config import TrainConfig
 from keepgpt.optim import (
     COEFFICIENTS,
     AdamW,
     Muon,
-    get_lr,
+    get_lr_factor,
     interpolate,
     make_optimizer,
     orthogonalize,
     set_rates,
 )
 from model import GPT, ModelArgs, build_model
+from tools.runs import digest
 
 ARGS = ModelArgs(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=61, bias=True,
                  dropout=0.0)
@@ -229,22 +234,24 @@ def test_the_groups_cover_the_model(architecture):
 
 
 def test_schedules_take_their_values():
-    config = replace(CONFIG, learning_rate=1.0, min_lr=0.2, warmup_iters=10, lr_decay_iters=110,
+    config = replace(CONFIG, learning_rate=2.0, min_lr=0.4, warmup_iters=10, lr_decay_iters=110,
                      decay_fraction=0.5)
     cosine, linear, constant = (replace(config, lr_schedule=name)
                                 for name in ("cosine", "linear", "constant"))
     for each in (cosine, linear, constant):
-        assert [get_lr(step, each) for step in (0, 4)] == [1 / 11, 5 / 11]
-        assert [get_lr(step, replace(each, decay_lr=False)) for step in (0, 200)] == [1.0, 1.0]
-    assert [get_lr(step, constant) for step in (10, 60, 110, 200)] == [1.0] * 4
-    assert [get_lr(step, cosine) for step in (10, 60, 110, 200)] == pytest.approx(
+        assert [get_lr_factor(step, each) for step in (0, 4)] == [1 / 11, 5 / 11]
+        without = replace(each, decay_lr=False)
+        assert [get_lr_factor(step, without) for step in (0, 200)] == [1.0, 1.0]
+    assert [get_lr_factor(step, constant) for step in (10, 60, 110, 200)] == [1.0] * 4
+    assert [get_lr_factor(step, cosine) for step in (10, 60, 110, 200)] == pytest.approx(
         [1.0, 0.6, 0.2, 0.2])
-    assert [get_lr(step, linear) for step in (10, 55, 66, 110, 200)] == pytest.approx(
+    assert [get_lr_factor(step, linear) for step in (10, 55, 66, 110, 200)] == pytest.approx(
         [1.0, 1.0, 0.84, 0.2, 0.2])
     # it never falls before the end of the warm-up, and may fall from there on
     early = replace(linear, decay_fraction=1.0)
-    assert [get_lr(step, early) for step in (9, 10, 60)] == pytest.approx([10 / 11, 1.0, 0.6])
-    assert get_lr(109, replace(linear, decay_fraction=0.0)) == 1.0
+    assert [get_lr_factor(step, early) for step in (9, 10, 60)] == pytest.approx(
+        [10 / 11, 1.0, 0.6])
+    assert get_lr_factor(109, replace(linear, decay_fraction=0.0)) == 1.0
 
 
 def test_muons_rate_and_momentum_follow_the_step():
@@ -347,8 +354,111 @@ def test_muon_stops_before_a_loss_that_is_not_finite(train, tmp_path):
     assert all(torch.isfinite(p).all() for p in bundle["model"].values())
 
 
-def test_muon_refuses_a_learning_rate_of_0(train):
-    assert "learning_rate" in complaint(train(learning_rate=0.0, code=None, **MUON))
+def test_a_learning_rate_of_0_leaves_muons_rate(train, tmp_path):
+    train(learning_rate=0.0, max_iters=2, **MUON)
+    groups = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert [group["lr"] > 0 for group in groups] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("setting", [{"optimizer": "adamm"}, {"lr_schedule": "cosin"}], ids=str)
+def test_an_unknown_optimizer_or_schedule_is_refused(train, setting):
+    key, = setting
+    assert key in complaint(train(code=None, **setting), silent=False)
+
+
+# the contract, and an optimizer that a user adds
+
+
+class Lion(torch.optim.Optimizer):
+    """Lion (Chen et al. 2023): the sign of a mean of gradients, with the state of one moment."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and found_inf > 0:
+            return
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                mean = state.setdefault("mean", torch.zeros_like(p))
+                state["updates"] = state.get("updates", 0) + 1
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.sub_(mean.lerp(p.grad, 0.1).sign_(), alpha=group["lr"])
+                mean.lerp_(p.grad, 0.01)
+
+
+def make_lion(model, config, dtype):
+    return Lion(optim.group_by_decay(model.parameters(), config), {})
+
+
+@pytest.fixture
+def all_optimizers(monkeypatch):
+    monkeypatch.setitem(optim.OPTIMIZERS, "lion", make_lion)
+
+
+names = pytest.mark.parametrize("name", ["adamw", "muon", "lion"])
+
+
+@names
+def test_groups_cover_the_model_and_have_their_own_rates(name, all_optimizers):
+    model = model_with_gradients()
+    config = replace(CONFIG, optimizer=name, warmup_iters=9)
+    optimizer = make_optimizer(model, config)
+    parameters = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(parameters) == sorted(id(p) for p in model.parameters())
+    assert all(group["lr"] == group["peak_lr"] / 10 for group in optimizer.param_groups)
+
+
+@names
+def test_found_inf_changes_neither_weights_nor_state(name, all_optimizers):
+    model = model_with_gradients()
+    optimizer = make_optimizer(model, replace(CONFIG, optimizer=name))
+    optimizer.step()
+    for found_inf, is_equal in ((torch.ones(()), True), (torch.zeros(()), False)):
+        before = copy.deepcopy([model.state_dict(), optimizer.state_dict()["state"]])
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.found_inf = found_inf
+        optimizer.step()
+        after = [model.state_dict(), optimizer.state_dict()["state"]]
+        assert (digest(before) == digest(after)) == is_equal
+
+
+LION = """
+import sys
+sys.path.insert(0, {tests!r})
+import test_optim
+from keepgpt import optim
+optim.OPTIMIZERS["lion"] = test_optim.make_lion
+"""
+
+
+def run_with_lion(program, *args, code=0):
+    """Run Python code after Lion was added. Check its exit code."""
+    source = LION.format(tests=str(Path(__file__).parent)) + program
+    done = subprocess.run([sys.executable, "-c", source, *map(str, args)], cwd=REPO, text=True,
+                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+@pytest.mark.slow
+def test_an_added_optimizer_resumes_stops_at_nan_and_survives_kills(dataset, tmp_path):
+    train = ("import sys, train\nfrom keepgpt.config import TrainConfig, parse\n"
+             "sys.exit(train.main(*parse(TrainConfig, '', sys.argv[1:])[:2]))")
+    flags = [f"--{key}={value}" for key, value in
+             (TINY | {"dataset": dataset, "optimizer": "lion", "learning_rate": 1e-3}).items()]
+    run_with_lion(train, *flags, f"--out_dir={tmp_path}/whole")
+    run_with_lion(train, *flags, f"--out_dir={tmp_path}/parts", "--max_iters=20")
+    run_with_lion(train, "--init_from=resume", f"--out_dir={tmp_path}/parts", "--max_iters=40")
+    assert bits(tmp_path / "whole/ckpt.pt") == bits(tmp_path / "parts/ckpt.pt")
+    run_with_lion(train, "--init_from=resume", f"--out_dir={tmp_path}/parts", "--max_iters=60",
+                  "--learning_rate=1e30", "--decay_lr=False", code=3)
+    crash = ("from tools.crash import common\n"
+             "common.RUN |= {'optimizer': 'lion', 'learning_rate': 0.01}\n"
+             "from tools.crash import __main__ as crash\n"
+             "sys.exit(crash.main(common.CrashConfig(cases=5), ['kill']))")
+    assert " 0 failures" in run_with_lion(crash).stdout
 
 
 # devices

@@ -1,7 +1,11 @@
 """prepare.py and keepgpt/text.py: the known texts, your own, and what can go wrong on the way."""
+import bz2
+import gzip
 import hashlib
 import http.server
+import io
 import json
+import lzma
 import os
 import re
 import resource
@@ -9,9 +13,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import urllib.parse
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +30,7 @@ from conftest import REPO, command, complaint, run, start
 from keepgpt import text as corpora
 from keepgpt.dataset import BadData, read_meta
 from keepgpt.errors import UserError
-from keepgpt.tokenizer import from_meta
+from keepgpt.tokenizer import from_meta, train_bpe
 
 GPT2 = from_meta({"tokenizer": {"kind": "gpt2"}})
 EOT = 50256
@@ -188,6 +194,99 @@ def test_lines_of_json(tmp_path):
     assert GPT2.decode(val) == "it, please<|endoftext|>pair here"
 
 
+ROWS = [{"text": "one café\nfor all of us, " * 9, "id": 1}, {"text": "and two " * 22}]
+JSON_LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
+
+
+@pytest.mark.parametrize("name, content", [
+    ("a.json", json.dumps(ROWS, indent=1).encode()), ("b.JSON", b"\n " + json.dumps(ROWS).encode()),
+    ("c.json", JSON_LINES), ("d.ndjson", JSON_LINES), ("e.jsonl", b"\xef\xbb\xbf" + JSON_LINES),
+    ("f.jsonl.gz", gzip.compress(JSON_LINES)), ("g.json.gz", gzip.compress(JSON_LINES)),
+    ("h.jsonl.bz2", bz2.compress(JSON_LINES)), ("i.jsonl.xz", lzma.compress(JSON_LINES)),
+    ("j.jsonl", gzip.compress(JSON_LINES[:40]) + gzip.compress(JSON_LINES[40:]))])
+def test_json_in_any_wrapping_gives_its_texts(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    meta, train, val = prepare(tmp_path, name, val_fraction=0.5, tokenizer="char")
+    halves = [(row["text"][:len(row["text"]) // 2], row["text"][len(row["text"]) // 2:])
+              for row in ROWS]
+    for tokens, split in ((train, 0), (val, 1)):
+        assert from_meta(meta).decode(tokens) == "\n".join(half[split] for half in halves)
+
+
+@pytest.mark.parametrize("name, compress", [("a.txt.gz", gzip.compress), ("a.txt", gzip.compress),
+                                            ("a.bz2", bz2.compress), ("a.xz", lzma.compress)])
+def test_compressed_text_is_read(tmp_path, name, compress):
+    (tmp_path / name).write_bytes(compress(b"\xef\xbb\xbf" + TEXT.replace("\n", "\r\n").encode()))
+    _, train, val = prepare(tmp_path, name)
+    assert GPT2.decode(train) + GPT2.decode(val) == TEXT
+
+
+def zip_of(text: bytes) -> bytes:
+    """Return a zip archive with one file."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("a.txt", text)
+    return file.getvalue()
+
+
+def tar_of(text: bytes) -> bytes:
+    """Return a compressed tar archive with one file."""
+    file, info = io.BytesIO(), tarfile.TarInfo("a.txt")
+    info.size = len(text)
+    with tarfile.open(fileobj=file, mode="w:gz") as archive:
+        archive.addfile(info, io.BytesIO(text))
+    return file.getvalue()
+
+
+ZSTD = b"\x28\xb5\x2f\xfd" + bytes(range(256))
+
+
+@pytest.mark.parametrize("name, content, said", [
+    ("a.zip", zip_of(TEXT.encode()), "unzip"), ("a.docx", zip_of(TEXT.encode()), "zip archive"),
+    ("a.txt.gz", gzip.compress(zip_of(TEXT.encode())), "unzip"),
+    ("a.tar.gz", tar_of(TEXT.encode()), "tar -xf"), ("a.jsonl.zst", ZSTD, "zstd -d"),
+    ("a.jsonl", ZSTD, "zstd -d"), ("a.txt", ZSTD, "zstd -d"),
+    ("a.txt", TEXT.encode("utf-16"), "iconv"), ("a.pdf", b"%PDF-1.4\n%\xe2\xe3\xcf\xd3", "a PDF"),
+    ("a.txt.gz", gzip.compress(os.urandom(999).hex().encode())[:-300], "end-of-stream"),
+    ("a.jsonl.gz", gzip.compress(JSON_LINES)[:-9], "end-of-stream"),
+    ("a.xz", lzma.compress(TEXT.encode())[:-20], "end-of-stream"),
+    ("a.gz", gzip.compress(TEXT.encode())[:30] + b"\xff" * 30, "UTF-8"),
+    ("a.json", json.dumps(ROWS[0], indent=1).encode(), ".txt"),
+    ("a.json", json.dumps({"data": ROWS}).encode(), "data")])
+def test_other_formats_are_named(tmp_path, name, content, said):
+    (tmp_path / name).write_bytes(content)
+    line = complaint(run("prepare.py", name, name="x", data_dir=tmp_path / "data", cwd=tmp_path,
+                         code=2))
+    assert name in line and said in line and files_in(tmp_path / "data") == []
+
+
+def test_rows_without_a_text_are_skipped_with_a_note(tmp_path):
+    texts = [f"Document {i}\n" * 9 for i in range(130)]
+    rows = [{"text": text} for text in texts]
+    holes = [*rows[:7], {"text": None, "id": 1}, {"body": "x"}, *rows[7:], {"text": 3}, "text", []]
+    write_jsonl(tmp_path / "intact.jsonl", texts)
+    (tmp_path / "holes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in holes))
+    write_parquet(tmp_path / "holes.parquet", [*texts[:7], None, *texts[7:], None])
+    expected = prepare(tmp_path, "intact.jsonl")[1:]
+    for name, counts, keys in (("holes.jsonl", "5 of 135", "text, id, body"),
+                               ("holes.parquet", "2 of 132", "id, text")):
+        done = run("prepare.py", name, name="y", data_dir=tmp_path / "data", cwd=tmp_path)
+        assert done.stderr.count("\n") == 1 and done.stderr.startswith("note: ")
+        assert f"{counts} rows" in done.stderr and f"row 8 of {name}" in done.stderr
+        assert keys in done.stderr
+        assert read_set(tmp_path / "data/y")[1:] == expected
+
+
+def test_line_ends_in_rows_are_those_of_files(tmp_path):
+    unix = ["first line\nsecond\n\nlast\n" * 9, "other\ntext\n" * 9]
+    dos = ["\ufeff" + unix[0].replace("\n", "\r\n"), unix[1].replace("\n", "\r")]
+    for name, texts in (("unix", unix), ("dos", dos)):
+        write_jsonl(tmp_path / f"{name}.jsonl", texts)
+        write_parquet(tmp_path / f"{name}.parquet", texts)
+    sets = [prepare(tmp_path, name)[1:] for name in ("unix.jsonl", "dos.jsonl", "dos.parquet")]
+    assert sets[0] == sets[1] == sets[2]
+
+
 def peak_memory(tmp_path: Path, *args: object, name: str) -> int:
     """The bytes that prepare.py takes for a set of characters."""
     code = ("import runpy, sys; sys.argv = sys.argv[1:]\n"
@@ -236,6 +335,108 @@ def test_a_bpe_of_mixed_scripts(shakespeare, tmp_path):
     tokens = [tokenizer.token_bytes(i) for i in range(1000)]
     assert b" the" in tokens and any("東京は夜".encode() in token for token in tokens)
     assert not any(b"uixot" in token for token in tokens)  # nothing of val
+
+
+def write_tokenizer(folder: Path, text: str, **steps: object) -> Path:
+    """Write the tokenizer.json of a BPE of this text without bytes. Return its folder."""
+    import tokenizers
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=steps.pop("unk_token", None)))
+    made.decoder = tokenizers.decoders.Fuse()
+    for name, step in steps.items():
+        setattr(made, name, step)
+    made.train_from_iterator([text], tokenizers.trainers.BpeTrainer(
+        vocab_size=300, show_progress=False, special_tokens=["<unk>"]))
+    folder.mkdir()
+    made.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_a_tokenizer_that_loses_text_is_noted(play, tmp_path):
+    from tokenizers import normalizers, pre_tokenizers
+    text = play.read_text(encoding="utf-8")
+    late = tmp_path / "late.jsonl"  # what is lost comes after 200 documents
+    write_jsonl(late, [*[text[i * 200:i * 200 + 200] for i in range(200)], "Ünique " * 20])
+    lossy = {"lower": write_tokenizer(tmp_path / "lower", text, normalizer=normalizers.Lowercase()),
+             "spaces": write_tokenizer(tmp_path / "spaces", text,
+                                       pre_tokenizer=pre_tokenizers.Whitespace()),
+             "drops": write_tokenizer(tmp_path / "drops", text),
+             "unknown": write_tokenizer(tmp_path / "unknown", text, unk_token="<unk>")}
+    said = {}
+    for name, folder in lossy.items():
+        file = late if name in ("drops", "unknown") else play
+        done = run("prepare.py", file, name=name, tokenizer=folder, data_dir=tmp_path / "data")
+        assert done.stderr.startswith("note: ") and done.stderr.count("\n") == 1, done.stderr
+        said[name] = done.stderr
+    assert " 0.00%" in said["drops"] and " 0.00%" in said["lower"]
+    assert " 0.00%" not in said["unknown"] and "Ünique" in said["unknown"]
+    for name in ("drops", "unknown"):
+        done = run("prepare.py", play, name="kept", tokenizer=lossy[name],
+                   data_dir=tmp_path / f"kept-{name}")
+        assert not done.stderr
+
+
+def test_an_encoding_that_drops_text_is_noted(play, tmp_path):
+    plugin = tmp_path / "plugin" / "tiktoken_ext"
+    plugin.mkdir(parents=True)
+    (plugin / "wide.py").write_text(PLUGIN.replace(r"[^a-z\s]", r"[^a-z\s!]"))
+    done = run("prepare.py", play, name="x", tokenizer="wide", data_dir=tmp_path,
+               env={"PYTHONPATH": str(plugin.parent)})
+    assert "loses text" in done.stderr and "!" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_bpe_of_one_long_word_takes_seconds():
+    started = time.process_time()
+    tokens = from_meta({"tokenizer": train_bpe(["a" * 1_000_000, " so", " so"], 300)})
+    assert time.process_time() - started < 20  # 400,000 letters took 90 s
+    assert tokens.decode(tokens.encode("aaaa so")) == "aaaa so" and len(tokens.encode(" so")) == 1
+
+
+def test_long_words_change_no_merge_of_other_text(shakespeare):
+    import tokenizers
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    text = shakespeare[:600_000]
+    made.train_from_iterator([text], tokenizers.trainers.BpeTrainer(
+        vocab_size=999, min_frequency=2, show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    ours = from_meta({"tokenizer": train_bpe([text], 1000)})
+    assert {token: i for token, i in ours.token_ids().items() if i < 999} == made.get_vocab()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_training_of_a_bpe(tmp_path, how):
+    words = np.random.default_rng(0).integers(97, 123, size=(400_000, 9), dtype=np.uint8)
+    words[:, -1] = ord(" ")
+    (tmp_path / "a.txt").write_bytes(words.tobytes())
+    child = start("prepare.py", tmp_path / "a.txt", name="x", tokenizer="bpe:60000",
+                  data_dir=tmp_path / "data")
+    while child.poll() is None and not (tmp_path / "data/x/.lock").exists():
+        time.sleep(0.01)
+    time.sleep(4)
+    assert child.poll() is None and not (tmp_path / "data/x/train.bin.tmp").exists()
+    sent = time.monotonic()
+    child.send_signal(how)
+    _, err = child.communicate()
+    assert time.monotonic() - sent < 2 and child.returncode == -how and not err
+    assert files_in(tmp_path / "data") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_does_not_wait_for_an_encoder(shakespeare, tmp_path, how):
+    folder = write_tokenizer(tmp_path / "whole", shakespeare[:20_000], unk_token="<unk>")
+    (tmp_path / "a.txt").write_text(shakespeare * 5)
+    child = start("prepare.py", tmp_path / "a.txt", name="x", tokenizer=folder,
+                  data_dir=tmp_path / "data")
+    while child.poll() is None and not (tmp_path / "data/x/train.bin.tmp").exists():
+        time.sleep(0.01)
+    time.sleep(1)
+    sent = time.monotonic()
+    child.send_signal(how)
+    _, err = child.communicate()
+    assert time.monotonic() - sent < 2 and child.returncode == 130 and not err
+    assert files_in(tmp_path / "data") == []
 
 
 PLUGIN = """
@@ -563,6 +764,8 @@ def test_changed_or_corrupt_dataset_is_prepared_again(tmp_path):
 
     assert again()
     for damage in (lambda: os.truncate(folder / "val.bin", 6), (folder / "train.bin").unlink,
+                   lambda: (folder / "val.bin").write_bytes(
+                       (folder / "val.bin").read_bytes()[::-1]),
                    lambda: (folder / "meta.json").write_text(""),
                    lambda: (folder / "meta.json").write_text('{"tokens": 5}')):
         damage()
@@ -682,7 +885,7 @@ MANY = b"text " * 99
     (["a.txt"], {"a.txt": b"\xff\xfe" + "text ".encode("utf-16-le") * 99}),
     (["a.jsonl"], {"a.jsonl": b'{"text": "a"}\n{"text": "\xe9"}'}),
     (["a.jsonl"], {"a.jsonl": b'{"text": "a"}\n\n{"text": "b"\n'}),
-    (["a.jsonl"], {"a.jsonl": b'{"text": "a"}\n{"txt": "b"}\n'}),
+    (["a.jsonl"], {"a.jsonl": b'{"text": null}\n{"txt": "b"}\n'}),
     (["a.jsonl"], {"a.jsonl": b'{"text": 3}\n'}),
     (["a.txt", "--name="], {"a.txt": MANY}), (["a.txt", "--name=y/z"], {"a.txt": MANY}),
     (["a.txt", "--name=openwebtext"], {"a.txt": MANY}), (["/dev/stdin"], {}),
@@ -694,7 +897,6 @@ MANY = b"text " * 99
     (["a.parquet"], {"a.parquet": b"text"}),
     (["b.parquet", "a.parquet"], {"a.parquet": PARQUET, "b.parquet": PARQUET[:-9]}),
     (["a.parquet"], {"a.parquet": PARQUET}),
-    (["a.parquet", "--text_key=body"], {"a.parquet": PARQUET}),
     (["a.parquet", "--text_key=body"], {"a.parquet": corrupt(PARQUET)})])
 def test_mistakes_end_in_one_line(tmp_path, args, files):
     for path, data in files.items():

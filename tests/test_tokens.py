@@ -1,4 +1,5 @@
 """Weights from elsewhere are only used with the tokens that they were trained on."""
+import gzip
 import json
 import shutil
 from pathlib import Path
@@ -7,8 +8,9 @@ import pytest
 import torch
 from conftest import TINY, complaint, run
 
+import sample
 from keepgpt.errors import UserError
-from keepgpt.tokenizer import check_tokenizer
+from keepgpt.tokenizer import check_tokenizer, from_meta
 
 ONE_STEP = TINY | {"max_iters": 1, "eval_iters": 1}
 
@@ -100,6 +102,22 @@ def test_a_folder_is_sampled_with_its_own_tokens(exported, trained, dataset):
     for flags in ({}, {"dataset": dataset}):
         done = run("sample.py", init_from=exported, **flags, **how)
         assert not done.stderr.count("note") and done.stdout == expected
+
+
+def test_a_prompt_is_read_as_prepare_reads_text(tmp_path):
+    vocabulary = from_meta({"tokenizer": {"kind": "gpt2"}})
+    text = "To be,\nor not\n\nto be"
+    for i, content in enumerate((text.encode(), text.replace("\n", "\r\n").encode(),
+                                 text.replace("\n", "\r").encode(), b"\xef\xbb\xbf" + text.encode(),
+                                 gzip.compress(text.encode()))):
+        (tmp_path / str(i)).write_bytes(content)
+        ids = sample.read_prompt(f"FILE:{tmp_path / str(i)}", vocabulary)
+        assert vocabulary.decode(ids) == text
+    for content in (b"\xe9t\xe9", text.encode("utf-16"), text.encode("utf-16-le"),
+                    b"PK\x03\x04\xff"):
+        (tmp_path / "bad").write_bytes(content)
+        with pytest.raises(UserError, match="--start: .*bad: expected text in UTF-8"):
+            sample.read_prompt(f"FILE:{tmp_path / 'bad'}", vocabulary)
 
 
 def test_as_many_other_characters_are_refused(trained, dataset, ciphered, tmp_path):
