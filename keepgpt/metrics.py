@@ -97,8 +97,7 @@ class Metrics:
         self.live = False  # the cursor is at the end of a line that the next one replaces
         self.step, self.wandb, self.file, self.quiet = step, None, None, quiet
         self.failures = set()  # of what decorates the run; each is printed once
-        # wandb, at the interpreter's end: its start failed or was interrupted
-        self.may_hang = False
+        self.may_hang = False  # wandb, at the interpreter's end
         if not out_dir:
             return
 

@@ -1,10 +1,11 @@
 """A run's README.md records how it was made, well enough to reproduce it."""
+import os
 import re
 import subprocess
 
 import pytest
 import torch
-from conftest import REPO, bits, run
+from conftest import REPO, TINY, bits, run
 
 START = r"- 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC, step (\d+): `(.*)`; (.*); (1 x cpu.*); (Python .*)"
 
@@ -37,3 +38,37 @@ def test_a_foreign_readme_is_kept(train, tmp_path, content):
     done = train(max_iters=10)
     assert "README.md" in done.stderr
     assert (tmp_path / "out/README.md").read_bytes() == content
+
+
+@pytest.mark.parametrize("git", ["printf '\\xff'", "exit 128", "kill -9 $$"])
+def test_an_odd_git_does_not_end_a_run(train, tmp_path, git):
+    path = tmp_path / "bin/git"
+    path.parent.mkdir()
+    path.write_text(f"#!/bin/sh\n{git}\n")
+    path.chmod(0o755)
+    train(max_iters=2, env={"PATH": f"{path.parent}:{os.environ['PATH']}"})
+    assert "step 0" in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_card_that_fails_is_one_warning(train, tmp_path):
+    (tmp_path / "out/README.md").mkdir(parents=True)  # can't be read as a file
+    done = train(max_iters=2)
+    assert done.stdout.count("warning: ") == 1 and "README.md" in done.stdout
+
+
+def test_a_sample_that_fails_is_one_warning(dataset, tmp_path):
+    fails = tmp_path / "fails.py"
+    fails.write_text(f"""import sys
+sys.path.insert(0, {str(REPO)!r})
+import train
+from keepgpt.config import TrainConfig, parse
+class Panic(BaseException): pass
+def fail(run): raise Panic("no such token")
+train.generate_sample = fail
+sys.exit(train.main(*parse(TrainConfig, "", sys.argv[1:])[:2]))
+""")
+    flags = TINY | {"dataset": dataset}
+    done = run(fails, out_dir=tmp_path / "out", sample_tokens=5, **flags)
+    assert done.stdout.count("no such token") == 1
+    run("train.py", out_dir=tmp_path / "whole", **flags)
+    assert bits(tmp_path / "out/ckpt.pt") == bits(tmp_path / "whole/ckpt.pt")

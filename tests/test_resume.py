@@ -347,6 +347,32 @@ def test_another_ctrl_c_exits_at_once(tmp_path):
     assert process.wait(timeout=10) == 130
 
 
+PROGRAM = """import sys, time
+from keepgpt.signals import Signals
+signals = Signals()
+def work():
+    print("ready", flush=True)
+    time.sleep(5)
+    return "uninterrupted"
+print(signals.interrupt(work, True), signals.received > 0)
+"""
+
+
+@pytest.mark.parametrize("number, ignored, env, answer", [
+    (signal.SIGHUP, False, {}, "None True"), (signal.SIGXCPU, False, {}, "None True"),
+    (signal.SIGUSR2, False, {}, "None True"), (signal.SIGUSR2, True, {}, "None True"),
+    (signal.SIGHUP, True, {}, "uninterrupted False"),
+    (signal.SIGHUP, True, {"RANK": "0"}, "None True")])  # torchrun passes it on
+def test_signals_of_batch_systems_and_terminals(number, ignored, env, answer):
+    before = signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    process = subprocess.Popen([sys.executable, "-c", PROGRAM], cwd=REPO, text=True,
+                               env=os.environ | env, stdout=subprocess.PIPE)
+    signal.signal(number, before)
+    process.stdout.readline()
+    process.send_signal(number)
+    assert process.communicate(timeout=60)[0] == f"{answer}\n"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks, flags", [
     (1, {"eval_iters": 400}), (2, {"eval_iters": 400}), (1, {"compile": True})])

@@ -1,7 +1,11 @@
 """runs/loop.sh, runs/slurm.sh and torchrun's restarts lose nothing while nobody watches."""
+import fcntl
 import os
+import pty
+import shlex
 import signal
 import subprocess
+import termios
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -74,6 +78,48 @@ def test_the_loop_ends_on_a_signal_and_on_a_mistake(dataset, tmp_path):
     assert done.returncode == 2 and "again" not in done.stderr
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU])
+def test_the_loop_passes_a_signal_on(number):
+    """The command stands for a run: it exits with 75 at SIGTERM."""
+    stops = ["bash", "-c", "trap 'exit 75' TERM; echo ready; for i in {1..200}; do sleep 0.1; done"]
+    process = subprocess.Popen([REPO / "runs/loop.sh", *stops], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    process.send_signal(number)
+    assert process.wait(timeout=30) == 75
+
+
+@pytest.mark.parametrize("prefix, ranks, code", [
+    ([], 1, 75), (["nohup"], 2, 1), ([REPO / "runs/loop.sh"], 1, 75)])
+def test_a_closed_terminal_saves_the_run(dataset, tmp_path, prefix, ranks, code):
+    """torchrun ends at a SIGHUP, with nohup, too. It passes it on to its ranks."""
+    out, (ours, theirs) = tmp_path / "out", pty.openpty()
+
+    def take_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    flags = FLAGS | {"max_iters": 10**6, "eval_interval": 10**5}
+    process = subprocess.Popen(
+        [*prefix, *command("train.py", ranks=ranks, out_dir=out, dataset=dataset, **flags)],
+        env=ONE_THREAD, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs,
+        preexec_fn=take_terminal)
+    os.close(theirs)
+    until(lambda: logged(out) >= 10, process)
+    os.close(ours)
+    assert process.wait(timeout=60) == code
+    assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == logged(out)
+
+
+@pytest.mark.parametrize("closed", ["<&- >&- 2>&-", ">/dev/full 2>/dev/full"])
+def test_a_run_needs_no_streams(dataset, tmp_path, closed):
+    """A closed stream's number must not become a checkpoint's: C code would write to it."""
+    out = tmp_path / "out"
+    line = shlex.join(command("train.py", out_dir=out, dataset=dataset, **TINY))
+    done = subprocess.run(["bash", "-c", f"exec {line} {closed}"], env=ONE_THREAD)
+    assert done.returncode == 0 and rows(out)[-1]["step"] == 40
+    assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == 40
+
+
 def test_the_loop_without_a_command_exits_2():
     done = subprocess.run([REPO / "runs/loop.sh"], capture_output=True, text=True)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
@@ -136,7 +182,7 @@ def test_usr1_to_torchrun_and_ranks_saves(dataset, tmp_path):
     out = tmp_path / "out"
     args = command("train.py", ranks=2, out_dir=out, dataset=dataset,
                     **FLAGS | {"max_iters": 10**6, "eval_interval": 10**5})
-    assert "srun env --ignore-signal=USR1 torchrun" in (REPO / "runs/slurm.sh").read_text()
+    assert "srun env --ignore-signal=USR1,USR2,XCPU torchrun" in (REPO / "runs/slurm.sh").read_text()
     process = subprocess.Popen(["env", "--ignore-signal=USR1", *args], env=ONE_THREAD,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until(lambda: last_step(out) >= 10, process)

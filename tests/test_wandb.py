@@ -1,0 +1,153 @@
+"""Weights & Biases decorates a run: it neither ends it nor keeps it from ending."""
+import json
+import os
+import pty
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY, command, rows, run, start
+
+pytestmark = pytest.mark.slow
+
+# a package `wandb` that writes what it gets to the file $SENT; each test breaks a part of it
+FAKE = """
+import json, os, threading
+class Run:
+    id, dir, summary, starting_step = "fake", "wandb/run-1/files", {{}}, {first_step}
+    def log(self, row, step):
+        {log}
+        with open(os.environ["SENT"], "a") as file:
+            print(json.dumps(row), file=file)
+    def finish(self):
+        {finish}
+def Settings(**_): pass
+def init(mode="online", **_):
+    {init}
+    return Run()
+"""
+HANG = "threading.Event().wait()"
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """Install a fake wandb: fake(finish=HANG). Return the file of the rows that it got."""
+    def fake(log="pass", finish="pass", init="pass", first_step=0) -> Path:
+        parts = {"log": log, "finish": finish, "init": init, "first_step": first_step}
+        (tmp_path / "wandb.py").write_text(FAKE.format(**parts))
+        monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+        monkeypatch.setenv("SENT", str(tmp_path / "sent"))
+        return tmp_path / "sent"
+    return fake
+
+
+def sent_steps(path: Path) -> list[int]:
+    """Return the steps of the rows that wandb got."""
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def read_until(process: subprocess.Popen, text: str) -> None:
+    """Read the process's lines until one contains `text`."""
+    while text not in (line := process.stdout.readline()):
+        assert line, process.stderr.read()
+
+
+def test_a_signal_ends_a_hanging_finish(fake, dataset, tmp_path):
+    fake(finish=HANG)
+    flags = TINY | {"dataset": dataset, "out_dir": tmp_path / "out", "wandb_log": True}
+    process = start("train.py", **flags)
+    read_until(process, "done at step 40")
+    process.terminate()
+    assert process.wait(timeout=9) == 0  # before wandb's own limit
+
+
+def test_a_stopped_run_with_a_hanging_finish_exits_75(fake, dataset, tmp_path):
+    fake(finish=HANG)
+    flags = TINY | {"dataset": dataset, "out_dir": tmp_path / "out", "wandb_log": True,
+                    "max_iters": 10**6}
+    process = start("train.py", **flags)
+    read_until(process, "step 5/")
+    process.terminate()
+    read_until(process, "stopped at step")
+    assert (tmp_path / "out/ckpt.pt").exists()
+    time.sleep(1)  # signals within a second are one request
+    process.send_signal(2)
+    assert process.wait(timeout=9) == 75
+
+
+@pytest.mark.parametrize("flags, code", [({}, 0), ({"learning_rate": 1e30, "grad_clip": 0}, 3)])
+def test_a_hanging_finish_has_a_limit(fake, dataset, tmp_path, flags, code):
+    fake(finish=HANG)
+    done = run("train.py", fresh=True, code=code, dataset=dataset, out_dir=tmp_path / "out",
+               **TINY | {"wandb_log": True, **flags})
+    assert "wandb sync wandb/run-1" in done.stdout.splitlines()[-1]
+
+
+def test_a_failing_log_is_one_warning(fake, dataset, tmp_path):
+    fake(log="raise SystemExit(1)")
+    done = run("train.py", fresh=True, dataset=dataset, out_dir=tmp_path / "out",
+               **TINY | {"wandb_log": True})
+    assert done.stdout.count("warning: ") == 1 and done.stderr == ""
+    assert rows(tmp_path / "out")[-1]["step"] == 40
+
+
+def test_a_hanging_log_does_not_stop_training(fake, dataset, tmp_path):
+    fake(log=HANG)
+    flags = TINY | {"dataset": dataset, "out_dir": tmp_path / "out", "wandb_log": True}
+    process = start("train.py", **flags)
+    read_until(process, "done at step 40")
+    process.terminate()
+    assert process.wait(timeout=9) == 0
+
+
+def test_without_its_server_wandb_logs_offline(fake, dataset, tmp_path):
+    sent = fake(init="assert mode == 'offline', 'no route to host'")
+    done = run("train.py", fresh=True, dataset=dataset, out_dir=tmp_path / "out",
+               **TINY | {"wandb_log": True})
+    assert done.stdout.count("warning: ") == 1 and "no route to host" in done.stdout
+    assert sent_steps(sent) == [row["step"] for row in rows(tmp_path / "out")]
+
+
+def test_rows_that_wandb_has_are_not_sent_again(fake, dataset, tmp_path):
+    sent = fake(first_step=31)
+    flags = TINY | {"dataset": dataset, "out_dir": tmp_path / "out", "wandb_log": True}
+    run("train.py", **flags | {"max_iters": 20, "wandb_log": False})
+    run("train.py", fresh=True, **flags | {"init_from": "resume"})
+    assert sent_steps(sent) == [35, 40, 40]
+
+
+def test_a_signal_while_wandb_starts_exits_75(fake, dataset, tmp_path):
+    fake(init=f"print('starting', flush=True); {HANG}")
+    flags = TINY | {"dataset": dataset, "out_dir": tmp_path / "out", "wandb_log": True}
+    process = start("train.py", **flags)
+    read_until(process, "starting")
+    process.terminate()
+    assert process.wait(timeout=20) == 75
+
+
+def test_no_menu_waits_for_a_login(dataset, tmp_path):
+    """The real wandb, on a terminal, without an account."""
+    ours, theirs = pty.openpty()
+    env = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
+    env |= {"HOME": str(tmp_path), "WANDB_DIR": str(tmp_path), "OMP_NUM_THREADS": "1",
+            "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    process = subprocess.Popen(
+        command("train.py", out_dir=tmp_path / "out", dataset=dataset, wandb_log=True, **TINY),
+        stdin=theirs, stdout=theirs, stderr=theirs, env=env)
+    os.close(theirs)
+
+    def read_all() -> None:
+        try:
+            while os.read(ours, 1 << 16):
+                pass
+        except OSError:  # Linux: the other side is closed
+            pass
+
+    threading.Thread(target=read_all, daemon=True).start()
+    try:
+        assert process.wait(timeout=90) == 0
+    finally:
+        process.kill()
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
