@@ -425,16 +425,38 @@ def build_model(args: ModelArgs) -> GPT:
     return ARCHITECTURES[args.architecture](args)
 
 
-def load_model(args: dict[str, Any], state: dict[str, Tensor]) -> GPT:
+def load_model(args: dict[str, Any], state: dict[str, Tensor], source: str = "the weights") -> GPT:
     """Return the GPT of these ModelArgs with these weights, in float32. Raises UserError if they
-    do not fit."""
+    do not fit; it names their `source`."""
     model = build_model(ModelArgs(**args))  # the meta device would load the compiler, for a second
+
+    # a tied output layer may be stored as well, or instead of the embedding
+    state = dict(state)
+    if model.lm_head is None and "lm_head.weight" in state:
+        name = f"{model.tokens}.weight"
+        head = state.pop("lm_head.weight")
+        if not torch.equal(state.setdefault(name, head), head):
+            raise UserError(f"{source}: expected lm_head.weight equal to {name}, as they are tied, "
+                            "got other weights")
     try:
         model.load_state_dict(state)
     except RuntimeError as e:
         reason = str(e).splitlines()[1].strip()
-        raise UserError(f"the weights do not fit the network: {reason}") from None
+        raise UserError(f"{source}: do not fit the network: {reason}") from None
     return model
+
+
+def crop_weights(args: dict[str, Any], state: dict[str, Tensor], vocab_size: int, block_size: int
+                 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the ModelArgs and the weights of the same network with a smaller vocabulary and a
+    shorter block."""
+    kind = ARCHITECTURES[args.get("architecture", "gpt2")]
+    rows = {f"{kind.tokens}.weight": vocab_size, "lm_head.weight": vocab_size}
+    if kind.positions:
+        rows[f"{kind.positions}.weight"] = block_size
+    cropped = {name: tensor[:rows[name]].clone() if name in rows else tensor
+               for name, tensor in state.items()}
+    return args | {"vocab_size": vocab_size, "block_size": block_size}, cropped
 
 
 @torch.inference_mode()

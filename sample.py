@@ -48,11 +48,11 @@ from keepgpt import tokenizer
 from keepgpt.checkpoint import has_run, mention_renamed, read_newest
 from keepgpt.dataset import dataset_folder, read_meta
 from keepgpt.device import pick_device, pick_dtype
+from keepgpt.huggingface import read_weights
 from keepgpt.kernels import pack_linear_layers
-from keepgpt.pretrained import crop_weights, read_weights
 from keepgpt.signals import raise_interrupts
 from keepgpt.text import open_text, read_block
-from model import GPT, ModelArgs, generate, load_model
+from model import GPT, ModelArgs, crop_weights, generate, load_model
 
 SMALL = 4e6  # parameters; below, weights stay in the CPU's cache, where float32 is fastest
 GPT2 = {"name": "GPT-2", "tokenizer": {"kind": "gpt2"}, "vocab_size": 50257}
@@ -75,7 +75,8 @@ def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
         args, state, data = read_weights(origin)
     ModelArgs(**args)  # raises UserError for impossible sizes
     vocabulary = tokenizer.from_meta(find_meta(config, origin, args["vocab_size"], data))
-    model = load_model(*crop_weights(args, state, vocabulary.vocab_size, args["block_size"]))
+    args, state = crop_weights(args, state, vocabulary.vocab_size, args["block_size"])
+    model = load_model(args, state, origin)
     return model.eval(), vocabulary, origin
 
 

@@ -48,14 +48,14 @@ from keepgpt.errors import (
     warn,
 )
 from keepgpt.files import FolderLock
+from keepgpt.huggingface import read_weights
 from keepgpt.loader import Loader, Split, seed_of
 from keepgpt.metrics import Metrics
 from keepgpt.optim import get_lr_factor, make_optimizer, set_rates
-from keepgpt.pretrained import crop_weights, read_weights
 from keepgpt.ranks import SAME_START, Ranks, join_ranks, shared_settings
 from keepgpt.signals import Signals
 from keepgpt.tokenizer import check_tokenizer, from_meta
-from model import GPT, ModelArgs, build_model, generate, load_model
+from model import GPT, ModelArgs, build_model, crop_weights, generate, load_model
 
 
 @dataclass
@@ -299,7 +299,7 @@ def make_model(config: TrainConfig, overrides: dict[str, Any], data: dict[str, A
 
 def load_pretrained(source: str, config: TrainConfig, overrides: dict[str, Any],
                     data: dict[str, Any]) -> GPT:
-    """Return a model with the weights of `source` (see pretrained.read_weights), cropped to the
+    """Return a model with the weights of `source` (see huggingface.read_weights), cropped to the
     dataset's vocabulary and the config's block_size. Raises UserError."""
     args, state, tokens = read_weights(source)
     source_args = ModelArgs(**args)  # raises UserError for impossible sizes
@@ -314,7 +314,7 @@ def load_pretrained(source: str, config: TrainConfig, overrides: dict[str, Any],
     check_tokenizer(source, args["vocab_size"], tokens, data)
     block_size = min(config.block_size, args["block_size"])
     args, state = crop_weights(args, state, data["vocab_size"], block_size)
-    return load_model(args | {"dropout": config.dropout}, state)
+    return load_model(args | {"dropout": config.dropout}, state, f"init_from={source}")
 
 
 def describe_machine(run: Run) -> dict[str, Any]:

@@ -53,16 +53,17 @@ class TrainConfig:
     n_embd: int = setting(768, "width", least=1)
     dropout: float = setting(0.0, "0 for pretraining, 0.1+ for small data", least=0, below=1)
     bias: bool = setting(False, "gpt2: biases in Linear and LayerNorm; False is faster")
-    architecture: Literal["gpt2", "qwen3"] = setting("gpt2",
-        "gpt2 | qwen3 (RMSNorm, RoPE, QK-norm, SwiGLU): a lower loss from the same tokens")
-    n_kv_head: int = setting(0, "qwen3: heads of keys and values; 0 = n_head", least=0)
-    head_dim: int = setting(0, "qwen3: width of a head; 0 = n_embd / n_head", least=0)
-    n_ff: int = setting(0, "qwen3: width in the MLP; 0 = 8/3 n_embd, a multiple of 64", least=0)
-    rope_theta: float = setting(1e4, "qwen3: base of the rotary wavelengths", least=1)
-    norm_eps: float = setting(1e-6, "qwen3: added to RMSNorm's mean square", least=1e-12)
-    tie_embeddings: bool = setting(True, "qwen3: the output layer is the token embedding")
+    architecture: str = setting("gpt2",
+        "gpt2 | llama (RMSNorm, RoPE, SwiGLU) | qwen3 (llama with QK-norm): a lower loss from the "
+        "same tokens")
+    n_kv_head: int = setting(0, "llama, qwen3: heads of keys and values; 0 = n_head", least=0)
+    head_dim: int = setting(0, "llama, qwen3: width of a head; 0 = n_embd / n_head", least=0)
+    n_ff: int = setting(0, "llama, qwen3: width in the MLP; 0 = about 8/3 n_embd", least=0)
+    rope_theta: float = setting(1e4, "llama, qwen3: base of the rotary wavelengths", least=1)
+    norm_eps: float = setting(1e-6, "llama, qwen3: added to RMSNorm's mean square", least=1e-12)
+    tie_embeddings: bool = setting(True, "llama, qwen3: the output layer is the token embedding")
     # the optimizer and its schedule
-    optimizer: Literal["adamw", "muon"] = setting("adamw",
+    optimizer: str = setting("adamw",
         "adamw | muon (the blocks' matrices; AdamW for the rest): fewer tokens to the same loss")
     learning_rate: float = setting(6e-4, "peak learning rate", least=0)
     max_iters: int = setting(600000, "number of steps of the run", least=0)
@@ -73,7 +74,7 @@ class TrainConfig:
     muon_lr: float = setting(0.02, "peak learning rate of Muon, at any width", least=0)
     muon_momentum: float = setting(0.95, "Muon's decay of the mean gradient", least=0, below=1)
     decay_lr: bool = setting(True, "linear warm-up, then lr_schedule; False = constant")
-    lr_schedule: Literal["cosine", "linear", "constant"] = setting("cosine",
+    lr_schedule: str = setting("cosine",
         "after the warm-up: cosine | linear (constant, then linear decay) | constant")
     decay_fraction: float = setting(0.65, "linear: share of lr_decay_iters that decays", least=0)
     warmup_iters: int = setting(2000, "steps of linear warm-up", least=0)

@@ -18,7 +18,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from keepgpt.dataset import read_meta
 from keepgpt.errors import UserError
-from keepgpt.pretrained import read_weights
+from keepgpt.huggingface import read_weights
 from keepgpt.tokenizer import (
     describe_encoding,
     describe_tokenizer,

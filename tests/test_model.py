@@ -21,15 +21,16 @@ from keepgpt import kernels
 from keepgpt.config import TrainConfig
 from keepgpt.device import pick_dtype
 from keepgpt.errors import UserError
+from keepgpt.huggingface import read_weights
 from keepgpt.kernels import LinearCrossEntropy, RMSNormFunction, has_fast_norm, pack_linear_layers
 from keepgpt.optim import make_optimizer
-from keepgpt.pretrained import crop_weights, read_weights
 from model import (
     GPT,
     ModelArgs,
     RMSNorm,
     attend,
     build_model,
+    crop_weights,
     generate,
     load_model,
     rotate,

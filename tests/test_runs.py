@@ -104,10 +104,10 @@ def test_a_closed_terminal_saves_the_run(dataset, tmp_path, prefix, ranks, code)
         env=ONE_THREAD, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs,
         preexec_fn=take_terminal)
     os.close(theirs)
-    until(lambda: logged(out) >= 10, process)
+    until(lambda: last_step(out) >= 10, process)
     os.close(ours)
     assert process.wait(timeout=60) == code
-    assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == logged(out)
+    assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == last_step(out)
 
 
 @pytest.mark.parametrize("closed", ["<&- >&- 2>&-", ">/dev/full 2>/dev/full"])
@@ -182,7 +182,8 @@ def test_usr1_to_torchrun_and_ranks_saves(dataset, tmp_path):
     out = tmp_path / "out"
     args = command("train.py", ranks=2, out_dir=out, dataset=dataset,
                     **FLAGS | {"max_iters": 10**6, "eval_interval": 10**5})
-    assert "srun env --ignore-signal=USR1,USR2,XCPU torchrun" in (REPO / "runs/slurm.sh").read_text()
+    script = (REPO / "runs/slurm.sh").read_text()
+    assert "srun env --ignore-signal=USR1,USR2,XCPU torchrun" in script
     process = subprocess.Popen(["env", "--ignore-signal=USR1", *args], env=ONE_THREAD,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until(lambda: last_step(out) >= 10, process)

@@ -24,7 +24,7 @@ from tokenizers import (
 from transformers import AutoTokenizer
 
 from keepgpt.errors import UserError
-from keepgpt.pretrained import read_tokenizer
+from keepgpt.huggingface import read_tokenizer
 from keepgpt.tokenizer import (
     check_tokenizer,
     describe_tokenizer,

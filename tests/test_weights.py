@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from keepgpt.errors import UserError
-from keepgpt.pretrained import read_weights
+from keepgpt.huggingface import read_weights
 from model import load_model
 
 SMALL = {"batch_size": 2, "block_size": 32, "gradient_accumulation_steps": 2, "eval_iters": 2}

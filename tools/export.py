@@ -1,8 +1,8 @@
 """Export weights to other programs: `python -m tools.export --out_dir=out --to=FOLDER`.
 
-FOLDER is a GPT-2 or Qwen3 with its tokenizer in Hugging Face's format, which Transformers, vLLM and
-others load without this repository, and weights.pt for PyTorch. With --format=gguf --to=FILE is one
-file for llama.cpp and the programs on it.
+FOLDER is a GPT-2, Llama or Qwen3 with its tokenizer in Hugging Face's format, which Transformers,
+vLLM and others load without this repository, and weights.pt for PyTorch. With --format=gguf
+--to=FILE is one file for llama.cpp and the programs on it.
 """
 import json
 import reprlib
@@ -21,13 +21,12 @@ from keepgpt.checkpoint import Disk, write_bundle
 from keepgpt.config import setting
 from keepgpt.errors import UserError, import_package
 from keepgpt.files import FolderLock
-from keepgpt.pretrained import SIZES
+from keepgpt.huggingface import FORMATS, make_config, make_tensors
 from keepgpt.tokenizer import BYTE_OF, CharTokenizer, Tokenizer, read_parts, split_by, to_tokenizers
 from model import GPT, ModelArgs
 from sample import SampleConfig, load
 from tools.common import run_tool
 
-CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # (in, out) there; (out, in) here
 QWEN2_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
                  r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 # llama.cpp's name for a way to split a text, and that way as a tokenizer.json says it
@@ -49,34 +48,9 @@ class ExportConfig:
         "of the weights; in gguf of the matrices")
 
 
-def to_hugging_face(state: dict[str, Tensor], args: ModelArgs) -> dict[str, Tensor]:
-    """Return the weights with the names and shapes of GPT2LMHeadModel or Qwen3ForCausalLM. A bias
-    that GPT-2 misses becomes 0."""
-    if args.architecture == "qwen3":
-        return state  # has those
-    exported = {}
-    for name, tensor in state.items():
-        exported[name] = tensor.t().contiguous() if name.endswith(CONV1D) else tensor
-        if not args.bias and not name.endswith(("wte.weight", "wpe.weight")):
-            exported[name.removesuffix("weight") + "bias"] = tensor.new_zeros(tensor.size(0))
-    return exported
-
-
-def to_config(args: ModelArgs) -> dict[str, Any]:
-    """Return Transformers' GPT2Config or Qwen3Config as a dict."""
-    if args.architecture == "gpt2":
-        return {theirs: getattr(args, ours) for ours, theirs in SIZES["gpt2"].items()} | {
-            "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_inner": None,
-            "n_ctx": args.block_size, "activation_function": "gelu_new",
-            "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True, "resid_pdrop": args.dropout,
-            "embd_pdrop": args.dropout, "attn_pdrop": args.dropout}
-    sizes = vars(args) | {"n_kv_head": args.K, "head_dim": args.D, "n_ff": args.ff_width}
-    return {theirs: sizes[ours] for ours, theirs in SIZES["qwen3"].items()} | {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_act": "silu",
-        "rms_norm_eps": args.norm_eps, "tie_word_embeddings": args.tie_embeddings,
-        "rope_theta": args.rope_theta,  # read by Transformers 4; the next line by 5
-        "rope_parameters": {"rope_type": "default", "rope_theta": args.rope_theta},
-        "attention_bias": False, "attention_dropout": args.dropout, "use_sliding_window": False}
+def list_sizes(args: ModelArgs) -> dict[str, Any]:
+    """Return ModelArgs as a dict, with the sizes that 0 stands for."""
+    return vars(args) | {"n_kv_head": args.K, "head_dim": args.D, "n_ff": args.ff_width}
 
 
 def write_hugging_face(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str,
@@ -89,7 +63,7 @@ def write_hugging_face(folder: Path, model: GPT, vocabulary: Tokenizer, origin: 
     write_bundle({"model": state, "model_args": vars(args), "data": data}, folder / "weights.pt",
                  Disk())
     import_package("safetensors.torch").save_file(
-        to_hugging_face(state, args), folder / "model.safetensors", {"format": "pt"})
+        make_tensors(state, args.architecture), folder / "model.safetensors", {"format": "pt"})
     to_tokenizers(vocabulary).save(str(folder / "tokenizer.json"))
     ends = {"bos_token_id": eot, "eos_token_id": eot}
     tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": args.block_size,
@@ -99,7 +73,7 @@ def write_hugging_face(folder: Path, model: GPT, vocabulary: Tokenizer, origin: 
     if eot is not None:
         name = {i: token for token, i in vocabulary.token_ids().items()}[eot]
         tokenizer |= {"bos_token": name, "eos_token": name}
-    config = to_config(args) | ends | {"dtype": str(dtype).removeprefix("torch.")}
+    config = make_config(list_sizes(args)) | ends | {"dtype": str(dtype).removeprefix("torch.")}
     for name, content in {"config": config, "generation_config": ends,
                           "tokenizer_config": tokenizer, "keepgpt": data | {"origin": origin}
                           }.items():
@@ -111,29 +85,53 @@ def write_gguf(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str, dty
     """Write model.gguf, llama.cpp's format, with the tokenizer. Matrices are in `dtype`; vectors
     and positions stay float32, as llama.cpp wants them."""
     gguf = import_package("gguf")
-    args, qwen3 = model.args, model.args.architecture == "qwen3"
+    args = model.args
+    form = FORMATS[args.architecture]
     writer = gguf.GGUFWriter(folder / "model.gguf", args.architecture)
-    keys = {"name": origin, "context_length": args.block_size, "embedding_length": args.n_embd,
-            "block_count": args.n_layer, "head_count": args.n_head,
-            "feed_forward_length": args.ff_width if qwen3 else 4 * args.n_embd}
-    keys |= {"head_count_kv": args.K, "key_length": args.D, "value_length": args.D,
-             "layer_norm_rms_eps": args.norm_eps, "rope_freq_base": args.rope_theta
-             } if qwen3 else {"layer_norm_eps": 1e-5}
+    keys = {
+        "name": origin,
+        "context_length": args.block_size,
+        "embedding_length": args.n_embd,
+        "block_count": args.n_layer,
+        "head_count": args.n_head,
+        "feed_forward_length": args.ff_width if form.is_rotary else 4 * args.n_embd,
+    }
+    if form.is_rotary:
+        keys |= {
+            "head_count_kv": args.K,
+            "key_length": args.D,
+            "value_length": args.D,
+            "rope_dimension_count": args.D,
+            "layer_norm_rms_eps": args.norm_eps,
+            "rope_freq_base": args.rope_theta,
+            "vocab_size": args.vocab_size,
+        }
+    else:
+        keys["layer_norm_eps"] = form.fixed["layer_norm_epsilon"][0]
     for key, value in (keys | to_gguf_tokenizer(vocabulary)).items():
         getattr(writer, f"add_{key}")(value)
-    names = gguf.get_tensor_name_map(
-        gguf.MODEL_ARCH.QWEN3 if qwen3 else gguf.MODEL_ARCH.GPT2, args.n_layer)
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[args.architecture.upper()], args.n_layer)
     of_matrices = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
-    for name, tensor in to_hugging_face(model.state_dict(), args).items():
-        tensor = tensor.t() if name.endswith(CONV1D) else tensor  # (out, in) again
-        vector = tensor.dim() < 2 or name.endswith("wpe.weight")
-        kind = gguf.GGMLQuantizationType["F32" if vector else of_matrices]
-        writer.add_tensor(names.get_name(name, (".weight", ".bias")),
-                          gguf.quantize(tensor.float().contiguous().numpy(), kind), raw_dtype=kind)
+    for name, tensor in make_tensors(model.state_dict(), args.architecture).items():
+        if name.endswith(form.transposed):
+            tensor = tensor.t()  # (out, in) again
+        if name.endswith(form.interleaved):
+            tensor = interleave_heads(tensor, args.D)
+        is_float32 = tensor.dim() < 2 or name.endswith("wpe.weight")
+        kind = gguf.GGMLQuantizationType["F32" if is_float32 else of_matrices]
+        content = gguf.quantize(tensor.float().contiguous().numpy(), kind)
+        writer.add_tensor(names.get_name(name, (".weight", ".bias")), content, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def interleave_heads(weight: Tensor, D: int) -> Tensor:
+    """Return a matrix (heads * D, C) whose rows i and i + D / 2 of each head, which RoPE rotates
+    together, are neighbours: llama.cpp wants a Llama's queries and keys so."""
+    return weight.unflatten(0, (-1, 2, D // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def to_gguf_tokenizer(vocabulary: Tokenizer) -> dict[str, Any]:

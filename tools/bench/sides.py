@@ -14,11 +14,12 @@ import model as model_module
 from keepgpt import kernels
 from keepgpt.config import ARCHITECTURE, TrainConfig
 from keepgpt.device import pick_device, pick_dtype
+from keepgpt.huggingface import make_config
 from keepgpt.optim import make_optimizer
 from keepgpt.signals import prepare_process
 from model import ModelArgs, build_model, generate
 from sample import prepare_model
-from tools.export import to_config
+from tools.export import list_sizes
 from tools.measure import seconds
 
 TOKENS = 48  # of a sample
@@ -177,7 +178,8 @@ def make_transformers(name: str) -> nn.Module:
     # not needed for anything else, and may not be installed
     from transformers import AutoConfig, AutoModelForCausalLM
     _, args = make_settings(name)
-    config = AutoConfig.for_model(**to_config(args), bos_token_id=0, eos_token_id=None)
+    sizes = make_config(list_sizes(args))
+    config = AutoConfig.for_model(**sizes, bos_token_id=0, eos_token_id=None)
     return AutoModelForCausalLM.from_config(config)
 
 

@@ -1,5 +1,8 @@
-"""Read weights from Hugging Face folders, the hub, and checkpoints of keepGPT and nanoGPT, as plain
-dicts: the ModelArgs, the state dict, and a description of the tokens."""
+"""The names and sizes of Hugging Face's format, which serve to load weights and to export them.
+
+Weights are also read from checkpoints of keepGPT and nanoGPT, and from the hub: always as plain
+dicts of the ModelArgs, the tensors, and a description of the tokens.
+"""
 import json
 import pickle
 import re
@@ -7,6 +10,7 @@ import reprlib
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,40 +26,96 @@ NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 PATTERNS = ["config.json", "keepgpt.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
             "merges.txt", "added_tokens.json", "model*.safetensors", "model.safetensors.index.json"]
 
-# --- config.json, by its model_type -----------------------------------------------------------
+@dataclass(frozen=True)
+class Format:
+    """How Hugging Face's config.json and weights describe an architecture of model.py."""
+    class_name: str
+    prefix: str  # of all names of tensors, except the output layer's
+    sizes: dict[str, str]  # the names of our sizes -> theirs
+    fixed: dict[str, tuple]  # keys that decide the network -> the values that model.py has
+    dropouts: tuple[str, ...]  # keys with our dropout
+    defaults: dict[str, int] = field(default_factory=dict)  # of sizes that may be absent or null
+    has_biases: bool = False
+    is_rotary: bool = True  # with RMSNorm, and an output layer that may be tied
+    transposed: tuple[str, ...] = ()  # endings of names: (in, out) there, (out, in) here
+    # matrices whose rows llama.cpp wants in the order of interleaved rotary positions
+    interleaved: tuple[str, ...] = ()
 
-# Our sizes: theirs.
-SIZES = {
-    "gpt2": {
-        "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd", "vocab_size": "vocab_size",
-        "block_size": "n_positions"},
-    "qwen3": {
-        "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
-        "n_kv_head": "num_key_value_heads", "head_dim": "head_dim", "n_embd": "hidden_size",
-        "n_ff": "intermediate_size", "vocab_size": "vocab_size",
-        "block_size": "max_position_embeddings"},
+
+LLAMA_SIZES = {
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_kv_head": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "n_embd": "hidden_size",
+    "n_ff": "intermediate_size",
+    "vocab_size": "vocab_size",
+    "block_size": "max_position_embeddings",
 }
-# Other keys that decide the network: the values that model.py has; the first is the default.
-FIXED = {
-    "gpt2": {
-        # five names of one formula
-        "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "gelu_fast",
-                                "gelu_accurate"),
-        "layer_norm_epsilon": (1e-5,),
-        "scale_attn_weights": (True,),
-        "scale_attn_by_inverse_layer_idx": (False,),
-        "reorder_and_upcast_attn": (False,),
-        "add_cross_attention": (False,),
-        "tie_word_embeddings": (True,)},
-    "qwen3": {
-        "hidden_act": ("silu", "swish"),
-        "attention_bias": (False,),
-        "use_sliding_window": (False,),
-        "partial_rotary_factor": (1,),
-        "tie_word_embeddings": (False, True)},
+# the first value is the default, and the one that tools.export writes
+FORMATS = {
+    "gpt2": Format(
+        class_name="GPT2LMHeadModel",
+        prefix="transformer.",
+        sizes={
+            "n_layer": "n_layer",
+            "n_head": "n_head",
+            "n_embd": "n_embd",
+            "vocab_size": "vocab_size",
+            "block_size": "n_positions",
+        },
+        fixed={
+            # five names of one formula
+            "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh",
+                                    "gelu_fast", "gelu_accurate"),
+            "layer_norm_epsilon": (1e-5,),
+            "scale_attn_weights": (True,),
+            "scale_attn_by_inverse_layer_idx": (False,),
+            "reorder_and_upcast_attn": (False,),
+            "add_cross_attention": (False,),
+            "tie_word_embeddings": (True,),
+        },
+        dropouts=("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+        has_biases=True,
+        is_rotary=False,
+        transposed=("c_attn.weight", "c_proj.weight", "c_fc.weight"),
+    ),
+    "llama": Format(
+        class_name="LlamaForCausalLM",
+        prefix="model.",
+        sizes=LLAMA_SIZES,
+        fixed={
+            "hidden_act": ("silu", "swish"),
+            "attention_bias": (False,),
+            "mlp_bias": (False,),
+            "tie_word_embeddings": (False, True),
+        },
+        dropouts=("attention_dropout",),
+        defaults={"n_kv_head": 0, "head_dim": 0},
+        interleaved=("q_proj.weight", "k_proj.weight"),
+    ),
+    "qwen3": Format(
+        class_name="Qwen3ForCausalLM",
+        prefix="model.",
+        sizes=LLAMA_SIZES,
+        fixed={
+            "hidden_act": ("silu", "swish"),
+            "attention_bias": (False,),
+            "use_sliding_window": (False,),
+            "tie_word_embeddings": (False, True),
+        },
+        dropouts=("attention_dropout",),
+        defaults={"n_kv_head": 0},
+    ),
 }
-FIXED_IN_ALL = {"is_causal": (True,), "is_encoder_decoder": (False,), "pruned_heads": ({}, [])}
-# Of rotary positions; rope_theta is a size.
+FIXED_IN_ALL = {
+    "is_causal": (True,),
+    "is_encoder_decoder": (False,),
+    "pruned_heads": ({}, []),
+    "partial_rotary_factor": (1,),
+    "pretraining_tp": (1,),
+}
+# of rotary positions; rope_theta is a size
 FIXED_IN_ROPE = {"rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (1,)}
 # Keys that change no logit of this network: names, dropout and initialization, other heads, dtype,
 # outputs, and settings of generation. sliding_window and max_window_layers count only with
@@ -82,34 +142,43 @@ HARMLESS_TEXT = """
     num_assistant_tokens_schedule target_lookbehind
     """
 HARMLESS = set(HARMLESS_TEXT.split())
-ROPE = {"rope_theta", "rope_scaling", "rope_parameters"}
-OF_ARCHITECTURE = {"gpt2": {"n_inner"}, "qwen3": {"rms_norm_eps", "layer_types"} | ROPE}
+# keys that have checks of their own
+ROTARY_KEYS = {"rms_norm_eps", "layer_types", "rope_theta", "rope_scaling", "rope_parameters"}
 
 
 def read_weights(source: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
     """Return (ModelArgs as a dict, state dict, data) of one of NAMES, another name on the hub, a
     folder in Hugging Face's format, or a checkpoint file of keepGPT or nanoGPT. `data` has the
     source's "tokenizer", the name of its "dataset" (nanoGPT), or nothing. Raises UserError."""
-    path, gpt2 = Path(source), source in NAMES
-    if gpt2 or re.fullmatch(r"[\w-]+/[\w.-]+(?<!\.pt)", source) and not path.parent.exists():
-        path = download(f"openai-community/{source}" if gpt2 else source)
+    path = Path(source)
+    is_gpt2 = source in NAMES
+    is_name = re.fullmatch(r"[\w-]+/[\w.-]+(?<!\.pt)", source) and not path.parent.exists()
+    if is_gpt2 or is_name:
+        path = download(f"openai-community/{source}" if is_gpt2 else source)
     if not path.exists():
-        raise UserError(f"init_from={source}: no such file, folder or model. "
-                        f"Try: one of {', '.join(NAMES)}, or OWNER/NAME of a Qwen3")
+        raise UserError(f"init_from={source}: no such file, folder or model. Try: one of "
+                        f"{', '.join(NAMES)}, or OWNER/NAME of a Llama or Qwen3")
     if (path / "ckpt.pt").exists():
         raise UserError(f"init_from={source}: expected a file, got a run's folder. "
                         f"Try: --init_from={path / 'ckpt.pt'}")
     if path.is_dir():
-        data = {"tokenizer": {"kind": "gpt2"}} if gpt2 else read_tokenizer(path)
-        return *read_hugging_face(path), data
+        args, state = read_hugging_face(path)
+        data = {"tokenizer": {"kind": "gpt2"}} if is_gpt2 else read_tokenizer(path)
+        return args, state, data
     with name_in_errors(path, "a checkpoint of keepGPT or nanoGPT"):
-        saved = load_tensors(path)
-        args = {key: saved["model_args"][key] for key in ARGS} | saved["model_args"]
-        for key in args.keys() - {*ARGS, *ARCHITECTURE}:
-            raise UserError(f"{path}: model_args has {key}={args[key]!r}, which model.py lacks")
-        state = {name.removeprefix("_orig_mod."): t for name, t in saved["model"].items()}
-        data = saved.get("data") or {"dataset": saved.get("config", {}).get("dataset")}
-        return args, drop_copies(path, args, state), data
+        return read_checkpoint(path)
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+    """Return (ModelArgs as a dict, state dict, data) of a checkpoint of keepGPT or nanoGPT. Raises
+    UserError."""
+    saved = load_tensors(path)
+    args = {key: saved["model_args"][key] for key in ARGS} | saved["model_args"]
+    for key in args.keys() - {*ARGS, *ARCHITECTURE}:
+        raise UserError(f"{path}: model_args has {key}={args[key]!r}, which model.py lacks")
+    state = {name.removeprefix("_orig_mod."): t for name, t in saved["model"].items()}
+    data = saved.get("data") or {"dataset": saved.get("config", {}).get("dataset")}
+    return args, drop_masks(state), data
 
 
 @contextmanager
@@ -131,32 +200,24 @@ def load_tensors(path: Path) -> Any:
     CRC32s that torch.load ignores."""
     if path.suffix == ".safetensors":
         return import_package("safetensors.torch").load_file(path)
-    if zipfile.is_zipfile(path) and (name := zipfile.ZipFile(path).testzip()):
-        raise ValueError(f"{name} is corrupt")
+    corrupt = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
+    if corrupt:
+        raise ValueError(f"{corrupt} is corrupt")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def drop_copies(path: Path, args: dict[str, Any], state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict without causal masks and without the twin of the token embedding. Raises
-    UserError if the twin has other weights."""
-    state = {name: tensor for name, tensor in state.items()
-             if not name.endswith((".attn.bias", ".attn.masked_bias"))}
-    if args.get("tie_embeddings", True) and "lm_head.weight" in state:
-        head = state.pop("lm_head.weight")
-        gpt2 = args.get("architecture", "gpt2") == "gpt2"
-        name = "transformer.wte.weight" if gpt2 else "model.embed_tokens.weight"
-        # a file may have only one of the two
-        if not torch.equal(state.setdefault(name, head), head):
-            raise UserError(f"{path}: expected lm_head.weight equal to {name}, as "
-                            "tie_word_embeddings is true, got other weights")
-    return state
+def drop_masks(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state dict without GPT-2's causal masks."""
+    masks = (".attn.bias", ".attn.masked_bias")
+    return {name: tensor for name, tensor in state.items() if not name.endswith(masks)}
 
 
 def read_hugging_face(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return (ModelArgs as a dict, state dict) of a GPT-2 or a dense Qwen3 in Hugging Face's
-    format. Weights become float32. Raises UserError."""
+    """Return (ModelArgs as a dict, state dict) of a folder in Hugging Face's format, for one of
+    FORMATS. Weights become float32. Raises UserError."""
     args = read_args(folder)
-    state, prefix = {}, "transformer." if args["architecture"] == "gpt2" else "model."
+    form = FORMATS[args["architecture"]]
+    state = {}
     for file, expected in find_weight_files(folder).items():
         with name_in_errors(file, "tensors"):
             tensors = load_tensors(file)
@@ -164,15 +225,15 @@ def read_hugging_face(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 raise UserError(f"{file}: expected the tensor {name}, which the index names")
             for name, tensor in tensors.items():
                 if name != "lm_head.weight":
-                    name = prefix + name.removeprefix(prefix)
+                    name = form.prefix + name.removeprefix(form.prefix)
                 if name in state:
                     raise UserError(f"{file}: expected each tensor once, got {name} again")
-                if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-                    tensor = tensor.t()  # Conv1D has (in, out), Linear (out, in)
+                if name.endswith(form.transposed):
+                    tensor = tensor.t()
                 # a copy: the file may be replaced while it is mapped into memory
                 state[name] = tensor.to(torch.float32, copy=True,
                                         memory_format=torch.contiguous_format)
-    return args, drop_copies(folder, args, state)
+    return args, drop_masks(state)
 
 
 def find_weight_files(folder: Path) -> dict[Path, set[str]]:
@@ -221,34 +282,74 @@ def read_args(folder: Path) -> dict[str, Any]:
     """Return the ModelArgs, as a dict, of a folder's config.json. Raises UserError for an
     architecture that they can't represent."""
     path = folder / "config.json"
-    with name_in_errors(path, "the sizes of a GPT-2 or Qwen3"):
+    with name_in_errors(path, f"the sizes of a model of type {' or '.join(FORMATS)}"):
         config = json.loads(path.read_bytes())
         kind = config["model_type"]
-        if kind not in SIZES:
-            raise UserError(f"{path}: model_type is {kind!r}; expected 'gpt2' or 'qwen3'")
-        args = {ours: config[theirs] for ours, theirs in SIZES[kind].items()}
-        args |= {"architecture": kind, "bias": kind == "gpt2", "dropout": 0.0}
-        check_keys(path, config, kind)
-        if kind == "gpt2":
+        if kind not in FORMATS:
+            raise UserError(f"{path}: model_type is {kind!r}; expected {' or '.join(FORMATS)}")
+        form = FORMATS[kind]
+        check_keys(path, config, form)
+        args = {"architecture": kind, "bias": form.has_biases, "dropout": 0.0}
+        for ours, theirs in form.sizes.items():
+            value = config.get(theirs) if ours in form.defaults else config[theirs]
+            args[ours] = form.defaults[ours] if value is None else value
+        if not form.is_rotary:
             check_value(path, "n_inner", config.get("n_inner"), (None, 4 * args["n_embd"]))
-        else:
-            for layer in config.get("layer_types") or []:
-                check_value(path, "layer_types", layer, ("full_attention", "attention"))
-            args |= {"n_kv_head": args["n_kv_head"] or args["n_head"],  # null: as many
-                     "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
-                     "tie_embeddings": config.get("tie_word_embeddings", False),
-                     "rope_theta": read_rope_theta(path, config)}
+            return args
+        for layer in config.get("layer_types") or []:
+            check_value(path, "layer_types", layer, ("full_attention", "attention"))
+        args["n_kv_head"] = args["n_kv_head"] or args["n_head"]
+        args["head_dim"] = args["head_dim"] or args["n_embd"] // args["n_head"]
+        args["norm_eps"] = float(config.get("rms_norm_eps", 1e-6))
+        args["tie_embeddings"] = config.get("tie_word_embeddings", False)
+        args["rope_theta"] = read_rope_theta(path, config)
     return args
 
 
-def check_keys(path: Path, config: dict[str, Any], kind: str) -> None:
+def make_config(sizes: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of config.json for ModelArgs as a dict, whose sizes are not 0."""
+    kind = sizes["architecture"]
+    form = FORMATS[kind]
+    config = {"architectures": [form.class_name], "model_type": kind}
+    config |= {theirs: sizes[ours] for ours, theirs in form.sizes.items()}
+    config |= {key: values[0] for key, values in form.fixed.items()}
+    config |= dict.fromkeys(form.dropouts, sizes["dropout"])
+    if not form.is_rotary:
+        return config | {"n_inner": None, "n_ctx": sizes["block_size"]}
+    return config | {
+        "rms_norm_eps": sizes["norm_eps"],
+        "tie_word_embeddings": sizes["tie_embeddings"],
+        # read by Transformers 4; the next line by 5
+        "rope_theta": sizes["rope_theta"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": sizes["rope_theta"]},
+    }
+
+
+def make_tensors(state: dict[str, Tensor], architecture: str) -> dict[str, Tensor]:
+    """Return the weights of an architecture with Hugging Face's names and shapes. A bias that
+    GPT-2 lacks becomes 0."""
+    form = FORMATS[architecture]
+    tensors = {}
+    for name, tensor in state.items():
+        tensors[name] = tensor.t().contiguous() if name.endswith(form.transposed) else tensor
+    if form.has_biases:
+        for name, tensor in state.items():
+            is_table = name.endswith(("wte.weight", "wpe.weight"))
+            bias = name.removesuffix("weight") + "bias"
+            if not is_table and bias not in state:
+                tensors[bias] = tensor.new_zeros(tensor.size(0))
+    return tensors
+
+
+def check_keys(path: Path, config: dict[str, Any], form: Format) -> None:
     """Raise UserError for a key of config.json with a value that model.py lacks, or that may change
     the network in a way not known here."""
-    fixed = FIXED[kind] | FIXED_IN_ALL
+    fixed = form.fixed | FIXED_IN_ALL
+    own = ROTARY_KEYS if form.is_rotary else {"n_inner"}
     for key, value in config.items():
         if key in fixed:
             check_value(path, key, value, fixed[key])
-        elif key not in HARMLESS | OF_ARCHITECTURE[kind] | set(SIZES[kind].values()):
+        elif key not in HARMLESS | own | set(form.sizes.values()):
             # null stands for a feature that is not used
             check_value(path, key, value, (None,))
 
@@ -304,13 +405,3 @@ def download(name: str) -> Path:
     except Exception as e:
         raise UserError(f"{name}: can't be downloaded ({type(e).__name__}). Try: --init_from="
                         "FOLDER, one with its config.json and model.safetensors") from None
-
-
-def crop_weights(args: dict[str, Any], state: dict[str, Tensor], vocab_size: int,
-                 block_size: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the same network with a smaller vocabulary and a shorter block."""
-    rows = {"transformer.wte.weight": vocab_size, "transformer.wpe.weight": block_size,
-            "model.embed_tokens.weight": vocab_size, "lm_head.weight": vocab_size}
-    return args | {"vocab_size": vocab_size, "block_size": block_size}, {
-        name: tensor[:rows[name]].clone() if name in rows else tensor
-        for name, tensor in state.items()}
