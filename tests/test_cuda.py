@@ -411,7 +411,8 @@ def test_generation_leaves_the_choice_of_attention_alone():
     (True, True, "AVX512", "", True), (True, True, "AVX512", "AVX512_CORE_AMX", True),
     (False, True, "AVX512", "", False), (True, False, "AVX512", "AVX2", False),
     (True, True, "AVX2", "", False), (True, True, "DEFAULT", "", False),
-    (True, True, "AVX512", "avx512_core", False), (True, True, "AVX512", "AVX512_CORE_VNNI", False)])
+    (True, True, "AVX512", "avx512_core", False),
+    (True, True, "AVX512", "AVX512_CORE_VNNI", False)])
 def test_auto_takes_bfloat16_only_where_pytorch_uses_it(monkeypatch, processor, onednn, aten,
                                                         limit, fast):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: processor)
