@@ -24,8 +24,8 @@ PEAK_TFLOPS = {
 def pick_device(name: str) -> torch.device:
     """Return the device called `name`, or the best one for auto. On CUDA each rank of a host gets
     its own. Raises UserError."""
-    # cuDNN's attention has given NaN gradients on H100 and H200 (pytorch issue 139298), and when
-    # sampling it makes a plan for each length, which takes tens of milliseconds
+    # cuDNN's attention has given NaN gradients on H100 and H200 (pytorch issue 139298). When
+    # sampling, it makes a plan for each length, which takes tens of milliseconds.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available() else

@@ -266,15 +266,20 @@ def list_weight_files(folder: Path, suffix: str) -> list[Path]:
 
 def read_index(path: Path) -> dict[Path, set[str]]:
     """Return the files that an index names, and the tensors of each; {} without an index. Raises
-    UserError for a missing file."""
+    UserError for a missing file, unless the folder has all weights in one file: Transformers leaves
+    the index of an earlier save."""
     files = {}
     if path.exists():
         with name_in_errors(path, "an index of weights"):
             for tensor, name in json.loads(path.read_bytes())["weight_map"].items():
                 files.setdefault(path.parent / name, set()).add(tensor)
-    for file in files:
-        if not file.exists():
-            raise UserError(f"{path}: expected its file {file.name}, got none")
+    missing = [file.name for file in files if not file.exists()]
+    only_file = path.with_name(path.name.removesuffix(".index.json"))
+    if missing and only_file.exists():
+        warn(f"{path}: its file {missing[0]} is missing; reading {only_file.name}")
+        return {}
+    if missing:
+        raise UserError(f"{path}: expected its file {missing[0]}, got none")
     return files
 
 

@@ -3,17 +3,23 @@ import builtins
 import os
 import subprocess
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import complaint, rows
 
-from keepgpt.config import TrainConfig, parse
+from keepgpt.checkpoint import Disk, read_bundle, write_bundle
+from keepgpt.config import TrainConfig, check_settings, find_mistakes, find_oddities, parse
 from keepgpt.errors import UserError, exit_with
+from keepgpt.optim import get_lr
 from sample import SampleConfig
 
 ROOT = Path(__file__).parents[1]
 DEFAULTS = TrainConfig()
+SHORT = {"learning_rate": 1e-5, "max_iters": 4, "lr_decay_iters": 4, "warmup_iters": 1,
+         "eval_interval": 2, "eval_iters": 1, "log_interval": 1}
 
 
 def read(*argv):
@@ -460,3 +466,158 @@ def test_help_lists_every_key_and_loads_no_torch(script, settings):
         assert why and sum(line.startswith(key) and line.endswith(why) for line in lines) == 1
     loaded = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
     assert "keepgpt" in loaded and not loaded & {"torch", "numpy", "tiktoken", "wandb"}
+
+
+# settings together
+
+
+def together(resumed=False, changed=None, **settings):
+    """Return the settings and the notes of a run with these settings; `changed` ones of a resumed
+    run, all of a new one."""
+    config = replace(TrainConfig(max_iters=1000, lr_decay_iters=1000, warmup_iters=10,
+                                 eval_interval=100), **settings)
+    return check_settings(config, settings if changed is None else dict.fromkeys(changed), resumed)
+
+
+@pytest.mark.parametrize("settings, says", [
+    ({"learning_rate": 1e-4, "min_lr": 2e-4}, "--min_lr=1e-05"),
+    ({"learning_rate": 1e-4, "min_lr": 2e-4, "lr_schedule": "linear"}, "min_lr"),
+    ({"learning_rate": 1e-4, "min_lr": 2e-4, "optimizer": "muon"}, "min_lr"),
+    ({"warmup_iters": 200, "lr_decay_iters": 100}, "--warmup_iters"),
+    ({"warmup_iters": 200, "lr_decay_iters": 200}, "--lr_decay_iters=1000"),
+    ({"lr_decay_iters": 0, "warmup_iters": 0}, "--lr_decay_iters=1000"),
+    ({"lr_schedule": "linear", "decay_fraction": 0.0, "lr_decay_iters": 500}, "jump"),
+    ({"lr_schedule": "linear", "decay_fraction": 1.5}, "decay_fraction"),
+])
+def test_a_rate_that_rises_or_jumps_is_refused(settings, says):
+    with pytest.raises(UserError) as error:
+        together(**settings)
+    assert says in str(error.value)
+    # a run that began with it continues, with a note
+    config, notes = together(resumed=True, changed=[], **settings)
+    assert all(getattr(config, key) == value for key, value in settings.items())
+    assert says in " ".join(notes)
+    with pytest.raises(UserError):
+        together(resumed=True, **settings)
+    # without a decay it has no effect
+    together(**settings | {"decay_lr": False})
+    assert together(**settings | {"eval_only": True})[1] == []
+
+
+def test_a_default_min_lr_follows_a_lower_learning_rate():
+    config, notes = together(learning_rate=1e-5)
+    assert config.min_lr == pytest.approx(1e-6) and "min_lr" in notes[0] and len(notes) == 1
+    rates = [get_lr(step, config) for step in range(10, 1001)]
+    assert rates == sorted(rates, reverse=True) and max(rates) == 1e-5
+    # a constant rate needs none, nor does a run that has begun
+    for settings in ({"decay_lr": False}, {"lr_schedule": "constant"}):
+        config, notes = together(learning_rate=1e-5, **settings)
+        assert config.min_lr == DEFAULTS.min_lr and notes == []
+    config, notes = together(resumed=True, changed=[], learning_rate=1e-5)
+    assert config.min_lr == DEFAULTS.min_lr and "min_lr" in notes[0]
+
+
+@pytest.mark.parametrize("settings, says", [
+    ({"max_iters": 10, "eval_interval": 5}, "warm-up"),
+    ({"max_iters": 5, "eval_interval": 5, "decay_fraction": 0.5, "lr_schedule": "linear"},
+     "warm-up"),
+    ({"max_iters": 100}, "lr_decay_iters=1000"), ({"lr_decay_iters": 20}, "lr_decay_iters=20"),
+    ({"eval_interval": 2000}, "eval_interval=2000 is above max_iters=1000"),
+    ({"checkpoint_interval": 1001}, "checkpoint_interval"),
+    ({"log_interval": 5000}, "log_interval"),
+    ({"muon_lr": 0.1, "muon_momentum": 0.9}, "muon_lr, muon_momentum: no effect with "
+                                             "optimizer=adamw"),
+    ({"decay_fraction": 0.5}, "lr_schedule=cosine"),
+    ({"lr_schedule": "constant", "lr_decay_iters": 900}, "lr_schedule=constant"),
+    ({"decay_lr": False, "warmup_iters": 5, "min_lr": 1e-5}, "warmup_iters, min_lr: no effect"),
+])
+def test_odd_settings_get_a_note(settings, says):
+    assert len([note for note in together(**settings)[1] if says in note]) == 1
+    assert together(resumed=True, changed=[], **settings)[1] == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.name)
+def test_files_in_config_fit_together(path):
+    config, given, _ = parse(TrainConfig, "", [str(path)])
+    assert check_settings(config, given, resumed=False) == (config, [])
+
+
+@pytest.mark.parametrize("text", [CHARACTERS, SCRATCH, FINETUNE, EVALUATE.format("gpt2")],
+                         ids=["characters", "scratch", "finetune", "evaluate"])
+def test_files_in_nanogpts_style_fit_together(file, text):
+    config, given, _ = parse(TrainConfig, "", [str(file(text))])
+    assert check_settings(config, given, resumed=False) == (config, [])
+
+
+def test_the_defaults_fit_together():
+    assert check_settings(DEFAULTS, vars(DEFAULTS) | {}, resumed=False)[0] == DEFAULTS
+    assert not list(find_mistakes(DEFAULTS)) and not list(find_oddities(DEFAULTS))
+
+
+def test_a_run_prints_notes_and_keeps_the_lower_min_lr(train, tmp_path):
+    done = train(**{key: value for key, value in SHORT.items() if key != "min_lr"})
+    assert "note: min_lr" in done.stderr
+    bundle = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+    assert bundle["config"]["min_lr"] == pytest.approx(1e-6)
+    done = train(init_from="resume", **SHORT)
+    assert "min_lr" not in done.stdout + done.stderr
+    complaint(train(out="other", code=None, min_lr=1e-3, **SHORT))
+    assert not (tmp_path / "other/ckpt.pt").exists()
+
+
+# an evaluation of a folder with a run, and a resume with other rounding
+
+
+def test_eval_only_evaluates_the_run_in_the_folder(train, tmp_path):
+    assert "untrained" in train(eval_only=True).stderr  # no run yet
+    train(max_iters=20)
+    loss = f"val loss {rows(tmp_path / 'out', 'val_loss')[-1]['val_loss']:.4f}"
+    files = sorted(tmp_path.glob("out/*"))
+    done = train(eval_only=True)
+    assert loss in done.stdout and "at step 20" in done.stdout and "untrained" not in done.stderr
+    done = train(eval_only=True, batch_size=6)
+    assert "val loss" in done.stdout
+    # what was asked for by name is evaluated
+    done = train(eval_only=True, init_from="scratch")
+    assert loss not in done.stdout and "untrained" in done.stderr
+    assert sorted(tmp_path.glob("out/*")) == files
+
+
+@pytest.mark.parametrize("changes, shown", [
+    ({"batch_size": 8, "gradient_accumulation_steps": 1}, ["batch_size 4 -> 8"]),
+    ({"dtype": "bfloat16"}, ["dtype float32 -> bfloat16"]),
+    ({"elastic": True}, ["elastic False -> True"]),
+    pytest.param({"compile": True}, ["compile False -> True"], marks=pytest.mark.slow),
+], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
+def test_a_resume_that_rounds_differently_says_so(train, changes, shown):
+    flags = {"dtype": "float32", "compile": False, "max_iters": 1}
+    train(**flags)
+    done = train(init_from="resume", **flags | changes)
+    line = next(line for line in done.stdout.splitlines() if line.startswith("resuming"))
+    for change in shown:
+        assert f"{change}: the same losses up to rounding" in line
+    assert line.count("rounding") == len(shown) == line.count(shown[0])
+    flags |= {"max_iters": 2}
+    train(init_from="resume", **flags | changes)  # saves
+    assert "rounding" not in train(init_from="resume", **flags | changes).stdout
+
+
+def test_a_resume_where_auto_picks_another_dtype_says_so(train, tmp_path):
+    train(max_iters=1, dtype="auto")
+    path = tmp_path / "out/ckpt.pt"
+    bundle = read_bundle(path)
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[bundle["dtype"]]
+    write_bundle(bundle | {"dtype": other, "device": "NVIDIA H100"}, path, Disk())
+    done = train(init_from="resume", max_iters=1)
+    assert f"dtype {other} -> {bundle['dtype']}: the same losses up to rounding" in done.stdout
+    assert "device NVIDIA H100 -> cpu: the same losses up to rounding and other" in done.stdout
+
+
+def test_a_checkpoint_of_before_resumes_in_silence(train, tmp_path):
+    train(max_iters=1)
+    path = tmp_path / "out/ckpt.pt"
+    bundle = read_bundle(path)
+    for key in ("dtype", "compile", "device"):
+        del bundle[key]
+    write_bundle(bundle, path, Disk())
+    assert "rounding" not in train(init_from="resume", max_iters=2).stdout

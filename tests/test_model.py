@@ -523,7 +523,8 @@ def test_dropout_acts_on_embedding_attention_and_branches(args, monkeypatch):
 def test_a_batch_is_learned_by_heart(args):
     torch.manual_seed(0)
     model, idx = build_model(args), tokens(4, 17)
-    optimizer = make_optimizer(model, TrainConfig(learning_rate=1e-2, weight_decay=0.0))
+    optimizer = make_optimizer(
+        model, TrainConfig(learning_rate=1e-2, weight_decay=0.0, decay_lr=False))
     for _ in range(120):
         loss = model(idx[:, :-1], idx[:, 1:])
         optimizer.zero_grad()
@@ -572,7 +573,7 @@ def test_padding_the_vocabulary_changes_neither_loss_nor_gradients(args, monkeyp
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_optimizer_updates_every_parameter_once_and_decays_no_bias_or_norm(bias):
     model = build_model(replace(ARGS, bias=bias))
-    config = TrainConfig(learning_rate=3e-4, beta1=0.8, beta2=0.9, weight_decay=0.1)
+    config = TrainConfig(learning_rate=3e-4, beta1=0.8, beta2=0.9, weight_decay=0.1, decay_lr=False)
     optimizer = make_optimizer(model, config)
     groups = optimizer.param_groups
     decay = [(id(p), group["weight_decay"]) for group in groups for p in group["params"]]
@@ -585,7 +586,7 @@ def test_the_optimizer_updates_every_parameter_once_and_decays_no_bias_or_norm(b
 def test_a_step_moves_every_parameter(args):
     model = wild(args)
     before = copy.deepcopy(model.state_dict())
-    optimizer = make_optimizer(model, TrainConfig(learning_rate=1e-2))
+    optimizer = make_optimizer(model, TrainConfig(learning_rate=1e-2, decay_lr=False))
     model(tokens(4, 16), tokens(4, 16, seed=2)).backward()
     optimizer.step()
     assert all((tensor != before[name]).any() for name, tensor in model.state_dict().items())
