@@ -187,7 +187,8 @@ def test_usr1_to_torchrun_and_ranks_saves(dataset, tmp_path):
     out = tmp_path / "out"
     args = command("train.py", ranks=2, out_dir=out, dataset=dataset,
                     **FLAGS | {"max_iters": 10**6, "eval_interval": 10**5})
-    assert "srun env --ignore-signal=USR1,USR2,XCPU torchrun" in (REPO / "runs/slurm.sh").read_text()
+    script = (REPO / "runs/slurm.sh").read_text()
+    assert "srun env --ignore-signal=USR1,USR2,XCPU torchrun" in script
     process = subprocess.Popen(["env", "--ignore-signal=USR1", *args], env=ONE_THREAD,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until(lambda: logged(out) >= 10, process)
