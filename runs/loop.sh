@@ -21,6 +21,7 @@ while true; do
     started=$SECONDS
     "$@" &
     child=$!
+    [ -n "$stopped" ] && kill -TERM "$child"  # a signal came before this line
     wait "$child"
     code=$?
     while kill -0 "$child" 2>/dev/null; do  # a signal ended the wait, not the run
