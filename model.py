@@ -30,10 +30,10 @@ class ModelArgs:
     n_embd: int
     block_size: int
     vocab_size: int
-    dropout: float
+    bias: bool = False  # of gpt2
+    dropout: float = 0.0
     architecture: str = "gpt2"
     # see GPT.settings for which architecture has them; 0 = the size that follows from the others
-    bias: bool = False
     n_kv_head: int = 0
     head_dim: int = 0
     n_ff: int = 0

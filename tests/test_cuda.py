@@ -21,7 +21,7 @@ from keepgpt.kernels import LinearCrossEntropy
 from keepgpt.loader import Loader, Split
 from keepgpt.optim import AdamW
 from keepgpt.ranks import Ranks, map_tensors
-from model import KVCache, ModelArgs, build_model, generate
+from model import ModelArgs, build_model, generate
 from train import build_run, check_finite, compute_gradient, evaluate, make_bundle, update
 
 ARGS = ModelArgs(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=61, bias=True,
@@ -186,6 +186,7 @@ def test_mps_makes_no_update_that_is_not_finite(tiny_run):
     assert run.updates == 0
     assert all(torch.equal(p, before[name]) for name, p in run.state.model.state_dict().items())
     run.is_finite = True
+    run.state.optimizer.zero_grad()
     update(run, gradient_on_cpu(run))
     assert any((p != before[name]).any() for name, p in run.state.model.state_dict().items())
 
@@ -371,8 +372,7 @@ def test_generation_on_cuda_mixes_no_devices(fake):
     assert cache.layers[0].dtype == torch.bfloat16
     logits = fake(idx, cache=cache)
     plain = fake(idx[:, :1], cache=cache)
-    recorded = fake(idx[:, :1], cache=KVCache(cache.layers, torch.full((1,), 6, device=CUDA)))
-    for x in (logits, plain, recorded):
+    for x in (logits, plain):
         assert x.shape == (3, 1, 61) and x.device.type == "cuda" and x.dtype == torch.bfloat16
 
 

@@ -224,7 +224,7 @@ def test_the_hub_s_files_without_prefix_and_with_causal_masks_are_read(theirs, t
 
 
 @pytest.mark.parametrize("key, value", [
-    ("model_type", "llama"), ("activation_function", "gelu"), ("layer_norm_epsilon", 1e-6),
+    ("model_type", "mamba"), ("activation_function", "gelu"), ("layer_norm_epsilon", 1e-6),
     ("scale_attn_by_inverse_layer_idx", True), ("scale_attn_weights", False),
     ("tie_word_embeddings", False), ("add_cross_attention", True),
 ])
