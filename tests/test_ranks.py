@@ -56,6 +56,7 @@ def test_a_setting_of_one_rank_alone_is_named(difference, tmp_path, key, value):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_default_given_on_one_rank_counts_in_a_resume(difference, hosts):
     hosts("", weight_decay=0.3, max_iters=3)
     line = difference("weight_decay = 0.1", init_from="resume")
@@ -108,6 +109,7 @@ _device.has_fast_bfloat16 = lambda has=_device.has_fast_bfloat16: not has()
     assert "error: dtype: rank 0 has" in difference(other, dtype="auto")
 
 
+@pytest.mark.slow
 def test_names_and_places_may_differ_between_hosts(hosts, dataset, tmp_path):
     shutil.copytree(dataset, tmp_path / "elsewhere/other")
     hosts(f"""
@@ -125,6 +127,7 @@ wandb_run_name = "b"
 # what they compute
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", [
     {"optimizer": "muon", "grad_clip": 0}, {"elastic": True, "grad_clip": 0.01},
     {"grad_clip": 0.01}], ids=["muon", "elastic", "ddp"])
@@ -133,6 +136,7 @@ def test_ranks_that_round_differently_end_unsaved(difference, tmp_path, flags):
     assert not list(tmp_path.glob("out/*.pt"))
 
 
+@pytest.mark.slow
 def test_a_drift_after_a_save_keeps_that_checkpoint(hosts, difference, tmp_path):
     hosts("", optimizer="muon", max_iters=3)
     before = (tmp_path / "out/ckpt.pt").read_bytes()
@@ -145,6 +149,7 @@ def test_random_weights_are_rank_0s(hosts):
     hosts(OLD_CPU, elastic=True, eval_only=True)
 
 
+@pytest.mark.slow
 def test_all_ranks_of_ddp_use_rank_0s_threads(hosts, dataset, tmp_path):
     hosts("import torch; torch.set_num_threads(2)", n_embd=128)
     run("train.py", ranks=2, out_dir=tmp_path / "same", dataset=dataset,
