@@ -456,8 +456,8 @@ def train(config: TrainConfig, given: dict[str, Any], signals: Signals, opened: 
     code = EXIT_FAILED if not saved else EXIT_STOPPED if stopped else 0
     closed = ranks.from_first(signals.interrupt(metrics.close, alone=True, saved=True))
     if ranks.world_size > 1 or not (closed or in_notebook()):
-        # groups are not destroyed: before PyTorch 2.8, gloo can deadlock there with the GIL. Nor
-        # does wandb get another chance to hang
+        # groups are not destroyed: before PyTorch 2.8, gloo can deadlock there with the GIL.
+        # wandb would hang again
         end_process(code)
     return code
 
