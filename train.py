@@ -701,8 +701,8 @@ def close(run: Run, signals: Signals, code: int) -> None:
         signals.interrupt(run.metrics.close, alone=True, saved=True)
     )
     if run.ranks.world_size > 1 or not (closed or in_notebook()):
-        # groups are not destroyed: before PyTorch 2.8, gloo can deadlock there with the GIL. Nor
-        # does wandb get another chance to hang
+        # groups are not destroyed: before PyTorch 2.8, gloo can deadlock there with the GIL.
+        # wandb would hang again
         end_process(code)
 
 

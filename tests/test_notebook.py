@@ -9,7 +9,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def execute(monkeypatch):
-    """Run code in a kernel: execute("%run train.py") returns what the cell prints."""
+    """Run code in a kernel: execute("%run train.py") returns its output."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     notebook = new_notebook()
     client = NotebookClient(notebook, timeout=120, kernel_name="python3",

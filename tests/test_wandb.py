@@ -1,4 +1,4 @@
-"""Weights & Biases decorates a run: it neither ends it nor keeps it from ending."""
+"""Weights & Biases only decorates a run: it can't end it, and can't keep it from ending."""
 import json
 import os
 import pty
@@ -12,7 +12,7 @@ from conftest import TINY, command, rows, run, start
 
 pytestmark = pytest.mark.slow
 
-# a package `wandb` that writes what it gets to the file $SENT; each test breaks a part of it
+# a package `wandb` that writes its rows to the file $SENT; each test breaks a part of it
 FAKE = """
 import json, os, threading
 class Run:
