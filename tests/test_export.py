@@ -31,6 +31,7 @@ from tools.export import to_gguf_tokenizer
 
 QWEN3 = {"architecture": "qwen3", "n_kv_head": 1, "head_dim": 32, "n_ff": 40,
          "rope_theta": 1000.0, "norm_eps": 1e-5, "tie_embeddings": False}
+LLAMA = QWEN3 | {"architecture": "llama"}
 PIECES = ["abcdefgh ſstredml'’", "0123456789 ab", "日本語漢字 かな",
           "\n\t \r\x0b\x1c\x85\u00a0\u2003a",
           "😀👨‍👩‍👧é̀", " aA!?.,/\n", "ааяжб Ж", "aAßŉ'S", ".\n/_a1 "]
@@ -125,7 +126,7 @@ def cl100k(monkeypatch, text: str) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, bias, qwen3", [
     ("char", False, {}), ("gpt2", True, {}), ("bpe", False, {}), ("cl100k", True, {}),
-    ("bpe", False, QWEN3), ("char", False, {"architecture": "qwen3"})])
+    ("bpe", False, QWEN3), ("char", False, {"architecture": "qwen3"}), ("bpe", False, LLAMA)])
 def test_transformers_reads_the_same_model_and_tokenizer(kind, bias, qwen3, text, tmp_path,
                                                          monkeypatch):
     description = {"char": lambda: {"kind": "char", "chars": "".join(sorted(set(text)))},
@@ -166,7 +167,8 @@ def test_transformers_reads_the_same_model_and_tokenizer(kind, bias, qwen3, text
 @pytest.mark.parametrize("kind, settings, dtype", [
     ("bpe", {"bias": False}, "float32"), ("gpt2", {}, "bfloat16"), ("char", {}, "float16"),
     ("bpe", QWEN3, "float32"), ("gpt2", QWEN3, "float16"), ("char", QWEN3, "bfloat16"),
-    ("bpe", {"architecture": "qwen3"}, "float32"),
+    ("bpe", {"architecture": "qwen3"}, "float32"), ("bpe", LLAMA, "float32"),
+    ("char", {"architecture": "llama"}, "float16"),
 ], ids=str)
 def test_llama_cpp_reads_the_same_model_and_tokenizer(kind, settings, dtype, text, tmp_path):
     text += " é日本語 \\ \t ★"

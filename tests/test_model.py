@@ -13,7 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 import model as model_module
@@ -44,9 +52,10 @@ ARGS = ModelArgs(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=61,
 QWEN3 = ModelArgs(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=61, bias=False,
                   dropout=0.0, architecture="qwen3", n_kv_head=2, head_dim=12, n_ff=48,
                   rope_theta=100.0, tie_embeddings=False)
-each = pytest.mark.parametrize("args", [ARGS, QWEN3, replace(
+LLAMA = replace(QWEN3, architecture="llama")
+each = pytest.mark.parametrize("args", [ARGS, LLAMA, QWEN3, replace(
     QWEN3, n_kv_head=0, head_dim=0, n_ff=0, tie_embeddings=True)],
-    ids=["gpt2", "qwen3", "qwen3-tied"])
+    ids=["gpt2", "llama", "qwen3", "qwen3-tied"])
 both = pytest.mark.parametrize("args", [ARGS, QWEN3], ids=["gpt2", "qwen3"])
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Transformers keeps these transposed
 
@@ -118,10 +127,11 @@ def test_logits_loss_and_every_gradient_are_those_of_transformers(theirs):
         agree(p.grad, gradients[name].t() if name.endswith(CONV1D) else gradients[name], 2e-5)
 
 
-def make_qwen3(folder, **settings):
-    """A random Qwen3 of Transformers, saved to a folder."""
+def make_qwen3(folder, kind=(Qwen3ForCausalLM, Qwen3Config), **settings):
+    """A random Qwen3 of Transformers, or a Llama, saved to a folder."""
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(**{
+    model_class, config_class = kind
+    model = model_class(config_class(**{
         "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24,
         "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 32,
         "vocab_size": 101, "initializer_range": 0.2, "tie_word_embeddings": False,
@@ -134,18 +144,22 @@ def make_qwen3(folder, **settings):
     return model
 
 
+@pytest.mark.parametrize("kind", [
+    (Qwen3ForCausalLM, Qwen3Config), (LlamaForCausalLM, LlamaConfig)], ids=["qwen3", "llama"])
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 @pytest.mark.parametrize("settings", [
     {}, {"tie_word_embeddings": True, "num_key_value_heads": 4, "head_dim": 16},
     {"num_key_value_heads": 1, "head_dim": 8}, {"rms_norm_eps": 0.1, "head_dim": 128},
 ], ids=["grouped", "tied", "one-key", "eps"])
-def test_qwen3_is_that_of_transformers(settings, dtype, most, tmp_path, monkeypatch):
-    hf = make_qwen3(tmp_path, **settings).to(dtype)
+def test_llama_and_qwen3_are_those_of_transformers(kind, settings, dtype, most, tmp_path,
+                                                   monkeypatch):
+    hf = make_qwen3(tmp_path, kind, **settings).to(dtype)
     ours, idx = loaded(tmp_path).to(dtype), tokens(4, 32, below=101)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     if dtype == torch.float64:  # theirs computes norms in float32 also then
-        monkeypatch.setattr(Qwen3RMSNorm, "forward", lambda self, x: F.rms_norm(
-            x, self.weight.shape, self.weight, self.variance_epsilon))
+        for norm in (Qwen3RMSNorm, LlamaRMSNorm):
+            monkeypatch.setattr(norm, "forward", lambda self, x: F.rms_norm(
+                x, self.weight.shape, self.weight, self.variance_epsilon))
     logits = hf(idx).logits
     with torch.no_grad():  # norms take another path
         agree(ours(idx), logits, most)
@@ -169,6 +183,26 @@ def test_qwen3_continues_a_padded_batch_as_transformers_does(tmp_path):
                            do_sample=False, eos_token_id=None, pad_token_id=0)[:, 7:].tolist()
     assert made(loaded(tmp_path), prompts, 20, temperature=0) == expected
     assert len(set(expected[0])) > 4
+
+
+@pytest.mark.parametrize("key, value", [
+    ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}), ("mlp_bias", True),
+    ("rope_parameters", {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}),
+])
+def test_a_llama_that_cannot_be_represented_is_refused(tmp_path, key, value):
+    make_qwen3(tmp_path / "llama", (LlamaForCausalLM, LlamaConfig))
+    folder = copy_folder(tmp_path / "llama", tmp_path / "folder", **{key: value})
+    with pytest.raises(UserError, match=key):
+        read_weights(str(folder))
+
+
+def test_a_llama_without_optional_sizes_is_read(tmp_path):
+    make_qwen3(tmp_path / "llama", (LlamaForCausalLM, LlamaConfig), head_dim=16,
+               num_key_value_heads=4)
+    folder = copy_folder(tmp_path / "llama", tmp_path / "folder", head_dim=None,
+                         num_key_value_heads=None)
+    idx = tokens(2, 9, below=101)
+    assert torch.equal(loaded(folder)(idx), loaded(tmp_path / "llama")(idx))
 
 
 @pytest.mark.parametrize("key, value", [
