@@ -339,9 +339,9 @@ def make_tensors(state: dict[str, Tensor], architecture: str) -> dict[str, Tenso
         tensors[name] = tensor.t().contiguous() if name.endswith(form.transposed) else tensor
     if form.has_biases:
         for name, tensor in state.items():
-            is_table = name.endswith(("wte.weight", "wpe.weight"))
+            is_layer = name.endswith(".weight") and not name.endswith(("wte.weight", "wpe.weight"))
             bias = name.removesuffix("weight") + "bias"
-            if not is_table and bias not in state:
+            if is_layer and bias not in state:
                 tensors[bias] = tensor.new_zeros(tensor.size(0))
     return tensors
 
