@@ -306,31 +306,25 @@ def describe_format(path: str, unknown: tuple[Any, str]) -> tuple[Any, str]:
 def read_rows(path: str, text_key: str, skipped: Skipped) -> Iterator[str]:
     """Yield the texts of a .parquet file, or of JSON; other rows go to `skipped`. Raises UserError
     for a corrupt file, and for one with rows but no text."""
-    parquet = path.lower().endswith(".parquet") and import_package("pyarrow.parquet")
+    read = read_parquet if path.lower().endswith(".parquet") else read_json
     number = texts = 0
     try:
-        with parquet.ParquetFile(path) if parquet else open_bytes(path) as file:
-            if parquet:
-                names = file.schema_arrow.names
-                batches = file.iter_batches(ROWS, columns=[text_key])
-                rows = (row for batch in batches for row in batch.to_pylist())
+        for text, keys in read(path, text_key):
+            number += 1
+            skipped.total += 1
+            if isinstance(text, str):
+                texts += 1
+                # JSON can spell half a surrogate pair: it becomes a "?"
+                yield text.encode(errors="replace").decode()
             else:
-                rows = parse_json(file, text_key)
-            for row in rows:
-                number += 1
-                skipped.total += 1
-                text = row.get(text_key) if isinstance(row, dict) else None
-                if isinstance(text, str):
-                    texts += 1
-                    # JSON can spell half a surrogate pair: it becomes a "?"
-                    yield text.encode(errors="replace").decode()
-                else:
-                    keys = row if isinstance(row, dict) else []
-                    skipped.add(f"row {number:,} of {path}", names if parquet else keys)
+                skipped.add(f"row {number:,} of {path}", keys)
+    except UserError:  # a package is missing
+        raise
     except Exception as e:  # of several packages
-        expected, fix = "Parquet", "another copy of the file"
+        expected = "Parquet"
         got = f"{number:,} rows, then {e!r}"
-        if not parquet:
+        fix = "another copy of the file"
+        if read is read_json:
             expected = "JSON, an object on each line or an array of objects"
             fix = "correct the file, or name it .txt if all of it is the text"
             got, fix = describe_format(path, (got, fix))
@@ -339,11 +333,22 @@ def read_rows(path: str, text_key: str, skipped: Skipped) -> Iterator[str]:
         raise UserError(f"{path}: no text under {text_key!r} in {skipped}. Try: --text_key=KEY")
 
 
-def parse_json(file: BinaryIO, text_key: str) -> Iterator[Any]:
-    """Yield the elements of a JSON array, which is read whole, or the value on each line, where a
-    blank line is an empty text."""
-    if file.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        yield from json.load(file)
-        return
-    for line in file:
-        yield json.loads(line) if line.strip() else {text_key: ""}
+def read_parquet(path: str, text_key: str) -> Iterator[tuple[Any, Iterable[str]]]:
+    """Yield the value of `text_key`, None if there is none, and the keys of each row."""
+    with import_package("pyarrow.parquet").ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        for batch in file.iter_batches(ROWS, columns=[text_key]):
+            for row in batch.to_pylist():
+                yield row.get(text_key), names
+
+
+def read_json(path: str, text_key: str) -> Iterator[tuple[Any, Iterable[str]]]:
+    """Yield the value of `text_key`, None if there is none, and the keys of each element of an
+    array, which is read whole, or of the value on each line. A blank line is an empty text."""
+    with open_bytes(path) as file:
+        rows = (json.loads(line) if line.strip() else {text_key: ""} for line in file)
+        if file.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            rows = json.load(file)
+        for row in rows:
+            row = row if isinstance(row, dict) else {}
+            yield row.get(text_key), row
