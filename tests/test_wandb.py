@@ -48,6 +48,15 @@ def sent_steps(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
 
+def start_run(**flags: object) -> subprocess.Popen:
+    """Start a run that logs to wandb. It is killed after a minute, so no test hangs."""
+    process = start("train.py", **TINY | {"wandb_log": True, **flags})
+    timer = threading.Timer(60, process.kill)
+    timer.daemon = True
+    timer.start()
+    return process
+
+
 def read_until(process: subprocess.Popen, text: str) -> None:
     """Read the process's lines until one contains `text`."""
     while text not in (line := process.stdout.readline()):
@@ -56,8 +65,7 @@ def read_until(process: subprocess.Popen, text: str) -> None:
 
 def test_a_signal_ends_a_hanging_finish(fake, dataset, tmp_path):
     fake(finish=HANG)
-    flags = TINY | {"dataset": dataset, "out_dir": tmp_path / "out", "wandb_log": True}
-    process = start("train.py", **flags)
+    process = start_run(dataset=dataset, out_dir=tmp_path / "out")
     read_until(process, "done at step 40")
     process.terminate()
     assert process.wait(timeout=9) == 0  # before wandb's own limit
@@ -65,9 +73,7 @@ def test_a_signal_ends_a_hanging_finish(fake, dataset, tmp_path):
 
 def test_a_stopped_run_with_a_hanging_finish_exits_75(fake, dataset, tmp_path):
     fake(finish=HANG)
-    flags = TINY | {"dataset": dataset, "out_dir": tmp_path / "out", "wandb_log": True,
-                    "max_iters": 10**6}
-    process = start("train.py", **flags)
+    process = start_run(dataset=dataset, out_dir=tmp_path / "out", max_iters=10**6)
     read_until(process, "step 5/")
     process.terminate()
     read_until(process, "stopped at step")
@@ -95,8 +101,7 @@ def test_a_failing_log_is_one_warning(fake, dataset, tmp_path):
 
 def test_a_hanging_log_does_not_stop_training(fake, dataset, tmp_path):
     fake(log=HANG)
-    flags = TINY | {"dataset": dataset, "out_dir": tmp_path / "out", "wandb_log": True}
-    process = start("train.py", **flags)
+    process = start_run(dataset=dataset, out_dir=tmp_path / "out")
     read_until(process, "done at step 40")
     process.terminate()
     assert process.wait(timeout=9) == 0
@@ -120,8 +125,7 @@ def test_rows_that_wandb_has_are_not_sent_again(fake, dataset, tmp_path):
 
 def test_a_signal_while_wandb_starts_exits_75(fake, dataset, tmp_path):
     fake(init=f"print('starting', flush=True); {HANG}")
-    flags = TINY | {"dataset": dataset, "out_dir": tmp_path / "out", "wandb_log": True}
-    process = start("train.py", **flags)
+    process = start_run(dataset=dataset, out_dir=tmp_path / "out")
     read_until(process, "starting")
     process.terminate()
     assert process.wait(timeout=20) == 75
