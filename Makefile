@@ -18,6 +18,7 @@ quick: .venv/ready-dev
 
 lint: .venv/ready-dev
 	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
 
 .venv/ready: requirements.txt requirements-data.txt
 	$(PYTHON) -m venv .venv

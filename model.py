@@ -7,6 +7,7 @@ normalized queries and keys. All are pre-norm and have the parameter names of Hu
 Letters for shapes: B sequences, T tokens, C width, H heads of queries, K heads of keys and values,
 D the width of a head, V vocabulary.
 """
+
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -25,6 +26,7 @@ INIT_STD = 0.02  # of the initial weights (GPT-2)
 @dataclass(frozen=True)
 class ModelArgs:
     """The architecture, saved with the weights: all that is needed to build the network again."""
+
     n_layer: int
     n_head: int
     n_embd: int
@@ -44,18 +46,26 @@ class ModelArgs:
     def __post_init__(self) -> None:
         """Raise UserError for impossible sizes, and for settings that the architecture lacks."""
         if self.architecture not in ARCHITECTURES:
-            raise UserError(f"architecture: expected {' or '.join(ARCHITECTURES)}, "
-                            f"got {self.architecture!r}")
+            raise UserError(
+                f"architecture: expected {' or '.join(ARCHITECTURES)}, "
+                f"got {self.architecture!r}"
+            )
         for name, least in SIZES.items():
             value = getattr(self, name)
             if type(value) is not int or value < least:
-                raise UserError(f"{name}: expected a whole number of at least {least}, "
-                                f"got {value!r}")
+                raise UserError(
+                    f"{name}: expected a whole number of at least {least}, "
+                    f"got {value!r}"
+                )
         self.check_settings()
         if not self.head_dim and self.n_embd % self.n_head:
-            raise UserError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}")
+            raise UserError(
+                f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}"
+            )
         if self.n_head % self.K:
-            raise UserError(f"n_head={self.n_head} is not a multiple of n_kv_head={self.K}")
+            raise UserError(
+                f"n_head={self.n_head} is not a multiple of n_kv_head={self.K}"
+            )
         if "rope_theta" in ARCHITECTURES[self.architecture].settings and self.D % 2:
             raise UserError(f"head_dim={self.D}: expected an even number")
 
@@ -68,8 +78,10 @@ class ModelArgs:
                 lacks = name not in ARCHITECTURES[self.architecture].settings
                 value = getattr(self, name)
                 if lacks and value != defaults[name]:
-                    raise UserError(f"{name}={value}: {self.architecture} has no such setting. "
-                                    f"Try: leave --{name} out")
+                    raise UserError(
+                        f"{name}={value}: {self.architecture} has no such setting. "
+                        f"Try: leave --{name} out"
+                    )
 
     @property
     def D(self) -> int:
@@ -89,13 +101,22 @@ class ModelArgs:
 
 
 # the least value of each size in ModelArgs
-SIZES = {"n_layer": 1, "n_head": 1, "n_embd": 1, "block_size": 1, "vocab_size": 1,
-         "n_kv_head": 0, "head_dim": 0, "n_ff": 0}
+SIZES = {
+    "n_layer": 1,
+    "n_head": 1,
+    "n_embd": 1,
+    "block_size": 1,
+    "vocab_size": 1,
+    "n_kv_head": 0,
+    "head_dim": 0,
+    "n_ff": 0,
+}
 
 
 @dataclass
 class KVCache:
     """Keys and values of the first `length` tokens: a tensor (2, B, K, size, D) per layer."""
+
     layers: list[Tensor]
     length: int = 0
 
@@ -132,10 +153,10 @@ def attend_cached(
     the cache is empty."""
     T = q.size(2)
     if kv is not None:
-        kv[0, :, :, past:past + T] = k
-        kv[1, :, :, past:past + T] = v
+        kv[0, :, :, past : past + T] = k
+        kv[1, :, :, past : past + T] = v
     if past:
-        keys, values = kv[:, :, :, :past + T]  # (B, K, past + T, D) each
+        keys, values = kv[:, :, :, : past + T]  # (B, K, past + T, D) each
         y = attend_to_cache(q, keys, values).to(v.dtype)  # (B, H, 1, D)
     else:
         y = attend(q, k, v, p)  # (B, H, T, D)
@@ -151,13 +172,21 @@ class GPT2Block(nn.Module):
         C = args.n_embd
         self.n_head = args.n_head
         self.ln_1 = nn.LayerNorm(C, bias=args.bias)
-        self.attn = nn.ModuleDict({
-            "c_attn": nn.Linear(C, 3 * C, args.bias),  # queries, keys and values in one product
-            "c_proj": nn.Linear(C, C, args.bias)})
+        self.attn = nn.ModuleDict(
+            {
+                "c_attn": nn.Linear(
+                    C, 3 * C, args.bias
+                ),  # queries, keys and values in one product
+                "c_proj": nn.Linear(C, C, args.bias),
+            }
+        )
         self.ln_2 = nn.LayerNorm(C, bias=args.bias)
-        self.mlp = nn.ModuleDict({
-            "c_fc": nn.Linear(C, 4 * C, args.bias),
-            "c_proj": nn.Linear(4 * C, C, args.bias)})
+        self.mlp = nn.ModuleDict(
+            {
+                "c_fc": nn.Linear(C, 4 * C, args.bias),
+                "c_proj": nn.Linear(4 * C, C, args.bias),
+            }
+        )
 
     def forward(self, x: Tensor, p: float, kv: Tensor | None, past: int) -> Tensor:
         """Return the residual stream (B, T, C) after this block; see `attend_cached`."""
@@ -188,7 +217,9 @@ class RMSNorm(nn.RMSNorm):
 def rotary_angles(positions: Tensor, D: int, theta: float) -> tuple[Tensor, Tensor]:
     """Return the cosines and sines, (T, D / 2), by which RoPE rotates a head at `positions`,
     (T,): Su et al. 2021, section 3.4.2. Always float32, as in Hugging Face's."""
-    frequencies = 1 / theta ** (torch.arange(0, D, 2, device=positions.device).float() / D)
+    frequencies = 1 / theta ** (
+        torch.arange(0, D, 2, device=positions.device).float() / D
+    )
     angles = positions.unsqueeze(1) * frequencies  # (T, D / 2)
     return angles.cos(), angles.sin()
 
@@ -209,15 +240,21 @@ class LlamaBlock(nn.Module):
         super().__init__()
         C = args.n_embd
         self.D = args.D
-        self.self_attn = nn.ModuleDict({
-            "q_proj": nn.Linear(C, args.n_head * args.D, bias=False),
-            "k_proj": nn.Linear(C, args.K * args.D, bias=False),
-            "v_proj": nn.Linear(C, args.K * args.D, bias=False),
-            "o_proj": nn.Linear(args.n_head * args.D, C, bias=False)})
-        self.mlp = nn.ModuleDict({
-            "gate_proj": nn.Linear(C, args.ff_width, bias=False),
-            "up_proj": nn.Linear(C, args.ff_width, bias=False),
-            "down_proj": nn.Linear(args.ff_width, C, bias=False)})
+        self.self_attn = nn.ModuleDict(
+            {
+                "q_proj": nn.Linear(C, args.n_head * args.D, bias=False),
+                "k_proj": nn.Linear(C, args.K * args.D, bias=False),
+                "v_proj": nn.Linear(C, args.K * args.D, bias=False),
+                "o_proj": nn.Linear(args.n_head * args.D, C, bias=False),
+            }
+        )
+        self.mlp = nn.ModuleDict(
+            {
+                "gate_proj": nn.Linear(C, args.ff_width, bias=False),
+                "up_proj": nn.Linear(C, args.ff_width, bias=False),
+                "down_proj": nn.Linear(args.ff_width, C, bias=False),
+            }
+        )
         self.input_layernorm = RMSNorm(C, args.norm_eps)
         self.post_attention_layernorm = RMSNorm(C, args.norm_eps)
 
@@ -232,8 +269,15 @@ class LlamaBlock(nn.Module):
         v = self.split_heads(self.self_attn.v_proj(x))
         return q, k, v
 
-    def forward(self, x: Tensor, p: float, kv: Tensor | None, past: int, cos: Tensor, sin: Tensor
-                ) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        p: float,
+        kv: Tensor | None,
+        past: int,
+        cos: Tensor,
+        sin: Tensor,
+    ) -> Tensor:
         """Return the residual stream (B, T, C) after this block; see `attend_cached` and
         `rotary_angles`."""
         q, k, v = self.project(self.input_layernorm(x))
@@ -266,7 +310,10 @@ class GPT(nn.Module):
 
     A subclass builds the modules and says in its class attributes what they are called.
     """
-    settings: tuple[str, ...] = ()  # the fields of ModelArgs that only some architectures have
+
+    settings: tuple[
+        str, ...
+    ] = ()  # the fields of ModelArgs that only some architectures have
     tokens: str  # the name of the token embedding
     layers: str  # of the list of blocks
     final_norm: str  # of the norm after the last block
@@ -284,7 +331,9 @@ class GPT(nn.Module):
         """Return the token embedding, whose weight is (V, C)."""
         return self.get_submodule(self.tokens)
 
-    def embed(self, idx: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def embed(
+        self, idx: Tensor, positions: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the embedded tokens `idx` (B, T) at `positions` (T,), as (B, T, C), and what each
         block needs to know about the positions."""
         raise NotImplementedError
@@ -298,8 +347,9 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             self.init_parameter(name, p)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None,
-                cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
         """Return logits (B, T, V) for the tokens `idx` (B, T), or with `targets` (B, T) the mean
         cross-entropy in nats.
 
@@ -319,16 +369,24 @@ class GPT(nn.Module):
             x = x[:, -1:]  # (B, 1, C)
         x = self.get_submodule(self.final_norm)(x)
         if targets is None:
-            return self.lm_head(x) if self.lm_head else F.linear(x, self.embedding.weight)
+            return (
+                self.lm_head(x) if self.lm_head else F.linear(x, self.embedding.weight)
+            )
         # cross_entropy(linear(x, output_weight)), without holding the logits of all tokens
-        return kernels.LinearCrossEntropy.apply(x.flatten(0, 1), self.output_weight(),
-                                                targets.flatten(), self.args.vocab_size)
+        return kernels.LinearCrossEntropy.apply(
+            x.flatten(0, 1),
+            self.output_weight(),
+            targets.flatten(),
+            self.args.vocab_size,
+        )
 
     def output_weight(self) -> Tensor:
         """Return the output layer, (V, C); on CUDA padded with zero rows to a multiple of 64, for
         fast matrix products."""
         weight = (self.lm_head or self.embedding).weight
-        return F.pad(weight, (0, 0, 0, -weight.size(0) % 64)) if weight.is_cuda else weight
+        return (
+            F.pad(weight, (0, 0, 0, -weight.size(0) % 64)) if weight.is_cuda else weight
+        )
 
     def flops_per_token(self) -> int:
         """Return the FLOPs of forward and backward per token of a full block (Chowdhery et al.
@@ -349,11 +407,14 @@ class GPT(nn.Module):
         weight = self.embedding.weight
         dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
         shape = (2, batch_size, args.K, size or args.block_size, args.D)
-        return KVCache([weight.new_zeros(shape, dtype=dtype) for _ in range(args.n_layer)])
+        return KVCache(
+            [weight.new_zeros(shape, dtype=dtype) for _ in range(args.n_layer)]
+        )
 
 
 class GPT2(GPT):
     """GPT-2, with the parameter names of Hugging Face's GPT2LMHeadModel."""
+
     settings = ("bias",)
     stacked = {"attn.c_attn.weight": 3}
     tokens = "transformer.wte"
@@ -363,14 +424,19 @@ class GPT2(GPT):
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__(args)
-        self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(args.vocab_size, args.n_embd),
-            "wpe": nn.Embedding(args.block_size, args.n_embd),
-            "h": nn.ModuleList(GPT2Block(args) for _ in range(args.n_layer)),
-            "ln_f": nn.LayerNorm(args.n_embd, bias=args.bias)})
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(args.vocab_size, args.n_embd),
+                "wpe": nn.Embedding(args.block_size, args.n_embd),
+                "h": nn.ModuleList(GPT2Block(args) for _ in range(args.n_layer)),
+                "ln_f": nn.LayerNorm(args.n_embd, bias=args.bias),
+            }
+        )
         self.init_parameters()
 
-    def embed(self, idx: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def embed(
+        self, idx: Tensor, positions: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         return self.transformer.wte(idx) + self.transformer.wpe(positions), ()
 
     def init_parameter(self, name: str, p: Tensor) -> None:
@@ -385,7 +451,15 @@ class GPT2(GPT):
 
 class Llama(GPT):
     """Llama, with the parameter names of Hugging Face's LlamaForCausalLM."""
-    settings = ("n_kv_head", "head_dim", "n_ff", "rope_theta", "norm_eps", "tie_embeddings")
+
+    settings = (
+        "n_kv_head",
+        "head_dim",
+        "n_ff",
+        "rope_theta",
+        "norm_eps",
+        "tie_embeddings",
+    )
     tokens = "model.embed_tokens"
     layers = "model.layers"
     final_norm = "model.norm"
@@ -393,27 +467,35 @@ class Llama(GPT):
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__(args)
-        self.model = nn.ModuleDict({
-            "embed_tokens": nn.Embedding(args.vocab_size, args.n_embd),
-            "layers": nn.ModuleList(self.block(args) for _ in range(args.n_layer)),
-            "norm": RMSNorm(args.n_embd, args.norm_eps)})
+        self.model = nn.ModuleDict(
+            {
+                "embed_tokens": nn.Embedding(args.vocab_size, args.n_embd),
+                "layers": nn.ModuleList(self.block(args) for _ in range(args.n_layer)),
+                "norm": RMSNorm(args.n_embd, args.norm_eps),
+            }
+        )
         if not args.tie_embeddings:
             self.lm_head = nn.Linear(args.n_embd, args.vocab_size, bias=False)
         self.init_parameters()
 
-    def embed(self, idx: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def embed(
+        self, idx: Tensor, positions: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         angles = rotary_angles(positions, self.args.D, self.args.rope_theta)
         return self.model.embed_tokens(idx), angles
 
     def init_parameter(self, name: str, p: Tensor) -> None:
         if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
-            nn.init.zeros_(p)  # each block starts as the identity, and the guess as uniform
+            nn.init.zeros_(
+                p
+            )  # each block starts as the identity, and the guess as uniform
         elif p.dim() == 2:
             nn.init.normal_(p, std=INIT_STD)
 
 
 class Qwen3(Llama):
     """Qwen3, with the parameter names of Hugging Face's Qwen3ForCausalLM."""
+
     block = Qwen3Block
 
 
@@ -425,10 +507,14 @@ def build_model(args: ModelArgs) -> GPT:
     return ARCHITECTURES[args.architecture](args)
 
 
-def load_model(args: dict[str, Any], state: dict[str, Tensor], source: str = "the weights") -> GPT:
+def load_model(
+    args: dict[str, Any], state: dict[str, Tensor], source: str = "the weights"
+) -> GPT:
     """Return the GPT of these ModelArgs with these weights, in float32. Raises UserError if they
     do not fit; it names their `source`."""
-    model = build_model(ModelArgs(**args))  # the meta device would load the compiler, for a second
+    model = build_model(
+        ModelArgs(**args)
+    )  # the meta device would load the compiler, for a second
 
     # a tied output layer may be stored as well, or instead of the embedding
     state = dict(state)
@@ -436,8 +522,10 @@ def load_model(args: dict[str, Any], state: dict[str, Tensor], source: str = "th
         name = f"{model.tokens}.weight"
         head = state.pop("lm_head.weight")
         if not torch.equal(state.setdefault(name, head), head):
-            raise UserError(f"{source}: expected lm_head.weight equal to {name}, as they are tied, "
-                            "got other weights")
+            raise UserError(
+                f"{source}: expected lm_head.weight equal to {name}, as they are tied, "
+                "got other weights"
+            )
     try:
         model.load_state_dict(state)
     except RuntimeError as e:
@@ -446,23 +534,33 @@ def load_model(args: dict[str, Any], state: dict[str, Tensor], source: str = "th
     return model
 
 
-def crop_weights(args: dict[str, Any], state: dict[str, Tensor], vocab_size: int, block_size: int
-                 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def crop_weights(
+    args: dict[str, Any], state: dict[str, Tensor], vocab_size: int, block_size: int
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the ModelArgs and the weights of the same network with a smaller vocabulary and a
     shorter block."""
     kind = ARCHITECTURES[args.get("architecture", "gpt2")]
     rows = {f"{kind.tokens}.weight": vocab_size, "lm_head.weight": vocab_size}
     if kind.positions:
         rows[f"{kind.positions}.weight"] = block_size
-    cropped = {name: tensor[:rows[name]].clone() if name in rows else tensor
-               for name, tensor in state.items()}
+    cropped = {
+        name: tensor[: rows[name]].clone() if name in rows else tensor
+        for name, tensor in state.items()
+    }
     return args | {"vocab_size": vocab_size, "block_size": block_size}, cropped
 
 
 @torch.inference_mode()
-def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, temperature: float = 1.0,
-             top_k: int = 0, top_p: float = 1.0, stop: int | None = None, seed: int = 1337
-             ) -> Iterator[list[int | None]]:
+def generate(
+    model: GPT,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stop: int | None = None,
+    seed: int = 1337,
+) -> Iterator[list[int | None]]:
     """Continue each prompt (token ids, at least one). Yield each sequence's next token per step.
 
     None stands for a sequence without a new token: its prompt is longer than another's and still
@@ -477,17 +575,19 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, temperat
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
     rows = [torch.tensor(prompt) for prompt in prompts]
     tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    tokens = F.pad(tokens, (0, max_new_tokens)).to(device)  # (B, longest prompt + max_new_tokens)
+    tokens = F.pad(tokens, (0, max_new_tokens)).to(
+        device
+    )  # (B, longest prompt + max_new_tokens)
     finished = torch.zeros_like(lengths, dtype=torch.bool)  # (B,)
 
     # read the shortest prompt at once; longer ones are in `tokens`, and read token by token
     end = int(lengths.min())  # the position of the next token
     cache = model.make_cache(len(prompts), min(block_size, tokens.size(1)))
-    new = tokens[:, max(0, end - block_size):end]
+    new = tokens[:, max(0, end - block_size) : end]
     while end < tokens.size(1) and not finished.all():
         if cache.length + new.size(1) > block_size:
             cache.length = 0
-            new = tokens[:, end - (block_size - block_size // 4):end]
+            new = tokens[:, end - (block_size - block_size // 4) : end]
         logits = model(new, cache=cache)  # (B, 1, V)
         sampled = sample_token(logits[:, -1], temperature, top_k, top_p, rng)  # (B,)
         in_prompt = end < lengths
@@ -495,14 +595,17 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, temperat
         if stop is not None:
             finished |= ~in_prompt & (sampled == stop)
         finished |= end >= lengths + max_new_tokens
-        new = tokens[:, end:end + 1]  # (B, 1)
+        new = tokens[:, end : end + 1]  # (B, 1)
         end += 1
         silent = (finished | in_prompt).tolist()
-        yield [None if quiet else token for quiet, token in zip(silent, sampled.tolist())]
+        yield [
+            None if quiet else token for quiet, token in zip(silent, sampled.tolist())
+        ]
 
 
-def sample_token(logits: Tensor, temperature: float, top_k: int, top_p: float,
-                 rng: torch.Generator) -> Tensor:
+def sample_token(
+    logits: Tensor, temperature: float, top_k: int, top_p: float, rng: torch.Generator
+) -> Tensor:
     """Sample a token (B,) from logits (B, V): among the `top_k` likeliest (0 = all), then among the
     likeliest that hold `top_p` of the probability (Holtzman et al. 2020). Temperature 0 takes the
     likeliest. `rng` is a CPU generator."""
@@ -524,7 +627,7 @@ def sample_token(logits: Tensor, temperature: float, top_k: int, top_p: float,
     probs = (logits / temperature).softmax(-1)  # (B, N)
     if top_p < 1:
         # zero the tokens after the first ones that hold top_p
-        probs[:, 1:] *= (probs.cumsum(-1)[:, :-1] < top_p)
+        probs[:, 1:] *= probs.cumsum(-1)[:, :-1] < top_p
 
     # inverse transform sampling: torch.multinomial would draw V random numbers
     cumulative = probs.cumsum(-1)

@@ -5,6 +5,7 @@
 Of several Parquet files each is a shard, which becomes a file of train and one of val: an
 interrupted preparation continues with the next shard. Any other text is one shard.
 """
+
 import json
 import os
 import re
@@ -22,8 +23,21 @@ import numpy as np
 from tqdm import tqdm
 
 from keepgpt.config import command_line, setting
-from keepgpt.dataset import SPLITS, compute_crc32, compute_fingerprint, dataset_folder, split_files
-from keepgpt.errors import EXIT_INTERRUPTED, UserError, in_notebook, name_path, run_or_exit, warn
+from keepgpt.dataset import (
+    SPLITS,
+    compute_crc32,
+    compute_fingerprint,
+    dataset_folder,
+    split_files,
+)
+from keepgpt.errors import (
+    EXIT_INTERRUPTED,
+    UserError,
+    in_notebook,
+    name_path,
+    run_or_exit,
+    warn,
+)
 from keepgpt.files import FolderLock, sync_folder, write_atomically
 from keepgpt.text import DATASETS, TEXTS, Shard, describe_files, open_shards, read_block
 from keepgpt.tokenizer import Tokenizer, describe_tokenizer, from_meta, train_bpe
@@ -33,18 +47,29 @@ BPE_TEXT = 10**9  # characters of the train text that a BPE is trained on
 MANY = 100  # documents: from this many on, complete ones go to val
 LONG = 1 << 20  # characters: a longer document is split in any case
 OURS = re.compile(r"((train|val)(-\d{5,})?\.bin|meta\.json)(\.tmp)?")
-Chunk = tuple[int, bool, str]  # (0 for train or 1 for val, a document starts here, text)
+Chunk = tuple[
+    int, bool, str
+]  # (0 for train or 1 for val, a document starts here, text)
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
     """The settings of prepare.py."""
-    name: str = setting("", "the dataset goes to data/<name>; a known dataset has its own name")
-    tokenizer: str = setting("gpt2",
+
+    name: str = setting(
+        "", "the dataset goes to data/<name>; a known dataset has its own name"
+    )
+    tokenizer: str = setting(
+        "gpt2",
         "gpt2 | char: every character is a token | bpe:N: at most N tokens, trained on the text "
-        "itself | a folder with a tokenizer.json | the name of one of tiktoken's encodings")
-    val_fraction: float = setting(0.1, "the share of the text for validation", least=1e-9, below=1)
-    text_key: str = setting("text", "the field of a .jsonl line or a .parquet row with the text")
+        "itself | a folder with a tokenizer.json | the name of one of tiktoken's encodings",
+    )
+    val_fraction: float = setting(
+        0.1, "the share of the text for validation", least=1e-9, below=1
+    )
+    text_key: str = setting(
+        "text", "the field of a .jsonl line or a .parquet row with the text"
+    )
     data_dir: str = setting("data", "the folder of all datasets, as in train.py")
 
 
@@ -57,24 +82,30 @@ class LossCheck:
         self.unknown_id = self.lengths = None
         if tokenizer.description["kind"] == "hf":
             model = json.loads(tokenizer.description["json"])["model"]
-            self.unknown_id = tokenizer.ids.get(model.get("unk_token"), model.get("unk_id"))
+            self.unknown_id = tokenizer.ids.get(
+                model.get("unk_token"), model.get("unk_id")
+            )
         else:
             # the other kinds can only drop bytes: their number shows it, and takes no time
-            self.lengths = np.array([len(tokenizer.token_bytes(i))
-                                     for i in range(tokenizer.vocab_size)])
+            self.lengths = np.array(
+                [len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)]
+            )
 
     def find_difference(self, text: str, tokens: np.ndarray) -> str:
         """Return where the decoded `tokens` first differ from `text`, or "". Threads call it."""
         if self.difference:
             return ""
-        if self.lengths is not None and self.lengths[tokens].sum() == len(text.encode()):
+        if self.lengths is not None and self.lengths[tokens].sum() == len(
+            text.encode()
+        ):
             return ""
         if self.lengths is not None:
             decoded = self.tokenizer.decode(tokens.tolist())
         else:
             # the one method that releases the GIL
-            decoded, = self.tokenizer.tokenizer.decode_batch([tokens.tolist()],
-                                                             skip_special_tokens=False)
+            (decoded,) = self.tokenizer.tokenizer.decode_batch(
+                [tokens.tolist()], skip_special_tokens=False
+            )
         if decoded == text:
             return ""
         pairs = enumerate(zip_longest(text, decoded))
@@ -93,8 +124,10 @@ class LossCheck:
         """Print a note if text was lost."""
         if self.difference:
             share = self.unknown / max(self.tokens, 1)
-            warn(f"{name}: this tokenizer loses text: encoded and decoded, {self.difference}; "
-                 f"{share:.2%} of the tokens stand for unknown text")
+            warn(
+                f"{name}: this tokenizer loses text: encoded and decoded, {self.difference}; "
+                f"{share:.2%} of the tokens stand for unknown text"
+            )
 
 
 @contextmanager
@@ -102,14 +135,18 @@ def clean_up_on_signals(lock: FolderLock) -> Iterator[None]:
     """Remove the temporary files of the locked folder at the end of a block, and let signals do so
     and exit at once: threads may be in a library's compiled code for minutes, and any other way to
     end waits for them. A notebook's kernel keeps its own handlers."""
+
     def stop(_number: int, _frame: Any) -> None:
         remove_ours(lock, ending=".tmp")
         os._exit(EXIT_INTERRUPTED)
 
     numbers = () if in_notebook() else (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     # an ignored signal stays ignored, as SIGHUP is under nohup
-    before = {number: signal.signal(number, stop) for number in numbers
-              if signal.getsignal(number) != signal.SIG_IGN}
+    before = {
+        number: signal.signal(number, stop)
+        for number in numbers
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
     try:
         yield
     finally:
@@ -118,13 +155,17 @@ def clean_up_on_signals(lock: FolderLock) -> Iterator[None]:
             signal.signal(number, action)
 
 
-def split_documents(shards: list[Shard], k: int, cut: Callable[[str], int]) -> Iterator[Chunk]:
+def split_documents(
+    shards: list[Shard], k: int, cut: Callable[[str], int]
+) -> Iterator[Chunk]:
     """Yield the texts of shard k to encode, those of long documents cut where `cut` allows it.
 
     Few or long documents are split, each at the same point; of many short ones some go to val as a
     whole.
     """
-    total, first = (sum(shard.documents for shard in part) for part in (shards, shards[:k]))
+    total, first = (
+        sum(shard.documents for shard in part) for part in (shards, shards[:k])
+    )
     share = shards[k].val_fraction
     for i, document in enumerate(shards[k].read(), first):
         length = 0
@@ -153,8 +194,11 @@ def split_documents(shards: list[Shard], k: int, cut: Callable[[str], int]) -> I
 def complete_tokenizer(wanted: dict[str, Any], shards: list[Shard]) -> dict[str, Any]:
     """Return the description of the wanted tokenizer, with the characters of the text, or with a
     byte-pair encoding trained on the first gigabyte that goes to train."""
-    chunks = (chunk for k in range(len(shards))
-              for chunk in split_documents(shards, k, Tokenizer.cut))
+    chunks = (
+        chunk
+        for k in range(len(shards))
+        for chunk in split_documents(shards, k, Tokenizer.cut)
+    )
 
     def read_train_text() -> Iterator[str]:
         left = BPE_TEXT
@@ -175,22 +219,39 @@ def complete_tokenizer(wanted: dict[str, Any], shards: list[Shard]) -> dict[str,
     return wanted
 
 
-def write_tokens(paths: list[Path], totals: list[int], chunks: Iterator[Chunk],
-                 tokenizer: Tokenizer, dtype: np.dtype, loss: LossCheck) -> None:
+def write_tokens(
+    paths: list[Path],
+    totals: list[int],
+    chunks: Iterator[Chunk],
+    tokenizer: Tokenizer,
+    dtype: np.dtype,
+    loss: LossCheck,
+) -> None:
     """Encode `chunks` to a train and a val file, by threads, as encoders release the GIL. `totals`
     are the tokens of train and val so far."""
+
     def encode(chunk: Chunk) -> tuple[np.ndarray, str]:
         tokens = tokenizer.encode_to_numpy(chunk[2])
         return tokens.astype(dtype), loss.find_difference(chunk[2], tokens)
 
     threads = os.cpu_count() or 1
-    with (open(paths[0], "wb") as train, open(paths[1], "wb") as val, ThreadPoolExecutor(threads)
-          as pool, tqdm(unit="token", unit_scale=True, disable=None) as bar):
+    with (
+        open(paths[0], "wb") as train,
+        open(paths[1], "wb") as val,
+        ThreadPoolExecutor(threads) as pool,
+        tqdm(unit="token", unit_scale=True, disable=None) as bar,
+    ):
         while batch := list(islice(chunks, 2 * threads)):  # memory is flat
-            for (split, starts, _), (tokens, difference) in zip(batch, pool.map(encode, batch)):
+            for (split, starts, _), (tokens, difference) in zip(
+                batch, pool.map(encode, batch)
+            ):
                 loss.add(difference, tokens)
                 if starts and totals[split] > 0:  # a separator
-                    end = tokenizer.encode("\n") if tokenizer.eot is None else [tokenizer.eot]
+                    end = (
+                        tokenizer.encode("\n")
+                        if tokenizer.eot is None
+                        else [tokenizer.eot]
+                    )
                     tokens = np.append(np.array(end, dtype), tokens)
                 (train, val)[split].write(tokens)
                 totals[split] += len(tokens)
@@ -200,12 +261,17 @@ def write_tokens(paths: list[Path], totals: list[int], chunks: Iterator[Chunk],
             os.fsync(file.fileno())
 
 
-def read_previous(folder: Path, request: dict[str, Any], wanted: dict[str, Any]) -> dict[str, Any]:
+def read_previous(
+    folder: Path, request: dict[str, Any], wanted: dict[str, Any]
+) -> dict[str, Any]:
     """Return the meta.json that a preparation of this request has left, {} if a file is missing or
     has changed since."""
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
-        same = request.items() <= meta.items() and wanted.items() <= meta["tokenizer"].items()
+        same = (
+            request.items() <= meta.items()
+            and wanted.items() <= meta["tokenizer"].items()
+        )
         return meta if same and is_intact(folder, meta) else {}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {}
@@ -220,13 +286,18 @@ def is_intact(folder: Path, meta: dict[str, Any]) -> bool:
             if (folder / file).stat().st_size != size * tokens:
                 return False
     # a complete dataset has a fingerprint, an older one no CRC32s
-    if "fingerprint" in meta and compute_fingerprint(folder, meta) != meta["fingerprint"]:
+    if (
+        "fingerprint" in meta
+        and compute_fingerprint(folder, meta) != meta["fingerprint"]
+    ):
         return False
     known = meta["crc32"] if "fingerprint" not in meta else meta.get("crc32", {})
     return all(compute_crc32(folder / file) == crc32 for file, crc32 in known.items())
 
 
-def write_dataset(lock: FolderLock, meta: dict[str, Any], shards: list[Shard]) -> dict[str, Any]:
+def write_dataset(
+    lock: FolderLock, meta: dict[str, Any], shards: list[Shard]
+) -> dict[str, Any]:
     """Write the shards that `meta` lacks to the locked folder. Return the complete meta.
 
     meta.json without a fingerprint lists the complete shards of an unfinished dataset. It is there
@@ -235,22 +306,35 @@ def write_dataset(lock: FolderLock, meta: dict[str, Any], shards: list[Shard]) -
     folder = lock.folder
 
     def write_meta() -> None:
-        write_atomically(folder / "meta.json", json.dumps(meta, indent=1).encode(), lock)
+        write_atomically(
+            folder / "meta.json", json.dumps(meta, indent=1).encode(), lock
+        )
 
     tokenizer, dtype, files = from_meta(meta), np.dtype(meta["dtype"]), meta["files"]
     totals = [sum(files[split].values()) for split in SPLITS]
     loss = LossCheck(tokenizer)
     for k in range(len(files["val"]), len(shards)):
-        names = [f"{split}-{k:05}.bin" if len(shards) > 1 else f"{split}.bin" for split in SPLITS]
+        names = [
+            f"{split}-{k:05}.bin" if len(shards) > 1 else f"{split}.bin"
+            for split in SPLITS
+        ]
         lock.check()
-        write_tokens([folder / f"{name}.tmp" for name in names], totals,
-                     split_documents(shards, k, tokenizer.cut), tokenizer, dtype, loss)
+        write_tokens(
+            [folder / f"{name}.tmp" for name in names],
+            totals,
+            split_documents(shards, k, tokenizer.cut),
+            tokenizer,
+            dtype,
+            loss,
+        )
         if k + 1 == len(shards):
             loss.warn(meta["name"])
             if min(totals) < 2:
-                raise UserError(f"{meta['name']}: too short, with {totals[0]} train and "
-                                f"{totals[1]} val tokens. Try: more text, or another "
-                                "--val_fraction")
+                raise UserError(
+                    f"{meta['name']}: too short, with {totals[0]} train and "
+                    f"{totals[1]} val tokens. Try: more text, or another "
+                    "--val_fraction"
+                )
         crc32 = {name: compute_crc32(folder / f"{name}.tmp") for name in names}
         write_meta()
         for split, name in zip(SPLITS, names):
@@ -273,29 +357,46 @@ def remove_ours(lock: FolderLock, keep: Iterable[str] = (), ending: str = "") ->
     """Remove the files of preparations with that ending from the locked folder, except the files
     to keep."""
     for path in lock.folder.glob("*"):
-        if OURS.fullmatch(path.name) and path.name.endswith(ending) and path.name not in keep:
+        if (
+            OURS.fullmatch(path.name)
+            and path.name.endswith(ending)
+            and path.name not in keep
+        ):
             lock.check()
             path.unlink()
 
 
-def prepare(config: PrepareConfig, given: dict[str, Any], paths: list[str], opened: ExitStack
-            ) -> None:
+def prepare(
+    config: PrepareConfig, given: dict[str, Any], paths: list[str], opened: ExitStack
+) -> None:
     """Prepare the dataset that a command line asks for, unless it exists. `opened` gets its lock.
     Raises UserError."""
     started = time.perf_counter()
     known = paths[0] if len(paths) == 1 and paths[0] in DATASETS else ""
     name = config.name or known
     if not paths or not name or os.path.basename(name) != name or name[0] == ".":
-        raise UserError(f"expected {', '.join(DATASETS)}, or files and folders with --name=NAME, "
-                        f"a new folder in {config.data_dir}. Try: --help")
-    if name in DATASETS and (name != known or given.keys() & {"tokenizer", "val_fraction"}):
-        raise UserError(f"{name} has its own text, tokenizer and split. Try: --name=NAME for "
-                        "another dataset")
-    text, tokenizer, val_fraction = DATASETS.get(known, ("", config.tokenizer, config.val_fraction))
+        raise UserError(
+            f"expected {', '.join(DATASETS)}, or files and folders with --name=NAME, "
+            f"a new folder in {config.data_dir}. Try: --help"
+        )
+    if name in DATASETS and (
+        name != known or given.keys() & {"tokenizer", "val_fraction"}
+    ):
+        raise UserError(
+            f"{name} has its own text, tokenizer and split. Try: --name=NAME for "
+            "another dataset"
+        )
+    text, tokenizer, val_fraction = DATASETS.get(
+        known, ("", config.tokenizer, config.val_fraction)
+    )
     wanted = describe_tokenizer(given.get("tokenizer", tokenizer))
     source = TEXTS[text] if known else describe_files(paths, config.text_key)
-    request = {"format": 1, "name": name, "source": source,
-               "val_fraction": given.get("val_fraction", val_fraction)}
+    request = {
+        "format": 1,
+        "name": name,
+        "source": source,
+        "val_fraction": given.get("val_fraction", val_fraction),
+    }
     folder = dataset_folder(config.data_dir, name)
     folder = Path(min(str(folder), os.path.relpath(folder), key=len))
 
@@ -304,33 +405,48 @@ def prepare(config: PrepareConfig, given: dict[str, Any], paths: list[str], open
         lock = FolderLock(folder)
         opened.callback(lock.release)
         lock.acquire(patience=86_400)
-        meta = read_previous(folder, request, wanted)  # another preparation had the lock
+        meta = read_previous(
+            folder, request, wanted
+        )  # another preparation had the lock
     took = "exists already"
     if "fingerprint" not in meta:
         foreign = [path for path in folder.glob("*.bin") if OURS.fullmatch(path.name)]
         if foreign and not (folder / "meta.json").exists():
-            raise UserError(f"{foreign[0]} has no meta.json: it was not made by prepare.py, or "
-                            f"meta.json was lost. Try: another --name, or rm -r {folder}")
+            raise UserError(
+                f"{foreign[0]} has no meta.json: it was not made by prepare.py, or "
+                f"meta.json was lost. Try: another --name, or rm -r {folder}"
+            )
         shards = open_shards(source, request["val_fraction"], folder.parent)
         if meta:
-            print(f"{folder}: {len(meta['files']['val'])} of {len(shards)} shards are "
-                  "complete; continuing", flush=True)
+            print(
+                f"{folder}: {len(meta['files']['val'])} of {len(shards)} shards are "
+                "complete; continuing",
+                flush=True,
+            )
         else:
             meta = request | {"tokenizer": complete_tokenizer(wanted, shards)}
             size = from_meta(meta).vocab_size
-            meta |= {"vocab_size": size, "dtype": "uint16" if size <= 1 << 16 else "uint32",
-                     "files": {split: {} for split in SPLITS}, "crc32": {}}
+            meta |= {
+                "vocab_size": size,
+                "dtype": "uint16" if size <= 1 << 16 else "uint32",
+                "files": {split: {} for split in SPLITS},
+                "crc32": {},
+            }
         with name_path(folder), clean_up_on_signals(lock):
             meta = write_dataset(lock, meta, shards)
         took = f"took {time.perf_counter() - started:.1f} s"
     tokens, label = meta["tokens"], wanted.get("name", wanted["kind"])
-    print(f"{folder}: {tokens['train']:,} train and {tokens['val']:,} val tokens of {label}, "
-          f"{meta['vocab_size']:,} in the vocabulary: {took}", flush=True)
+    print(
+        f"{folder}: {tokens['train']:,} train and {tokens['val']:,} val tokens of {label}, "
+        f"{meta['vocab_size']:,} in the vocabulary: {took}",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
     CONFIG, GIVEN, PATHS = command_line(
         PrepareConfig,
-        f"python prepare.py {' | '.join(DATASETS)} | PATH... --name=NAME [--key=value ...]")
+        f"python prepare.py {' | '.join(DATASETS)} | PATH... --name=NAME [--key=value ...]",
+    )
     with ExitStack() as OPENED:
         run_or_exit(lambda: prepare(CONFIG, GIVEN, PATHS, OPENED))

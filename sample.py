@@ -1,5 +1,6 @@
 """Continue a text with a trained model: `python sample.py --out_dir=out --start="To be"`; --help
 lists every setting."""
+
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,25 +11,40 @@ from keepgpt.errors import UserError, exit_with, run_or_exit
 @dataclass(frozen=True)
 class SampleConfig:
     """The settings of sample.py."""
+
     out_dir: str = setting("out", "folder of the run")
-    init_from: str = setting("best",
+    init_from: str = setting(
+        "best",
         "best | resume (the newest) checkpoint of out_dir | path of a checkpoint or a Hugging Face "
-        "folder | gpt2, gpt2-medium, gpt2-large, gpt2-xl")
-    dataset: str = setting("",
-        "dataset with the vocabulary of a nanoGPT checkpoint; others include their own")
+        "folder | gpt2, gpt2-medium, gpt2-large, gpt2-xl",
+    )
+    dataset: str = setting(
+        "",
+        "dataset with the vocabulary of a nanoGPT checkpoint; others include their own",
+    )
     data_dir: str = setting("data", "folder of that dataset, as in train.py")
-    start: str = setting("", "the text to continue; FILE:prompt.txt reads it from a file")
+    start: str = setting(
+        "", "the text to continue; FILE:prompt.txt reads it from a file"
+    )
     num_samples: int = setting(3, "number of continuations", least=1, below=10_001)
-    max_new_tokens: int = setting(500, "tokens of each continuation", least=0, below=10_000_001)
-    temperature: float = setting(0.8, "0 = the likeliest token; 1 = the model's probabilities; "
-        "above 1 = more random", least=0)
+    max_new_tokens: int = setting(
+        500, "tokens of each continuation", least=0, below=10_000_001
+    )
+    temperature: float = setting(
+        0.8,
+        "0 = the likeliest token; 1 = the model's probabilities; above 1 = more random",
+        least=0,
+    )
     top_k: int = setting(200, "sample from the k likeliest tokens; 0 = all", least=0)
-    top_p: float = setting(1.0, "sample from the likeliest tokens with this probability", least=0)
+    top_p: float = setting(
+        1.0, "sample from the likeliest tokens with this probability", least=0
+    )
     stop_at_eot: bool = setting(False, "end a continuation at the end-of-text token")
     seed: int = setting(1337, "seed of the random numbers", least=0, below=2**63)
     device: str = setting("auto", "auto | cpu | cuda | cuda:1 | mps")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting("auto",
-        "dtype of the weights; auto = the fastest")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "dtype of the weights; auto = the fastest"
+    )
 
 
 if __name__ == "__main__":  # before torch is imported
@@ -54,7 +70,9 @@ from keepgpt.signals import raise_interrupts
 from keepgpt.text import open_text, read_block
 from model import GPT, ModelArgs, crop_weights, generate, load_model
 
-SMALL = 4e6  # parameters; below, weights stay in the CPU's cache, where float32 is fastest
+SMALL = (
+    4e6  # parameters; below, weights stay in the CPU's cache, where float32 is fastest
+)
 GPT2 = {"name": "GPT-2", "tokenizer": {"kind": "gpt2"}, "vocab_size": 50257}
 
 
@@ -64,24 +82,31 @@ def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
     if origin in ("best", "resume"):
         mention_renamed(folder)
         if not has_run(folder):
-            raise UserError(f"{folder}: no checkpoint. Try: --out_dir=<folder of a run>, or "
-                            "first: python train.py config/train_plays_cpu.py")
+            raise UserError(
+                f"{folder}: no checkpoint. Try: --out_dir=<folder of a run>, or "
+                "first: python train.py config/train_plays_cpu.py"
+            )
         bundle = read_newest(folder, prefer_best=origin == "best")
         args, state, data = bundle["model_args"], bundle["model"], bundle["data"]
         origin = f"{folder}: step {bundle['step']}"
         if evaluation := bundle["evaluation"]:
-            origin += f", val loss {evaluation['val_loss']:.4f} at step {evaluation['step']}"
+            origin += (
+                f", val loss {evaluation['val_loss']:.4f} at step {evaluation['step']}"
+            )
     else:
         args, state, data = read_weights(origin)
     ModelArgs(**args)  # raises UserError for impossible sizes
-    vocabulary = tokenizer.from_meta(find_meta(config, origin, args["vocab_size"], data))
+    vocabulary = tokenizer.from_meta(
+        find_meta(config, origin, args["vocab_size"], data)
+    )
     args, state = crop_weights(args, state, vocabulary.vocab_size, args["block_size"])
     model = load_model(args, state, origin)
     return model.eval(), vocabulary, origin
 
 
-def find_meta(config: SampleConfig, origin: str, vocab_size: int, data: dict[str, Any]
-              ) -> dict[str, Any]:
+def find_meta(
+    config: SampleConfig, origin: str, vocab_size: int, data: dict[str, Any]
+) -> dict[str, Any]:
     """Return the meta of the weights' tokens: of --dataset if given, else the weights' own, else of
     the dataset that nanoGPT's checkpoint names, else GPT-2's if they fit. Raises UserError."""
     if "tokenizer" in data and not config.dataset:
@@ -116,7 +141,11 @@ def read_prompt(start: str, vocabulary: tokenizer.Tokenizer) -> list[int]:
             # as prepare.py reads it: \n for each line end, without a byte-order mark
             start = read_block(open_text(start.removeprefix("FILE:")), -1)
         return vocabulary.encode(start) or [vocabulary.eot or 0]
-    except (OSError, ValueError, UserError) as e:  # no file, not UTF-8, or without a token
+    except (
+        OSError,
+        ValueError,
+        UserError,
+    ) as e:  # no file, not UTF-8, or without a token
         raise UserError(f"--start: {e}") from None
 
 
@@ -136,11 +165,20 @@ def main(config: SampleConfig) -> None:
     if not config.start:
         texts = [""] * config.num_samples
     print(texts[0], end="", flush=True)
-    for tokens in generate(model, [prompt] * config.num_samples, config.max_new_tokens,
-                           config.temperature, config.top_k, config.top_p,
-                           vocabulary.eot if config.stop_at_eot else None, config.seed):
-        new = [decode(token) if token is not None else ""
-               for decode, token in zip(decoders, tokens)]
+    for tokens in generate(
+        model,
+        [prompt] * config.num_samples,
+        config.max_new_tokens,
+        config.temperature,
+        config.top_k,
+        config.top_p,
+        vocabulary.eot if config.stop_at_eot else None,
+        config.seed,
+    ):
+        new = [
+            decode(token) if token is not None else ""
+            for decode, token in zip(decoders, tokens)
+        ]
         texts = [text + more for text, more in zip(texts, new)]
         print(new[0], end="", flush=True)
     print("", *texts[1:], sep="\n---------------\n")

@@ -4,6 +4,7 @@ every key.
 Kill it at any time: with --init_from=auto the same command resumes from the newest checkpoint in
 out_dir. Read `train` first, then `set_up`.
 """
+
 from keepgpt.config import TrainConfig, command_line
 
 if __name__ == "__main__":  # before torch is loaded: --help and mistakes answer at once
@@ -61,12 +62,15 @@ from model import GPT, ModelArgs, build_model, crop_weights, generate, load_mode
 @dataclass
 class State:
     """What training changes, and a checkpoint therefore stores."""
+
     ranks: Ranks
     model: GPT
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     step: int = 0  # updates done
-    evaluation: dict[str, Any] = field(default_factory=dict)  # the last one: step and losses
+    evaluation: dict[str, Any] = field(
+        default_factory=dict
+    )  # the last one: step and losses
     wandb_run_id: str | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -104,6 +108,7 @@ class State:
 @dataclass
 class Run:
     """A run in this process: its settings, its data, its model and its state."""
+
     config: TrainConfig
     ranks: Ranks
     lock: FolderLock  # on out_dir, held by rank 0
@@ -137,7 +142,9 @@ def set_up(config: TrainConfig, overrides: dict[str, Any], opened: ExitStack) ->
     bundle = ranks.on_first(lambda: find_checkpoint(config, overrides, lock))
 
     # merge the checkpoint's settings with the command's
-    config, changes, notes = ranks.on_each(lambda: merge_settings(config, overrides, bundle))
+    config, changes, notes = ranks.on_each(
+        lambda: merge_settings(config, overrides, bundle)
+    )
     elastic.check_elastic(config, ranks)
 
     # open the data. Only its name and place may differ between hosts
@@ -146,7 +153,9 @@ def set_up(config: TrainConfig, overrides: dict[str, Any], opened: ExitStack) ->
     saved_data = bundle["data"] if bundle else {}
     if bundle:
         ranks.on_each(lambda: check_identity(folder, data, saved_data))
-    ranks.check_equal({"data": data | {"name": ""}, **shared_settings(config)}, SAME_START)
+    ranks.check_equal(
+        {"data": data | {"name": ""}, **shared_settings(config)}, SAME_START
+    )
     data["crc32"] = ranks.on_first(lambda: read_crc32(folder, data, saved_data))
     loader, splits = ranks.on_each(lambda: open_data(folder, config, data, ranks))
 
@@ -173,13 +182,20 @@ def set_up(config: TrainConfig, overrides: dict[str, Any], opened: ExitStack) ->
     )
     opened.push(run.metrics.end)
     run.saver = checkpoint.Saver(
-        out_dir, config.keep_checkpoints, bundle, run.metrics.sync, ranks.device,
+        out_dir,
+        config.keep_checkpoints,
+        bundle,
+        run.metrics.sync,
+        ranks.device,
         checkpoint.Disk(lock),
     )
     opened.callback(run.saver.wait)
     if bundle:
         changes |= list_roundings(run, bundle)
-        line = [f"resuming {config.out_dir} at step {run.state.step}", *changes.values()]
+        line = [
+            f"resuming {config.out_dir} at step {run.state.step}",
+            *changes.values(),
+        ]
         run.metrics.say(", ".join(line))
     for note in notes:
         warn(note)
@@ -187,16 +203,26 @@ def set_up(config: TrainConfig, overrides: dict[str, Any], opened: ExitStack) ->
     return run
 
 
-def build_run(config: TrainConfig, ranks: Ranks, lock: FolderLock, data: dict[str, Any],
-              loader: Loader, splits: dict[str, Split], model: GPT) -> Run:
+def build_run(
+    config: TrainConfig,
+    ranks: Ranks,
+    lock: FolderLock,
+    data: dict[str, Any],
+    loader: Loader,
+    splits: dict[str, Split],
+    model: GPT,
+) -> Run:
     """Compile the model, wrap it in DDP, and make its optimizer. Raises UserError."""
     device = ranks.device
     model.to(device)
     dtype = pick_dtype(config.dtype, device)
-    autocast = torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    autocast = (
+        torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
+    )
     is_compiled = should_compile(config, device)
     ranks.check_equal(
-        {"dtype": dtype, "compile": is_compiled}, "--dtype=float32 --compile=False for all ranks"
+        {"dtype": dtype, "compile": is_compiled},
+        "--dtype=float32 --compile=False for all ranks",
     )
     # static shapes: otherwise the training graph depends on earlier batch sizes
     compiled_model = torch.compile(model, dynamic=False) if is_compiled else model
@@ -218,12 +244,25 @@ def build_run(config: TrainConfig, ranks: Ranks, lock: FolderLock, data: dict[st
     optimizer = make_optimizer(model, config, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     state = State(ranks, model, optimizer, scaler)
-    return Run(config, ranks, lock, data, loader, splits, compiled_model, train_model, accumulate,
-               dtype, autocast, state)
+    return Run(
+        config,
+        ranks,
+        lock,
+        data,
+        loader,
+        splits,
+        compiled_model,
+        train_model,
+        accumulate,
+        dtype,
+        autocast,
+        state,
+    )
 
 
-def find_checkpoint(config: TrainConfig, overrides: dict[str, Any], lock: FolderLock
-                    ) -> dict[str, Any] | None:
+def find_checkpoint(
+    config: TrainConfig, overrides: dict[str, Any], lock: FolderLock
+) -> dict[str, Any] | None:
     """Lock out_dir, unless with eval_only. Return the bundle to resume from, or None to start a
     run. Raises UserError if init_from does not fit the folder's content."""
     out_dir = Path(config.out_dir)
@@ -246,8 +285,9 @@ def find_checkpoint(config: TrainConfig, overrides: dict[str, Any], lock: Folder
     return None
 
 
-def merge_settings(config: TrainConfig, overrides: dict[str, Any], bundle: dict[str, Any] | None
-                   ) -> tuple[TrainConfig, dict[str, str], list[str]]:
+def merge_settings(
+    config: TrainConfig, overrides: dict[str, Any], bundle: dict[str, Any] | None
+) -> tuple[TrainConfig, dict[str, str], list[str]]:
     """Return the run's settings, a line for each one that a resume changes, and notes on them.
     Raises UserError."""
     if not bundle:
@@ -258,8 +298,9 @@ def merge_settings(config: TrainConfig, overrides: dict[str, Any], bundle: dict[
     return config, changes, notes
 
 
-def open_data(folder: Path, config: TrainConfig, data: dict[str, Any], ranks: Ranks
-              ) -> tuple[Loader, dict[str, Split]]:
+def open_data(
+    folder: Path, config: TrainConfig, data: dict[str, Any], ranks: Ranks
+) -> tuple[Loader, dict[str, Split]]:
     """Return this rank's share of the training batches, and both splits for evaluations. Raises
     UserError."""
     micro_batches = config.gradient_accumulation_steps
@@ -274,31 +315,47 @@ def open_data(folder: Path, config: TrainConfig, data: dict[str, Any], ranks: Ra
     )
     mine = range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)
     loader = Loader(
-        open_split("train", shift=True), config.batch_size, micro_batches, mine, ranks.device
+        open_split("train", shift=True),
+        config.batch_size,
+        micro_batches,
+        mine,
+        ranks.device,
     )
-    splits = {"train": open_split("train", shift=False), "val": open_split("val", shift=False)}
+    splits = {
+        "train": open_split("train", shift=False),
+        "val": open_split("val", shift=False),
+    }
     return loader, splits
 
 
-def make_model(config: TrainConfig, overrides: dict[str, Any], data: dict[str, Any],
-               bundle: dict[str, Any] | None) -> GPT:
+def make_model(
+    config: TrainConfig,
+    overrides: dict[str, Any],
+    data: dict[str, Any],
+    bundle: dict[str, Any] | None,
+) -> GPT:
     """Return the model on the CPU, with the weights of a checkpoint's `bundle`, those that
     init_from names, or random ones. Raises UserError."""
     if bundle:
-        return load_model(bundle["model_args"] | {"dropout": config.dropout}, bundle["model"])
+        return load_model(
+            bundle["model_args"] | {"dropout": config.dropout}, bundle["model"]
+        )
     source = config.init_from.removeprefix("auto:")
     if source not in ("scratch", "auto"):
         return load_pretrained(source, config, overrides, data)
     if config.eval_only:
-        warn("evaluating an untrained model. Try: --init_from=resume for the run in out_dir")
+        warn(
+            "evaluating an untrained model. Try: --init_from=resume for the run in out_dir"
+        )
     settings = {key: getattr(config, key) for key in ARCHITECTURE}
     return build_model(
         ModelArgs(vocab_size=data["vocab_size"], dropout=config.dropout, **settings)
     )
 
 
-def load_pretrained(source: str, config: TrainConfig, overrides: dict[str, Any],
-                    data: dict[str, Any]) -> GPT:
+def load_pretrained(
+    source: str, config: TrainConfig, overrides: dict[str, Any], data: dict[str, Any]
+) -> GPT:
     """Return a model with the weights of `source` (see huggingface.read_weights), cropped to the
     dataset's vocabulary and the config's block_size. Raises UserError."""
     args, state, tokens = read_weights(source)
@@ -338,7 +395,9 @@ def list_roundings(run: Run, bundle: dict[str, Any]) -> dict[str, str]:
     # what was, and what is now
     settings = ("batch_size", "elastic", "deterministic")
     before = bundle | {key: saved_config.get(key) for key in settings}
-    before["ranks"] = bundle.get("world_size", len(bundle["rng"]))  # older bundles lack it
+    before["ranks"] = bundle.get(
+        "world_size", len(bundle["rng"])
+    )  # older bundles lack it
     now = describe_machine(run) | {key: getattr(config, key) for key in settings}
     now["ranks"] = run.ranks.world_size
     del now["deterministic" if on_cpu else "threads"]  # it changes nothing there
@@ -349,7 +408,12 @@ def list_roundings(run: Run, bundle: dict[str, Any]) -> dict[str, str]:
         if before.get(key) in (None, value):
             continue
         lines[key] = f"{key} {before[key]} -> {value}"
-        if key == "ranks" and config.elastic and saved_config.get("elastic") and is_exact:
+        if (
+            key == "ranks"
+            and config.elastic
+            and saved_config.get("elastic")
+            and is_exact
+        ):
             continue
         lines[key] += ": the same losses up to rounding"
         if config.dropout and key in ("batch_size", "compile", "device"):
@@ -418,6 +482,7 @@ def train(run: Run, signals: Signals) -> int:
 @dataclass
 class Clock:
     """Measure the mean duration of the steps since the last line or evaluation."""
+
     step: int
     time: float = field(default_factory=time.perf_counter)
 
@@ -467,8 +532,12 @@ def evaluate(run: Run, signals: Signals) -> dict[str, float] | None:
     for name, split in run.splits.items():
         # the last batch may be smaller
         count = min(run.config.eval_iters * batch_size, split.windows)
-        sizes = [min(batch_size, count - first) for first in range(0, count, batch_size)]
-        means = torch.zeros(len(sizes), device=ranks.device)  # each entry is filled by one rank
+        sizes = [
+            min(batch_size, count - first) for first in range(0, count, batch_size)
+        ]
+        means = torch.zeros(
+            len(sizes), device=ranks.device
+        )  # each entry is filled by one rank
         for i, size in enumerate(sizes):
             rank = i % ranks.world_size
             if rank == 0 and ranks.any(signals.received):
@@ -497,7 +566,10 @@ def generate_sample(run: Run) -> str:
     tokenizer = from_meta(run.data)
     run.state.model.eval()
     steps = generate(
-        run.state.model, [[tokenizer.eot or 0]], run.config.sample_tokens, temperature=0.8,
+        run.state.model,
+        [[tokenizer.eot or 0]],
+        run.config.sample_tokens,
+        temperature=0.8,
         top_k=200,
     )
     tokens = [row[0] for row in steps]
@@ -517,19 +589,25 @@ def save(run: Run, best: bool) -> None:
     check_finite(run)
     check_ranks(run)
     run.saver.wait()  # a save in progress may change best_val_loss
-    best_val_loss = run.state.evaluation["val_loss"] if best else run.saver.best_val_loss
+    best_val_loss = (
+        run.state.evaluation["val_loss"] if best else run.saver.best_val_loss
+    )
     run.saver.save(make_bundle(run, best_val_loss), best)
 
 
 def make_bundle(run: Run, best_val_loss: float) -> dict[str, Any]:
     """Return the content of a checkpoint, with live tensors. Every rank must call it."""
-    return run.state.state_dict() | describe_machine(run) | {
-        "format": checkpoint.FORMAT,
-        "config": asdict(run.config),
-        "model_args": asdict(run.state.model.args),
-        "data": run.data,
-        "best_val_loss": best_val_loss,
-    }
+    return (
+        run.state.state_dict()
+        | describe_machine(run)
+        | {
+            "format": checkpoint.FORMAT,
+            "config": asdict(run.config),
+            "model_args": asdict(run.state.model.args),
+            "data": run.data,
+            "best_val_loss": best_val_loss,
+        }
+    )
 
 
 def save_last(run: Run, best: bool) -> bool:
@@ -568,7 +646,9 @@ def compute_gradient(run: Run) -> Tensor:
     0 for micro-batches of other ranks."""
     state = run.state
     state.model.train()
-    losses = torch.zeros(run.config.gradient_accumulation_steps, device=run.ranks.device)
+    losses = torch.zeros(
+        run.config.gradient_accumulation_steps, device=run.ranks.device
+    )
 
     def add_gradient(m: int, count: int) -> None:
         """Add the gradient of micro-batch m, divided by `count`, to .grad."""
@@ -584,8 +664,9 @@ def compute_gradient(run: Run) -> Tensor:
     return losses
 
 
-def accumulate_gradient(train_model: Any, micro_batches: range,
-                        add_gradient: Callable[[int, int], None]) -> None:
+def accumulate_gradient(
+    train_model: Any, micro_batches: range, add_gradient: Callable[[int, int], None]
+) -> None:
     """Set .grad to the mean gradient of this rank's `micro_batches`. DDP averages it over the
     ranks, once per step."""
     for m in micro_batches:
@@ -684,7 +765,9 @@ def finish(run: Run, signals: Signals, is_stopped: bool, is_saved: bool) -> int:
         outcome = "with nothing to save yet"
     if is_stopped:
         outcome += "; continue with --init_from=auto"
-    run.metrics.say(f"{'stopped' if is_stopped else 'done'} at step {run.state.step}, {outcome}")
+    run.metrics.say(
+        f"{'stopped' if is_stopped else 'done'} at step {run.state.step}, {outcome}"
+    )
     code = 0
     if is_stopped:
         code = EXIT_STOPPED
@@ -706,8 +789,9 @@ def close(run: Run, signals: Signals, code: int) -> None:
         end_process(code)
 
 
-def run_training(config: TrainConfig, overrides: dict[str, Any], signals: Signals,
-                 opened: ExitStack) -> int:
+def run_training(
+    config: TrainConfig, overrides: dict[str, Any], signals: Signals, opened: ExitStack
+) -> int:
     """Set up a run, then train, or evaluate once. Return the exit code. Raises UserError."""
     opened.callback(signals.restore)
     run = set_up(config, overrides, opened)

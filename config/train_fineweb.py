@@ -27,12 +27,16 @@ lr_decay_iters = 5100
 
 optimizer = "muon"
 muon_lr = 0.02  # the same at all widths
-learning_rate = 1.8e-3  # of embedding, output layer and norms: the best for AdamW alone there
+learning_rate = (
+    1.8e-3  # of embedding, output layer and norms: the best for AdamW alone there
+)
 lr_schedule = "linear"
 decay_fraction = 0.65  # there 0.65 to 0.7, down to between 0 and 5%
 min_lr = 0.0
 warmup_iters = 100
-weight_decay = 0.02  # Muon's rate is high: 0.1, as for AdamW, would forget within 500 steps
+weight_decay = (
+    0.02  # Muon's rate is high: 0.1, as for AdamW, would forget within 500 steps
+)
 
 eval_interval = 250
 eval_iters = 640  # 10.5 million tokens with batch_size 16

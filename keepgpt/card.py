@@ -1,4 +1,5 @@
 """Write out_dir/README.md, which says how the weights beside it were made."""
+
 import platform
 import shlex
 import subprocess
@@ -32,8 +33,9 @@ Data: {data}
 """
 
 
-def write_card(config: TrainConfig, data: dict[str, Any], step: int, machine: str,
-               lock: FolderLock) -> None:
+def write_card(
+    config: TrainConfig, data: dict[str, Any], step: int, machine: str, lock: FolderLock
+) -> None:
     """Write out_dir/README.md, with one more line about this start. Raises OSError and
     FolderLost."""
     path, starts = Path(config.out_dir) / "README.md", STARTS
@@ -45,19 +47,45 @@ def write_card(config: TrainConfig, data: dict[str, Any], step: int, machine: st
         starts += before
     code = "not in git"
     with suppress(OSError, subprocess.SubprocessError):
-        code = "commit " + subprocess.run(
-            ["git", "describe", "--always", "--dirty=, changed", "--exclude=*", "--abbrev=40"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, errors="replace", timeout=10,
-            check=True).stdout.strip()
+        code = (
+            "commit "
+            + subprocess.run(
+                [
+                    "git",
+                    "describe",
+                    "--always",
+                    "--dirty=, changed",
+                    "--exclude=*",
+                    "--abbrev=40",
+                ],
+                cwd=Path(__file__).parent,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=10,
+                check=True,
+            ).stdout.strip()
+        )
     tokenizer = data["tokenizer"].get("name", data["tokenizer"]["kind"])
     text = CARD.format(
-        settings="\n".join(f"{key} = {value!r}" for key, value in asdict(config).items()),
-        data=", ".join(f"{key} {value}" for key, value in (data | {"tokenizer": tokenizer}).items()
-                       if key not in ("files", "crc32")),
-        starts=starts, now=datetime.now(UTC), step=step,
-        command=" ".join(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]).splitlines()),
-        code=code, machine=machine,
+        settings="\n".join(
+            f"{key} = {value!r}" for key, value in asdict(config).items()
+        ),
+        data=", ".join(
+            f"{key} {value}"
+            for key, value in (data | {"tokenizer": tokenizer}).items()
+            if key not in ("files", "crc32")
+        ),
+        starts=starts,
+        now=datetime.now(UTC),
+        step=step,
+        command=" ".join(
+            shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]).splitlines()
+        ),
+        code=code,
+        machine=machine,
         versions=f"Python {platform.python_version()}, torch {torch.__version__}, "
-                 f"numpy {np.__version__}")
+        f"numpy {np.__version__}",
+    )
     # a path may hold bytes that are not UTF-8
     write_atomically(path, text.encode(errors="surrogateescape"), lock)

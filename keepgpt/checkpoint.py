@@ -5,6 +5,7 @@ A save copies the live tensors, writes them to a temporary file, fsyncs it, read
 it, and renames it to ckpt-<step>.pt. Then best.pt, if it is the best, and ckpt.pt become names of
 the same file, with an fsync of the folder after each. Only then are old checkpoints removed.
 """
+
 import io
 import math
 import os
@@ -40,6 +41,7 @@ class CorruptCheckpoint(UserError):
 class Disk:
     """The disk operations of a save; tests make each of them fail. Those that change a name in the
     folder first check the lock on it."""
+
     write = staticmethod(os.write)
     fsync = staticmethod(os.fsync)
     close = staticmethod(os.close)
@@ -116,13 +118,20 @@ def link(name: Path, target: Path, disk: Disk) -> None:
     except OSError as e:
         if e.errno not in UNSUPPORTED:
             raise  # the link may have been made: a copy would overwrite the target
-        warn_once("link", f"this drive has no hard links ({e}): each save also writes copies, "
-                          "which takes more time and space")
-        write_bundle(torch.load(target, map_location="cpu", weights_only=True), temporary, disk)
+        warn_once(
+            "link",
+            f"this drive has no hard links ({e}): each save also writes copies, "
+            "which takes more time and space",
+        )
+        write_bundle(
+            torch.load(target, map_location="cpu", weights_only=True), temporary, disk
+        )
     disk.rename(temporary, name)
 
 
-def commit(bundle: dict[str, Any], folder: Path, keep: int, best: bool, disk: Disk) -> None:
+def commit(
+    bundle: dict[str, Any], folder: Path, keep: int, best: bool, disk: Disk
+) -> None:
     """Save `bundle` durably as the newest checkpoint of `folder`, and as best.pt if it is the
     `best`. Raises OSError or CorruptCheckpoint; the older checkpoints are then as they were."""
     path = path_of(folder, bundle["step"])
@@ -171,20 +180,28 @@ def step_of(path: Path) -> int:
 
 def numbered(folder: Path) -> list[Path]:
     """Return the numbered checkpoints of a folder, newest first."""
-    paths = [path for path in folder.glob("ckpt-*.pt")
-             if re.fullmatch(r"ckpt-([0-9]{8}|[1-9][0-9]{8,})\.pt", path.name)]
+    paths = [
+        path
+        for path in folder.glob("ckpt-*.pt")
+        if re.fullmatch(r"ckpt-([0-9]{8}|[1-9][0-9]{8,})\.pt", path.name)
+    ]
     return sorted(paths, key=step_of, reverse=True)
 
 
 def mention_renamed(folder: Path) -> None:
     """Print a note about the checkpoints in a folder that are not used because of their names."""
     used = {folder / "ckpt.pt", folder / "best.pt", *numbered(folder)}
-    renamed = [str(path) for path in sorted(folder.glob("*"))
-               if path not in used and path.suffix != ".tmp" and is_checkpoint(path)]
+    renamed = [
+        str(path)
+        for path in sorted(folder.glob("*"))
+        if path not in used and path.suffix != ".tmp" and is_checkpoint(path)
+    ]
     if renamed:
-        warn(f"not used because of the name: {', '.join(renamed)}. To sample from such a "
-             "checkpoint: --init_from=FILE. To resume from it: copy it to <new folder>/ckpt.pt, "
-             "then --init_from=resume --out_dir=<new folder>")
+        warn(
+            f"not used because of the name: {', '.join(renamed)}. To sample from such a "
+            "checkpoint: --init_from=FILE. To resume from it: copy it to <new folder>/ckpt.pt, "
+            "then --init_from=resume --out_dir=<new folder>"
+        )
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -288,11 +305,14 @@ def read_newest(folder: Path, prefer_best: bool = False) -> dict[str, Any]:
 def check_finite(bundle: dict[str, Any]) -> None:
     """Raise ArithmeticError for weights or moments that are not finite. An optimizer may keep any
     nest of tensors and plain values."""
+
     def check(path: str, tensor: Tensor) -> Tensor:
         if tensor.is_complex():
             tensor = torch.view_as_real(tensor)
         if tensor.is_floating_point() and tensor.numel():
-            tensor = tensor.float() if tensor.element_size() == 1 else tensor  # no float8 kernels
+            tensor = (
+                tensor.float() if tensor.element_size() == 1 else tensor
+            )  # no float8 kernels
             if not all(math.isfinite(x) for x in torch.aminmax(tensor)):
                 raise ArithmeticError(f"{path} is not finite")
         return tensor
@@ -342,7 +362,9 @@ class Saver:
         self.wait()
         self.copied.clear()
         if self.stream:
-            self.stream.wait_stream(torch.cuda.current_stream())  # the last update comes first
+            self.stream.wait_stream(
+                torch.cuda.current_stream()
+            )  # the last update comes first
         self.thread = threading.Thread(target=self._run, args=(live, best))
         self.thread.start()
 
@@ -366,8 +388,11 @@ class Saver:
         except FolderLost:  # this ends the run, with its line
             return
         except Exception as e:
-            print(f"\nSAVING STEP {live['step']} FAILED: {e}. The older checkpoints are kept.",
-                  file=sys.stderr, flush=True)
+            print(
+                f"\nSAVING STEP {live['step']} FAILED: {e}. The older checkpoints are kept.",
+                file=sys.stderr,
+                flush=True,
+            )
             # a save may fail after best.pt was replaced
             if not best or not is_best(self.folder, live["step"]):
                 return
@@ -404,7 +429,9 @@ class Saver:
                 # pin_memory=True would round up to a power of two; a failure only costs speed
                 torch.cuda.cudart().cudaHostRegister(copy.data_ptr(), copy.nbytes, 0)
         copy = self.copies[path]
-        if copy.shape != tensor.shape or copy.dtype != tensor.dtype:  # an optimizer may do that
+        if (
+            copy.shape != tensor.shape or copy.dtype != tensor.dtype
+        ):  # an optimizer may do that
             return tensor.detach().to("cpu", copy=True)
         # from MPS, nothing would wait for such a copy
         return copy.copy_(tensor.detach(), non_blocking=tensor.is_cuda)

@@ -1,4 +1,5 @@
 """Describe a prepared dataset: meta.json, or what stands in for it beside nanoGPT's files."""
+
 import hashlib
 import json
 import pickle
@@ -10,11 +11,19 @@ import numpy as np
 
 from keepgpt.errors import UserError, warn
 
-META_TYPES = {"name": str, "tokenizer": dict, "vocab_size": int, "dtype": str, "tokens": dict,
-              "fingerprint": str}
+META_TYPES = {
+    "name": str,
+    "tokenizer": dict,
+    "vocab_size": int,
+    "dtype": str,
+    "tokens": dict,
+    "fingerprint": str,
+}
 SPLITS = ("train", "val")
 FIRST = 1 << 19  # tokens of a .bin file without meta.json that identify it
-BLOCK = 1 << 17  # bytes of a .bin file with a CRC32 of their own; Linux reads that many ahead
+BLOCK = (
+    1 << 17
+)  # bytes of a .bin file with a CRC32 of their own; Linux reads that many ahead
 # two descriptions with the same values here are of the same tokens
 IDENTITY = ("fingerprint", "tokenizer", "vocab_size", "dtype", "tokens")
 
@@ -35,10 +44,14 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if not path.exists():
         if (folder / "train.bin").exists():
             return describe_nanogpt_data(folder)
-        raise BadData(f"no prepared dataset in {folder}. Try: python prepare.py {folder.name}")
+        raise BadData(
+            f"no prepared dataset in {folder}. Try: python prepare.py {folder.name}"
+        )
     try:
         meta = json.loads(path.read_bytes())
-        wrong = [key for key, kind in META_TYPES.items() if type(meta.get(key)) is not kind]
+        wrong = [
+            key for key, kind in META_TYPES.items() if type(meta.get(key)) is not kind
+        ]
         if wrong or meta["dtype"] not in ("uint16", "uint32"):
             raise ValueError(f"{', '.join(wrong) or 'dtype'} missing or wrong")
         for split in SPLITS:
@@ -46,32 +59,44 @@ def read_meta(folder: Path) -> dict[str, Any]:
         "".join(meta.get("crc32", {}).values())
         return meta
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-        raise BadData(f"{path}: corrupt or unfinished ({e!r}). Try: prepare.py again") from None
+        raise BadData(
+            f"{path}: corrupt or unfinished ({e!r}). Try: prepare.py again"
+        ) from None
 
 
 def check_identity(folder: Path, meta: dict[str, Any], saved: dict[str, Any]) -> None:
     """Raise BadData unless the dataset in `folder` has the tokens of the description `saved`."""
     if any(meta[key] != saved[key] for key in IDENTITY):
-        raise BadData(f"{folder}: not the {saved['name']} that this run was trained on. Try: "
-                      "prepare the same text again")
+        raise BadData(
+            f"{folder}: not the {saved['name']} that this run was trained on. Try: "
+            "prepare the same text again"
+        )
 
 
 def split_files(meta: dict[str, Any], split: str) -> dict[str, int]:
     """Return the .bin files of a split, in order, with the number of tokens in each."""
-    return meta["files"][split] if "files" in meta else {f"{split}.bin": meta["tokens"][split]}
+    return (
+        meta["files"][split]
+        if "files" in meta
+        else {f"{split}.bin": meta["tokens"][split]}
+    )
 
 
 def compute_crc32(path: Path) -> str:
     """Return the CRC32 of each BLOCK bytes of a file, in 8 hexadecimal digits. Raises OSError."""
     with open(path, "rb") as file:
-        return "".join(f"{zlib.crc32(block):08x}" for block in iter(lambda: file.read(BLOCK), b""))
+        return "".join(
+            f"{zlib.crc32(block):08x}" for block in iter(lambda: file.read(BLOCK), b"")
+        )
 
 
 def compute_fingerprint(folder: Path, meta: dict[str, Any]) -> str:
     """Return the sha256 of the tokenizer's description, the token counts (as JSON with sorted keys)
     and the bytes of train and val. Raises OSError."""
     totals = [meta["tokens"][split] for split in SPLITS]
-    digest = hashlib.sha256(json.dumps([meta["tokenizer"], totals], sort_keys=True).encode())
+    digest = hashlib.sha256(
+        json.dumps([meta["tokenizer"], totals], sort_keys=True).encode()
+    )
     for split in SPLITS:
         for name in split_files(meta, split):
             with open(folder / name, "rb") as file:
@@ -79,7 +104,9 @@ def compute_fingerprint(folder: Path, meta: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def read_crc32(folder: Path, meta: dict[str, Any], saved: dict[str, Any]) -> dict[str, str]:
+def read_crc32(
+    folder: Path, meta: dict[str, Any], saved: dict[str, Any]
+) -> dict[str, str]:
     """Return the CRC32s of each .bin file, see `compute_crc32`: those of meta.json, or of the
     description `saved` in a checkpoint.
 
@@ -92,11 +119,15 @@ def read_crc32(folder: Path, meta: dict[str, Any], saved: dict[str, Any]) -> dic
             return known["crc32"]
     gigabytes = sum((folder / name).stat().st_size for name in files) / 1e9
     if gigabytes > 1:
-        warn(f"{folder}: no checksums yet; reading its {gigabytes:.1f} GB once to compute them")
+        warn(
+            f"{folder}: no checksums yet; reading its {gigabytes:.1f} GB once to compute them"
+        )
     # nanoGPT's have no source, and no fingerprint of all their bytes
     if "source" in meta and compute_fingerprint(folder, meta) != meta["fingerprint"]:
-        raise BadData(f"{folder}: changed since it was prepared: its fingerprint differs. "
-                      "Try: prepare.py again")
+        raise BadData(
+            f"{folder}: changed since it was prepared: its fingerprint differs. "
+            "Try: prepare.py again"
+        )
     return {name: compute_crc32(folder / name) for name in files}
 
 
@@ -113,14 +144,25 @@ def describe_nanogpt_data(folder: Path) -> dict[str, Any]:
             largest = max(largest, ids.max(initial=0))
     except OSError as e:
         raise BadData(f"{path}: {e.strerror.lower()}. Try: prepare it again") from None
-    meta = {"format": 1, "name": folder.name, "tokenizer": {"kind": "gpt2"}, "vocab_size": 50257,
-            "dtype": "uint16", "tokens": tokens}
+    meta = {
+        "format": 1,
+        "name": folder.name,
+        "tokenizer": {"kind": "gpt2"},
+        "vocab_size": 50257,
+        "dtype": "uint16",
+        "tokens": tokens,
+    }
     if (folder / "meta.pkl").exists():
         chars = read_meta_pkl(folder / "meta.pkl")
-        meta |= {"tokenizer": {"kind": "char", "chars": chars}, "vocab_size": len(chars)}
+        meta |= {
+            "tokenizer": {"kind": "char", "chars": chars},
+            "vocab_size": len(chars),
+        }
         digest.update(chars.encode())
     elif largest < 256:
-        raise BadData(f"{folder}: expected GPT-2's tokens, got ids below 256. Try: prepare again")
+        raise BadData(
+            f"{folder}: expected GPT-2's tokens, got ids below 256. Try: prepare again"
+        )
     else:
         warn(f"{folder}: no meta.json or meta.pkl; reading its tokens as GPT-2's")
     return meta | {"fingerprint": digest.hexdigest()}
@@ -143,4 +185,6 @@ def read_meta_pkl(path: Path) -> str:
             raise ValueError("its itos does not map ids to different characters")
         return chars
     except Exception as e:  # malformed pickles raise nearly anything
-        raise BadData(f"{path} is not nanoGPT's vocabulary ({e!r}). Try: prepare.py") from None
+        raise BadData(
+            f"{path} is not nanoGPT's vocabulary ({e!r}). Try: prepare.py"
+        ) from None

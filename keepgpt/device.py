@@ -1,4 +1,5 @@
 """Device, dtype, compiler, peak speeds, and random number generators."""
+
 import importlib.util
 import os
 import random
@@ -15,10 +16,31 @@ from keepgpt.errors import UserError, warn
 # dense bfloat16 (float16 before Ampere) from the data sheets; the longest name that the device's
 # name contains counts
 PEAK_TFLOPS = {
-    "GB200": 2500, "B200": 2250, "H200": 989, "H200 NVL": 835, "H100": 989, "H100 PCIe": 756,
-    "H100 NVL": 835, "H20": 148, "A100": 312, "A800": 312, "A40": 150, "A30": 165, "A10": 125,
-    "A10G": 70, "L40": 181, "L40S": 362, "L4": 121, "RTX 6000 Ada": 364, "RTX A6000": 155,
-    "RTX 5090": 209, "RTX 4090": 165, "RTX 3090": 71, "V100": 125, "T4": 65}
+    "GB200": 2500,
+    "B200": 2250,
+    "H200": 989,
+    "H200 NVL": 835,
+    "H100": 989,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H20": 148,
+    "A100": 312,
+    "A800": 312,
+    "A40": 150,
+    "A30": 165,
+    "A10": 125,
+    "A10G": 70,
+    "L40": 181,
+    "L40S": 362,
+    "L4": 121,
+    "RTX 6000 Ada": 364,
+    "RTX A6000": 155,
+    "RTX 5090": 209,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+    "V100": 125,
+    "T4": 65,
+}
 
 
 def pick_device(name: str) -> torch.device:
@@ -28,18 +50,28 @@ def pick_device(name: str) -> torch.device:
     # sampling, it makes a plan for each length, which takes tens of milliseconds.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if name == "auto":
-        name = ("cuda" if torch.cuda.is_available() else
-                "mps" if torch.backends.mps.is_available() else "cpu")
+        name = (
+            "cuda"
+            if torch.cuda.is_available()
+            else "mps"
+            if torch.backends.mps.is_available()
+            else "cpu"
+        )
     try:
-        device = (torch.device(name, int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda"
-                  else torch.device(name))
+        device = (
+            torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
+            if name == "cuda"
+            else torch.device(name)
+        )
         if device.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError
         torch.empty(1, device=device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
     except (RuntimeError, AssertionError):
-        raise UserError(f"no device {name!r} on this machine. Try: --device=auto") from None
+        raise UserError(
+            f"no device {name!r} on this machine. Try: --device=auto"
+        ) from None
     return device
 
 
@@ -60,28 +92,47 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability()[0] >= 8 else torch.float16
-    return torch.bfloat16 if device.type == "cpu" and has_fast_bfloat16() else torch.float32
+        return (
+            torch.bfloat16
+            if torch.cuda.get_device_capability()[0] >= 8
+            else torch.float16
+        )
+    return (
+        torch.bfloat16
+        if device.type == "cpu" and has_fast_bfloat16()
+        else torch.float32
+    )
 
 
 def has_fast_bfloat16() -> bool:
     """Return True if the processor has instructions for bfloat16 and PyTorch uses them: the
     environment can limit oneDNN, which multiplies matrices, and ATen, which does the rest."""
-    if not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
+    if not (
+        torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    ):
         return False
     # oneDNN says it supports bfloat16 also where these two limits make it convert to float32
-    limits = (os.environ.get(f"{name}_MAX_CPU_ISA", "").lower() for name in ("ONEDNN", "DNNL"))
-    return (torch.ops.mkldnn._is_mkldnn_bf16_supported()
-            and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-            and not any(limit in ("avx512_core", "avx512_core_vnni") for limit in limits))
+    limits = (
+        os.environ.get(f"{name}_MAX_CPU_ISA", "").lower() for name in ("ONEDNN", "DNNL")
+    )
+    return (
+        torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        and not any(limit in ("avx512_core", "avx512_core_vnni") for limit in limits)
+    )
 
 
 def can_compile(device: torch.device, deterministic: bool = False) -> bool:
     """Return True if torch.compile works on this machine, else print a note."""
     cuda, needs = device.type == "cuda", ""
-    compilers = ([os.environ.get("CC", "cc"), "gcc", "clang"] if cuda else
-                 [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")])
-    if cuda and deterministic and torch.__version__ < (2, 10):  # chooses kernels by their times
+    compilers = (
+        [os.environ.get("CC", "cc"), "gcc", "clang"]
+        if cuda
+        else [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
+    )
+    if (
+        cuda and deterministic and torch.__version__ < (2, 10)
+    ):  # chooses kernels by their times
         needs = "torch 2.10 or newer for deterministic=True"
     elif cuda and importlib.util.find_spec("triton") is None:
         needs = "the package triton"
@@ -123,8 +174,12 @@ def rng_state(device: torch.device) -> dict[str, Any]:
     """Return the states of this process's random number generators, as plain values."""
     numpy_state = np.random.get_state(legacy=False)
     numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
-    return {"python": random.getstate(), "numpy": numpy_state, "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None}
+    return {
+        "python": random.getstate(),
+        "numpy": numpy_state,
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
 
 
 def restore_rng(state: dict[str, Any], device: torch.device) -> None:

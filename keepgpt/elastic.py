@@ -4,6 +4,7 @@ DDP adds gradients in an order that depends on the number of ranks. Here the gra
 micro-batches are the leaves of one binary tree. Each rank adds up its branch, and the ranks then
 add their branches in pairs, so every addition is the same on any number of ranks.
 """
+
 from collections.abc import Callable
 
 import torch
@@ -20,7 +21,9 @@ def check_elastic(config: TrainConfig, ranks: Ranks) -> None:
     if not config.elastic:
         return
     if ranks.world_size & (ranks.world_size - 1):
-        raise UserError(f"elastic=True: expected 1, 2, 4, 8, ... ranks, got {ranks.world_size}")
+        raise UserError(
+            f"elastic=True: expected 1, 2, 4, 8, ... ranks, got {ranks.world_size}"
+        )
     if config.backend == "gloo" and ranks.device.type == "cuda":
         raise UserError("elastic=True needs backend=nccl on CUDA. Try: --backend=auto")
 
@@ -47,7 +50,9 @@ def sum_as_tree(
     if len(micro_batches) > 2:
         middle = len(micro_batches) // 2
         total = sum_as_tree(model, add_gradient, micro_batches[:middle])
-        torch._foreach_add_(total, sum_as_tree(model, add_gradient, micro_batches[middle:]))
+        torch._foreach_add_(
+            total, sum_as_tree(model, add_gradient, micro_batches[middle:])
+        )
         return total
     for m in micro_batches:  # backward adds the second gradient to the first
         add_gradient(m)

@@ -1,4 +1,5 @@
 """Exit codes, errors, and lines for the user."""
+
 import builtins
 import errno
 import importlib
@@ -15,18 +16,42 @@ from typing import Any, NoReturn
 EXIT_FAILED = 1  # a crash, a full disk or a failed last save: trying again may help
 EXIT_MISTAKE = 2  # the command, a file or the machine must be changed first
 EXIT_NOT_FINITE = 3  # trying again would meet the same numbers
-EXIT_STOPPED = 75  # by a signal, everything saved: the same command with init_from=auto resumes
+EXIT_STOPPED = (
+    75  # by a signal, everything saved: the same command with init_from=auto resumes
+)
 EXIT_INTERRUPTED = 130  # by another Ctrl-C
 # a drive that lacks an operation answers it with one of these
-UNSUPPORTED = {errno.EACCES, errno.EBADF, errno.EINVAL, errno.EISDIR, errno.EMLINK, errno.ENOLCK,
-               errno.ENOSYS, errno.ENOTSUP, errno.ENOTTY, errno.EOPNOTSUPP, errno.EPERM,
-               errno.EXDEV}
+UNSUPPORTED = {
+    errno.EACCES,
+    errno.EBADF,
+    errno.EINVAL,
+    errno.EISDIR,
+    errno.EMLINK,
+    errno.ENOLCK,
+    errno.ENOSYS,
+    errno.ENOTSUP,
+    errno.ENOTTY,
+    errno.EOPNOTSUPP,
+    errno.EPERM,
+    errno.EXDEV,
+}
 # errors of the operating system that another try would only repeat. The others may pass, as a full
 # disk (ENOSPC), a lost connection (EIO, ESTALE, ETIMEDOUT) or too many files (EMFILE) do
 MISTAKES = (UNSUPPORTED - {errno.ENOLCK}) | {
-    errno.EEXIST, errno.EFBIG, errno.EILSEQ, errno.ELOOP, errno.ENAMETOOLONG, errno.ENODEV,
-    errno.ENOENT, errno.ENOEXEC, errno.ENOTDIR, errno.ENOTEMPTY, errno.ENXIO, errno.EROFS,
-    errno.ESPIPE}
+    errno.EEXIST,
+    errno.EFBIG,
+    errno.EILSEQ,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENODEV,
+    errno.ENOENT,
+    errno.ENOEXEC,
+    errno.ENOTDIR,
+    errno.ENOTEMPTY,
+    errno.ENXIO,
+    errno.EROFS,
+    errno.ESPIPE,
+}
 TOPICS: set[str] = set()  # of the notes that are printed once
 
 
@@ -64,11 +89,19 @@ def in_notebook() -> bool:
 def prepare_streams() -> None:
     """Let stdout and stderr take every character, and stderr lose what can't be written."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed: the next file, a checkpoint, would get its number
-            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), mode, closefd=False))
+        if (
+            getattr(sys, name) is None
+        ):  # closed: the next file, a checkpoint, would get its number
+            setattr(
+                sys, name, open(os.open(os.devnull, os.O_RDWR), mode, closefd=False)
+            )
     sys.stdout.reconfigure(errors="backslashreplace")  # a locale may lack a character
-    sys.stderr = Notes(open(2, "wb", closefd=False), sys.stderr.encoding, "backslashreplace",
-                       line_buffering=True)
+    sys.stderr = Notes(
+        open(2, "wb", closefd=False),
+        sys.stderr.encoding,
+        "backslashreplace",
+        line_buffering=True,
+    )
 
 
 def say(text: str, end: str = "\n") -> None:
@@ -128,7 +161,9 @@ def run_or_exit(work: Callable[[], Any], hint: str = "") -> Any:
     """Return what `work` returns. End the process, with one line at most, at a mistake, a failed
     file operation, an interruption, or full memory, where `hint` says what to try."""
     try:
-        with name_path("stdout or another stream"):  # files are named where they are used
+        with name_path(
+            "stdout or another stream"
+        ):  # files are named where they are used
             result = work()
             sys.stdout.flush()  # a failure here is one of `work`
             return result
@@ -139,18 +174,24 @@ def run_or_exit(work: Callable[[], Any], hint: str = "") -> Any:
         sys.exit(EXIT_INTERRUPTED)
     except Stopped:
         if os.environ.get("RANK", "0") == "0":
-            say("stopped while starting, with nothing new to save; continue with --init_from=auto")
+            say(
+                "stopped while starting, with nothing new to save; continue with --init_from=auto"
+            )
         sys.exit(EXIT_STOPPED)
     except OSError as e:
         try:
             sys.stdout.flush()
         except OSError:
-            sys.stdout = open(os.devnull, "w")  # the interpreter's own flush would change the code
+            sys.stdout = open(
+                os.devnull, "w"
+            )  # the interpreter's own flush would change the code
         if isinstance(e, BrokenPipeError):  # stdout's reader has left, as `| head` does
             sys.exit(EXIT_FAILED)
         exit_with(e, exit_code(e))
     except (MemoryError, RuntimeError) as e:
-        if isinstance(e, RuntimeError) and not re.search("out of memory|allocate", str(e)):
+        if isinstance(e, RuntimeError) and not re.search(
+            "out of memory|allocate", str(e)
+        ):
             raise
         exit_with(UserError(f"out of memory: {e}. Try: {hint}"), EXIT_FAILED)
 
@@ -174,4 +215,6 @@ def import_package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         package = name.partition(".")[0]
-        raise UserError(f"this needs the package {package}. Try: pip install {package}") from None
+        raise UserError(
+            f"this needs the package {package}. Try: pip install {package}"
+        ) from None

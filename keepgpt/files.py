@@ -1,4 +1,5 @@
 """Atomic and durable file writes, and the lock on a folder."""
+
 import errno
 import fcntl
 import os
@@ -29,8 +30,11 @@ def sync_folder(folder: Path) -> None:
     except OSError as e:
         if e.errno not in UNSUPPORTED:
             raise
-        warn_once("fsync", f"this drive can't fsync a folder ({e}): after a power cut, the newest "
-                           "names in it may be missing")
+        warn_once(
+            "fsync",
+            f"this drive can't fsync a folder ({e}): after a power cut, the newest "
+            "names in it may be missing",
+        )
 
 
 class FolderLock:
@@ -50,8 +54,10 @@ class FolderLock:
         deadline = time.monotonic() + patience
         while not self._try_to_acquire():
             if time.monotonic() > deadline:
-                raise UserError(f"another process is writing to {self.folder}. Try: wait for its "
-                                "end, or another folder")
+                raise UserError(
+                    f"another process is writing to {self.folder}. Try: wait for its "
+                    "end, or another folder"
+                )
             if patience:
                 say(f"another process is writing to {self.folder}; waiting")
                 patience = 0
@@ -65,7 +71,8 @@ class FolderLock:
             raise FolderLost(
                 f"{self.folder}: the folder or its .lock was moved, removed or replaced while this "
                 "process was writing there; it writes no more, because another one may. Try: move "
-                "the folder back, then the same command again")
+                "the folder back, then the same command again"
+            )
 
     def release(self) -> None:
         """Unlock the folder, if it is locked."""
@@ -86,8 +93,10 @@ class FolderLock:
             e.filename = str(self.folder / ".lock")
             if e.errno not in UNSUPPORTED:
                 raise
-            warn(f"this drive has no locks ({e}): it goes unnoticed if two processes write to "
-                 f"{self.folder}. Start only one")
+            warn(
+                f"this drive has no locks ({e}): it goes unnoticed if two processes write to "
+                f"{self.folder}. Start only one"
+            )
         # it may have been replaced before it was locked: by a process that then locked the new one
         if self._is_in_place():
             return True
@@ -110,8 +119,10 @@ def make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except FileExistsError as e:
-        raise UserError(f"{e.filename}: expected a folder, got a file or a link to nothing. Try: "
-                        "another name") from None
+        raise UserError(
+            f"{e.filename}: expected a folder, got a file or a link to nothing. Try: "
+            "another name"
+        ) from None
     for path in new:
         sync_folder(path.parent)
 
@@ -122,7 +133,9 @@ def check_lock(lock: FolderLock | None) -> None:
         lock.check()
 
 
-def write_atomically(path: Path, content: bytes, lock: FolderLock | None = None) -> None:
+def write_atomically(
+    path: Path, content: bytes, lock: FolderLock | None = None
+) -> None:
     """Replace a file durably: after a crash it holds the old or the new content. `lock` is that on
     its folder. Raises OSError and FolderLost."""
     temporary = path.with_name(f"{path.name}.tmp")

@@ -3,6 +3,7 @@
 Weights are also read from checkpoints of keepGPT and nanoGPT, and from the hub: always as plain
 dicts of the ModelArgs, the tensors, and a description of the tokens.
 """
+
 import json
 import pickle
 import re
@@ -21,23 +22,48 @@ from keepgpt.config import ARCHITECTURE
 from keepgpt.errors import UserError, import_package, warn
 from keepgpt.tokenizer import describe_folder, find_difference, from_meta
 
-ARGS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout")  # nanoGPT's
+ARGS = (
+    "n_layer",
+    "n_head",
+    "n_embd",
+    "block_size",
+    "vocab_size",
+    "bias",
+    "dropout",
+)  # nanoGPT's
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-PATTERNS = ["config.json", "keepgpt.json", "tokenizer.json", "tokenizer_config.json", "vocab.json",
-            "merges.txt", "added_tokens.json", "model*.safetensors", "model.safetensors.index.json"]
+PATTERNS = [
+    "config.json",
+    "keepgpt.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+]
+
 
 @dataclass(frozen=True)
 class Format:
     """How Hugging Face's config.json and weights describe an architecture of model.py."""
+
     class_name: str
     prefix: str  # of all names of tensors, except the output layer's
     sizes: dict[str, str]  # the names of our sizes -> theirs
-    fixed: dict[str, tuple]  # keys that decide the network -> the values that model.py has
+    fixed: dict[
+        str, tuple
+    ]  # keys that decide the network -> the values that model.py has
     dropouts: tuple[str, ...]  # keys with our dropout
-    defaults: dict[str, int] = field(default_factory=dict)  # of sizes that may be absent or null
+    defaults: dict[str, int] = field(
+        default_factory=dict
+    )  # of sizes that may be absent or null
     has_biases: bool = False
     is_rotary: bool = True  # with RMSNorm, and an output layer that may be tied
-    transposed: tuple[str, ...] = ()  # endings of names: (in, out) there, (out, in) here
+    transposed: tuple[
+        str, ...
+    ] = ()  # endings of names: (in, out) there, (out, in) here
     # matrices whose rows llama.cpp wants in the order of interleaved rotary positions
     interleaved: tuple[str, ...] = ()
 
@@ -66,8 +92,13 @@ FORMATS = {
         },
         fixed={
             # five names of one formula
-            "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh",
-                                    "gelu_fast", "gelu_accurate"),
+            "activation_function": (
+                "gelu_new",
+                "gelu_pytorch_tanh",
+                "gelu_python_tanh",
+                "gelu_fast",
+                "gelu_accurate",
+            ),
             "layer_norm_epsilon": (1e-5,),
             "scale_attn_weights": (True,),
             "scale_attn_by_inverse_layer_idx": (False,),
@@ -116,7 +147,11 @@ FIXED_IN_ALL = {
     "pretraining_tp": (1,),
 }
 # of rotary positions; rope_theta is a size
-FIXED_IN_ROPE = {"rope_type": ("default",), "type": ("default",), "partial_rotary_factor": (1,)}
+FIXED_IN_ROPE = {
+    "rope_type": ("default",),
+    "type": ("default",),
+    "partial_rotary_factor": (1,),
+}
 # Keys that change no logit of this network: names, dropout and initialization, other heads, dtype,
 # outputs, and settings of generation. sliding_window and max_window_layers count only with
 # use_sliding_window.
@@ -143,24 +178,38 @@ HARMLESS_TEXT = """
     """
 HARMLESS = set(HARMLESS_TEXT.split())
 # keys that have checks of their own
-ROTARY_KEYS = {"rms_norm_eps", "layer_types", "rope_theta", "rope_scaling", "rope_parameters"}
+ROTARY_KEYS = {
+    "rms_norm_eps",
+    "layer_types",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+}
 
 
-def read_weights(source: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+def read_weights(
+    source: str,
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
     """Return (ModelArgs as a dict, state dict, data) of one of NAMES, another name on the hub, a
     folder in Hugging Face's format, or a checkpoint file of keepGPT or nanoGPT. `data` has the
     source's "tokenizer", the name of its "dataset" (nanoGPT), or nothing. Raises UserError."""
     path = Path(source)
     is_gpt2 = source in NAMES
-    is_name = re.fullmatch(r"[\w-]+/[\w.-]+(?<!\.pt)", source) and not path.parent.exists()
+    is_name = (
+        re.fullmatch(r"[\w-]+/[\w.-]+(?<!\.pt)", source) and not path.parent.exists()
+    )
     if is_gpt2 or is_name:
         path = download(f"openai-community/{source}" if is_gpt2 else source)
     if not path.exists():
-        raise UserError(f"init_from={source}: no such file, folder or model. Try: one of "
-                        f"{', '.join(NAMES)}, or OWNER/NAME of a Llama or Qwen3")
+        raise UserError(
+            f"init_from={source}: no such file, folder or model. Try: one of "
+            f"{', '.join(NAMES)}, or OWNER/NAME of a Llama or Qwen3"
+        )
     if (path / "ckpt.pt").exists():
-        raise UserError(f"init_from={source}: expected a file, got a run's folder. "
-                        f"Try: --init_from={path / 'ckpt.pt'}")
+        raise UserError(
+            f"init_from={source}: expected a file, got a run's folder. "
+            f"Try: --init_from={path / 'ckpt.pt'}"
+        )
     if path.is_dir():
         args, state = read_hugging_face(path)
         data = {"tokenizer": {"kind": "gpt2"}} if is_gpt2 else read_tokenizer(path)
@@ -169,13 +218,17 @@ def read_weights(source: str) -> tuple[dict[str, Any], dict[str, Tensor], dict[s
         return read_checkpoint(path)
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+def read_checkpoint(
+    path: Path,
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
     """Return (ModelArgs as a dict, state dict, data) of a checkpoint of keepGPT or nanoGPT. Raises
     UserError."""
     saved = load_tensors(path)
     args = {key: saved["model_args"][key] for key in ARGS} | saved["model_args"]
     for key in args.keys() - {*ARGS, *ARCHITECTURE}:
-        raise UserError(f"{path}: model_args has {key}={args[key]!r}, which model.py lacks")
+        raise UserError(
+            f"{path}: model_args has {key}={args[key]!r}, which model.py lacks"
+        )
     state = {name.removeprefix("_orig_mod."): t for name, t in saved["model"].items()}
     data = saved.get("data") or {"dataset": saved.get("config", {}).get("dataset")}
     return args, drop_masks(state), data
@@ -222,17 +275,22 @@ def read_hugging_face(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with name_in_errors(file, "tensors"):
             tensors = load_tensors(file)
             for name in sorted(expected - tensors.keys()):
-                raise UserError(f"{file}: expected the tensor {name}, which the index names")
+                raise UserError(
+                    f"{file}: expected the tensor {name}, which the index names"
+                )
             for name, tensor in tensors.items():
                 if name != "lm_head.weight":
                     name = form.prefix + name.removeprefix(form.prefix)
                 if name in state:
-                    raise UserError(f"{file}: expected each tensor once, got {name} again")
+                    raise UserError(
+                        f"{file}: expected each tensor once, got {name} again"
+                    )
                 if name.endswith(form.transposed):
                     tensor = tensor.t()
                 # a copy: the file may be replaced while it is mapped into memory
-                state[name] = tensor.to(torch.float32, copy=True,
-                                        memory_format=torch.contiguous_format)
+                state[name] = tensor.to(
+                    torch.float32, copy=True, memory_format=torch.contiguous_format
+                )
     return args, drop_masks(state)
 
 
@@ -248,20 +306,28 @@ def find_weight_files(folder: Path) -> dict[Path, set[str]]:
             files = list_weight_files(folder, Path(name).suffix)
             ignored = [file.name for file in files if file not in found]
             if ignored:
-                warn(f"{folder}: reading {', '.join(sorted(file.name for file in found))}, not "
-                     + ", ".join(ignored))
+                warn(
+                    f"{folder}: reading {', '.join(sorted(file.name for file in found))}, not "
+                    + ", ".join(ignored)
+                )
             return found
-    files = list_weight_files(folder, ".safetensors") or list_weight_files(folder, ".bin")
+    files = list_weight_files(folder, ".safetensors") or list_weight_files(
+        folder, ".bin"
+    )
     if len(files) != 1:
         got = ", ".join(file.name for file in files) or "none of them"
-        raise UserError(f"{folder}: expected model.safetensors, pytorch_model.bin, an index of "
-                        f"several files, or one file, got {got}")
+        raise UserError(
+            f"{folder}: expected model.safetensors, pytorch_model.bin, an index of "
+            f"several files, or one file, got {got}"
+        )
     return {files[0]: set()}
 
 
 def list_weight_files(folder: Path, suffix: str) -> list[Path]:
     """Return the files that may be weights, by name. Trainers write other .bin files as well."""
-    return sorted(folder.glob("pytorch_model*.bin" if suffix == ".bin" else f"*{suffix}"))
+    return sorted(
+        folder.glob("pytorch_model*.bin" if suffix == ".bin" else f"*{suffix}")
+    )
 
 
 def read_index(path: Path) -> dict[Path, set[str]]:
@@ -291,7 +357,9 @@ def read_args(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_bytes())
         kind = config["model_type"]
         if kind not in FORMATS:
-            raise UserError(f"{path}: model_type is {kind!r}; expected {' or '.join(FORMATS)}")
+            raise UserError(
+                f"{path}: model_type is {kind!r}; expected {' or '.join(FORMATS)}"
+            )
         form = FORMATS[kind]
         check_keys(path, config, form)
         args = {"architecture": kind, "bias": form.has_biases, "dropout": 0.0}
@@ -299,7 +367,9 @@ def read_args(folder: Path) -> dict[str, Any]:
             value = config.get(theirs) if ours in form.defaults else config[theirs]
             args[ours] = form.defaults[ours] if value is None else value
         if not form.is_rotary:
-            check_value(path, "n_inner", config.get("n_inner"), (None, 4 * args["n_embd"]))
+            check_value(
+                path, "n_inner", config.get("n_inner"), (None, 4 * args["n_embd"])
+            )
             return args
         for layer in config.get("layer_types") or []:
             check_value(path, "layer_types", layer, ("full_attention", "attention"))
@@ -336,10 +406,14 @@ def make_tensors(state: dict[str, Tensor], architecture: str) -> dict[str, Tenso
     form = FORMATS[architecture]
     tensors = {}
     for name, tensor in state.items():
-        tensors[name] = tensor.t().contiguous() if name.endswith(form.transposed) else tensor
+        tensors[name] = (
+            tensor.t().contiguous() if name.endswith(form.transposed) else tensor
+        )
     if form.has_biases:
         for name, tensor in state.items():
-            is_layer = name.endswith(".weight") and not name.endswith(("wte.weight", "wpe.weight"))
+            is_layer = name.endswith(".weight") and not name.endswith(
+                ("wte.weight", "wpe.weight")
+            )
             bias = name.removesuffix("weight") + "bias"
             if is_layer and bias not in state:
                 tensors[bias] = tensor.new_zeros(tensor.size(0))
@@ -362,8 +436,10 @@ def check_keys(path: Path, config: dict[str, Any], form: Format) -> None:
 def check_value(path: Path, key: str, value: Any, allowed: tuple) -> None:
     """Raise UserError for a value of config.json that is none of those allowed."""
     if value not in allowed:
-        raise UserError(f"{path}: {key} is {reprlib.repr(value)}, which may change the network; "
-                        f"only {' or '.join(map(repr, allowed))} can be loaded")
+        raise UserError(
+            f"{path}: {key} is {reprlib.repr(value)}, which may change the network; "
+            f"only {' or '.join(map(repr, allowed))} can be loaded"
+        )
 
 
 def read_rope_theta(path: Path, config: dict[str, Any]) -> float:
@@ -377,7 +453,9 @@ def read_rope_theta(path: Path, config: dict[str, Any]) -> float:
             if key == "rope_theta":
                 thetas[f"{name}.rope_theta"] = value
             else:
-                check_value(path, f"{name}.{key}", value, FIXED_IN_ROPE.get(key, (None,)))
+                check_value(
+                    path, f"{name}.{key}", value, FIXED_IN_ROPE.get(key, (None,))
+                )
     # programs differ in which one counts
     for key, value in thetas.items():
         check_value(path, key, value, (next(iter(thetas.values())),))
@@ -396,8 +474,10 @@ def read_tokenizer(folder: Path) -> dict[str, Any]:
             ours = {"tokenizer": json.loads(path.read_bytes())["tokenizer"]}
             got = find_difference(from_meta(ours), from_meta(data)) if data else ""
         if got:
-            raise UserError(f"{folder}: expected one tokenizer, got {got} in its tokenizer.json "
-                            "than in keepgpt.json. Try: remove the file that is out of date")
+            raise UserError(
+                f"{folder}: expected one tokenizer, got {got} in its tokenizer.json "
+                "than in keepgpt.json. Try: remove the file that is out of date"
+            )
         data = ours
     return data
 
@@ -408,5 +488,7 @@ def download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=PATTERNS))
     except Exception as e:
-        raise UserError(f"{name}: can't be downloaded ({type(e).__name__}). Try: --init_from="
-                        "FOLDER, one with its config.json and model.safetensors") from None
+        raise UserError(
+            f"{name}: can't be downloaded ({type(e).__name__}). Try: --init_from="
+            "FOLDER, one with its config.json and model.safetensors"
+        ) from None

@@ -3,6 +3,7 @@
 Each kernel equals a plain form in PyTorch, is tested against it, and takes 10% or more off a step
 or a token of a shipped config (docs/LOG.md). Letters for shapes are those of model.py.
 """
+
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,11 @@ ATTENTION_ROWS = 256  # of the attention weights, computed at a time
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of matrix products with x: autocast's, if it is on."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return (
+        torch.get_autocast_dtype(device)
+        if torch.is_autocast_enabled(device)
+        else x.dtype
+    )
 
 
 def has_fast_attention(q: Tensor) -> bool:
@@ -30,13 +35,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
     """Return causal attention, (B, H, T, D), of q to k and v, (B, H, T, D) each. Attention weights
     are dropped with probability `p`. The plain form is model.attend's."""
     T, D = q.shape[2:]
-    q = q * D ** -0.5
+    q = q * D**-0.5
     blocks = []
     for start in range(0, T, ATTENTION_ROWS):
         end = min(start + ATTENTION_ROWS, T)
         # skip the columns after a block's last row: the mask zeroes them
         weights = q[:, :, start:end] @ k[:, :, :end].mT  # (B, H, end - start, end)
-        weights += torch.full(weights.shape[2:], -math.inf, dtype=q.dtype).triu(start + 1)
+        weights += torch.full(weights.shape[2:], -math.inf, dtype=q.dtype).triu(
+            start + 1
+        )
         weights = F.dropout(weights.softmax(-1), p)
         blocks.append(weights @ v[:, :, :end])  # (B, H, end - start, D)
     return torch.cat(blocks, 2)
@@ -65,7 +72,15 @@ class RMSNormFunction(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         # LayerNorm's with a mean of 0, plus the mean of dy * weight that it takes off
         dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
-            dy, x, weight.shape, torch.zeros_like(scale), scale, weight, None, [True, True, False])
+            dy,
+            x,
+            weight.shape,
+            torch.zeros_like(scale),
+            scale,
+            weight,
+            None,
+            [True, True, False],
+        )
         mean = (dy @ weight).unsqueeze(-1) / len(weight)  # (..., 1)
         return dx.addcmul_(mean, scale), dweight, None
 
@@ -80,13 +95,17 @@ class LinearCrossEntropy(torch.autograd.Function):
         device = x.device.type
         dtype = compute_dtype(x)
         wide_dtype = torch.promote_types(dtype, torch.float32)
-        needs_grad = ctx.needs_input_grad[0]  # that of a parameter is True also without gradients
+        needs_grad = ctx.needs_input_grad[
+            0
+        ]  # that of a parameter is True also without gradients
 
         # rows of logits in memory at a time
         max_logits = MAX_LOGITS if device == "cpu" else 8 * MAX_LOGITS
         rows = max(1, max_logits // weight.size(0))
         if dtype == torch.float16:
-            rows = min(rows, 2048)  # more rows could overflow the gradient of a frequent token
+            rows = min(
+                rows, 2048
+            )  # more rows could overflow the gradient of a frequent token
 
         with torch.autocast(device, enabled=False):
             x_cast = x.to(dtype)
@@ -129,9 +148,12 @@ def softmax_minus_one_hot(logits: Tensor, total: Tensor, target: Tensor) -> Tens
 def pack_linear_layers(model: nn.Module) -> None:
     """Keep the weights of a bfloat16 GPT's linear layers in oneDNN's own layout, on a CPU: sampling
     gets 1.5x faster, and it can't be trained any more."""
+
     def pack(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 1)
-        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+        return lambda x: torch.ops.mkldnn._linear_pointwise(
+            x, packed, bias, "none", [], ""
+        )
 
     for layer in model.modules():
         if isinstance(layer, nn.Linear):

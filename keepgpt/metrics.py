@@ -1,4 +1,5 @@
 """The log of a run: lines on the terminal, rows in metrics.jsonl, Weights & Biases."""
+
 import json
 import os
 import shutil
@@ -23,7 +24,9 @@ from keepgpt.errors import (
 )
 from keepgpt.files import FolderLock, FolderLost, check_lock, write_atomically
 
-CLOSE_SECONDS = 10  # for wandb to send the rest; torchrun and Slurm kill 30 seconds after a signal
+CLOSE_SECONDS = (
+    10  # for wandb to send the rest; torchrun and Slurm kill 30 seconds after a signal
+)
 
 
 def init_wandb(config: dict[str, Any], run_id: str | None, **mode: str) -> Any:
@@ -34,9 +37,15 @@ def init_wandb(config: dict[str, Any], run_id: str | None, **mode: str) -> Any:
     with open(os.devnull) as nobody:
         sys.stdin = nobody  # else a menu waits for someone to log in
         try:
-            return wandb.init(project=config["wandb_project"], name=config["wandb_run_name"],
-                              config=config, id=run_id, resume="allow", **mode,
-                              settings=wandb.Settings(init_timeout=20))
+            return wandb.init(
+                project=config["wandb_project"],
+                name=config["wandb_run_name"],
+                config=config,
+                id=run_id,
+                resume="allow",
+                **mode,
+                settings=wandb.Settings(init_timeout=20),
+            )
         finally:
             sys.stdin = terminal
 
@@ -49,7 +58,9 @@ class Wandb:
         self.run, self.say = run, say
         # a resume repeats rows, which wandb would refuse one by one
         self.first_step = getattr(run, "starting_step", 0)
-        self.sync = f"Try: wandb sync {Path(getattr(run, 'dir', 'wandb/RUN/files')).parent}"
+        self.sync = (
+            f"Try: wandb sync {Path(getattr(run, 'dir', 'wandb/RUN/files')).parent}"
+        )
         self.queue = SimpleQueue()  # of rows, each with a summary; None at the end
         self.ended = Event()
         self.sent = False  # everything
@@ -87,14 +98,22 @@ class Metrics:
     """Log to metrics.jsonl, the terminal and wandb, on rank 0. A resume drops the rows after its
     step, so metrics.jsonl is one clean curve."""
 
-    def __init__(self, out_dir: Path | None, step: int, evaluated: bool,
-                 quiet: bool = False, folder_lock: FolderLock | None = None) -> None:
+    def __init__(
+        self,
+        out_dir: Path | None,
+        step: int,
+        evaluated: bool,
+        quiet: bool = False,
+        folder_lock: FolderLock | None = None,
+    ) -> None:
         """Continue out_dir's metrics.jsonl after `step`; without a folder, write none. Unless that
         step was `evaluated` before its save, its evaluation is dropped too. With `quiet`, on other
         ranks than the first, print nothing. `folder_lock` is checked before rows are written.
         Raises OSError and FolderLost."""
         self.folder_lock = folder_lock
-        self.live = False  # the cursor is at the end of a line that the next one replaces
+        self.live = (
+            False  # the cursor is at the end of a line that the next one replaces
+        )
         self.step, self.wandb, self.file, self.quiet = step, None, None, quiet
         self.failures = set()  # of what decorates the run; each is printed once
         self.may_hang = False  # wandb, at the interpreter's end
@@ -141,15 +160,21 @@ class Metrics:
             raise
         except BaseException as e:
             problem = e
-            run = self.attempt("training without wandb",
-                               lambda: init_wandb(config, run_id, mode="offline"))
+            run = self.attempt(
+                "training without wandb",
+                lambda: init_wandb(config, run_id, mode="offline"),
+            )
         if not run:
             return run_id
         self.wandb = Wandb(run, self.say)
         if problem:
-            self.say(f"warning: wandb logs offline: {one_line(problem)}. {self.wandb.sync}")
+            self.say(
+                f"warning: wandb logs offline: {one_line(problem)}. {self.wandb.sync}"
+            )
         if self.wandb.first_step > self.step + 1:
-            self.say(f"wandb has the rows before step {self.wandb.first_step}; sending later ones")
+            self.say(
+                f"wandb has the rows before step {self.wandb.first_step}; sending later ones"
+            )
         return run.id
 
     def log(self, row: dict[str, Any], **summary: Any) -> None:
@@ -167,20 +192,30 @@ class Metrics:
         if self.wandb:
             self.wandb.log(row, summary)
 
-    def log_evaluation(self, evaluation: dict[str, Any], best: bool, best_val_loss: float) -> None:
+    def log_evaluation(
+        self, evaluation: dict[str, Any], best: bool, best_val_loss: float
+    ) -> None:
         """Log the losses of an evaluation, the `best` so far or not."""
         self.log(evaluation, best_val_loss=best_val_loss)
-        self.say(f"step {evaluation['step']}: train loss {evaluation['train_loss']:.4f}, "
-                 f"val loss {evaluation['val_loss']:.4f}" + (", the best so far" if best else ""))
+        self.say(
+            f"step {evaluation['step']}: train loss {evaluation['train_loss']:.4f}, "
+            f"val loss {evaluation['val_loss']:.4f}"
+            + (", the best so far" if best else "")
+        )
 
-    def log_step(self, row: dict[str, Any], max_iters: int, step_seconds: float) -> None:
+    def log_step(
+        self, row: dict[str, Any], max_iters: int, step_seconds: float
+    ) -> None:
         """Log a training step; on the terminal also the time left until max_iters."""
         self.log(row)
         left = timedelta(seconds=round((max_iters - row["step"]) * step_seconds))
-        self.say(f"step {row['step']}/{max_iters}: loss {row['loss']:.4f}, lr {row['lr']:.2e}, "
-                 f"{row['tokens_per_s']:,.0f} tokens/s"
-                 + (f", MFU {row['mfu']:.1%}" if "mfu" in row else "")
-                 + f", {left} left", live=True)
+        self.say(
+            f"step {row['step']}/{max_iters}: loss {row['loss']:.4f}, lr {row['lr']:.2e}, "
+            f"{row['tokens_per_s']:,.0f} tokens/s"
+            + (f", MFU {row['mfu']:.1%}" if "mfu" in row else "")
+            + f", {left} left",
+            live=True,
+        )
 
     def sync(self) -> None:
         """Fsync the rows, before a checkpoint of their step is written. Raises OSError and
@@ -217,7 +252,9 @@ class Metrics:
         first = b"\n" if content and not content.endswith(b"\n") else b""
         self.file, self.safe = file, len(content)
         self.rows = first + b"".join(row + b"\n" for row in rows)
-        warn(f"{self.path} was replaced, cut or removed; the next rows go to the file of that name")
+        warn(
+            f"{self.path} was replaced, cut or removed; the next rows go to the file of that name"
+        )
 
     def close(self) -> bool:
         """Close metrics.jsonl and wandb. Return False if wandb may still hang."""
@@ -228,7 +265,9 @@ class Metrics:
         closed = not wandb or wandb.close()
         return closed and not self.may_hang
 
-    def end(self, kind: type | None, error: BaseException | None, traceback: Any) -> None:
+    def end(
+        self, kind: type | None, error: BaseException | None, traceback: Any
+    ) -> None:
         """Close after an error. If wandb may still hang, end the process here, since the
         interpreter's end would wait for wandb."""
         if self.close() or in_notebook():
@@ -246,6 +285,6 @@ class Metrics:
             return
         live &= sys.stdout.isatty()
         if live:  # a wrapped line could not be replaced
-            text = text[:shutil.get_terminal_size().columns - 1]
+            text = text[: shutil.get_terminal_size().columns - 1]
         say("\r\033[K" + text if self.live else text, end="" if live else "\n")
         self.live = live

@@ -10,6 +10,7 @@ The contract of an optimizer, which tests/test_optim.py checks for each name in 
 
 To add one, write a function like `make_adamw` and name it in OPTIMIZERS.
 """
+
 import inspect
 import math
 from collections import defaultdict
@@ -33,6 +34,7 @@ MOMENTUM_WARMUP = 300
 class AdamW(torch.optim.AdamW):
     """AdamW (Loshchilov and Hutter 2019) without PyTorch's wrappers that keep torch.compile out of
     its methods: they import torch._dynamo, one second of CPU time at each start."""
+
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
     state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
@@ -49,9 +51,14 @@ class Muon(AdamW):
     (Yang, Simon and Bernstein 2023, "A Spectral Condition for Feature Learning").
     `torch.optim.Muon` computes the same one matrix at a time.
     """
-    __setstate__ = torch.optim.Optimizer.__setstate__  # Adam's wants moments of all parameters
 
-    def __init__(self, groups: list[dict], dtype: torch.dtype, **defaults: object) -> None:
+    __setstate__ = (
+        torch.optim.Optimizer.__setstate__
+    )  # Adam's wants moments of all parameters
+
+    def __init__(
+        self, groups: list[dict], dtype: torch.dtype, **defaults: object
+    ) -> None:
         """Expect `momentum` in a Muon group, and `parts`: how many matrices lie below one another
         in each of its parameters. Newton-Schulz computes in `dtype`."""
         super().__init__(groups, **defaults)
@@ -72,7 +79,9 @@ class Muon(AdamW):
     def update_matrices(self, group: dict, skip: Tensor | None = None) -> None:
         """Update the parameters of a Muon group, all matrices of one shape at a time, unless the
         tensor `skip` is True."""
-        by_shape = defaultdict(list)  # shape -> (matrix, gradient, momentum) of each matrix
+        by_shape = defaultdict(
+            list
+        )  # shape -> (matrix, gradient, momentum) of each matrix
         for p in group["params"]:
             state = self.state[p]
             if not state:
@@ -111,16 +120,22 @@ def update_equal_shapes(
 
     if skip is not None:
         mean = mean.where(~skip, old_mean)
-        update = update.where(~skip, -0.0)  # adding -0 changes no bit, adding 0 would change -0
+        update = update.where(
+            ~skip, -0.0
+        )  # adding -0 changes no bit, adding 0 would change -0
         decay = torch.where(skip, 1.0, decay)
     torch._foreach_copy_(means, mean.unbind())
     torch._foreach_mul_(matrices, decay)
     torch._foreach_add_(matrices, update.unbind())
 
 
-def interpolate(a: Tensor, b: Tensor, weight: float, out: Tensor | None = None) -> Tensor:
+def interpolate(
+    a: Tensor, b: Tensor, weight: float, out: Tensor | None = None
+) -> Tensor:
     """Return a + weight * (b - a), in `out` if given."""
-    if a.device.type == "mps":  # lerp has returned wrong values there (pytorch issue 196067)
+    if (
+        a.device.type == "mps"
+    ):  # lerp has returned wrong values there (pytorch issue 196067)
         return torch.add(a * (1 - weight), b, alpha=weight, out=out)
     return torch.lerp(a, b, weight, out=out)
 
@@ -142,14 +157,20 @@ def orthogonalize(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def make_adamw(model: nn.Module, config: TrainConfig, dtype: torch.dtype) -> AdamW:
     """Return AdamW for all parameters. Biases and norms do not decay."""
-    return AdamW(group_by_decay(model.parameters(), config),
-                 betas=(config.beta1, config.beta2), fused=True)
+    return AdamW(
+        group_by_decay(model.parameters(), config),
+        betas=(config.beta1, config.beta2),
+        fused=True,
+    )
 
 
 def make_muon(model: nn.Module, config: TrainConfig, dtype: torch.dtype) -> Muon:
     """Return Muon for the matrices of the blocks and AdamW for all else."""
-    matrices = {name: p for name, p in model.named_parameters()
-                if name.startswith(f"{model.layers}.") and p.dim() == 2}
+    matrices = {
+        name: p
+        for name, p in model.named_parameters()
+        if name.startswith(f"{model.layers}.") and p.dim() == 2
+    }
     others = [p for name, p in model.named_parameters() if name not in matrices]
     groups = group_by_decay(others, config)
 
@@ -160,10 +181,21 @@ def make_muon(model: nn.Module, config: TrainConfig, dtype: torch.dtype) -> Muon
         parts = [n for ending, n in model.stacked.items() if name.endswith(ending)]
         by_parts[parts[0] if parts else 1].append(p)
     for parts in sorted(by_parts, reverse=True):
-        groups.append({"params": by_parts[parts], "parts": parts, "peak_lr": config.muon_lr,
-                       "momentum": config.muon_momentum, "weight_decay": config.weight_decay})
-    return Muon(groups, dtype if dtype == torch.bfloat16 else torch.float32,
-                betas=(config.beta1, config.beta2), fused=True)
+        groups.append(
+            {
+                "params": by_parts[parts],
+                "parts": parts,
+                "peak_lr": config.muon_lr,
+                "momentum": config.muon_momentum,
+                "weight_decay": config.weight_decay,
+            }
+        )
+    return Muon(
+        groups,
+        dtype if dtype == torch.bfloat16 else torch.float32,
+        betas=(config.beta1, config.beta2),
+        fused=True,
+    )
 
 
 def group_by_decay(parameters: Iterable[Tensor], config: TrainConfig) -> list[dict]:
@@ -172,19 +204,27 @@ def group_by_decay(parameters: Iterable[Tensor], config: TrainConfig) -> list[di
     matrices = [p for p in parameters if p.dim() >= 2]
     vectors = [p for p in parameters if p.dim() < 2]
     return [
-        {"params": matrices, "weight_decay": config.weight_decay, "peak_lr": config.learning_rate},
-        {"params": vectors, "weight_decay": 0.0, "peak_lr": config.learning_rate}]
+        {
+            "params": matrices,
+            "weight_decay": config.weight_decay,
+            "peak_lr": config.learning_rate,
+        },
+        {"params": vectors, "weight_decay": 0.0, "peak_lr": config.learning_rate},
+    ]
 
 
 OPTIMIZERS = {"adamw": make_adamw, "muon": make_muon}
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig, dtype: torch.dtype = torch.float32
-                   ) -> torch.optim.Optimizer:
+def make_optimizer(
+    model: nn.Module, config: TrainConfig, dtype: torch.dtype = torch.float32
+) -> torch.optim.Optimizer:
     """Return the optimizer of all parameters of `model`, whose matrix products are in `dtype`.
     Raises UserError for an unknown name of an optimizer or a schedule."""
     if config.optimizer not in OPTIMIZERS:
-        raise UserError(f"optimizer: expected {' or '.join(OPTIMIZERS)}, got {config.optimizer!r}")
+        raise UserError(
+            f"optimizer: expected {' or '.join(OPTIMIZERS)}, got {config.optimizer!r}"
+        )
     optimizer = OPTIMIZERS[config.optimizer](model, config, dtype)
     covered = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(covered) == sorted(id(p) for p in model.parameters())
@@ -216,8 +256,10 @@ def get_lr_factor(step: int, config: TrainConfig) -> float:
     warm-up, then lr_schedule (cosine: Loshchilov and Hutter 2017), down to min_lr /
     learning_rate at lr_decay_iters. Raises UserError for an unknown schedule."""
     if config.lr_schedule not in SCHEDULES:
-        raise UserError(f"lr_schedule: expected {' or '.join(SCHEDULES)}, got "
-                        f"{config.lr_schedule!r}")
+        raise UserError(
+            f"lr_schedule: expected {' or '.join(SCHEDULES)}, got "
+            f"{config.lr_schedule!r}"
+        )
     if not config.decay_lr:
         return 1.0
     if step < config.warmup_iters:

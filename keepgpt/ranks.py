@@ -1,4 +1,5 @@
 """The ranks of a run: how they find each other, exchange values, and add tensors."""
+
 import hashlib
 import json
 import os
@@ -23,19 +24,27 @@ CHUNK = 1 << 18  # numbers of 8 bytes that a checksum takes at a time
 SAME_START = "the same command, files and versions for all ranks"
 
 
-def map_tensors(change: Callable[[str, Tensor], Tensor], nest: Any, path: str = "") -> Any:
+def map_tensors(
+    change: Callable[[str, Tensor], Tensor], nest: Any, path: str = ""
+) -> Any:
     """Return a copy of a nest of dicts, lists and tuples with `change(path, tensor)` for each
     tensor."""
     if isinstance(nest, dict):
-        return {key: map_tensors(change, value, f"{path}/{key}") for key, value in nest.items()}
+        return {
+            key: map_tensors(change, value, f"{path}/{key}")
+            for key, value in nest.items()
+        }
     if isinstance(nest, (list, tuple)):
-        return type(nest)(map_tensors(change, value, f"{path}/{i}") for i, value in enumerate(nest))
+        return type(nest)(
+            map_tensors(change, value, f"{path}/{i}") for i, value in enumerate(nest)
+        )
     return change(path, nest) if isinstance(nest, Tensor) else nest
 
 
 @dataclass(frozen=True)
 class Ranks:
     """This process's place among the ranks, and its device."""
+
     rank: int
     world_size: int
     device: torch.device
@@ -56,8 +65,11 @@ class Ranks:
         dist.broadcast_object_list(outline, src=0, group=self.control)
 
         def broadcast(_: str, tensor: Tensor) -> Tensor:  # one by one, to save memory
-            tensor = (tensor.contiguous() if self.rank == 0
-                      else torch.empty_like(tensor, device="cpu"))
+            tensor = (
+                tensor.contiguous()
+                if self.rank == 0
+                else torch.empty_like(tensor, device="cpu")
+            )
             dist.broadcast(tensor, src=0, group=self.control)
             return tensor
 
@@ -121,7 +133,9 @@ class Ranks:
         Raises UserError if weights that were read from a `source` differ."""
         difference = self.compare({"weights": model.state_dict()})
         if difference and source:
-            raise UserError(f"init_from={source}: {difference}. Try: the same file for all")
+            raise UserError(
+                f"init_from={source}: {difference}. Try: the same file for all"
+            )
         if difference:
             model.load_state_dict(self.from_first(model.state_dict()))
 
@@ -139,7 +153,9 @@ def describe(facts: dict[str, Any], device: torch.device) -> dict[str, str]:
 
     texts = flatten(map_tensors(add_checksum, facts))
     numbers = torch.stack(sums).tolist() if sums else []
-    return texts | {name: f"checksum {number:x}" for name, number in zip(names, numbers)}
+    return texts | {
+        name: f"checksum {number:x}" for name, number in zip(names, numbers)
+    }
 
 
 def flatten(nest: Any, path: str = "") -> dict[str, str]:
@@ -162,7 +178,7 @@ def checksum(tensor: Tensor, weights: Tensor) -> Tensor:
     bits = tensor.view(torch.int64 if tensor.nbytes % 8 == 0 else torch.uint8)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for part in bits.split(CHUNK):
-        total = total * 31 + (part * weights[:len(part)]).sum()
+        total = total * 31 + (part * weights[: len(part)]).sum()
     return total
 
 
@@ -174,8 +190,10 @@ def find_difference(everyone: list[dict[str, str]]) -> str:
         if names:
             name = names[0]
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            return (f"{name.lstrip('/')}: rank 0 has {first.get(name, 'none')}, "
-                    f"rank {rank} has {theirs.get(name, 'none')}{more}")
+            return (
+                f"{name.lstrip('/')}: rank 0 has {first.get(name, 'none')}, "
+                f"rank {rank} has {theirs.get(name, 'none')}{more}"
+            )
     return ""
 
 
@@ -188,11 +206,15 @@ def hash_source() -> dict[str, str]:
     """Return the sha256 of each source file of a run, by its path."""
     root = Path(__file__).parents[1]
     files = [root / "train.py", root / "model.py", *sorted(root.glob("keepgpt/*.py"))]
-    return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in files}
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+    }
 
 
-def check_start(store: dist.Store, rank: int, world_size: int, facts: dict[str, Any]) -> None:
+def check_start(
+    store: dist.Store, rank: int, world_size: int, facts: dict[str, Any]
+) -> None:
     """Raise UserError, on every rank, unless all were started with the same `facts`. It needs no
     process group: other versions or backends could hang while they make one."""
     store.set(f"start/{rank}", json.dumps(flatten(facts)))
@@ -205,7 +227,9 @@ def check_start(store: dist.Store, rank: int, world_size: int, facts: dict[str, 
     store.set(f"start/read/{rank}", "")
     if rank == 0:  # the store may end with this process
         with suppress(RuntimeError):
-            store.wait([f"start/read/{r}" for r in range(world_size)], timedelta(seconds=5))
+            store.wait(
+                [f"start/read/{r}" for r in range(world_size)], timedelta(seconds=5)
+            )
     raise UserError(f"{difference}. Try: {SAME_START}")
 
 
@@ -225,16 +249,29 @@ def join_ranks(config: TrainConfig) -> Ranks:
     cuda = device.type == "cuda"
     backend = config.backend if config.backend != "auto" else "nccl" if cuda else "gloo"
     if backend == "nccl" and not cuda:
-        raise UserError(f"backend=nccl needs CUDA, got device {device.type}. Try: --backend=auto")
+        raise UserError(
+            f"backend=nccl needs CUDA, got device {device.type}. Try: --backend=auto"
+        )
     timeout = timedelta(seconds=config.rank_timeout)
     store, rank, world_size = next(dist.rendezvous("env://"))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun keeps this store for all its restarts, with the addresses of killed ranks in it
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     store.set_timeout(timeout)
-    check_start(store, rank, world_size, {
-        "torch": str(torch.__version__), **hash_source(), "device": device.type,
-        **shared_settings(config)})
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size,
-                            timeout=timeout)
-    return Ranks(rank, world_size, device, dist.new_group(backend="gloo", timeout=timeout))
+    check_start(
+        store,
+        rank,
+        world_size,
+        {
+            "torch": str(torch.__version__),
+            **hash_source(),
+            "device": device.type,
+            **shared_settings(config),
+        },
+    )
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+    )
+    return Ranks(
+        rank, world_size, device, dist.new_group(backend="gloo", timeout=timeout)
+    )

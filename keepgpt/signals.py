@@ -1,4 +1,5 @@
 """Signals, and what a process tells the operating system at its start."""
+
 import ctypes
 import os
 import platform
@@ -11,8 +12,14 @@ from typing import Any
 from keepgpt.errors import EXIT_INTERRUPTED, Stopped, in_notebook
 
 # a keyboard, a batch system or a closed terminal asks a run to end
-ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
-           signal.SIGXCPU)
+ENDINGS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+)
 
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
@@ -83,7 +90,9 @@ class Signals:
                 raise KeyboardInterrupt
             os._exit(EXIT_INTERRUPTED)
 
-    def interrupt(self, work: Callable[[], Any], alone: bool, saved: bool = False) -> Any:
+    def interrupt(
+        self, work: Callable[[], Any], alone: bool, saved: bool = False
+    ) -> Any:
         """Return what `work` returns, or None if a signal came. One rank `alone` is interrupted
         even while it waits, reads or compiles; several must leave a step together. Once all is
         `saved`, a signal after the first one interrupts, too."""

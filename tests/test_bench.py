@@ -1,4 +1,5 @@
 """tools.bench and tools.gpu measure, compare and record; tools.demo answers --help."""
+
 import json
 from functools import partial
 from multiprocessing import get_context
@@ -22,11 +23,21 @@ def one_thread(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-@pytest.mark.parametrize("args", [
-    ["tools.bench"], ["tools.bench", "nosuch"], ["tools.bench", "checks"],
-    ["tools.bench", "train", "--only=nosuch"], ["tools.bench", "tables", "--rows=2"],
-    ["tools.gpu", "now"], ["tools.gpu", "--row=2"], ["tools.gpu", "--parts=trian"],
-    ["tools.gpu", "--parts=checks"], ["tools.demo", "--fast"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["tools.bench"],
+        ["tools.bench", "nosuch"],
+        ["tools.bench", "checks"],
+        ["tools.bench", "train", "--only=nosuch"],
+        ["tools.bench", "tables", "--rows=2"],
+        ["tools.gpu", "now"],
+        ["tools.gpu", "--row=2"],
+        ["tools.gpu", "--parts=trian"],
+        ["tools.gpu", "--parts=checks"],
+        ["tools.demo", "--fast"],
+    ],
+)
 def test_a_mistake_exits_2_with_one_line(args):
     complaint(run(*args, code=2))
 
@@ -55,10 +66,21 @@ def test_a_record_replaces_its_row_only(tmp_path):
     measure.record(file, "train", "b", {"x, ms": 1000.4}, machine)
     measure.record(file, "train", "a", {"x, ms": 3.0}, machine)
     records = measure.read_records(file)
-    assert records == {"train": {"a": {"date": "today", "numbers": {"x, ms": 3.0}},
-                                 "b": {"date": "today", "numbers": {"x, ms": 1000.0}}}}
-    page = measure.update_page("a\n<!-- measured: train -->\nold\n<!-- end -->\nb\n", records)
-    assert page.split("\n")[2:6] == ["| train | x, ms |", "|---|---|", "| a | 3 |", "| b | 1,000 |"]
+    assert records == {
+        "train": {
+            "a": {"date": "today", "numbers": {"x, ms": 3.0}},
+            "b": {"date": "today", "numbers": {"x, ms": 1000.0}},
+        }
+    }
+    page = measure.update_page(
+        "a\n<!-- measured: train -->\nold\n<!-- end -->\nb\n", records
+    )
+    assert page.split("\n")[2:6] == [
+        "| train | x, ms |",
+        "|---|---|",
+        "| a | 3 |",
+        "| b | 1,000 |",
+    ]
 
 
 def fail():
@@ -80,8 +102,13 @@ def test_work_in_a_new_process_returns_or_fails():
 
 def test_transformers_qwen3_has_as_many_parameters():
     name = "Qwen3 and Muon, 4 layers, width 128"
-    sizes = [sum(p.numel() for p in network.parameters()) for network in
-             (sides.make_transformers(name), build_model(sides.make_settings(name)[1]))]
+    sizes = [
+        sum(p.numel() for p in network.parameters())
+        for network in (
+            sides.make_transformers(name),
+            build_model(sides.make_settings(name)[1]),
+        )
+    ]
     assert sizes[0] == sizes[1]
 
 
@@ -103,16 +130,25 @@ def test_a_part_gives_numbers(part, monkeypatch, tmp_path):
     monkeypatch.setattr(parts, "call", call_in_fork)
     tiny = sides.shape(1, 2, 128, 16, 4, 65, **sides.MODERN)
     monkeypatch.setitem(sides.SHAPES, "6 layers, width 384", tiny)
-    work = {"train": partial(parts.measure_step, "6 layers, width 384"),
-            "sample": partial(parts.measure_sampling, "4 layers, width 128"),
-            "checkpoint": partial(parts.measure_save, "6 layers, width 384"),
-            "elastic": partial(parts.measure_elastic, 1)}[part]
+    work = {
+        "train": partial(parts.measure_step, "6 layers, width 384"),
+        "sample": partial(parts.measure_sampling, "4 layers, width 128"),
+        "checkpoint": partial(parts.measure_save, "6 layers, width 384"),
+        "elastic": partial(parts.measure_elastic, 1),
+    }[part]
     row = work(1, "cpu", tmp_path)
     assert {title.split(",")[0] for title in row} >= {
-        "train": {"keepGPT", "plain PyTorch", "Transformers", "optimizer's share", "tokens/s"},
+        "train": {
+            "keepGPT",
+            "plain PyTorch",
+            "Transformers",
+            "optimizer's share",
+            "tokens/s",
+        },
         "sample": {"keepGPT", "Transformers", "tokens/s"},
         "checkpoint": {"checkpoint", "plain `torch.save` adds", "its write"},
-        "elastic": {"DDP", "elastic"}}[part]
+        "elastic": {"DDP", "elastic"},
+    }[part]
     assert all(isinstance(value, float) for value in row.values())
 
 
@@ -120,8 +156,11 @@ def test_rows_for_a_gpu_are_shapes(monkeypatch):
     measured = {}
     monkeypatch.setattr(bench, "pick_device", torch.device)
     monkeypatch.setattr(measure, "describe_machine", lambda _: {})
-    monkeypatch.setattr(measure, "run_rows", lambda part, rows, *args, **how:
-                        measured.update({part: rows}) or True)
+    monkeypatch.setattr(
+        measure,
+        "run_rows",
+        lambda part, rows, *args, **how: measured.update({part: rows}) or True,
+    )
     for device in ("cpu", "cuda:0"):
         assert gpu.main(gpu.GpuConfig(device=device), []) == 0
     assert measured["gpu train"].keys() == sides.SHAPES.keys()

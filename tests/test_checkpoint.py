@@ -1,4 +1,5 @@
 """Saving and reading checkpoints: cases that tools.crash does not cover."""
+
 import errno
 import io
 import math
@@ -60,13 +61,17 @@ def test_a_corrupted_write_is_never_committed(bundle, tmp_path):
     commit(bundle | {"step": 1}, tmp_path, 2, False, Disk())
     for step in (2, 3, 4):
         with pytest.raises(CorruptCheckpoint):
-            commit(bundle | {"step": step}, tmp_path, 2, False, Faulty("write", flipping))
+            commit(
+                bundle | {"step": step}, tmp_path, 2, False, Faulty("write", flipping)
+            )
     assert read_newest(tmp_path)["step"] == 1
     assert {p.name for p in tmp_path.glob("*.pt*")} == {"ckpt.pt", "ckpt-00000001.pt"}
 
 
 def test_a_checkpoint_that_cannot_be_removed_is_no_failure(bundle, tmp_path, capsys):
-    saver = Saver(tmp_path, 2, None, lambda: None, torch.device("cpu"), Faulty("remove", refuse))
+    saver = Saver(
+        tmp_path, 2, None, lambda: None, torch.device("cpu"), Faulty("remove", refuse)
+    )
     for step in (1, 2, 3):
         saver.save(bundle | {"step": step, "best_val_loss": 9.0 - step}, best=True)
         assert saver.wait() and saver.best_val_loss == 9.0 - step
@@ -75,8 +80,14 @@ def test_a_checkpoint_that_cannot_be_removed_is_no_failure(bundle, tmp_path, cap
 
 
 def test_a_failed_save_restores_best_val_loss(bundle, tmp_path):
-    saver = Saver(tmp_path, 2, bundle | {"best_val_loss": 9.0}, lambda: None, torch.device("cpu"),
-                  Faulty("fsync", refuse))
+    saver = Saver(
+        tmp_path,
+        2,
+        bundle | {"best_val_loss": 9.0},
+        lambda: None,
+        torch.device("cpu"),
+        Faulty("fsync", refuse),
+    )
     saver.save(bundle | {"step": 7, "best_val_loss": 5.0}, best=True)
     assert not saver.wait()
     assert saver.best_val_loss == 9.0
@@ -85,17 +96,31 @@ def test_a_failed_save_restores_best_val_loss(bundle, tmp_path):
     assert not saver.wait() and saver.best_val_loss == 5.0
 
 
-@pytest.mark.parametrize("number", [
-    errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EACCES, errno.EMLINK, errno.EXDEV, errno.EINVAL,
-    errno.ENOTTY])
-def test_a_drive_without_links_saves_copies(bundle, tmp_path, capsys, monkeypatch, number):
+@pytest.mark.parametrize(
+    "number",
+    [
+        errno.EPERM,
+        errno.ENOTSUP,
+        errno.ENOSYS,
+        errno.EACCES,
+        errno.EMLINK,
+        errno.EXDEV,
+        errno.EINVAL,
+        errno.ENOTTY,
+    ],
+)
+def test_a_drive_without_links_saves_copies(
+    bundle, tmp_path, capsys, monkeypatch, number
+):
     def unsupported(*_):
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(errors, "TOPICS", set())
     for step in (1, 2, 3):
         commit(bundle | {"step": step}, tmp_path, 2, True, Faulty("link", unsupported))
-    assert all(read_bundle(tmp_path / name)["step"] == 3 for name in ("ckpt.pt", "best.pt"))
+    assert all(
+        read_bundle(tmp_path / name)["step"] == 3 for name in ("ckpt.pt", "best.pt")
+    )
     assert [step_of(path) for path in numbered(tmp_path)] == [3, 2]
     assert len(capsys.readouterr().err.splitlines()) == 1
 
@@ -122,7 +147,12 @@ class MovingDisk(Disk):
             folder.rename(folder.with_name("old"))
             folder.mkdir()
             commit(self.bundle | {"step": 9}, folder, 2, True, Disk())
-            for other in ("ckpt-00000003.pt.tmp", "best.pt.tmp", "ckpt.pt.tmp", ".lock"):
+            for other in (
+                "ckpt-00000003.pt.tmp",
+                "best.pt.tmp",
+                "ckpt.pt.tmp",
+                ".lock",
+            ):
                 (folder / other).touch()
             self.found = contents(folder)
         return getattr(super(), name)(*args)
@@ -147,7 +177,9 @@ def test_no_operation_of_a_save_touches_another_folder(bundle, tmp_path):
         if not disk.found:
             break
         assert contents(folder) == disk.found
-        assert read_newest(folder.with_name("old"))["step"] in ((3,) if saved else (2, 3))
+        assert read_newest(folder.with_name("old"))["step"] in (
+            (3,) if saved else (2, 3)
+        )
     assert n > 10 and saved
 
 
@@ -185,7 +217,9 @@ def test_rows_survive_a_failed_fsync(tmp_path, monkeypatch):
         metrics.sync()
     monkeypatch.undo()
     metrics.log({"step": 3})
-    with open(path, "rb+") as file:  # the kernel dropped the page that it could not write
+    with open(
+        path, "rb+"
+    ) as file:  # the kernel dropped the page that it could not write
         file.truncate(len('{"step": 1}\n'))
     metrics.sync()
     metrics.log({"step": 4})
@@ -211,7 +245,11 @@ class Failing(checkpoint.Disk):
 checkpoint.Disk = Failing
 sys.exit(train.main(*parse(TrainConfig, "", sys.argv[1:])[:2]))""")
     for failures, code, said in ((1, 0, "saved in"), (2, 1, "NOT SAVED in")):
-        flags = TINY | {"max_iters": 4, "dataset": dataset, "out_dir": tmp_path / str(failures)}
+        flags = TINY | {
+            "max_iters": 4,
+            "dataset": dataset,
+            "out_dir": tmp_path / str(failures),
+        }
         done = run(tmp_path / "failing.py", code=code, last=str(failures), **flags)
         assert said in done.stdout.splitlines()[-1], done.stderr
         assert done.stderr.count("FAILED: [Errno 5]") == failures
@@ -222,7 +260,9 @@ sys.exit(train.main(*parse(TrainConfig, "", sys.argv[1:])[:2]))""")
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_a_user_without_privileges_can_save(bundle):
-    with tempfile.TemporaryDirectory() as name:  # not in pytest's own, which is root's alone
+    with (
+        tempfile.TemporaryDirectory() as name
+    ):  # not in pytest's own, which is root's alone
         os.chown(name, 65534, 65534)
         pid = os.fork()
         if not pid:
@@ -261,34 +301,57 @@ def test_steps_of_nine_digits_are_the_newest(bundle, tmp_path):
 
 
 def test_renamed_checkpoints_are_mentioned(bundle, dataset, tmp_path):
-    out, flags = tmp_path / "out", TINY | {"dataset": dataset, "max_iters": 3, "eval_interval": 1}
-    names = ["my-best.pt", "ckpt-00000100 (1).pt", "ckpt.pt.bak", "ckpt-2.pt", "copy of ckpt"]
+    out, flags = (
+        tmp_path / "out",
+        TINY | {"dataset": dataset, "max_iters": 3, "eval_interval": 1},
+    )
+    names = [
+        "my-best.pt",
+        "ckpt-00000100 (1).pt",
+        "ckpt.pt.bak",
+        "ckpt-2.pt",
+        "copy of ckpt",
+    ]
     out.mkdir()
     for name in names:
         checkpoint.write_bundle(bundle, out / name, Disk())
     (out / "notes.pt").write_bytes(b"something else, not a checkpoint")
-    done = [run("sample.py", out_dir=out, code=2),
-            run("train.py", out_dir=out, init_from="auto", **flags),
-            run("train.py", out_dir=out, init_from="auto", **flags | {"max_iters": 4}),
-            run("sample.py", out_dir=out, max_new_tokens=1, num_samples=1)]
+    done = [
+        run("sample.py", out_dir=out, code=2),
+        run("train.py", out_dir=out, init_from="auto", **flags),
+        run("train.py", out_dir=out, init_from="auto", **flags | {"max_iters": 4}),
+        run("sample.py", out_dir=out, max_new_tokens=1, num_samples=1),
+    ]
     for one in done:
         notes = [line for line in one.stderr.splitlines() if "not used because" in line]
-        assert len(notes) == 1 and "notes.pt" not in notes[0] and "--init_from" in notes[0]
+        assert (
+            len(notes) == 1 and "notes.pt" not in notes[0] and "--init_from" in notes[0]
+        )
         assert all(str(out / name) in notes[0] for name in names)
     used = run("sample.py", init_from=out / names[1], max_new_tokens=1, num_samples=1)
     assert "note: " not in used.stderr and set(names) < set(contents(out))
 
 
-STATES = {"int": 3, "float": 0.5, "None": None, "bool": True, "text": "x",
-          "int tensor": torch.tensor([1, 2]), "bool tensor": torch.tensor([True]),
-          "empty tensor": torch.empty(0), "list": [torch.ones(2), 3, {"a": torch.ones(1)}],
-          "complex": torch.ones(2, dtype=torch.complex64),
-          "float8": torch.ones(2).to(torch.float8_e4m3fn)}
+STATES = {
+    "int": 3,
+    "float": 0.5,
+    "None": None,
+    "bool": True,
+    "text": "x",
+    "int tensor": torch.tensor([1, 2]),
+    "bool tensor": torch.tensor([True]),
+    "empty tensor": torch.empty(0),
+    "list": [torch.ones(2), 3, {"a": torch.ones(1)}],
+    "complex": torch.ones(2, dtype=torch.complex64),
+    "float8": torch.ones(2).to(torch.float8_e4m3fn),
+}
 
 
 @pytest.mark.parametrize("kind", STATES)
 def test_an_optimizer_may_keep_any_plain_state(bundle, tmp_path, capsys, kind):
-    changed = bundle | {"optimizer": bundle["optimizer"] | {"state": {0: {"x": STATES[kind]}}}}
+    changed = bundle | {
+        "optimizer": bundle["optimizer"] | {"state": {0: {"x": STATES[kind]}}}
+    }
     saver = Saver(tmp_path, 2, None, lambda: None, torch.device("cpu"))
     saver.save(changed, best=False)
     assert saver.wait(), capsys.readouterr().err
@@ -296,9 +359,15 @@ def test_an_optimizer_may_keep_any_plain_state(bundle, tmp_path, capsys, kind):
     assert str(saved["optimizer"]) == str(changed["optimizer"])
 
 
-@pytest.mark.parametrize("state", [torch.tensor([1.0, math.nan]), [{"a": torch.tensor(math.inf)}],
-                                   torch.tensor([complex(0, math.inf)]),
-                                   torch.tensor(math.nan).to(torch.float8_e4m3fn)])
+@pytest.mark.parametrize(
+    "state",
+    [
+        torch.tensor([1.0, math.nan]),
+        [{"a": torch.tensor(math.inf)}],
+        torch.tensor([complex(0, math.inf)]),
+        torch.tensor(math.nan).to(torch.float8_e4m3fn),
+    ],
+)
 def test_a_state_that_is_not_finite_is_never_saved(bundle, tmp_path, capsys, state):
     changed = bundle | {"optimizer": bundle["optimizer"] | {"state": {0: {"x": state}}}}
     saver = Saver(tmp_path, 2, None, lambda: None, torch.device("cpu"))
@@ -311,7 +380,10 @@ def test_a_state_may_change_its_shape_between_saves(bundle, tmp_path):
     saver = Saver(tmp_path, 2, None, lambda: None, torch.device("cpu"))
     for step, tensor in enumerate((torch.ones(3), torch.ones(1), torch.ones(5)), 1):
         state = {"state": {0: {"x": tensor}}}
-        saver.save(bundle | {"step": step, "optimizer": bundle["optimizer"] | state}, best=False)
+        saver.save(
+            bundle | {"step": step, "optimizer": bundle["optimizer"] | state},
+            best=False,
+        )
         assert saver.wait()
         saved = read_bundle(tmp_path / "ckpt.pt")["optimizer"]["state"][0]["x"]
         assert torch.equal(saved, tensor)

@@ -1,4 +1,5 @@
 """keepgpt/config.py: types, precedence, isolated config files, one-line errors, --help."""
+
 import builtins
 import os
 import subprocess
@@ -11,15 +12,28 @@ import torch
 from conftest import complaint, rows
 
 from keepgpt.checkpoint import Disk, read_bundle, write_bundle
-from keepgpt.config import TrainConfig, check_settings, find_mistakes, find_oddities, parse
+from keepgpt.config import (
+    TrainConfig,
+    check_settings,
+    find_mistakes,
+    find_oddities,
+    parse,
+)
 from keepgpt.errors import UserError, exit_with
 from keepgpt.optim import get_lr
 from sample import SampleConfig
 
 ROOT = Path(__file__).parents[1]
 DEFAULTS = TrainConfig()
-SHORT = {"learning_rate": 1e-5, "max_iters": 4, "lr_decay_iters": 4, "warmup_iters": 1,
-         "eval_interval": 2, "eval_iters": 1, "log_interval": 1}
+SHORT = {
+    "learning_rate": 1e-5,
+    "max_iters": 4,
+    "lr_decay_iters": 4,
+    "warmup_iters": 1,
+    "eval_interval": 2,
+    "eval_iters": 1,
+    "log_interval": 1,
+}
 
 
 def read(*argv):
@@ -37,10 +51,12 @@ def mistake(*argv):
 @pytest.fixture
 def file(tmp_path):
     """Return a function that writes a config file and returns its path."""
+
     def write(text, name="x.py"):
         path = tmp_path / name
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
         return path
+
     return write
 
 
@@ -53,49 +69,100 @@ def run(*argv):
 # types
 
 
-@pytest.mark.parametrize("key, spelling, value", [
-    ("learning_rate", "1e-3", 1e-3), ("learning_rate", "1", 1.0), ("min_lr", "0", 0.0),
-    ("dropout", ".5", 0.5),
-    ("max_iters", "1e4", 10000), ("max_iters", "500", 500), ("max_iters", "0", 0),
-    ("n_layer", "3.0", 3),
-    ("out_dir", "a=b", "a=b"), ("out_dir", "7", "7"),
-    ("wandb_run_name", "--x", "--x"),
-    ("bias", "True", True), ("bias", "true", True), ("bias", "1", True),
-    ("decay_lr", "False", False), ("decay_lr", "false", False), ("decay_lr", "0", False),
-    ("compile", "True", True), ("compile", "False", False), ("compile", "auto", "auto"),
-    ("dtype", "bfloat16", "bfloat16"), ("dtype", "auto", "auto"),
-    ("seed", "9007199254740993", 2**53 + 1),
-])
+@pytest.mark.parametrize(
+    "key, spelling, value",
+    [
+        ("learning_rate", "1e-3", 1e-3),
+        ("learning_rate", "1", 1.0),
+        ("min_lr", "0", 0.0),
+        ("dropout", ".5", 0.5),
+        ("max_iters", "1e4", 10000),
+        ("max_iters", "500", 500),
+        ("max_iters", "0", 0),
+        ("n_layer", "3.0", 3),
+        ("out_dir", "a=b", "a=b"),
+        ("out_dir", "7", "7"),
+        ("wandb_run_name", "--x", "--x"),
+        ("bias", "True", True),
+        ("bias", "true", True),
+        ("bias", "1", True),
+        ("decay_lr", "False", False),
+        ("decay_lr", "false", False),
+        ("decay_lr", "0", False),
+        ("compile", "True", True),
+        ("compile", "False", False),
+        ("compile", "auto", "auto"),
+        ("dtype", "bfloat16", "bfloat16"),
+        ("dtype", "auto", "auto"),
+        ("seed", "9007199254740993", 2**53 + 1),
+    ],
+)
 def test_a_flag_is_converted_to_its_type(key, spelling, value):
     got = getattr(read(f"--{key}={spelling}"), key)
     assert got == value and type(got) is type(value)
 
 
-@pytest.mark.parametrize("key, spelling, value", [
-    ("learning_rate", "1", 1.0), ("max_iters", "1e4", 10000), ("bias", "1", True),
-    ("compile", "False", False),
-    ("gradient_accumulation_steps", "5 * 8", 40), ("min_lr", "0.5 / 4", 0.125),
-    ("out_dir", "'a' + 'b'", "ab"),
-])
+@pytest.mark.parametrize(
+    "key, spelling, value",
+    [
+        ("learning_rate", "1", 1.0),
+        ("max_iters", "1e4", 10000),
+        ("bias", "1", True),
+        ("compile", "False", False),
+        ("gradient_accumulation_steps", "5 * 8", 40),
+        ("min_lr", "0.5 / 4", 0.125),
+        ("out_dir", "'a' + 'b'", "ab"),
+    ],
+)
 def test_a_value_in_a_file_is_converted_to_its_type(file, key, spelling, value):
     got = getattr(read(file(f"{key} = {spelling}\n")), key)
     assert got == value and type(got) is type(value)
 
 
-@pytest.mark.parametrize("flag", [
-    *(f"--n_layer={value}" for value in ("six", "1.5", "nan", "inf", "", "True", "0")),
-    "--learning_rate=fast", "--bias=yes", "--bias=2", "--dtype=float64", "--compile=maybe",
-    "--batch_size=-1", "--keep_checkpoints=1", "--beta2=1", "--dropout=1.0",
-    "--learning_rate=-1e-3", "--learning_rate=nan", "--learning_rate=inf",
-    "--seed=1e30", "--seed=-1", "--out_dir="])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        *(
+            f"--n_layer={value}"
+            for value in ("six", "1.5", "nan", "inf", "", "True", "0")
+        ),
+        "--learning_rate=fast",
+        "--bias=yes",
+        "--bias=2",
+        "--dtype=float64",
+        "--compile=maybe",
+        "--batch_size=-1",
+        "--keep_checkpoints=1",
+        "--beta2=1",
+        "--dropout=1.0",
+        "--learning_rate=-1e-3",
+        "--learning_rate=nan",
+        "--learning_rate=inf",
+        "--seed=1e30",
+        "--seed=-1",
+        "--out_dir=",
+    ],
+)
 def test_a_wrong_value_of_a_flag_is_refused(flag):
     assert mistake(flag).startswith(f"{flag}: ")
 
 
-@pytest.mark.parametrize("line", [
-    "n_layer = 'six'", "n_layer = [6]", "n_layer = None", "n_layer = True", "out_dir = 5",
-    "dtype = ['float32']", "learning_rate = 10**400", "n_layer = 0",
-    "learning_rate = float('nan')", "learning_rate = lambda step: 1e-3", "n_layer = max"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "n_layer = 'six'",
+        "n_layer = [6]",
+        "n_layer = None",
+        "n_layer = True",
+        "out_dir = 5",
+        "dtype = ['float32']",
+        "learning_rate = 10**400",
+        "n_layer = 0",
+        "learning_rate = float('nan')",
+        "learning_rate = lambda step: 1e-3",
+        "n_layer = max",
+    ],
+)
 def test_a_wrong_value_in_a_file_names_key_and_file(file, line):
     path = file(line)
     assert mistake(path).startswith(f"{path}: {line.split()[0]}: expected ")
@@ -142,7 +209,8 @@ def test_settings_are_immutable():
 
 
 def test_a_file_may_compute_import_and_define(file):
-    config = read(file("""
+    config = read(
+        file("""
 import time, os.path as p
 from math import sqrt
 _tokens = 2 ** 10
@@ -157,40 +225,54 @@ wandb_run_name = "ft-" + str(time.time())
 out_dir = p.join("a", "b")
 min_lr = min(learning_rate, 1) / 10
 max_iters = sum(i for i in [1, 2] if half(i) < block_size)
-"""))
+""")
+    )
     assert (config.block_size, config.n_embd, config.max_iters) == (512, 64, 3)
     assert config.out_dir == "a/b"
-    assert config.learning_rate == pytest.approx(1e-3) and config.min_lr == pytest.approx(1e-4)
+    assert config.learning_rate == pytest.approx(
+        1e-3
+    ) and config.min_lr == pytest.approx(1e-4)
     assert float(config.wandb_run_name.removeprefix("ft-")) > 1e9
 
 
 def test_a_file_can_read_the_defaults_and_change_them(file):
-    config = read(file("""
+    config = read(
+        file("""
 n_layer = n_layer * 2
 n_layer += 1
 lr_decay_iters = max_iters
 def wide():
     return n_embd
 n_head = wide()
-"""))
+""")
+    )
     assert config.n_layer == 2 * DEFAULTS.n_layer + 1
-    assert config.lr_decay_iters == DEFAULTS.max_iters and config.n_head == DEFAULTS.n_embd
+    assert (
+        config.lr_decay_iters == DEFAULTS.max_iters and config.n_head == DEFAULTS.n_embd
+    )
 
 
 def test_a_file_sees_neither_the_program_nor_another_file(file):
     one = file("_mine = 1\nn_layer = 3", "one.py")
     for name in ("TrainConfig", "fields", "settings", "path", "_mine"):
-        assert f"NameError: name '{name}' is not defined" in mistake(one, file(f"_x = {name}"))
+        assert f"NameError: name '{name}' is not defined" in mistake(
+            one, file(f"_x = {name}")
+        )
     assert read(one, file("n_head = n_layer", "two.py")).n_head == DEFAULTS.n_layer
 
 
-@pytest.mark.parametrize("text", [
-    "__builtins__ = None\n", "__builtins__ = {'print': 3}\n",
-    "__builtins__['print'] = 3\n__builtins__.pop('len')\n",
-    "def print(*a):\n    raise OSError\ndef len(x):\n    return 7\n",
-    "import sys as print, math as len\n",
-    "__name__ = '__main__'\n__file__ = 'elsewhere'\n", "globals().update(print=max, len=min)\n",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "__builtins__ = None\n",
+        "__builtins__ = {'print': 3}\n",
+        "__builtins__['print'] = 3\n__builtins__.pop('len')\n",
+        "def print(*a):\n    raise OSError\ndef len(x):\n    return 7\n",
+        "import sys as print, math as len\n",
+        "__name__ = '__main__'\n__file__ = 'elsewhere'\n",
+        "globals().update(print=max, len=min)\n",
+    ],
+)
 def test_a_file_cannot_change_the_programs_builtins(file, text):
     before = dict(vars(builtins))
     try:
@@ -203,7 +285,8 @@ def test_a_file_cannot_change_the_programs_builtins(file, text):
 
 def test_a_file_may_use_helpers_loops_and_modules(file, tmp_path, capsys):
     (tmp_path / "width.txt").write_text("64")
-    config = read(file(f"""
+    config = read(
+        file(f"""
 width = 1
 with open({str(tmp_path / "width.txt")!r}) as f:
     width = int(f.read())
@@ -214,65 +297,100 @@ if torch.cuda.is_available() and os.name == 'nt':
     n_blocks = 99
 n_layer, n_embd, learning_rate, max_iters = n_blocks, width, lr * math.sqrt(4), max_steps
 warmup_iters = int(warmup * max_steps)
-"""))
+""")
+    )
     assert (config.n_layer, config.n_embd, config.max_iters) == (3, 64, 1000)
     assert config.learning_rate == pytest.approx(6e-4) and config.warmup_iters == 100
     assert not capsys.readouterr().err
 
 
 def test_numpy_and_torch_scalars_and_paths_are_values(file):
-    config = read(file("""
+    config = read(
+        file("""
 from pathlib import Path
 learning_rate, n_layer, bias = np.float32(0.5), np.int64(3), np.bool_(True)
 max_iters, min_lr, out_dir = torch.tensor(7), np.logspace(-4, -3, 2)[0], Path("a") / "b"
-"""))
+""")
+    )
     assert (config.learning_rate, config.n_layer, config.bias) == (0.5, 3, True)
     assert (config.max_iters, config.min_lr, config.out_dir) == (7, 1e-4, "a/b")
 
 
-@pytest.mark.parametrize("text, near", [
-    ("learning_rat = 1e-3", "learning_rate"), ("n_heads = 4", "n_head"),
-    ("learning_rate = 1e-3\nlearning_rat = 1e-4", "learning_rate"),
-    ("learning_rat = 1e-3\nmin_lr = learning_rat / 10", "learning_rate"),
-    ("import numpy as np\nweight_decays = np.float64(0.1)", "weight_decay"),
-    ("for max_iter in (1, 2):\n    pass", "max_iters"),
-])
+@pytest.mark.parametrize(
+    "text, near",
+    [
+        ("learning_rat = 1e-3", "learning_rate"),
+        ("n_heads = 4", "n_head"),
+        ("learning_rate = 1e-3\nlearning_rat = 1e-4", "learning_rate"),
+        ("learning_rat = 1e-3\nmin_lr = learning_rat / 10", "learning_rate"),
+        ("import numpy as np\nweight_decays = np.float64(0.1)", "weight_decay"),
+        ("for max_iter in (1, 2):\n    pass", "max_iters"),
+    ],
+)
 def test_a_misspelled_key_is_refused(file, text, near):
     assert f"did you mean {near}?" in mistake(file(text))
 
 
-@pytest.mark.parametrize("text", [
-    "n_heads = 4\nn_head = n_heads",
-    "learning_rates = [1e-3, 1e-4]\nlearning_rate = learning_rates[1]",
-    "import numpy as np\nweight_decays = np.logspace(-3, -1, 3)\nweight_decay = max(weight_decays)",
-    "max_iter = max_iters = 5\nlr_decay_iters = max_iter", "lr = 1\ndef f():\n    return lr",
-    "class Sizes:\n    n_heads = 4\nn_head = Sizes.n_heads",
-])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "n_heads = 4\nn_head = n_heads",
+        "learning_rates = [1e-3, 1e-4]\nlearning_rate = learning_rates[1]",
+        "import numpy as np\nweight_decays = np.logspace(-3, -1, 3)\n"
+        "weight_decay = max(weight_decays)",
+        "max_iter = max_iters = 5\nlr_decay_iters = max_iter",
+        "lr = 1\ndef f():\n    return lr",
+        "class Sizes:\n    n_heads = 4\nn_head = Sizes.n_heads",
+    ],
+)
 def test_a_helper_named_like_a_key_is_allowed(file, text, capsys):
     read(file(text))
     assert not capsys.readouterr().err
 
 
 def test_unused_names_in_a_file_are_listed_in_one_line(file, capsys):
-    assert read(file("print = 3\nuse_rope = True\n_own = 1\nn_experts = n_head = 4")).n_head == 4
+    assert (
+        read(
+            file("print = 3\nuse_rope = True\n_own = 1\nn_experts = n_head = 4")
+        ).n_head
+        == 4
+    )
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and line.startswith("note: ")
     assert line.endswith(": n_experts, print, use_rope\n")
 
 
-@pytest.mark.parametrize("theirs, spins", [
-    ({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")])
+@pytest.mark.parametrize(
+    "theirs, spins",
+    [
+        ({}, "10000"),
+        ({"GOMP_SPINCOUNT": "5"}, "5"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "None"),
+    ],
+)
 def test_the_users_thread_spin_setting_is_kept(theirs, spins):
-    env = {key: value for key, value in os.environ.items()
-           if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")} | theirs
-    program = ("import os; from keepgpt.signals import prepare_process; prepare_process(); "
-               "print(os.getenv('GOMP_SPINCOUNT'))")
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True,
-                          text=True)
+    env = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    } | theirs
+    program = (
+        "import os; from keepgpt.signals import prepare_process; prepare_process(); "
+        "print(os.getenv('GOMP_SPINCOUNT'))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout.strip() == spins, done.stderr
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.name
+)
 def test_files_in_config_are_valid(path):
     parse(TrainConfig, "", [str(path)])
 
@@ -345,9 +463,19 @@ init_from = '{}'
 """
 
 
-@pytest.mark.parametrize("text", [CHARACTERS, SCRATCH, FINETUNE, *(
-    EVALUATE.format(name) for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"))],
-    ids=["characters", "scratch", "finetune", "gpt2", "medium", "large", "xl"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        CHARACTERS,
+        SCRATCH,
+        FINETUNE,
+        *(
+            EVALUATE.format(name)
+            for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+        ),
+    ],
+    ids=["characters", "scratch", "finetune", "gpt2", "medium", "large", "xl"],
+)
 def test_files_in_nanogpts_style_are_valid(file, text):
     config, given, _ = parse(TrainConfig, "", [str(file(text))])
     for line in text.splitlines():
@@ -359,28 +487,76 @@ def test_files_in_nanogpts_style_are_valid(file, text):
 
 def test_every_nanogpt_key_is_known():
     keys = [
-        "out_dir", "eval_interval", "log_interval", "eval_iters", "eval_only",
-        "always_save_checkpoint", "init_from", "wandb_log", "wandb_project", "wandb_run_name",
-        "dataset", "gradient_accumulation_steps", "batch_size", "block_size", "n_layer", "n_head",
-        "n_embd", "dropout", "bias", "learning_rate", "max_iters", "weight_decay", "beta1",
-        "beta2", "grad_clip", "decay_lr", "warmup_iters", "lr_decay_iters", "min_lr", "backend",
-        "device", "dtype", "compile"]
+        "out_dir",
+        "eval_interval",
+        "log_interval",
+        "eval_iters",
+        "eval_only",
+        "always_save_checkpoint",
+        "init_from",
+        "wandb_log",
+        "wandb_project",
+        "wandb_run_name",
+        "dataset",
+        "gradient_accumulation_steps",
+        "batch_size",
+        "block_size",
+        "n_layer",
+        "n_head",
+        "n_embd",
+        "dropout",
+        "bias",
+        "learning_rate",
+        "max_iters",
+        "weight_decay",
+        "beta1",
+        "beta2",
+        "grad_clip",
+        "decay_lr",
+        "warmup_iters",
+        "lr_decay_iters",
+        "min_lr",
+        "backend",
+        "device",
+        "dtype",
+        "compile",
+    ]
     assert set(keys) <= {f.name for f in fields(TrainConfig)}
     keys = [
-        "init_from", "out_dir", "start", "num_samples", "max_new_tokens", "temperature", "top_k",
-        "seed", "device", "dtype", "compile"]
+        "init_from",
+        "out_dir",
+        "start",
+        "num_samples",
+        "max_new_tokens",
+        "temperature",
+        "top_k",
+        "seed",
+        "device",
+        "dtype",
+        "compile",
+    ]
     assert set(keys) <= {f.name for f in fields(SampleConfig)}
 
 
 # mistakes
 
 
-@pytest.mark.parametrize("wrong, near", [
-    ("n_layers", "n_layer"), ("learning_rte", "learning_rate"), ("n-head", "n_head"),
-    ("lr_decay_steps", "lr_decay_iters"), ("batchsize", "batch_size")])
+@pytest.mark.parametrize(
+    "wrong, near",
+    [
+        ("n_layers", "n_layer"),
+        ("learning_rte", "learning_rate"),
+        ("n-head", "n_head"),
+        ("lr_decay_steps", "lr_decay_iters"),
+        ("batchsize", "batch_size"),
+    ],
+)
 def test_an_unknown_key_names_the_nearest_key_and_its_place(file, wrong, near):
     flag = mistake(f"--{wrong}=3")
-    assert f"unknown key {wrong!r}; did you mean {near}?" in flag and f"--{wrong}=3" in flag
+    assert (
+        f"unknown key {wrong!r}; did you mean {near}?" in flag
+        and f"--{wrong}=3" in flag
+    )
     if wrong.isidentifier():
         path = file(f"{wrong} = 3")
         assert f"{path}: unknown key {wrong!r}; did you mean {near}?" in mistake(path)
@@ -402,45 +578,60 @@ def test_a_missing_file_or_a_folder_is_refused(tmp_path):
     assert "n_layer=3" in mistake("n_layer=3")
 
 
-@pytest.mark.parametrize("text, line", [
-    ("n_layer = 3\nn_head =\n", 2), ("n_layer = (3\n\n", 1), ("a = 1\n  n_layer = 3\n", 2),
-    ("n_layer = 3\0\n", 1),
-    (b"n_layer = 3\nout_dir = '\xff'\n", None),
-])
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("n_layer = 3\nn_head =\n", 2),
+        ("n_layer = (3\n\n", 1),
+        ("a = 1\n  n_layer = 3\n", 2),
+        ("n_layer = 3\0\n", 1),
+        (b"n_layer = 3\nout_dir = '\xff'\n", None),
+    ],
+)
 def test_a_syntax_error_in_a_file_names_its_line(file, text, line):
     path = file(text)
     message = mistake(path)
     assert f"{path}:{line}: " in message if line else f"{path}:" in message
 
 
-@pytest.mark.parametrize("text, line, says", [
-    ("n_layer = 3\nn_head = 1 // 0\n", 2, "ZeroDivisionError"),
-    ("import no_such_module\n", 1, "no_such_module"),
-    ("def f():\n    return missing\n\nn_head = f()\n", 2, "NameError"),
-    ("raise ValueError('a\\nb')\n", 1, "ValueError"),
-    ("import json\n\nn_layer = json.loads('{')\n", 3, "JSONDecodeError"),
-    ("assert 1 > 2, 'no'\n", 1, "no"),
-    ("\nn_layer = eval('1 +')\n", 2, "SyntaxError"),
-])
+@pytest.mark.parametrize(
+    "text, line, says",
+    [
+        ("n_layer = 3\nn_head = 1 // 0\n", 2, "ZeroDivisionError"),
+        ("import no_such_module\n", 1, "no_such_module"),
+        ("def f():\n    return missing\n\nn_head = f()\n", 2, "NameError"),
+        ("raise ValueError('a\\nb')\n", 1, "ValueError"),
+        ("import json\n\nn_layer = json.loads('{')\n", 3, "JSONDecodeError"),
+        ("assert 1 > 2, 'no'\n", 1, "no"),
+        ("\nn_layer = eval('1 +')\n", 2, "SyntaxError"),
+    ],
+)
 def test_an_exception_in_a_file_names_its_line(file, text, line, says):
     path = file(text)
     message = mistake(path)
     assert f"{path}:{line}: " in message and says in message
 
 
-@pytest.mark.parametrize("script, argv, says", [
-    ("train.py", ["--n_layers=3"], "did you mean n_layer?"),
-    ("train.py", ["--n_layer=six"], "n_layer"),
-    ("train.py", ["--n_layer"], "--key=value"), ("train.py", ["no/such.py"], "no/such.py"),
-    ("train.py", ["config"], "directory"), ("train.py", ["{file}"], ":2: "),
-    ("sample.py", ["--temprature=1"], "did you mean temperature?"),
-    ("sample.py", ["--num_samples=0"], "at least 1"),
-    ("sample.py", ["config/train_gpt2.py"], "--key=value"),
-])
+@pytest.mark.parametrize(
+    "script, argv, says",
+    [
+        ("train.py", ["--n_layers=3"], "did you mean n_layer?"),
+        ("train.py", ["--n_layer=six"], "n_layer"),
+        ("train.py", ["--n_layer"], "--key=value"),
+        ("train.py", ["no/such.py"], "no/such.py"),
+        ("train.py", ["config"], "directory"),
+        ("train.py", ["{file}"], ":2: "),
+        ("sample.py", ["--temprature=1"], "did you mean temperature?"),
+        ("sample.py", ["--num_samples=0"], "at least 1"),
+        ("sample.py", ["config/train_gpt2.py"], "--key=value"),
+    ],
+)
 def test_a_mistake_exits_2_with_one_line(file, script, argv, says):
     path = file("n_layer = 3\nn_head = nothing\n")
     done = run(script, *(a.format(file=path) for a in argv))
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), (
+        done.stderr
+    )
     assert done.stderr.startswith("error: ") and says in done.stderr
 
 
@@ -455,16 +646,23 @@ def test_a_rank_prints_an_error_in_one_line(monkeypatch, capsys, rank):
 # --help
 
 
-@pytest.mark.parametrize("script, settings", [("train.py", TrainConfig),
-                                              ("sample.py", SampleConfig)])
+@pytest.mark.parametrize(
+    "script, settings", [("train.py", TrainConfig), ("sample.py", SampleConfig)]
+)
 def test_help_lists_every_key_and_loads_no_torch(script, settings):
     done = run("-X", "importtime", script, "--help")
     assert done.returncode == 0
     lines = [line.strip() for line in done.stdout.splitlines()]
     for f in fields(settings):
         key, why = f"--{f.name}={f.default} ", f.metadata["why"]
-        assert why and sum(line.startswith(key) and line.endswith(why) for line in lines) == 1
-    loaded = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
+        assert (
+            why
+            and sum(line.startswith(key) and line.endswith(why) for line in lines) == 1
+        )
+    loaded = {
+        line.rpartition("|")[2].strip().split(".")[0]
+        for line in done.stderr.splitlines()
+    }
     assert "keepgpt" in loaded and not loaded & {"torch", "numpy", "tiktoken", "wandb"}
 
 
@@ -474,21 +672,33 @@ def test_help_lists_every_key_and_loads_no_torch(script, settings):
 def together(resumed=False, changed=None, **settings):
     """Return the settings and the notes of a run with these settings; `changed` ones of a resumed
     run, all of a new one."""
-    config = replace(TrainConfig(max_iters=1000, lr_decay_iters=1000, warmup_iters=10,
-                                 eval_interval=100), **settings)
-    return check_settings(config, settings if changed is None else dict.fromkeys(changed), resumed)
+    config = replace(
+        TrainConfig(
+            max_iters=1000, lr_decay_iters=1000, warmup_iters=10, eval_interval=100
+        ),
+        **settings,
+    )
+    return check_settings(
+        config, settings if changed is None else dict.fromkeys(changed), resumed
+    )
 
 
-@pytest.mark.parametrize("settings, says", [
-    ({"learning_rate": 1e-4, "min_lr": 2e-4}, "--min_lr=1e-05"),
-    ({"learning_rate": 1e-4, "min_lr": 2e-4, "lr_schedule": "linear"}, "min_lr"),
-    ({"learning_rate": 1e-4, "min_lr": 2e-4, "optimizer": "muon"}, "min_lr"),
-    ({"warmup_iters": 200, "lr_decay_iters": 100}, "--warmup_iters"),
-    ({"warmup_iters": 200, "lr_decay_iters": 200}, "--lr_decay_iters=1000"),
-    ({"lr_decay_iters": 0, "warmup_iters": 0}, "--lr_decay_iters=1000"),
-    ({"lr_schedule": "linear", "decay_fraction": 0.0, "lr_decay_iters": 500}, "jump"),
-    ({"lr_schedule": "linear", "decay_fraction": 1.5}, "decay_fraction"),
-])
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"learning_rate": 1e-4, "min_lr": 2e-4}, "--min_lr=1e-05"),
+        ({"learning_rate": 1e-4, "min_lr": 2e-4, "lr_schedule": "linear"}, "min_lr"),
+        ({"learning_rate": 1e-4, "min_lr": 2e-4, "optimizer": "muon"}, "min_lr"),
+        ({"warmup_iters": 200, "lr_decay_iters": 100}, "--warmup_iters"),
+        ({"warmup_iters": 200, "lr_decay_iters": 200}, "--lr_decay_iters=1000"),
+        ({"lr_decay_iters": 0, "warmup_iters": 0}, "--lr_decay_iters=1000"),
+        (
+            {"lr_schedule": "linear", "decay_fraction": 0.0, "lr_decay_iters": 500},
+            "jump",
+        ),
+        ({"lr_schedule": "linear", "decay_fraction": 1.5}, "decay_fraction"),
+    ],
+)
 def test_a_rate_that_rises_or_jumps_is_refused(settings, says):
     with pytest.raises(UserError) as error:
         together(**settings)
@@ -506,7 +716,11 @@ def test_a_rate_that_rises_or_jumps_is_refused(settings, says):
 
 def test_a_default_min_lr_follows_a_lower_learning_rate():
     config, notes = together(learning_rate=1e-5)
-    assert config.min_lr == pytest.approx(1e-6) and "min_lr" in notes[0] and len(notes) == 1
+    assert (
+        config.min_lr == pytest.approx(1e-6)
+        and "min_lr" in notes[0]
+        and len(notes) == 1
+    )
     rates = [get_lr(step, config) for step in range(10, 1001)]
     assert rates == sorted(rates, reverse=True) and max(rates) == 1e-5
     # a constant rate needs none, nor does a run that has begun
@@ -517,33 +731,54 @@ def test_a_default_min_lr_follows_a_lower_learning_rate():
     assert config.min_lr == DEFAULTS.min_lr and "min_lr" in notes[0]
 
 
-@pytest.mark.parametrize("settings, says", [
-    ({"max_iters": 10, "eval_interval": 5}, "warm-up"),
-    ({"max_iters": 5, "eval_interval": 5, "decay_fraction": 0.5, "lr_schedule": "linear"},
-     "warm-up"),
-    ({"max_iters": 100}, "lr_decay_iters=1000"), ({"lr_decay_iters": 20}, "lr_decay_iters=20"),
-    ({"eval_interval": 2000}, "eval_interval=2000 is above max_iters=1000"),
-    ({"checkpoint_interval": 1001}, "checkpoint_interval"),
-    ({"log_interval": 5000}, "log_interval"),
-    ({"muon_lr": 0.1, "muon_momentum": 0.9}, "muon_lr, muon_momentum: no effect with "
-                                             "optimizer=adamw"),
-    ({"decay_fraction": 0.5}, "lr_schedule=cosine"),
-    ({"lr_schedule": "constant", "lr_decay_iters": 900}, "lr_schedule=constant"),
-    ({"decay_lr": False, "warmup_iters": 5, "min_lr": 1e-5}, "warmup_iters, min_lr: no effect"),
-])
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"max_iters": 10, "eval_interval": 5}, "warm-up"),
+        (
+            {
+                "max_iters": 5,
+                "eval_interval": 5,
+                "decay_fraction": 0.5,
+                "lr_schedule": "linear",
+            },
+            "warm-up",
+        ),
+        ({"max_iters": 100}, "lr_decay_iters=1000"),
+        ({"lr_decay_iters": 20}, "lr_decay_iters=20"),
+        ({"eval_interval": 2000}, "eval_interval=2000 is above max_iters=1000"),
+        ({"checkpoint_interval": 1001}, "checkpoint_interval"),
+        ({"log_interval": 5000}, "log_interval"),
+        (
+            {"muon_lr": 0.1, "muon_momentum": 0.9},
+            "muon_lr, muon_momentum: no effect with optimizer=adamw",
+        ),
+        ({"decay_fraction": 0.5}, "lr_schedule=cosine"),
+        ({"lr_schedule": "constant", "lr_decay_iters": 900}, "lr_schedule=constant"),
+        (
+            {"decay_lr": False, "warmup_iters": 5, "min_lr": 1e-5},
+            "warmup_iters, min_lr: no effect",
+        ),
+    ],
+)
 def test_odd_settings_get_a_note(settings, says):
     assert len([note for note in together(**settings)[1] if says in note]) == 1
     assert together(resumed=True, changed=[], **settings)[1] == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.name
+)
 def test_files_in_config_fit_together(path):
     config, given, _ = parse(TrainConfig, "", [str(path)])
     assert check_settings(config, given, resumed=False) == (config, [])
 
 
-@pytest.mark.parametrize("text", [CHARACTERS, SCRATCH, FINETUNE, EVALUATE.format("gpt2")],
-                         ids=["characters", "scratch", "finetune", "evaluate"])
+@pytest.mark.parametrize(
+    "text",
+    [CHARACTERS, SCRATCH, FINETUNE, EVALUATE.format("gpt2")],
+    ids=["characters", "scratch", "finetune", "evaluate"],
+)
 def test_files_in_nanogpts_style_fit_together(file, text):
     config, given, _ = parse(TrainConfig, "", [str(file(text))])
     assert check_settings(config, given, resumed=False) == (config, [])
@@ -574,7 +809,11 @@ def test_eval_only_evaluates_the_run_in_the_folder(train, tmp_path):
     loss = f"val loss {rows(tmp_path / 'out', 'val_loss')[-1]['val_loss']:.4f}"
     files = sorted(tmp_path.glob("out/*"))
     done = train(eval_only=True)
-    assert loss in done.stdout and "at step 20" in done.stdout and "untrained" not in done.stderr
+    assert (
+        loss in done.stdout
+        and "at step 20" in done.stdout
+        and "untrained" not in done.stderr
+    )
     done = train(eval_only=True, batch_size=6)
     assert "val loss" in done.stdout
     # what was asked for by name is evaluated
@@ -583,17 +822,25 @@ def test_eval_only_evaluates_the_run_in_the_folder(train, tmp_path):
     assert sorted(tmp_path.glob("out/*")) == files
 
 
-@pytest.mark.parametrize("changes, shown", [
-    ({"batch_size": 8, "gradient_accumulation_steps": 1}, ["batch_size 4 -> 8"]),
-    ({"dtype": "bfloat16"}, ["dtype float32 -> bfloat16"]),
-    ({"elastic": True}, ["elastic False -> True"]),
-    pytest.param({"compile": True}, ["compile False -> True"], marks=pytest.mark.slow),
-], ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
+@pytest.mark.parametrize(
+    "changes, shown",
+    [
+        ({"batch_size": 8, "gradient_accumulation_steps": 1}, ["batch_size 4 -> 8"]),
+        ({"dtype": "bfloat16"}, ["dtype float32 -> bfloat16"]),
+        ({"elastic": True}, ["elastic False -> True"]),
+        pytest.param(
+            {"compile": True}, ["compile False -> True"], marks=pytest.mark.slow
+        ),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
 def test_a_resume_that_rounds_differently_says_so(train, changes, shown):
     flags = {"dtype": "float32", "compile": False, "max_iters": 1}
     train(**flags)
     done = train(init_from="resume", **flags | changes)
-    line = next(line for line in done.stdout.splitlines() if line.startswith("resuming"))
+    line = next(
+        line for line in done.stdout.splitlines() if line.startswith("resuming")
+    )
     for change in shown:
         assert f"{change}: the same losses up to rounding" in line
     assert line.count("rounding") == len(shown) == line.count(shown[0])
@@ -609,8 +856,14 @@ def test_a_resume_where_auto_picks_another_dtype_says_so(train, tmp_path):
     other = {"float32": "bfloat16", "bfloat16": "float32"}[bundle["dtype"]]
     write_bundle(bundle | {"dtype": other, "device": "NVIDIA H100"}, path, Disk())
     done = train(init_from="resume", max_iters=1)
-    assert f"dtype {other} -> {bundle['dtype']}: the same losses up to rounding" in done.stdout
-    assert "device NVIDIA H100 -> cpu: the same losses up to rounding and other" in done.stdout
+    assert (
+        f"dtype {other} -> {bundle['dtype']}: the same losses up to rounding"
+        in done.stdout
+    )
+    assert (
+        "device NVIDIA H100 -> cpu: the same losses up to rounding and other"
+        in done.stdout
+    )
 
 
 def test_a_checkpoint_of_before_resumes_in_silence(train, tmp_path):

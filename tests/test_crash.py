@@ -1,4 +1,5 @@
 """tools.crash finds no failure in this program, and finds those that a test makes on purpose."""
+
 import subprocess
 import tempfile
 from pathlib import Path
@@ -9,9 +10,15 @@ from conftest import REPO, complaint, run
 from keepgpt.errors import UserError
 from tools.crash import checks
 
-FEW = {"kill": ("--cases=5",), "nth": ("--cases=120",),
-       "power": ("--cases=400",), "rot": ("--cases=150",), "full": ("--cases=4",),
-       "elastic": ("--cases=1",), "prepare": ("--cases=60",)}
+FEW = {
+    "kill": ("--cases=5",),
+    "nth": ("--cases=120",),
+    "power": ("--cases=400",),
+    "rot": ("--cases=150",),
+    "full": ("--cases=4",),
+    "elastic": ("--cases=1",),
+    "prepare": ("--cases=60",),
+}
 NO_FSYNC = """
 write = checkpoint.write_bundle
 class WithoutFsync:
@@ -59,7 +66,8 @@ write = prepare.write_atomically
 def write_when_complete(path, content, lock):
     if b"fingerprint" in content:
         write(path, content, lock)
-prepare.write_atomically = write_when_complete"""}
+prepare.write_atomically = write_when_complete""",
+}
 
 
 def crash(*args: str, broken: str = "", code: int = 0) -> subprocess.CompletedProcess:
@@ -125,7 +133,9 @@ def test_runs_that_differ_or_fail_are_noticed(monkeypatch, tmp_path):
     with pytest.raises(UserError, match="differ"):
         checks.resume(1, "cpu", tmp_path, max_iters=60, eval_iters=2)
     with pytest.raises(UserError, match="got 3"):
-        checks.resume(1, "cpu", tmp_path / "2", learning_rate=1e38, max_iters=4, eval_iters=2)
+        checks.resume(
+            1, "cpu", tmp_path / "2", learning_rate=1e38, max_iters=4, eval_iters=2
+        )
 
 
 @pytest.mark.slow

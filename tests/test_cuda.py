@@ -1,5 +1,6 @@
 """The GPU code, as far as a machine without one can test it: compiled graphs, fake CUDA tensors,
 the order of streams, and decisions of the host."""
+
 import copy
 import math
 from dataclasses import replace
@@ -22,10 +23,18 @@ from keepgpt.loader import Loader, Split
 from keepgpt.optim import AdamW
 from keepgpt.ranks import Ranks, map_tensors
 from model import ModelArgs, build_model, generate
-from train import build_run, check_finite, compute_gradient, evaluate, make_bundle, update
+from train import (
+    build_run,
+    check_finite,
+    compute_gradient,
+    evaluate,
+    make_bundle,
+    update,
+)
 
-ARGS = ModelArgs(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=61, bias=True,
-                 dropout=0.0)
+ARGS = ModelArgs(
+    n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=61, bias=True, dropout=0.0
+)
 torch.set_num_threads(1)  # models this small are slower on two
 CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 
@@ -33,19 +42,39 @@ CPU, CUDA, MPS = (torch.device(name) for name in ("cpu", "cuda", "mps"))
 @pytest.fixture
 def tiny_run(tmp_path):
     """Return a function that makes a run on random tokens, without an out_dir."""
+
     def make(**settings):
         sizes = {key: value for key, value in vars(ARGS).items() if key != "vocab_size"}
-        config = TrainConfig(**sizes | settings, batch_size=4, warmup_iters=0,
-                             gradient_accumulation_steps=1)
+        config = TrainConfig(
+            **sizes | settings,
+            batch_size=4,
+            warmup_iters=0,
+            gradient_accumulation_steps=1,
+        )
         torch.manual_seed(0)
-        tokens = np.random.default_rng(0).integers(ARGS.vocab_size, size=2**16, dtype=np.uint16)
+        tokens = np.random.default_rng(0).integers(
+            ARGS.vocab_size, size=2**16, dtype=np.uint16
+        )
         tokens.tofile(tmp_path / "train.bin")
-        meta = {"dtype": "uint16", "vocab_size": ARGS.vocab_size, "tokens": {"train": len(tokens)}}
-        shifted, fixed = (Split(tmp_path, "train", meta, config.block_size, 0, shift)
-                          for shift in (True, False))
+        meta = {
+            "dtype": "uint16",
+            "vocab_size": ARGS.vocab_size,
+            "tokens": {"train": len(tokens)},
+        }
+        shifted, fixed = (
+            Split(tmp_path, "train", meta, config.block_size, 0, shift)
+            for shift in (True, False)
+        )
         loader = Loader(shifted, config.batch_size, 1, range(1), CPU)
-        run = build_run(config, Ranks(0, 1, CPU), None, {}, loader,
-                        {"train": fixed, "val": fixed}, build_model(ARGS))
+        run = build_run(
+            config,
+            Ranks(0, 1, CPU),
+            None,
+            {},
+            loader,
+            {"train": fixed, "val": fixed},
+            build_model(ARGS),
+        )
         run.saver = Saver(None, 2, None, lambda: None, CPU)
         return run
 
@@ -62,7 +91,9 @@ def on(run, device):
 
 
 @pytest.mark.parametrize("evaluated_first", [True, False])
-def test_graphs_are_static_whichever_is_compiled_first(tiny_run, evaluated_first, monkeypatch):
+def test_graphs_are_static_whichever_is_compiled_first(
+    tiny_run, evaluated_first, monkeypatch
+):
     """A resumed run trains first, the run that it resumes has evaluated first."""
     graphs, compile = [], torch.compile
 
@@ -70,11 +101,15 @@ def test_graphs_are_static_whichever_is_compiled_first(tiny_run, evaluated_first
         graphs.append(any(isinstance(x, torch.SymInt) for x in inputs))
         return graph.forward
 
-    monkeypatch.setattr(torch, "compile", lambda *a, **how: compile(*a, backend=backend, **how))
+    monkeypatch.setattr(
+        torch, "compile", lambda *a, **how: compile(*a, backend=backend, **how)
+    )
     monkeypatch.setattr("keepgpt.device.can_compile", lambda *_: True)
     torch._dynamo.reset()
     run, signals = tiny_run(compile=True, eval_iters=3), SimpleNamespace(received=False)
-    run.splits["train"].windows = run.splits["val"].windows = 4 + 4 + 1  # the last batch is smaller
+    run.splits["train"].windows = run.splits["val"].windows = (
+        4 + 4 + 1
+    )  # the last batch is smaller
     works = [lambda: evaluate(run, signals), lambda: compute_gradient(run)]
     for work in works if evaluated_first else reversed(works):
         work()
@@ -90,7 +125,9 @@ def test_a_smaller_last_batch_counts_in_an_evaluation(tiny_run):
     losses = evaluate(run, SimpleNamespace(received=False))
     x, y = run.splits["val"].rows(0, 9)
     with torch.no_grad(), run.autocast:
-        assert losses["val_loss"] == pytest.approx(run.state.model(x, y).item(), rel=1e-3)
+        assert losses["val_loss"] == pytest.approx(
+            run.state.model(x, y).item(), rel=1e-3
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -111,25 +148,38 @@ def test_the_compiled_form_of_the_loss_has_the_same_bits(dtype, monkeypatch):
 
 def test_the_compiled_loss_keeps_no_float32_logits():
     R, V = 48, 192
-    x, weight = (torch.randn(n, 16, dtype=torch.bfloat16, requires_grad=True) for n in (R, V))
+    x, weight = (
+        torch.randn(n, 16, dtype=torch.bfloat16, requires_grad=True) for n in (R, V)
+    )
     targets = torch.randint(V - 3, (R,))
     torch._dynamo.reset()
-    compiled = torch.compile(lambda *a: LinearCrossEntropy.apply(*a, V - 3), dynamic=False)
+    compiled = torch.compile(
+        lambda *a: LinearCrossEntropy.apply(*a, V - 3), dynamic=False
+    )
     loss, codes = run_and_get_code(lambda: compiled(x, weight, targets))
     loss.backward()
     eager = LinearCrossEntropy.apply(x, weight, targets, V - 3)
     assert loss.item() == pytest.approx(eager.item(), rel=1e-2)
-    buffers = [line for code in codes for line in code.splitlines()
-               if f"({R}, {V})" in line and "empty_strided" in line]
+    buffers = [
+        line
+        for code in codes
+        for line in code.splitlines()
+        if f"({R}, {V})" in line and "empty_strided" in line
+    ]
     assert buffers and not [line for line in buffers if "float32" in line], buffers
 
 
 def test_deterministic_is_compiled_only_where_the_compiler_repeats(monkeypatch, capsys):
     monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda _: True)  # triton
     for version, device, deterministic, can in (
-            ("2.9.1+cu128", CUDA, True, False), ("2.9.1+cu128", CUDA, False, True),
-            ("2.9.1+cu128", CPU, True, True), ("2.10.0+cu128", CUDA, True, True)):
-        monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion(version))
+        ("2.9.1+cu128", CUDA, True, False),
+        ("2.9.1+cu128", CUDA, False, True),
+        ("2.9.1+cu128", CPU, True, True),
+        ("2.10.0+cu128", CUDA, True, True),
+    ):
+        monkeypatch.setattr(
+            torch, "__version__", torch.torch_version.TorchVersion(version)
+        )
         assert runtime.can_compile(device, deterministic) == can
         assert ("2.10" in capsys.readouterr().err) == (not can)
 
@@ -157,7 +207,9 @@ def test_float16_that_overflows_at_every_scale_ends_the_run(tiny_run):
             losses = compute_gradient(run)
             run.state.model.transformer.wte.weight.grad[0, 0] = math.inf
             update(run, losses)
-    assert all(torch.equal(p, before[name]) for name, p in run.state.model.state_dict().items())
+    assert all(
+        torch.equal(p, before[name]) for name, p in run.state.model.state_dict().items()
+    )
 
 
 def test_float16_that_overflows_now_and_then_goes_on(tiny_run):
@@ -184,11 +236,15 @@ def test_mps_makes_no_update_that_is_not_finite(tiny_run):
     with pytest.raises(NotFinite):
         update(run, losses)
     assert run.updates == 0
-    assert all(torch.equal(p, before[name]) for name, p in run.state.model.state_dict().items())
+    assert all(
+        torch.equal(p, before[name]) for name, p in run.state.model.state_dict().items()
+    )
     run.is_finite = True
     run.state.optimizer.zero_grad()
     update(run, gradient_on_cpu(run))
-    assert any((p != before[name]).any() for name, p in run.state.model.state_dict().items())
+    assert any(
+        (p != before[name]).any() for name, p in run.state.model.state_dict().items()
+    )
 
 
 def gradient_on_cpu(run):
@@ -204,6 +260,7 @@ def gradient_on_cpu(run):
 
 class Recorder(torch.Tensor):
     """A tensor that says whether it is on CUDA, and remembers how it was copied."""
+
     copies, cuda = [], False
     is_cuda = property(lambda self: type(self).cuda)
 
@@ -241,18 +298,28 @@ class Streams:
 
     def __init__(self, monkeypatch):
         self.log, self.now = [], "current"
-        for name, value in {"Stream": lambda device: self.stream("saver"),
-                            "current_stream": lambda: self.stream("current"),
-                            "stream": self.enter, "cudart": self.cudart}.items():
+        for name, value in {
+            "Stream": lambda device: self.stream("saver"),
+            "current_stream": lambda: self.stream("current"),
+            "stream": self.enter,
+            "cudart": self.cudart,
+        }.items():
             monkeypatch.setattr(torch.cuda, name, value)
         real = torch.Tensor.copy_
-        monkeypatch.setattr(torch.Tensor, "copy_", lambda *a, **how: (
-            self.log.append(f"copy on {self.now}"), real(*a, **how))[1])
+        monkeypatch.setattr(
+            torch.Tensor,
+            "copy_",
+            lambda *a, **how: (self.log.append(f"copy on {self.now}"), real(*a, **how))[
+                1
+            ],
+        )
 
     def stream(self, name):
         return SimpleNamespace(
-            name=name, synchronize=lambda: self.log.append(f"host waits for {name}"),
-            wait_stream=lambda other: self.log.append(f"{name} waits for {other.name}"))
+            name=name,
+            synchronize=lambda: self.log.append(f"host waits for {name}"),
+            wait_stream=lambda other: self.log.append(f"{name} waits for {other.name}"),
+        )
 
     def enter(self, stream):
         streams = self
@@ -268,8 +335,11 @@ class Streams:
 
     def cudart(self):
         self.log.append(f"cudart on {self.now}")
-        return SimpleNamespace(cudaHostRegister=lambda at, size, flags: self.log.append(
-            f"pinned {size}") or 0)
+        return SimpleNamespace(
+            cudaHostRegister=lambda at, size, flags: (
+                self.log.append(f"pinned {size}") or 0
+            )
+        )
 
 
 class WatchedDisk(Disk):
@@ -281,8 +351,9 @@ class WatchedDisk(Disk):
         return super().create(path)
 
 
-def test_a_snapshot_is_ordered_between_two_updates_and_before_its_write(tiny_run, tmp_path,
-                                                                        monkeypatch):
+def test_a_snapshot_is_ordered_between_two_updates_and_before_its_write(
+    tiny_run, tmp_path, monkeypatch
+):
     run = tiny_run()
     update(run, compute_gradient(run))
     cuda = Streams(monkeypatch)
@@ -294,10 +365,14 @@ def test_a_snapshot_is_ordered_between_two_updates_and_before_its_write(tiny_run
     log = [entry for i, entry in enumerate(cuda.log) if entry != cuda.log[i - 1]]
     assert log[0] == "saver waits for current"  # the update before
     assert log[1] == "copy on saver" and "copy on current" not in log
-    assert log.index("copy on saver") < log.index("current waits for saver")  # the update after
+    assert log.index("copy on saver") < log.index(
+        "current waits for saver"
+    )  # the update after
     assert log.index("host waits for saver") < log.index("written")
     saved = read_bundle(tmp_path / "ckpt.pt")
-    assert all(torch.equal(saved["model"][name], p) for name, p in bundle["model"].items())
+    assert all(
+        torch.equal(saved["model"][name], p) for name, p in bundle["model"].items()
+    )
 
 
 def test_a_checkpoint_stores_no_more_than_its_tensors(tiny_run, tmp_path):
@@ -307,7 +382,9 @@ def test_a_checkpoint_stores_no_more_than_its_tensors(tiny_run, tmp_path):
     saver.save(make_bundle(run, 9.0), best=False)
     assert saver.wait()
     saved = read_bundle(tmp_path / "ckpt.pt")
-    assert all(t.untyped_storage().nbytes() == t.nbytes for t in saved["model"].values())
+    assert all(
+        t.untyped_storage().nbytes() == t.nbytes for t in saved["model"].values()
+    )
 
 
 # fake CUDA tensors
@@ -325,7 +402,11 @@ class SliceByOperators(TorchFunctionMode):
             args = (args[0].clone(memory_format=torch.contiguous_format), *args[1:])
         if function not in (torch.Tensor.__getitem__, torch.Tensor.__setitem__):
             return function(*args, **(kwargs or {}))
-        part, index, dim = args[0], args[1] if isinstance(args[1], tuple) else (args[1],), 0
+        part, index, dim = (
+            args[0],
+            args[1] if isinstance(args[1], tuple) else (args[1],),
+            0,
+        )
         for i in index:
             if isinstance(i, int):
                 part = torch.ops.aten.select(part, dim, i)
@@ -334,7 +415,9 @@ class SliceByOperators(TorchFunctionMode):
         if function is torch.Tensor.__getitem__:
             return part
         if isinstance(args[2], torch.Tensor):
-            assert args[2].device == part.device and args[2].expand(part.shape) is not None
+            assert (
+                args[2].device == part.device and args[2].expand(part.shape) is not None
+            )
         return None
 
 
@@ -350,7 +433,9 @@ def fake():
         for module in model.modules():
             for name, p in module._parameters.items():
                 module._parameters[name] = torch.nn.Parameter(
-                    torch.empty(p.shape, dtype=torch.bfloat16, device=CUDA), requires_grad=False)
+                    torch.empty(p.shape, dtype=torch.bfloat16, device=CUDA),
+                    requires_grad=False,
+                )
         yield model
 
 
@@ -358,11 +443,18 @@ def test_a_loss_and_its_gradients_on_cuda_mix_no_devices(fake):
     idx = torch.zeros(3, 32, dtype=torch.long, device=CUDA)
     assert fake.output_weight().shape == (64, 64)  # padded
     loss, saved = fake(idx, idx), []
-    assert loss.device.type == "cuda" and loss.dtype == torch.float32 and loss.shape == ()
-    context = SimpleNamespace(needs_input_grad=[True], save_for_backward=lambda *t: saved.extend(t))
+    assert (
+        loss.device.type == "cuda" and loss.dtype == torch.float32 and loss.shape == ()
+    )
+    context = SimpleNamespace(
+        needs_input_grad=[True], save_for_backward=lambda *t: saved.extend(t)
+    )
     x = torch.empty(96, 64, dtype=torch.bfloat16, device=CUDA)
     LinearCrossEntropy.forward(context, x, fake.output_weight(), idx.flatten(), 61)
-    assert [(t.device.type, t.shape) for t in saved] == [("cuda", (96, 64)), ("cuda", (64, 64))]
+    assert [(t.device.type, t.shape) for t in saved] == [
+        ("cuda", (96, 64)),
+        ("cuda", (64, 64)),
+    ]
 
 
 def test_generation_on_cuda_mixes_no_devices(fake):
@@ -373,17 +465,27 @@ def test_generation_on_cuda_mixes_no_devices(fake):
     logits = fake(idx, cache=cache)
     plain = fake(idx[:, :1], cache=cache)
     for x in (logits, plain):
-        assert x.shape == (3, 1, 61) and x.device.type == "cuda" and x.dtype == torch.bfloat16
+        assert (
+            x.shape == (3, 1, 61)
+            and x.device.type == "cuda"
+            and x.dtype == torch.bfloat16
+        )
 
 
 def test_a_snapshot_of_cuda_tensors_is_on_the_host(fake, tmp_path, monkeypatch):
     Streams(monkeypatch)
     saver, live = Saver(tmp_path, 2, None, lambda: None, CUDA), fake.state_dict()
-    saver.copies = {f"/{name}": torch.empty_like(p, device="cpu") for name, p in live.items()}
+    saver.copies = {
+        f"/{name}": torch.empty_like(p, device="cpu") for name, p in live.items()
+    }
     bundle = map_tensors(saver._copy, live)
     assert bundle.keys() == live.keys()
     for name, p in bundle.items():
-        assert p.device == CPU and p.shape == live[name].shape and p.dtype == live[name].dtype
+        assert (
+            p.device == CPU
+            and p.shape == live[name].shape
+            and p.dtype == live[name].dtype
+        )
 
 
 # sampling and peaks
@@ -403,14 +505,22 @@ def test_generation_leaves_the_choice_of_attention_alone():
             assert torch.backends.cuda.cudnn_sdp_enabled() == enabled
 
 
-@pytest.mark.parametrize("processor, onednn, aten, limit, fast", [
-    (True, True, "AVX512", "", True), (True, True, "AVX512", "AVX512_CORE_AMX", True),
-    (False, True, "AVX512", "", False), (True, False, "AVX512", "AVX2", False),
-    (True, True, "AVX2", "", False), (True, True, "DEFAULT", "", False),
-    (True, True, "AVX512", "avx512_core", False),
-    (True, True, "AVX512", "AVX512_CORE_VNNI", False)])
-def test_auto_takes_bfloat16_only_where_pytorch_uses_it(monkeypatch, processor, onednn, aten,
-                                                        limit, fast):
+@pytest.mark.parametrize(
+    "processor, onednn, aten, limit, fast",
+    [
+        (True, True, "AVX512", "", True),
+        (True, True, "AVX512", "AVX512_CORE_AMX", True),
+        (False, True, "AVX512", "", False),
+        (True, False, "AVX512", "AVX2", False),
+        (True, True, "AVX2", "", False),
+        (True, True, "DEFAULT", "", False),
+        (True, True, "AVX512", "avx512_core", False),
+        (True, True, "AVX512", "AVX512_CORE_VNNI", False),
+    ],
+)
+def test_auto_takes_bfloat16_only_where_pytorch_uses_it(
+    monkeypatch, processor, onednn, aten, limit, fast
+):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: processor)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: processor)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
@@ -421,14 +531,31 @@ def test_auto_takes_bfloat16_only_where_pytorch_uses_it(monkeypatch, processor, 
     assert runtime.pick_dtype("bfloat16", CPU) == torch.bfloat16  # as asked for
 
 
-@pytest.mark.parametrize("name, tflops", [
-    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835),
-    ("NVIDIA H200", 989), ("NVIDIA GH200 480GB", 989), ("NVIDIA H20", 148),
-    ("NVIDIA B200", 2250), ("NVIDIA GB200", 2500), ("NVIDIA A100-SXM4-80GB", 312),
-    ("NVIDIA A100 80GB PCIe", 312), ("NVIDIA A10G", 70), ("NVIDIA A10", 125), ("NVIDIA L4", 121),
-    ("NVIDIA L40", 181), ("NVIDIA L40S", 362), ("NVIDIA GeForce RTX 4090", 165),
-    ("NVIDIA GeForce RTX 3090", 71), ("Tesla V100-SXM2-16GB", 125), ("Tesla T4", 65),
-    ("NVIDIA GeForce GTX 1080", None)])
+@pytest.mark.parametrize(
+    "name, tflops",
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA H20", 148),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA GB200", 2500),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA A10", 125),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 3090", 71),
+        ("Tesla V100-SXM2-16GB", 125),
+        ("Tesla T4", 65),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
 def test_the_peak_of_a_card_is_that_of_its_own_data_sheet(name, tflops, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     assert runtime.peak_flops(CUDA) == (tflops and tflops * 1e12)

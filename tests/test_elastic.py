@@ -1,4 +1,5 @@
 """With elastic=True a run is bit-identical on 1, 2, 4, ... ranks, also if their number changes."""
+
 import os
 import shutil
 import subprocess
@@ -11,9 +12,17 @@ from conftest import TINY, command, complaint, rows, run
 
 from tools.runs import STATE, state_of
 
-FLAGS = {"dtype": "bfloat16", "dropout": 0.2, "gradient_accumulation_steps": 12, "batch_size": 2,
-         "block_size": 16, "max_iters": 20, "eval_interval": 10, "log_interval": 1,
-         "init_from": "auto"}
+FLAGS = {
+    "dtype": "bfloat16",
+    "dropout": 0.2,
+    "gradient_accumulation_steps": 12,
+    "batch_size": 2,
+    "block_size": 16,
+    "max_iters": 20,
+    "eval_interval": 10,
+    "log_interval": 1,
+    "init_from": "auto",
+}
 
 
 def outcome(out: Path) -> tuple[str, list[dict]]:
@@ -21,8 +30,11 @@ def outcome(out: Path) -> tuple[str, list[dict]]:
     the evaluations at the ends of shorter runs."""
     bundle = torch.load(out / "ckpt.pt", weights_only=True)
     state = state_of(bundle, {*STATE, "evaluation"} - {"rng"})
-    return state, [row for row in rows(out)
-                   if "loss" in row or row["step"] % FLAGS["eval_interval"] == 0]
+    return state, [
+        row
+        for row in rows(out)
+        if "loss" in row or row["step"] % FLAGS["eval_interval"] == 0
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +86,25 @@ def test_a_resumed_run_keeps_its_number_of_threads(train, tmp_path, alone):
 
 @pytest.mark.slow
 def test_all_ranks_use_rank_0s_number_of_threads(dataset, tmp_path, alone):
-    args = command("train.py", ranks=2, out_dir=tmp_path / "out", dataset=dataset, elastic=True,
-                   **TINY | FLAGS)
+    args = command(
+        "train.py",
+        ranks=2,
+        out_dir=tmp_path / "out",
+        dataset=dataset,
+        elastic=True,
+        **TINY | FLAGS,
+    )
     # torchrun starts this instead of python: each rank gets a different number of threads
     (tmp_path / "python").write_text(
-        f'#!/bin/sh\nOMP_NUM_THREADS=$((RANK + 1)) exec {sys.executable} "$@"\n')
+        f'#!/bin/sh\nOMP_NUM_THREADS=$((RANK + 1)) exec {sys.executable} "$@"\n'
+    )
     (tmp_path / "python").chmod(0o755)
-    subprocess.run(args, check=True, env=os.environ | {"PYTHON_EXEC": str(tmp_path / "python")},
-                   capture_output=True)
+    subprocess.run(
+        args,
+        check=True,
+        env=os.environ | {"PYTHON_EXEC": str(tmp_path / "python")},
+        capture_output=True,
+    )
     assert outcome(tmp_path / "out") == alone
 
 
@@ -103,9 +126,14 @@ def test_plain_ddp_rounds_differently_on_two_ranks(train, tmp_path):
 
 
 def test_settings_that_change_rounding_are_refused(train, tmp_path):
-    done = train(ranks=3, code=None, elastic=True, **FLAGS | {"gradient_accumulation_steps": 4})
+    done = train(
+        ranks=3, code=None, elastic=True, **FLAGS | {"gradient_accumulation_steps": 4}
+    )
     assert done.returncode and "1, 2, 4, 8" in done.stderr
     train(elastic=True, **FLAGS | {"max_iters": 2})
-    done = train(code=2, elastic=True,
-                 **FLAGS | {"batch_size": 4, "gradient_accumulation_steps": 6})
+    done = train(
+        code=2,
+        elastic=True,
+        **FLAGS | {"batch_size": 4, "gradient_accumulation_steps": 6},
+    )
     assert "batch_size" in complaint(done)

@@ -1,5 +1,6 @@
 """A process writes only in the folder that it locked; drives may lack an operation; errors of the
 disk name their path."""
+
 import errno
 import fcntl
 import json
@@ -42,12 +43,15 @@ def move_away(folder: Path) -> None:
 
 def failing(number: int):
     """Return a function that raises OSError with that number, as for a descriptor."""
+
     def fail(*_args, **_kwargs):
         raise OSError(number, os.strerror(number))
+
     return fail
 
 
 # a folder that is not the locked one
+
 
 def replace_lock(out: Path) -> None:
     (out / ".lock").unlink()
@@ -65,8 +69,13 @@ def link_to_another(out: Path) -> None:
 
 def start_run(dataset: Path, out: Path, init_from: str = "scratch"):
     """Start a run without an end, and wait for its first checkpoint."""
-    process = start("train.py", dataset=dataset, out_dir=out, init_from=init_from,
-                    **TINY | {"max_iters": 10**6, "eval_interval": 3, "log_interval": 1})
+    process = start(
+        "train.py",
+        dataset=dataset,
+        out_dir=out,
+        init_from=init_from,
+        **TINY | {"max_iters": 10**6, "eval_interval": 3, "log_interval": 1},
+    )
     while not (out / "ckpt.pt").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
@@ -76,7 +85,10 @@ def start_run(dataset: Path, out: Path, init_from: str = "scratch"):
 @pytest.mark.slow
 @pytest.mark.parametrize("change", [replace_lock, move, link_to_another])
 def test_two_runs_never_mix_after_a_change_of_the_folder(change, dataset, tmp_path):
-    out, flags = tmp_path / "out", TINY | {"dataset": dataset, "max_iters": 2, "eval_interval": 1}
+    out, flags = (
+        tmp_path / "out",
+        TINY | {"dataset": dataset, "max_iters": 2, "eval_interval": 1},
+    )
     first = start_run(dataset, out)
     change(out)
     flags["init_from"] = "auto" if (out / "ckpt.pt").exists() else "scratch"
@@ -95,15 +107,22 @@ def test_a_moved_run_ends_and_its_folder_resumes(dataset, tmp_path):
     move(out)
     assert process.wait(timeout=60) == 2 and not out.exists()
     step = torch.load(tmp_path / "old/ckpt.pt", weights_only=True)["step"]
-    done = run("train.py", out_dir=tmp_path / "old", init_from="resume", max_iters=step + 1)
+    done = run(
+        "train.py", out_dir=tmp_path / "old", init_from="resume", max_iters=step + 1
+    )
     assert f"at step {step}" in done.stdout
 
 
 @pytest.mark.slow
 def test_all_ranks_end_when_the_folder_is_moved(dataset, tmp_path):
     out = tmp_path / "out"
-    process = start("train.py", ranks=2, dataset=dataset, out_dir=out,
-                    **TINY | {"max_iters": 10**6, "eval_interval": 3, "log_interval": 1})
+    process = start(
+        "train.py",
+        ranks=2,
+        dataset=dataset,
+        out_dir=out,
+        **TINY | {"max_iters": 10**6, "eval_interval": 3, "log_interval": 1},
+    )
     while not (out / "ckpt.pt").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
@@ -158,7 +177,11 @@ def test_a_lock_file_replaced_while_waiting_is_not_used(tmp_path, monkeypatch):
 def test_prepare_writes_nothing_into_another_folder(n, play, tmp_path, monkeypatch):
     """The folder is moved during the n-th fsync of a preparation; the first one is of its parent,
     before it is locked."""
-    config, fsync, calls = prepare.PrepareConfig("x", data_dir=str(tmp_path)), os.fsync, []
+    config, fsync, calls = (
+        prepare.PrepareConfig("x", data_dir=str(tmp_path)),
+        os.fsync,
+        [],
+    )
 
     def move_at_n(file):
         calls.append(file)
@@ -178,11 +201,19 @@ def replace(path: Path) -> None:
     copy.replace(path)
 
 
-@pytest.mark.parametrize("change, left", [
-    (replace, [1, 2, 3, 4]), (Path.unlink, [2, 3, 4]),
-    (lambda path: path.write_bytes(b""), [2, 3, 4]),
-    (lambda path: path.write_bytes(b'{"step": 1}'), [1, 2, 3, 4]),
-    (lambda path: replace(path) or os.truncate(path, path.stat().st_size - 1), [1, 2, 3, 4])])
+@pytest.mark.parametrize(
+    "change, left",
+    [
+        (replace, [1, 2, 3, 4]),
+        (Path.unlink, [2, 3, 4]),
+        (lambda path: path.write_bytes(b""), [2, 3, 4]),
+        (lambda path: path.write_bytes(b'{"step": 1}'), [1, 2, 3, 4]),
+        (
+            lambda path: replace(path) or os.truncate(path, path.stat().st_size - 1),
+            [1, 2, 3, 4],
+        ),
+    ],
+)
 def test_rows_go_to_the_metrics_file_that_is_there(change, left, tmp_path, capsys):
     metrics = Metrics(tmp_path, 0, False)
     metrics.log({"step": 1})
@@ -199,8 +230,16 @@ def test_rows_go_to_the_metrics_file_that_is_there(change, left, tmp_path, capsy
 
 # network drives
 
-UNSUPPORTED = [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EOPNOTSUPP, errno.EACCES,
-               errno.EPERM, errno.ENOTTY, errno.EBADF]
+UNSUPPORTED = [
+    errno.EINVAL,
+    errno.ENOTSUP,
+    errno.ENOSYS,
+    errno.EOPNOTSUPP,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTTY,
+    errno.EBADF,
+]
 
 
 @pytest.fixture(autouse=True)
@@ -209,7 +248,9 @@ def forget_notes():
 
 
 @pytest.mark.parametrize("number", UNSUPPORTED)
-def test_a_drive_without_fsync_of_folders_gets_one_note(number, tmp_path, monkeypatch, capsys):
+def test_a_drive_without_fsync_of_folders_gets_one_note(
+    number, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(os, "fsync", failing(number))
     for _ in range(2):
         sync_folder(tmp_path)
@@ -252,8 +293,13 @@ sys.exit(train.main(*parse(TrainConfig, "", sys.argv[1:])[:2]))"""
 def test_a_run_on_a_network_drive_saves_and_resumes(number, dataset, tmp_path):
     program, out = tmp_path / "drive.py", tmp_path / "out"
     program.write_text(NETWORK_DRIVE)
-    flags = TINY | {"dataset": dataset, "out_dir": out, "checkpoint_interval": 1,
-                    "keep_checkpoints": 2, "init_from": "auto"}
+    flags = TINY | {
+        "dataset": dataset,
+        "out_dir": out,
+        "checkpoint_interval": 1,
+        "keep_checkpoints": 2,
+        "init_from": "auto",
+    }
     for steps in (4, 6):
         done = run(program, last=str(number), **flags | {"max_iters": steps})
         notes = done.stderr.splitlines()
@@ -266,11 +312,14 @@ def test_a_run_on_a_network_drive_saves_and_resumes(number, dataset, tmp_path):
 def test_a_failing_network_drive_is_an_error_to_retry(dataset, tmp_path):
     program = tmp_path / "drive.py"
     program.write_text(NETWORK_DRIVE)
-    done = run(program, last=str(errno.EIO), code=1, dataset=dataset, out_dir=tmp_path / "out")
+    done = run(
+        program, last=str(errno.EIO), code=1, dataset=dataset, out_dir=tmp_path / "out"
+    )
     assert len(done.stderr.splitlines()) == 1 and str(tmp_path) in done.stderr
 
 
 # errors of the operating system
+
 
 def make_file(path: Path) -> None:
     path.touch()
@@ -288,22 +337,29 @@ def make_link_to_itself(path: Path) -> None:
 def test_a_folder_that_is_none_exits_2(make, dataset, play, tmp_path):
     path = tmp_path / "x"
     make(path)
-    for script, args in (("train.py", {"out_dir": path, "dataset": dataset}),
-                         ("train.py", {"out_dir": path / "below", "dataset": dataset}),
-                         ("sample.py", {"out_dir": path}),
-                         ("prepare.py", {"name": "x", "data_dir": tmp_path, "tokenizer": "char"})):
+    for script, args in (
+        ("train.py", {"out_dir": path, "dataset": dataset}),
+        ("train.py", {"out_dir": path / "below", "dataset": dataset}),
+        ("sample.py", {"out_dir": path}),
+        ("prepare.py", {"name": "x", "data_dir": tmp_path, "tokenizer": "char"}),
+    ):
         args = ([play], args) if script == "prepare.py" else ([], args)
         assert str(path) in complaint(run(script, *args[0], code=2, **args[1]))
     assert not (tmp_path / "nothing").exists()
 
 
-@pytest.mark.parametrize("call", ["os.fsync", "pathlib.Path.write_bytes", "fcntl.flock",
-                                  "os.pwrite"])
+@pytest.mark.parametrize(
+    "call", ["os.fsync", "pathlib.Path.write_bytes", "fcntl.flock", "os.pwrite"]
+)
 def test_an_error_of_the_disk_names_its_path(call, tmp_path, monkeypatch):
     metrics, named = Metrics(tmp_path, 0, False), 0
     monkeypatch.setattr(call, failing(errno.EIO))
-    for work in (lambda: write_atomically(tmp_path / "x", b"x"), lambda: sync_folder(tmp_path),
-                 FolderLock(tmp_path).acquire, metrics.sync):
+    for work in (
+        lambda: write_atomically(tmp_path / "x", b"x"),
+        lambda: sync_folder(tmp_path),
+        FolderLock(tmp_path).acquire,
+        metrics.sync,
+    ):
         metrics.rows = b"row"
         try:
             work(0) if work.__name__ == "acquire" else work()
@@ -323,24 +379,65 @@ def test_a_read_error_of_the_tokens_names_the_file(dataset, monkeypatch):
 def test_a_read_error_of_the_text_names_the_file(play):
     with open(play) as file:
         os.close(file.fileno())
-        os.open("/proc/self/mem", os.O_RDONLY)  # the same descriptor; reading it gives EIO
+        os.open(
+            "/proc/self/mem", os.O_RDONLY
+        )  # the same descriptor; reading it gives EIO
         with pytest.raises(OSError, match=play.name):
             read_block(file, 9)
 
 
 def test_a_full_stdout_is_named(dataset, play):
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command("prepare.py", play, name="hamlet", tokenizer="char",
-                                      data_dir=play.parent), stdout=full, stderr=subprocess.PIPE,
-                              text=True)
-    assert done.returncode == 1 and "stdout" in done.stderr and len(done.stderr.splitlines()) == 1
+        done = subprocess.run(
+            command(
+                "prepare.py",
+                play,
+                name="hamlet",
+                tokenizer="char",
+                data_dir=play.parent,
+            ),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert (
+        done.returncode == 1
+        and "stdout" in done.stderr
+        and len(done.stderr.splitlines()) == 1
+    )
 
 
-@pytest.mark.parametrize("code, numbers", [
-    (EXIT_FAILED, (errno.ENOSPC, errno.EIO, errno.ESTALE, errno.EDQUOT, errno.ETIMEDOUT,
-                   errno.EMFILE, errno.ENOLCK, errno.EBUSY)),
-    (EXIT_MISTAKE, (errno.ENOENT, errno.EEXIST, errno.EACCES, errno.EROFS, errno.ELOOP,
-                    errno.ENOTDIR, errno.EFBIG, errno.EOPNOTSUPP))])
+@pytest.mark.parametrize(
+    "code, numbers",
+    [
+        (
+            EXIT_FAILED,
+            (
+                errno.ENOSPC,
+                errno.EIO,
+                errno.ESTALE,
+                errno.EDQUOT,
+                errno.ETIMEDOUT,
+                errno.EMFILE,
+                errno.ENOLCK,
+                errno.EBUSY,
+            ),
+        ),
+        (
+            EXIT_MISTAKE,
+            (
+                errno.ENOENT,
+                errno.EEXIST,
+                errno.EACCES,
+                errno.EROFS,
+                errno.ELOOP,
+                errno.ENOTDIR,
+                errno.EFBIG,
+                errno.EOPNOTSUPP,
+            ),
+        ),
+    ],
+)
 def test_an_errno_decides_whether_to_try_again(code, numbers):
     def fail_with_a_hint():
         try:
@@ -373,8 +470,19 @@ export.run_tool(export.ExportConfig, "", export.main)"""
 def weights(tmp_path: Path) -> Path:
     """Return a file of random weights."""
     args, path = ModelArgs(1, 1, 32, 32, 60, True, 0.0), tmp_path / "weights.pt"
-    torch.save({"model": GPT(args).state_dict(), "model_args": vars(args), "data": {
-        "tokenizer": {"kind": "char", "chars": "".join(map(chr, range(40, 100)))}}}, path)
+    torch.save(
+        {
+            "model": GPT(args).state_dict(),
+            "model_args": vars(args),
+            "data": {
+                "tokenizer": {
+                    "kind": "char",
+                    "chars": "".join(map(chr, range(40, 100))),
+                }
+            },
+        },
+        path,
+    )
     return path
 
 
@@ -388,7 +496,9 @@ def test_a_killed_export_leaves_nothing_for_ever(number, code, weights, tmp_path
     assert "to" not in left and (number == signal.SIGKILL or not left)
     run("tools.export", **flags)
     assert {path.name for path in tmp_path.iterdir()} - before == {"to"}
-    assert not [path for path in (tmp_path / "to").iterdir() if path.name.startswith(".")]
+    assert not [
+        path for path in (tmp_path / "to").iterdir() if path.name.startswith(".")
+    ]
 
 
 def test_two_exports_to_one_target_do_not_mix(weights, tmp_path):

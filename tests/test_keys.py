@@ -1,4 +1,5 @@
 """docs/KEYS.md is what tools.keys writes from the settings."""
+
 from dataclasses import fields
 
 from conftest import REPO, complaint, run
@@ -11,7 +12,9 @@ PAGE = REPO / "docs" / "KEYS.md"
 
 def test_keys_md_is_what_tools_keys_writes(tmp_path):
     run("tools.keys", to=tmp_path / "KEYS.md")
-    assert (tmp_path / "KEYS.md").read_text(encoding="utf-8") == PAGE.read_text(encoding="utf-8")
+    assert (tmp_path / "KEYS.md").read_text(encoding="utf-8") == PAGE.read_text(
+        encoding="utf-8"
+    )
 
 
 def test_keys_md_lists_every_key_once_with_its_default():

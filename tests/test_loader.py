@@ -1,4 +1,5 @@
 """keepgpt/loader.py: batches depend on (seed, step) alone; an epoch reads every window once."""
+
 import json
 import os
 import pickle
@@ -21,7 +22,10 @@ def data(tmp_path, monkeypatch):
     (tmp_path / "x").mkdir()
 
     def write(count, dtype="uint16", first=0):
-        np.arange(first, first + count).astype(dtype).tofile(tmp_path / "x" / "train.bin")
+        np.arange(first, first + count).astype(dtype).tofile(
+            tmp_path / "x" / "train.bin"
+        )
+
     return write
 
 
@@ -43,11 +47,37 @@ def starts(a_split, epoch=0):
 
 
 def permutation(n, key):
-    return permute(np.arange(n, dtype=np.uint64), n, np.full(n, key, np.uint64)).tolist()
+    return permute(
+        np.arange(n, dtype=np.uint64), n, np.full(n, key, np.uint64)
+    ).tolist()
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 63, 64, 65, 100, 1000,
-                               1023, 1024, 1025, 4097, 30_011])
+@pytest.mark.parametrize(
+    "n",
+    [
+        1,
+        2,
+        3,
+        4,
+        5,
+        7,
+        8,
+        9,
+        15,
+        16,
+        17,
+        63,
+        64,
+        65,
+        100,
+        1000,
+        1023,
+        1024,
+        1025,
+        4097,
+        30_011,
+    ],
+)
 def test_permute_is_a_permutation_that_depends_on_the_key(n):
     orders = [permutation(n, key) for key in range(20)]
     assert all(sorted(order) == list(range(n)) for order in orders)
@@ -56,17 +86,23 @@ def test_permute_is_a_permutation_that_depends_on_the_key(n):
 
 @pytest.mark.parametrize("n", [2**31, 2**40 + 7, 2**62 - 1])
 def test_permute_permutes_huge_ranges(n):
-    index = np.concatenate([np.arange(20_000), n - 1 - np.arange(20_000)]).astype(np.uint64)
+    index = np.concatenate([np.arange(20_000), n - 1 - np.arange(20_000)]).astype(
+        np.uint64
+    )
     to = permute(index, n, np.zeros(40_000, np.uint64))
     assert (to < n).all() and len(np.unique(to)) == 40_000
-    assert abs(to.astype(float).mean() / n - 0.5) < 0.01  # spread evenly: sigma is 0.0014
+    assert (
+        abs(to.astype(float).mean() / n - 0.5) < 0.01
+    )  # spread evenly: sigma is 0.0014
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 6, 16])
 def test_permute_is_uniform(n):
     keys = mix(np.arange(8000, dtype=np.uint64))
     for i in range(n):
-        to = np.bincount(permute(np.full(8000, i, np.uint64), n, keys).astype(int), minlength=n)
+        to = np.bincount(
+            permute(np.full(8000, i, np.uint64), n, keys).astype(int), minlength=n
+        )
         assert (abs(to - 8000 / n) < 0.15 * 8000 / n + 60).all(), to
 
 
@@ -98,14 +134,18 @@ def test_a_split_that_is_no_longer_used_closes_its_files(data):
         os.fstat(file)
 
 
-@pytest.mark.parametrize("count, block_size", [(9, 8), (16, 8), (17, 8), (24, 8), (100, 8),
-                                               (1000, 7), (4097, 64), (50, 1)])
+@pytest.mark.parametrize(
+    "count, block_size",
+    [(9, 8), (16, 8), (17, 8), (24, 8), (100, 8), (1000, 7), (4097, 64), (50, 1)],
+)
 def test_every_epoch_visits_every_window_once(data, count, block_size):
     data(count)
     a_split = split(block_size)
     for epoch in range(5):
         places = sorted(starts(a_split, epoch))
-        assert np.diff(places).tolist() == [block_size] * (a_split.windows - 1)  # side by side
+        assert np.diff(places).tolist() == [block_size] * (
+            a_split.windows - 1
+        )  # side by side
         assert places[0] >= 0 and places[-1] + block_size < count
 
 
@@ -191,16 +231,43 @@ def test_a_missing_dataset_is_refused_with_the_command(data, tmp_path):
         split(8, files={"train.bin": 9})
 
 
-META = {"name": "x", "tokenizer": {"kind": "char", "chars": "ab"}, "vocab_size": 2,
-        "dtype": "uint16", "tokens": {"train": 2, "val": 2}, "fingerprint": "0"}
+META = {
+    "name": "x",
+    "tokenizer": {"kind": "char", "chars": "ab"},
+    "vocab_size": 2,
+    "dtype": "uint16",
+    "tokens": {"train": 2, "val": 2},
+    "fingerprint": "0",
+}
 
 
-@pytest.mark.parametrize("text", [
-    "", '{"dtype": ', "[]", "{}", '"text"', *(json.dumps(META | change) for change in (
-        {"dtype": "float32"}, {"vocab_size": "2"}, {"tokens": {"train": 2}},
-        {"tokens": [1, 2]}, {"tokenizer": None}, {"files": {"train": {}}}, {"files": []},
-        {"files": {"train": {"train.bin": 2}, "val": ["val.bin"]}},
-        {"files": {"train": {"train.bin": 2}, "val": {"val.bin": 2}}, "tokens": {}}))])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        '{"dtype": ',
+        "[]",
+        "{}",
+        '"text"',
+        *(
+            json.dumps(META | change)
+            for change in (
+                {"dtype": "float32"},
+                {"vocab_size": "2"},
+                {"tokens": {"train": 2}},
+                {"tokens": [1, 2]},
+                {"tokenizer": None},
+                {"files": {"train": {}}},
+                {"files": []},
+                {"files": {"train": {"train.bin": 2}, "val": ["val.bin"]}},
+                {
+                    "files": {"train": {"train.bin": 2}, "val": {"val.bin": 2}},
+                    "tokens": {},
+                },
+            )
+        ),
+    ],
+)
 def test_a_corrupt_meta_json_is_refused(data, text):
     Path("x/meta.json").write_text(text)
     with pytest.raises(BadData, match="x/meta.json"):
@@ -231,7 +298,12 @@ def split_with_crc32(*names):
     """Return the split of these files of x, with the CRC32s that they have now."""
     sizes = {name: Path("x", name).stat().st_size // 2 for name in names}
     crc32 = {name: compute_crc32(Path("x", name)) for name in names}
-    meta = {"dtype": "uint16", "vocab_size": 2**16, "files": {"train": sizes}, "crc32": crc32}
+    meta = {
+        "dtype": "uint16",
+        "vocab_size": 2**16,
+        "files": {"train": sizes},
+        "crc32": crc32,
+    }
     return Split(Path("x"), "train", meta, 8, 1, shift=False)
 
 
@@ -242,8 +314,17 @@ def change(path, where, content):
         f.write(content)
 
 
-@pytest.mark.parametrize("block, where", [(0, 0), (0, BLOCK - 1), (1, BLOCK), (2, 2 * BLOCK + 77),
-                                          (3, 3 * BLOCK), (3, 400_001)])
+@pytest.mark.parametrize(
+    "block, where",
+    [
+        (0, 0),
+        (0, BLOCK - 1),
+        (1, BLOCK),
+        (2, 2 * BLOCK + 77),
+        (3, 3 * BLOCK),
+        (3, 400_001),
+    ],
+)
 def test_a_changed_byte_is_never_returned(data, block, where):
     data(200_001)  # 400,002 bytes: three blocks and a part
     whole, a_split = split(8), split_with_crc32("train.bin")
@@ -272,7 +353,9 @@ def test_swapped_files_are_refused(data):
         data(100_000, first=first)
         os.rename("x/train.bin", f"x/{name}")
     a_split = split_with_crc32("train-00000.bin", "train-00001.bin")
-    contents = [Path("x", name).read_bytes() for name in ("train-00001.bin", "train-00000.bin")]
+    contents = [
+        Path("x", name).read_bytes() for name in ("train-00001.bin", "train-00000.bin")
+    ]
     for k, content in enumerate(contents):
         Path(f"x/train-0000{k}.bin").write_bytes(content)
         with pytest.raises(BadData, match=f"train-0000{k}.bin: block 0"):
@@ -285,12 +368,14 @@ def test_swapped_files_are_refused(data):
 @pytest.fixture
 def nanogpt(data):
     """Return a function that writes ids below `top` as both splits of x, and `meta` as meta.pkl."""
+
     def write(top, meta=None, protocol=4):
         for name in ("train", "val"):
             (np.arange(5000) * 7 % top).astype("uint16").tofile(f"x/{name}.bin")
         if meta is not None:
             Path("x/meta.pkl").write_bytes(pickle.dumps(meta, protocol))
         return read_meta(Path("x"))
+
     return write
 
 
@@ -298,9 +383,15 @@ def nanogpt(data):
 def test_meta_pkl_gives_the_characters(nanogpt, protocol):
     chars = "\n abcé"
     itos = dict(enumerate(chars))
-    meta = nanogpt(6, {"vocab_size": 6, "itos": itos, "stoi": {c: i for i, c in itos.items()}},
-                   protocol)
-    assert meta["tokenizer"] == {"kind": "char", "chars": chars} and meta["vocab_size"] == 6
+    meta = nanogpt(
+        6,
+        {"vocab_size": 6, "itos": itos, "stoi": {c: i for i, c in itos.items()}},
+        protocol,
+    )
+    assert (
+        meta["tokenizer"] == {"kind": "char", "chars": chars}
+        and meta["vocab_size"] == 6
+    )
     assert meta["tokens"] == {"train": 5000, "val": 5000}
 
 
@@ -309,9 +400,20 @@ class Evil:
         return Path("ran").touch, ()
 
 
-@pytest.mark.parametrize("meta", [
-    {"itos": {0: "a"}, "stoi": Evil()}, Evil(), {"itos": {0: "a", 2: "b"}}, {"itos": ["a", "a"]},
-    {"itos": {0: "ab"}}, {"itos": {0: 1}}, {"itos": np.array(["a"])}, {"vocab_size": 5}, [1]])
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"itos": {0: "a"}, "stoi": Evil()},
+        Evil(),
+        {"itos": {0: "a", 2: "b"}},
+        {"itos": ["a", "a"]},
+        {"itos": {0: "ab"}},
+        {"itos": {0: 1}},
+        {"itos": np.array(["a"])},
+        {"vocab_size": 5},
+        [1],
+    ],
+)
 def test_a_malformed_meta_pkl_is_refused(nanogpt, meta):
     with pytest.raises(BadData, match="x/meta.pkl is not nanoGPT's vocabulary"):
         nanogpt(6, meta)
@@ -373,11 +475,13 @@ def in_parts(folder, *sizes, dtype="uint16"):
     assert sum(sizes) == len(tokens)
     files = {f"train-{k:05}.bin": size for k, size in enumerate(sizes)}
     for file, end in zip(files, np.cumsum(sizes)):
-        tokens[end - files[file]:end].tofile(folder / file)
+        tokens[end - files[file] : end].tofile(folder / file)
     return files
 
 
-@pytest.mark.parametrize("sizes", [(400, 300, 300), (0, 999, 0, 0, 1), (3,) * 333 + (1,), (1000,)])
+@pytest.mark.parametrize(
+    "sizes", [(400, 300, 300), (0, 999, 0, 0, 1), (3,) * 333 + (1,), (1000,)]
+)
 @pytest.mark.parametrize("shift", [True, False])
 def test_several_files_are_read_as_one(data, tmp_path, sizes, shift):
     data(1000)
@@ -386,15 +490,25 @@ def test_several_files_are_read_as_one(data, tmp_path, sizes, shift):
         whole = split(block_size, 1, shift)
         parts = split(block_size, 1, shift, files=files)
         assert (parts.windows, parts.offsets) == (whole.windows, whole.offsets)
-        for a, b in zip(whole.rows(0, 3 * whole.windows), parts.rows(0, 3 * whole.windows)):
+        for a, b in zip(
+            whole.rows(0, 3 * whole.windows), parts.rows(0, 3 * whole.windows)
+        ):
             assert torch.equal(a, b)
 
 
 def test_batches_do_not_depend_on_the_number_of_files(data, tmp_path):
     data(5000, "uint32", first=2**31)
     files = in_parts(tmp_path / "x", 1234, 2345, 1421, dtype="uint32")
-    loaders = [Loader(split(16, 7, dtype="uint32", files=files), 3, 4, range(4),
-                      torch.device("cpu")) for files in (None, files)]
+    loaders = [
+        Loader(
+            split(16, 7, dtype="uint32", files=files),
+            3,
+            4,
+            range(4),
+            torch.device("cpu"),
+        )
+        for files in (None, files)
+    ]
     for step in (0, 1, 2, 3, 40, 41, 1000, 10**7):
         assert batches(loaders[0], step) == batches(loaders[1], step)
 
@@ -404,7 +518,9 @@ def test_a_missing_or_truncated_file_is_named(data, tmp_path):
     files = in_parts(tmp_path / "x", 400, 0, 600)
     for size in (1198, 1202, 0):
         os.truncate(tmp_path / "x" / "train-00002.bin", size)
-        with pytest.raises(BadData, match=f"train-00002.bin: expected 600 .*got {size // 2}"):
+        with pytest.raises(
+            BadData, match=f"train-00002.bin: expected 600 .*got {size // 2}"
+        ):
             split(8, files=files)
     (tmp_path / "x" / "train-00002.bin").unlink()
     with pytest.raises(BadData, match="train-00002.bin: no such file"):
@@ -425,10 +541,14 @@ def test_a_file_truncated_while_it_is_open_is_refused(data):
         a_split.rows(0, a_split.windows)
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory from /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="reads the memory from /proc"
+)
 def test_memory_stays_flat_while_large_files_are_read(data, tmp_path):
     def resident():
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf(
+            "SC_PAGE_SIZE"
+        )
 
     size = 2**28  # bytes of each of eight files
     for k in range(8):
@@ -440,7 +560,9 @@ def test_memory_stays_flat_while_large_files_are_read(data, tmp_path):
     before = resident()
     for i in range(2000):
         a_split.rows(i * 32, 32)
-    assert resident() - before < 20 * 2**20  # the pages that were touched are some 250 MB
+    assert (
+        resident() - before < 20 * 2**20
+    )  # the pages that were touched are some 250 MB
 
 
 # a loader
@@ -453,7 +575,12 @@ def batches(a_loader, step):
 
 def first_tokens(a_loader, steps):
     """Return the first token of each row of these steps."""
-    return [row[0] for step in steps for x, _ in batches(a_loader, step).values() for row in x]
+    return [
+        row[0]
+        for step in steps
+        for x, _ in batches(a_loader, step).values()
+        for row in x
+    ]
 
 
 def share(rank=0, ranks=1, micro_batches=4, batch_size=3, seed=1):
@@ -504,11 +631,15 @@ def test_micro_batches_are_read_once_and_one_ahead(data, monkeypatch):
     data(1000)
     a_loader, firsts = share(rank=1, ranks=2), []
     rows = a_loader.split.rows
-    monkeypatch.setattr(a_loader.split, "rows", lambda *a: firsts.append(a[0]) or rows(*a))
+    monkeypatch.setattr(
+        a_loader.split, "rows", lambda *a: firsts.append(a[0]) or rows(*a)
+    )
     for step in range(3):
         batches(a_loader, step)
     a_loader.thread.shutdown()
-    assert firsts == [3 * (4 * step + m) for step in range(3) for m in (2, 3)] + [3 * (4 * 3 + 2)]
+    assert firsts == [3 * (4 * step + m) for step in range(3) for m in (2, 3)] + [
+        3 * (4 * 3 + 2)
+    ]
 
 
 def test_a_distant_step_needs_no_scan(data):
@@ -529,5 +660,10 @@ def test_gpu_batches_are_pinned_and_contiguous(data, monkeypatch):
     data(1000)
     loader = Loader(split(8), 4, 1, range(1), torch.device("cuda"))
     x, y = loader.read(0, 0)
-    assert torch.equal(x[:, 1:], y[:, :-1]) and [id(t) for t in pinned] == [id(x), id(y)]
-    assert x.is_contiguous() and y.is_contiguous()  # else the transfer makes a copy and waits
+    assert torch.equal(x[:, 1:], y[:, :-1]) and [id(t) for t in pinned] == [
+        id(x),
+        id(y),
+    ]
+    assert (
+        x.is_contiguous() and y.is_contiguous()
+    )  # else the transfer makes a copy and waits

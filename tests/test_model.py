@@ -1,5 +1,6 @@
 """What model.py promises: it is GPT-2 or Qwen3, its cache changes nothing, its optimizer forgets
 nothing."""
+
 import copy
 import json
 import math
@@ -7,7 +8,9 @@ import os
 import shutil
 from dataclasses import asdict, replace
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before Transformers is loaded: else it asks the hub, and waits
+os.environ["HF_HUB_OFFLINE"] = (
+    "1"  # before Transformers is loaded: else it asks the hub, and waits
+)
 
 import pytest
 import torch
@@ -30,7 +33,12 @@ from keepgpt.config import TrainConfig
 from keepgpt.device import pick_dtype
 from keepgpt.errors import UserError
 from keepgpt.huggingface import read_weights
-from keepgpt.kernels import LinearCrossEntropy, RMSNormFunction, has_fast_norm, pack_linear_layers
+from keepgpt.kernels import (
+    LinearCrossEntropy,
+    RMSNormFunction,
+    has_fast_norm,
+    pack_linear_layers,
+)
 from keepgpt.optim import make_optimizer
 from model import (
     GPT,
@@ -46,18 +54,42 @@ from model import (
 )
 
 torch.set_num_threads(1)  # models this small are slower on two
-ARGS = ModelArgs(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=61,
-                 bias=True, dropout=0.0)
+ARGS = ModelArgs(
+    n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=61, bias=True, dropout=0.0
+)
 # heads of their own width, shared keys and values, weights of its own for the output layer
-QWEN3 = ModelArgs(n_layer=2, n_head=4, n_embd=32, block_size=16, vocab_size=61, bias=False,
-                  dropout=0.0, architecture="qwen3", n_kv_head=2, head_dim=12, n_ff=48,
-                  rope_theta=100.0, tie_embeddings=False)
+QWEN3 = ModelArgs(
+    n_layer=2,
+    n_head=4,
+    n_embd=32,
+    block_size=16,
+    vocab_size=61,
+    bias=False,
+    dropout=0.0,
+    architecture="qwen3",
+    n_kv_head=2,
+    head_dim=12,
+    n_ff=48,
+    rope_theta=100.0,
+    tie_embeddings=False,
+)
 LLAMA = replace(QWEN3, architecture="llama")
-each = pytest.mark.parametrize("args", [ARGS, LLAMA, QWEN3, replace(
-    QWEN3, n_kv_head=0, head_dim=0, n_ff=0, tie_embeddings=True)],
-    ids=["gpt2", "llama", "qwen3", "qwen3-tied"])
+each = pytest.mark.parametrize(
+    "args",
+    [
+        ARGS,
+        LLAMA,
+        QWEN3,
+        replace(QWEN3, n_kv_head=0, head_dim=0, n_ff=0, tie_embeddings=True),
+    ],
+    ids=["gpt2", "llama", "qwen3", "qwen3-tied"],
+)
 both = pytest.mark.parametrize("args", [ARGS, QWEN3], ids=["gpt2", "qwen3"])
-CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # Transformers keeps these transposed
+CONV1D = (
+    "c_attn.weight",
+    "c_proj.weight",
+    "c_fc.weight",
+)  # Transformers keeps these transposed
 
 
 def wild(args=ARGS, std=0.3):
@@ -87,11 +119,24 @@ def agree(ours, theirs, tolerance):
 def theirs(tmp_path_factory):
     """A random GPT-2 of Transformers, in float32, and the folder that it was saved to."""
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(
-        n_layer=3, n_head=4, n_embd=64, n_positions=32, vocab_size=101, initializer_range=0.2,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, attn_implementation="eager"))
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            n_layer=3,
+            n_head=4,
+            n_embd=64,
+            n_positions=32,
+            vocab_size=101,
+            initializer_range=0.2,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            attn_implementation="eager",
+        )
+    )
     for p in model.parameters():
-        if p.dim() == 1:  # biases and norms start as exact 0 and 1, which would hide a fault
+        if (
+            p.dim() == 1
+        ):  # biases and norms start as exact 0 and 1, which would hide a fault
             p.data += 0.2 * torch.randn_like(p)
     folder = tmp_path_factory.mktemp("gpt2")
     model.eval().save_pretrained(folder)
@@ -124,19 +169,36 @@ def test_logits_loss_and_every_gradient_are_those_of_transformers(theirs):
     gradients = {name: p.grad for name, p in hf.named_parameters()}
     assert gradients.keys() == {name for name, _ in ours.named_parameters()}
     for name, p in ours.named_parameters():
-        agree(p.grad, gradients[name].t() if name.endswith(CONV1D) else gradients[name], 2e-5)
+        agree(
+            p.grad,
+            gradients[name].t() if name.endswith(CONV1D) else gradients[name],
+            2e-5,
+        )
 
 
 def make_qwen3(folder, kind=(Qwen3ForCausalLM, Qwen3Config), **settings):
     """A random Qwen3 of Transformers, or a Llama, saved to a folder."""
     torch.manual_seed(0)
     model_class, config_class = kind
-    model = model_class(config_class(**{
-        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24,
-        "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 32,
-        "vocab_size": 101, "initializer_range": 0.2, "tie_word_embeddings": False,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
-        "attn_implementation": "sdpa"} | settings))
+    model = model_class(
+        config_class(
+            **{
+                "num_hidden_layers": 3,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "head_dim": 24,
+                "hidden_size": 64,
+                "intermediate_size": 96,
+                "max_position_embeddings": 32,
+                "vocab_size": 101,
+                "initializer_range": 0.2,
+                "tie_word_embeddings": False,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 500.0},
+                "attn_implementation": "sdpa",
+            }
+            | settings
+        )
+    )
     for p in model.parameters():
         if p.dim() == 1:
             p.data += 0.2 * torch.randn_like(p)
@@ -144,22 +206,37 @@ def make_qwen3(folder, kind=(Qwen3ForCausalLM, Qwen3Config), **settings):
     return model
 
 
-@pytest.mark.parametrize("kind", [
-    (Qwen3ForCausalLM, Qwen3Config), (LlamaForCausalLM, LlamaConfig)], ids=["qwen3", "llama"])
+@pytest.mark.parametrize(
+    "kind",
+    [(Qwen3ForCausalLM, Qwen3Config), (LlamaForCausalLM, LlamaConfig)],
+    ids=["qwen3", "llama"],
+)
 @pytest.mark.parametrize("dtype, most", [(torch.float32, 1e-5), (torch.float64, 1e-10)])
-@pytest.mark.parametrize("settings", [
-    {}, {"tie_word_embeddings": True, "num_key_value_heads": 4, "head_dim": 16},
-    {"num_key_value_heads": 1, "head_dim": 8}, {"rms_norm_eps": 0.1, "head_dim": 128},
-], ids=["grouped", "tied", "one-key", "eps"])
-def test_llama_and_qwen3_are_those_of_transformers(kind, settings, dtype, most, tmp_path,
-                                                   monkeypatch):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"tie_word_embeddings": True, "num_key_value_heads": 4, "head_dim": 16},
+        {"num_key_value_heads": 1, "head_dim": 8},
+        {"rms_norm_eps": 0.1, "head_dim": 128},
+    ],
+    ids=["grouped", "tied", "one-key", "eps"],
+)
+def test_llama_and_qwen3_are_those_of_transformers(
+    kind, settings, dtype, most, tmp_path, monkeypatch
+):
     hf = make_qwen3(tmp_path, kind, **settings).to(dtype)
     ours, idx = loaded(tmp_path).to(dtype), tokens(4, 32, below=101)
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     if dtype == torch.float64:  # theirs computes norms in float32 also then
         for norm in (Qwen3RMSNorm, LlamaRMSNorm):
-            monkeypatch.setattr(norm, "forward", lambda self, x: F.rms_norm(
-                x, self.weight.shape, self.weight, self.variance_epsilon))
+            monkeypatch.setattr(
+                norm,
+                "forward",
+                lambda self, x: F.rms_norm(
+                    x, self.weight.shape, self.weight, self.variance_epsilon
+                ),
+            )
     logits = hf(idx).logits
     with torch.no_grad():  # norms take another path
         agree(ours(idx), logits, most)
@@ -178,17 +255,29 @@ def test_qwen3_continues_a_padded_batch_as_transformers_does(tmp_path):
     hf = make_qwen3(tmp_path)
     prompts = [tokens(length, below=101, seed=length).tolist() for length in (7, 1, 4)]
     padded = torch.tensor([[0] * (7 - len(prompt)) + prompt for prompt in prompts])
-    mask = torch.tensor([[0] * (7 - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-    expected = hf.generate(input_ids=padded, attention_mask=mask, max_new_tokens=20,
-                           do_sample=False, eos_token_id=None, pad_token_id=0)[:, 7:].tolist()
+    mask = torch.tensor(
+        [[0] * (7 - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    )
+    expected = hf.generate(
+        input_ids=padded,
+        attention_mask=mask,
+        max_new_tokens=20,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )[:, 7:].tolist()
     assert made(loaded(tmp_path), prompts, 20, temperature=0) == expected
     assert len(set(expected[0])) > 4
 
 
-@pytest.mark.parametrize("key, value", [
-    ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}), ("mlp_bias", True),
-    ("rope_parameters", {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}),
-])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
+        ("mlp_bias", True),
+        ("rope_parameters", {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}),
+    ],
+)
 def test_a_llama_that_cannot_be_represented_is_refused(tmp_path, key, value):
     make_qwen3(tmp_path / "llama", (LlamaForCausalLM, LlamaConfig))
     folder = copy_folder(tmp_path / "llama", tmp_path / "folder", **{key: value})
@@ -197,19 +286,30 @@ def test_a_llama_that_cannot_be_represented_is_refused(tmp_path, key, value):
 
 
 def test_a_llama_without_optional_sizes_is_read(tmp_path):
-    make_qwen3(tmp_path / "llama", (LlamaForCausalLM, LlamaConfig), head_dim=16,
-               num_key_value_heads=4)
-    folder = copy_folder(tmp_path / "llama", tmp_path / "folder", head_dim=None,
-                         num_key_value_heads=None)
+    make_qwen3(
+        tmp_path / "llama",
+        (LlamaForCausalLM, LlamaConfig),
+        head_dim=16,
+        num_key_value_heads=4,
+    )
+    folder = copy_folder(
+        tmp_path / "llama", tmp_path / "folder", head_dim=None, num_key_value_heads=None
+    )
     idx = tokens(2, 9, below=101)
     assert torch.equal(loaded(folder)(idx), loaded(tmp_path / "llama")(idx))
 
 
-@pytest.mark.parametrize("key, value", [
-    ("hidden_act", "gelu"), ("attention_bias", True), ("use_sliding_window", True),
-    ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}), ("model_type", "qwen3_moe"),
-    ("rope_parameters", {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}),
-])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("hidden_act", "gelu"),
+        ("attention_bias", True),
+        ("use_sliding_window", True),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+        ("model_type", "qwen3_moe"),
+        ("rope_parameters", {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}),
+    ],
+)
 def test_a_qwen3_that_cannot_be_represented_is_refused(tmp_path, key, value):
     make_qwen3(tmp_path / "qwen3")
     folder = copy_folder(tmp_path / "qwen3", tmp_path / "folder", **{key: value})
@@ -222,9 +322,14 @@ def test_rope_theta_is_read_where_either_version_writes_it(tmp_path):
     make_qwen3(tmp_path / "qwen3")
     path = tmp_path / "qwen3/config.json"
     config = json.loads(path.read_text())
-    assert "rope_theta" not in config and read_weights(str(path.parent))[0]["rope_theta"] == 500
+    assert (
+        "rope_theta" not in config
+        and read_weights(str(path.parent))[0]["rope_theta"] == 500
+    )
     del config["rope_parameters"]
-    path.write_text(json.dumps(config | {"rope_theta": 1000000.0, "rope_scaling": None}))
+    path.write_text(
+        json.dumps(config | {"rope_theta": 1000000.0, "rope_scaling": None})
+    )
     assert read_weights(str(path.parent))[0]["rope_theta"] == 1e6
 
 
@@ -243,9 +348,13 @@ def test_a_shorter_block_changes_nothing_for_short_inputs(theirs):
     agree(ours(idx), hf(idx).logits, 1e-5)
 
 
-def test_the_hub_s_files_without_prefix_and_with_causal_masks_are_read(theirs, tmp_path):
+def test_the_hub_s_files_without_prefix_and_with_causal_masks_are_read(
+    theirs, tmp_path
+):
     state = load_file(theirs[1] / "model.safetensors")
-    state = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
+    state = {
+        name.removeprefix("transformer."): tensor for name, tensor in state.items()
+    }
     for i in range(3):
         state[f"h.{i}.attn.bias"] = torch.ones(32, 32).tril().view(1, 1, 32, 32)
         state[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
@@ -254,28 +363,49 @@ def test_the_hub_s_files_without_prefix_and_with_causal_masks_are_read(theirs, t
     (tmp_path / "config.json").write_bytes((theirs[1] / "config.json").read_bytes())
     expected = loaded(theirs[1]).state_dict()
     got = loaded(tmp_path).state_dict()
-    assert got.keys() == expected.keys() and all(torch.equal(got[k], expected[k]) for k in got)
+    assert got.keys() == expected.keys() and all(
+        torch.equal(got[k], expected[k]) for k in got
+    )
 
 
-@pytest.mark.parametrize("key, value", [
-    ("model_type", "mamba"), ("activation_function", "gelu"), ("layer_norm_epsilon", 1e-6),
-    ("scale_attn_by_inverse_layer_idx", True), ("scale_attn_weights", False),
-    ("tie_word_embeddings", False), ("add_cross_attention", True),
-])
-def test_another_architecture_is_refused_by_the_key_that_says_so(theirs, tmp_path, key, value):
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("model_type", "mamba"),
+        ("activation_function", "gelu"),
+        ("layer_norm_epsilon", 1e-6),
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("scale_attn_weights", False),
+        ("tie_word_embeddings", False),
+        ("add_cross_attention", True),
+    ],
+)
+def test_another_architecture_is_refused_by_the_key_that_says_so(
+    theirs, tmp_path, key, value
+):
     config = json.loads((theirs[1] / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
-    (tmp_path / "model.safetensors").write_bytes((theirs[1] / "model.safetensors").read_bytes())
+    (tmp_path / "model.safetensors").write_bytes(
+        (theirs[1] / "model.safetensors").read_bytes()
+    )
     with pytest.raises(UserError, match=f"{key} is {value!r}"):
         read_weights(str(tmp_path))
 
 
-@pytest.mark.parametrize("config, weights, says", [
-    (None, None, "config.json"), ("{", None, "config.json"), ("{}", None, "config.json"),
-    ("[]", None, "config.json"),
-    ("good", None, "safetensors"), ("good", b"no weights", "safetensors"),
-])
-def test_a_folder_that_lacks_or_spoils_a_file_is_refused(theirs, tmp_path, config, weights, says):
+@pytest.mark.parametrize(
+    "config, weights, says",
+    [
+        (None, None, "config.json"),
+        ("{", None, "config.json"),
+        ("{}", None, "config.json"),
+        ("[]", None, "config.json"),
+        ("good", None, "safetensors"),
+        ("good", b"no weights", "safetensors"),
+    ],
+)
+def test_a_folder_that_lacks_or_spoils_a_file_is_refused(
+    theirs, tmp_path, config, weights, says
+):
     if config:
         good = (theirs[1] / "config.json").read_text()
         (tmp_path / "config.json").write_text(good if config == "good" else config)
@@ -285,12 +415,27 @@ def test_a_folder_that_lacks_or_spoils_a_file_is_refused(theirs, tmp_path, confi
         read_weights(str(tmp_path))
 
 
-@pytest.mark.parametrize("settings", [
-    {"n_head": 3}, {"n_head": 0}, {"n_head": -4}, {"n_head": "four"}, {"n_head": [4]},
-    {"n_head": None}, {"n_head": True}, {"n_head": 4.0}, {"n_embd": None},
-    {"n_embd": "64", "n_inner": 256}, {"n_layer": 2}, {"n_layer": 30}, {"n_positions": 1000},
-    {"vocab_size": 1000}, {"n_head": 128},
-], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"n_head": 3},
+        {"n_head": 0},
+        {"n_head": -4},
+        {"n_head": "four"},
+        {"n_head": [4]},
+        {"n_head": None},
+        {"n_head": True},
+        {"n_head": 4.0},
+        {"n_embd": None},
+        {"n_embd": "64", "n_inner": 256},
+        {"n_layer": 2},
+        {"n_layer": 30},
+        {"n_positions": 1000},
+        {"vocab_size": 1000},
+        {"n_head": 128},
+    ],
+    ids=str,
+)
 def test_wrong_sizes_in_config_json_are_refused(theirs, tmp_path, settings):
     folder = copy_folder(theirs[1], tmp_path / "folder", **settings)
     with pytest.raises(UserError):
@@ -298,11 +443,21 @@ def test_wrong_sizes_in_config_json_are_refused(theirs, tmp_path, settings):
         load_model(*crop_weights(args, state, args["vocab_size"], args["block_size"]))
 
 
-@pytest.mark.parametrize("settings", [
-    {"num_key_value_heads": 3}, {"num_key_value_heads": 4}, {"num_key_value_heads": "two"},
-    {"head_dim": 7}, {"intermediate_size": 100}, {"hidden_size": 32}, {"num_hidden_layers": 30},
-    {"vocab_size": 1000}, {"tie_word_embeddings": True},
-], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_key_value_heads": 3},
+        {"num_key_value_heads": 4},
+        {"num_key_value_heads": "two"},
+        {"head_dim": 7},
+        {"intermediate_size": 100},
+        {"hidden_size": 32},
+        {"num_hidden_layers": 30},
+        {"vocab_size": 1000},
+        {"tie_word_embeddings": True},
+    ],
+    ids=str,
+)
 def test_wrong_sizes_of_a_qwen3_are_refused(tmp_path, settings):
     make_qwen3(tmp_path / "qwen3")
     folder = copy_folder(tmp_path / "qwen3", tmp_path / "folder", **settings)
@@ -320,11 +475,17 @@ def test_pytorch_model_bin_is_read(theirs, tmp_path, shards):
     if shards == 1:
         torch.save(state, folder / "pytorch_model.bin")
     else:
-        names, files = list(state), [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)]
+        names, files = (
+            list(state),
+            [f"pytorch_model-0000{i}-of-00002.bin" for i in (1, 2)],
+        )
         for i, file in enumerate(files):
             torch.save({name: state[name] for name in names[i::2]}, folder / file)
-        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(
-            {"weight_map": {name: files[i % 2] for i, name in enumerate(names)}}))
+        (folder / "pytorch_model.bin.index.json").write_text(
+            json.dumps(
+                {"weight_map": {name: files[i % 2] for i, name in enumerate(names)}}
+            )
+        )
     idx = tokens(2, 32, below=101)
     agree(loaded(folder)(idx), theirs[0](idx).logits, 1e-5)
 
@@ -349,6 +510,7 @@ def test_a_pytorch_model_bin_never_runs_code(theirs, tmp_path):
     class Trap:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "trapped"),)
+
     folder = copy_folder(theirs[1], tmp_path / "folder")
     (folder / "model.safetensors").unlink()
     torch.save({"wte.weight": Trap()}, folder / "pytorch_model.bin")
@@ -357,11 +519,18 @@ def test_a_pytorch_model_bin_never_runs_code(theirs, tmp_path):
     assert not (tmp_path / "trapped").exists()
 
 
-@pytest.mark.parametrize("name, content", [
-    ("tokenizer.json", "{"), ("tokenizer.json", "[]"), ("tokenizer.json", '{"model": {}}'),
-    ("tokenizer.json", '{"model": {"vocab": [3]}}'), ("vocab.json", '{"a": [1]}'),
-    ("vocab.json", "3"), ("keepgpt.json", "[]"),
-])
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("tokenizer.json", "{"),
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", '{"model": {}}'),
+        ("tokenizer.json", '{"model": {"vocab": [3]}}'),
+        ("vocab.json", '{"a": [1]}'),
+        ("vocab.json", "3"),
+        ("keepgpt.json", "[]"),
+    ],
+)
 def test_a_spoiled_tokenizer_is_refused(theirs, tmp_path, name, content):
     folder = copy_folder(theirs[1], tmp_path / "folder")
     (folder / name).write_text(content)
@@ -376,10 +545,20 @@ def nanogpt_checkpoint(model, path, prefix="_orig_mod.", rows=64, **more):
     """What nanoGPT saves of a compiled model whose vocabulary it has padded."""
     state = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
     wte = f"{prefix}transformer.wte.weight"
-    state[wte] = torch.cat([state[wte], torch.zeros(rows - len(state[wte]), state[wte].size(1))])
+    state[wte] = torch.cat(
+        [state[wte], torch.zeros(rows - len(state[wte]), state[wte].size(1))]
+    )
     state[f"{prefix}lm_head.weight"] = state[wte]
-    torch.save({"model": state | more, "model_args": asdict(model.args) | {"vocab_size": rows},
-                "iter_num": 7, "best_val_loss": torch.tensor(1.0), "config": {"n_layer": 2}}, path)
+    torch.save(
+        {
+            "model": state | more,
+            "model_args": asdict(model.args) | {"vocab_size": rows},
+            "iter_num": 7,
+            "best_val_loss": torch.tensor(1.0),
+            "config": {"n_layer": 2},
+        },
+        path,
+    )
 
 
 @pytest.mark.parametrize("prefix", ["_orig_mod.", ""])
@@ -393,7 +572,10 @@ def test_a_checkpoint_of_nanogpt_is_read(tmp_path, prefix):
 
 def test_a_checkpoint_of_nanogpt_with_causal_masks_is_read(tmp_path):
     model, path = wild(), tmp_path / "ckpt.pt"
-    masks = {f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 16, 16).tril() for i in range(2)}
+    masks = {
+        f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 16, 16).tril()
+        for i in range(2)
+    }
     nanogpt_checkpoint(model, path, prefix="", **masks)
     assert torch.equal(loaded(path, 61, 16)(tokens(2, 16)), model(tokens(2, 16)))
 
@@ -401,16 +583,39 @@ def test_a_checkpoint_of_nanogpt_with_causal_masks_is_read(tmp_path):
 def test_a_checkpoint_of_ours_brings_the_description_of_its_data(tmp_path):
     model, path = wild(), tmp_path / "ckpt.pt"
     weights, description = model.state_dict(), {"name": "x"}
-    torch.save({"model": weights, "model_args": asdict(ARGS), "data": description}, path)
+    torch.save(
+        {"model": weights, "model_args": asdict(ARGS), "data": description}, path
+    )
     args, state, data = read_weights(str(path))
     assert args == asdict(ARGS) and data == description
-    assert state.keys() == weights.keys() and all(torch.equal(state[k], weights[k]) for k in state)
+    assert state.keys() == weights.keys() and all(
+        torch.equal(state[k], weights[k]) for k in state
+    )
 
 
-@pytest.mark.parametrize("content", [
-    None, b"", b"not a checkpoint", {"model": {}}, {"model_args": asdict(ARGS)}, [1, 2],
-    {"model": {}, "model_args": {"n_layer": 1}}, {"model": [1], "model_args": asdict(ARGS)},
-], ids=["missing", "empty", "text", "no-args", "no-model", "list", "few-args", "no-names"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        b"",
+        b"not a checkpoint",
+        {"model": {}},
+        {"model_args": asdict(ARGS)},
+        [1, 2],
+        {"model": {}, "model_args": {"n_layer": 1}},
+        {"model": [1], "model_args": asdict(ARGS)},
+    ],
+    ids=[
+        "missing",
+        "empty",
+        "text",
+        "no-args",
+        "no-model",
+        "list",
+        "few-args",
+        "no-names",
+    ],
+)
 def test_what_is_no_checkpoint_is_refused_in_one_line_that_names_it(tmp_path, content):
     path = tmp_path / "ckpt.pt"
     if isinstance(content, bytes):
@@ -432,6 +637,7 @@ def test_a_checkpoint_never_runs_code(tmp_path):
     class Trap:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "trapped"),)
+
     torch.save({"model": Trap(), "model_args": asdict(ARGS)}, tmp_path / "ckpt.pt")
     with pytest.raises(UserError):
         read_weights(str(tmp_path / "ckpt.pt"))
@@ -441,7 +647,9 @@ def test_a_checkpoint_never_runs_code(tmp_path):
 # the network
 
 
-def test_the_parameters_have_gpt2_s_names_and_no_output_layer_besides_the_embedding(theirs):
+def test_the_parameters_have_gpt2_s_names_and_no_output_layer_besides_the_embedding(
+    theirs,
+):
     names = [name for name, _ in theirs[0].named_parameters()]
     assert [name for name, _ in loaded(theirs[1]).named_parameters()] == names
     assert not any("lm_head" in name for name in names)
@@ -470,14 +678,21 @@ def test_qwen3_starts_as_the_identity_and_a_uniform_guess():
     agree(model(idx, idx), torch.tensor(61.0).log(), 1e-6)
 
 
-@pytest.mark.parametrize("settings, says", [
-    ({"n_kv_head": 2}, "n_kv_head"), ({"head_dim": 16}, "head_dim"), ({"n_ff": 64}, "n_ff"),
-    ({"rope_theta": 1e6}, "rope_theta"), ({"norm_eps": 1e-5}, "norm_eps"),
-    ({"tie_embeddings": False}, "tie_embeddings"), ({"architecture": "mamba"}, "architecture"),
-    ({"architecture": "qwen3", "bias": True}, "bias"),
-    ({"architecture": "qwen3", "n_kv_head": 3, "bias": False}, "n_kv_head"),
-    ({"architecture": "qwen3", "head_dim": 9, "bias": False}, "head_dim"),
-])
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        ({"n_kv_head": 2}, "n_kv_head"),
+        ({"head_dim": 16}, "head_dim"),
+        ({"n_ff": 64}, "n_ff"),
+        ({"rope_theta": 1e6}, "rope_theta"),
+        ({"norm_eps": 1e-5}, "norm_eps"),
+        ({"tie_embeddings": False}, "tie_embeddings"),
+        ({"architecture": "mamba"}, "architecture"),
+        ({"architecture": "qwen3", "bias": True}, "bias"),
+        ({"architecture": "qwen3", "n_kv_head": 3, "bias": False}, "n_kv_head"),
+        ({"architecture": "qwen3", "head_dim": 9, "bias": False}, "head_dim"),
+    ],
+)
 def test_a_setting_that_the_architecture_lacks_is_refused(settings, says):
     with pytest.raises(UserError, match=says):
         replace(ARGS, **settings)
@@ -486,15 +701,27 @@ def test_a_setting_that_the_architecture_lacks_is_refused(settings, says):
 def test_flops_count_the_matrix_products():
     for args in (ARGS, QWEN3, replace(QWEN3, tie_embeddings=True)):
         gpt2 = args.architecture == "gpt2"
-        H, K, D, C, F_ = args.n_head, args.K, args.D, args.n_embd, 128 if gpt2 else args.ff_width
-        matrices = args.n_layer * (2 * C * D * (H + K) + (2 if gpt2 else 3) * C * F_) + 61 * C
+        H, K, D, C, F_ = (
+            args.n_head,
+            args.K,
+            args.D,
+            args.n_embd,
+            128 if gpt2 else args.ff_width,
+        )
+        matrices = (
+            args.n_layer * (2 * C * D * (H + K) + (2 if gpt2 else 3) * C * F_) + 61 * C
+        )
         vectors = sum(p.numel() for p in build_model(args).parameters() if p.dim() == 1)
         attention = 12 * args.n_layer * H * D * args.block_size
-        assert build_model(args).flops_per_token() == 6 * (matrices + vectors) + attention
+        assert (
+            build_model(args).flops_per_token() == 6 * (matrices + vectors) + attention
+        )
 
 
 def test_without_bias_there_are_none():
-    names = [name for name, _ in build_model(replace(ARGS, bias=False)).named_parameters()]
+    names = [
+        name for name, _ in build_model(replace(ARGS, bias=False)).named_parameters()
+    ]
     assert len(names) == 2 + 6 * ARGS.n_layer + 1
     assert not any(name.endswith("bias") for name in names)
 
@@ -522,7 +749,9 @@ def test_a_token_sees_those_before_it_and_not_those_after_it(args):
 @both
 def test_dropout_acts_in_training_only_and_repeats_with_its_seed(args):
     model, idx = wild(replace(args, dropout=0.5)), tokens(4, 16)
-    assert torch.equal(model(idx), wild(args)(idx)) and torch.equal(model(idx), model(idx))
+    assert torch.equal(model(idx), wild(args)(idx)) and torch.equal(
+        model(idx), model(idx)
+    )
     model.train()
     torch.manual_seed(1)
     one, two = model(idx), model(idx)
@@ -541,6 +770,7 @@ def test_dropout_acts_on_embedding_attention_and_branches(args, monkeypatch):
         def record_call(*inputs):
             calls.append((name, inputs[-1]))
             return function(*inputs)
+
         monkeypatch.setattr(owner, name, record_call)
 
     record(model_module.F, "dropout")
@@ -558,7 +788,8 @@ def test_a_batch_is_learned_by_heart(args):
     torch.manual_seed(0)
     model, idx = build_model(args), tokens(4, 17)
     optimizer = make_optimizer(
-        model, TrainConfig(learning_rate=1e-2, weight_decay=0.0, decay_lr=False))
+        model, TrainConfig(learning_rate=1e-2, weight_decay=0.0, decay_lr=False)
+    )
     for _ in range(120):
         loss = model(idx[:, :-1], idx[:, 1:])
         optimizer.zero_grad()
@@ -607,12 +838,18 @@ def test_padding_the_vocabulary_changes_neither_loss_nor_gradients(args, monkeyp
 @pytest.mark.parametrize("bias", [True, False])
 def test_the_optimizer_updates_every_parameter_once_and_decays_no_bias_or_norm(bias):
     model = build_model(replace(ARGS, bias=bias))
-    config = TrainConfig(learning_rate=3e-4, beta1=0.8, beta2=0.9, weight_decay=0.1, decay_lr=False)
+    config = TrainConfig(
+        learning_rate=3e-4, beta1=0.8, beta2=0.9, weight_decay=0.1, decay_lr=False
+    )
     optimizer = make_optimizer(model, config)
     groups = optimizer.param_groups
-    decay = [(id(p), group["weight_decay"]) for group in groups for p in group["params"]]
-    assert sorted(decay) == sorted((id(p), 0.0 if name.endswith("bias") or "ln_" in name else 0.1)
-                                   for name, p in model.named_parameters())
+    decay = [
+        (id(p), group["weight_decay"]) for group in groups for p in group["params"]
+    ]
+    assert sorted(decay) == sorted(
+        (id(p), 0.0 if name.endswith("bias") or "ln_" in name else 0.1)
+        for name, p in model.named_parameters()
+    )
     assert all(group["lr"] == 3e-4 and group["betas"] == (0.8, 0.9) for group in groups)
 
 
@@ -623,7 +860,9 @@ def test_a_step_moves_every_parameter(args):
     optimizer = make_optimizer(model, TrainConfig(learning_rate=1e-2, decay_lr=False))
     model(tokens(4, 16), tokens(4, 16, seed=2)).backward()
     optimizer.step()
-    assert all((tensor != before[name]).any() for name, tensor in model.state_dict().items())
+    assert all(
+        (tensor != before[name]).any() for name, tensor in model.state_dict().items()
+    )
 
 
 # sampling
@@ -642,10 +881,14 @@ def talker(args=ARGS):
 def made(model, prompts, n, **how):
     """What `generate` gives for each prompt, without the pauses."""
     steps = list(generate(model, prompts, n, **how))
-    return [[step[i] for step in steps if step[i] is not None] for i in range(len(prompts))]
+    return [
+        [step[i] for step in steps if step[i] is not None] for i in range(len(prompts))
+    ]
 
 
-def made_without_cache(model, prompt, n, temperature=1.0, top_k=0, top_p=1.0, seed=1337):
+def made_without_cache(
+    model, prompt, n, temperature=1.0, top_k=0, top_p=1.0, seed=1337
+):
     """The same for one prompt, by a forward pass over the whole window for each token."""
     rng, text = torch.Generator().manual_seed(seed), list(prompt)
     size = model.args.block_size
@@ -655,7 +898,7 @@ def made_without_cache(model, prompt, n, temperature=1.0, top_k=0, top_p=1.0, se
             start = len(text) - (size - size // 4)
         logits = model(torch.tensor([text[start:]]))[:, -1]
         text.append(sample_token(logits, temperature, top_k, top_p, rng).item())
-    return text[len(prompt):]
+    return text[len(prompt) :]
 
 
 @each
@@ -665,15 +908,22 @@ def test_the_cache_gives_the_logits_of_the_whole(args):
     for start in (1, 5, 16):
         cache = model.make_cache(3)
         parts = [model(idx[:, :start], cache=cache)]
-        parts += [model(idx[:, i:i + 1], cache=cache) for i in range(start, 16)]
+        parts += [model(idx[:, i : i + 1], cache=cache) for i in range(start, 16)]
         assert cache.length == 16
-        agree(torch.cat(parts, 1), whole[:, start - 1:], 1e-5)
+        agree(torch.cat(parts, 1), whole[:, start - 1 :], 1e-5)
 
 
 @both
 @pytest.mark.parametrize("length", [1, 5, 16, 30])
-@pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 1.0, "seed": 3},
-                                 {"temperature": 0.7, "top_k": 20, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"temperature": 0},
+        {"temperature": 1.0, "seed": 3},
+        {"temperature": 0.7, "top_k": 20, "top_p": 0.9},
+    ],
+    ids=str,
+)
 def test_cached_generation_equals_uncached_also_past_the_block(args, length, how):
     model, prompt = talker(args), tokens(length, seed=length).tolist()
     expected = made_without_cache(model, prompt, 50, **how)
@@ -681,10 +931,14 @@ def test_cached_generation_equals_uncached_also_past_the_block(args, length, how
     assert len(set(expected)) > 4  # not a loop over a few tokens
 
 
-@pytest.mark.skipif(pick_dtype("auto", torch.device("cpu")) != torch.bfloat16,
-                    reason="this CPU has no bfloat16 instructions")
-@pytest.mark.parametrize("args", [ARGS, replace(ARGS, bias=False), QWEN3,
-                                  replace(QWEN3, tie_embeddings=True)])
+@pytest.mark.skipif(
+    pick_dtype("auto", torch.device("cpu")) != torch.bfloat16,
+    reason="this CPU has no bfloat16 instructions",
+)
+@pytest.mark.parametrize(
+    "args",
+    [ARGS, replace(ARGS, bias=False), QWEN3, replace(QWEN3, tie_embeddings=True)],
+)
 def test_packed_weights_generate_the_same(args):
     plain = wild(args).bfloat16()
     packed = copy.deepcopy(plain)
@@ -692,8 +946,9 @@ def test_packed_weights_generate_the_same(args):
     x = tokens(3, ARGS.block_size)
     with torch.inference_mode():
         agree(packed(x), plain(x), 2**-6)
-    assert made(packed, [[1], [2, 3]], 40, temperature=0) == made(plain, [[1], [2, 3]], 40,
-                                                                  temperature=0)
+    assert made(packed, [[1], [2, 3]], 40, temperature=0) == made(
+        plain, [[1], [2, 3]], 40, temperature=0
+    )
 
 
 @both
@@ -708,7 +963,10 @@ def test_prompts_of_different_lengths_in_a_batch_are_continued_as_each_alone(arg
 def test_each_sequence_gets_max_new_tokens_and_is_silent_while_its_prompt_is_read():
     for n in (0, 1, 7):
         assert [len(text) for text in made(talker(), [[1, 2, 3], [4]], n)] == [n, n]
-    silent = [[token is None for token in step] for step in generate(talker(), [[1, 2, 3], [4]], 2)]
+    silent = [
+        [token is None for token in step]
+        for step in generate(talker(), [[1, 2, 3], [4]], 2)
+    ]
     assert silent == [[True, False], [True, False], [False, True], [False, True]]
 
 
@@ -716,7 +974,7 @@ def test_a_sequence_ends_before_its_stop_token_and_the_others_go_on():
     model, prompts = talker(), [[1], [2], [3, 4]]
     free = made(model, prompts, 30, seed=5)
     stop = free[0][12]
-    until = [text[:text.index(stop)] if stop in text else text for text in free]
+    until = [text[: text.index(stop)] if stop in text else text for text in free]
     assert len(until[0]) <= 12 and max(map(len, until)) > 12
     assert made(model, prompts, 30, seed=5, stop=stop) == until
     [[first]] = made(model, [[1]], 1, seed=5)
@@ -745,57 +1003,93 @@ def test_temperature_0_and_top_k_1_and_a_tiny_top_p_take_the_likeliest():
     model, text = talker(), [1]
     while len(text) < 16:
         text.append(int(model(torch.tensor([text]))[0, -1].argmax()))
-    for how in ({"temperature": 0}, {"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-6}):
+    for how in (
+        {"temperature": 0},
+        {"top_k": 1},
+        {"top_p": 1e-9},
+        {"temperature": 1e-6},
+    ):
         assert made(model, [[1]], 15, **how) == [text[1:]], how
 
 
 # picking a token
 
 
-SHARES = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15])  # in an order that is not that of the ranks
+SHARES = torch.tensor(
+    [0.05, 0.4, 0.1, 0.3, 0.15]
+)  # in an order that is not that of the ranks
 
 
 def drawn(n=20000, **how):
     """Return how often each of five tokens is drawn; SHARES are the probabilities."""
     how = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} | how
-    picked = sample_token((SHARES.log() + 7).expand(n, -1),
-                          rng=torch.Generator().manual_seed(0), **how)
+    picked = sample_token(
+        (SHARES.log() + 7).expand(n, -1), rng=torch.Generator().manual_seed(0), **how
+    )
     return torch.bincount(picked, minlength=5) / n
 
 
 def same(shares, expected, n=20000):
     """Whether shares of n draws are the expected ones, to five sigma; 0 where those are 0."""
     expected = torch.as_tensor(expected) / sum(expected)
-    return bool(((shares - expected).abs() <= 5 * (expected * (1 - expected) / n).sqrt()).all())
+    return bool(
+        ((shares - expected).abs() <= 5 * (expected * (1 - expected) / n).sqrt()).all()
+    )
 
 
 def test_tokens_are_drawn_by_their_probability_and_temperature_bends_it():
     assert same(drawn(), SHARES)
-    assert same(drawn(temperature=0.5), SHARES**2) and same(drawn(temperature=2.0), SHARES**0.5)
+    assert same(drawn(temperature=0.5), SHARES**2) and same(
+        drawn(temperature=2.0), SHARES**0.5
+    )
 
 
-@pytest.mark.parametrize("k, kept", [(0, range(5)), (1, [1]), (2, [1, 3]), (4, [1, 2, 3, 4]),
-                                     (5, range(5)), (9, range(5))])
+@pytest.mark.parametrize(
+    "k, kept",
+    [
+        (0, range(5)),
+        (1, [1]),
+        (2, [1, 3]),
+        (4, [1, 2, 3, 4]),
+        (5, range(5)),
+        (9, range(5)),
+    ],
+)
 def test_top_k_keeps_the_k_likeliest_and_their_proportions(k, kept):
     assert same(drawn(top_k=k), [SHARES[i] * (i in kept) for i in range(5)])
 
 
-@pytest.mark.parametrize("p, kept", [(0.01, [1]), (0.39, [1]), (0.41, [1, 3]), (0.69, [1, 3]),
-                                     (0.71, [1, 3, 4]), (0.84, [1, 3, 4]), (0.86, [1, 2, 3, 4]),
-                                     (0.96, range(5)), (1.0, range(5))])
+@pytest.mark.parametrize(
+    "p, kept",
+    [
+        (0.01, [1]),
+        (0.39, [1]),
+        (0.41, [1, 3]),
+        (0.69, [1, 3]),
+        (0.71, [1, 3, 4]),
+        (0.84, [1, 3, 4]),
+        (0.86, [1, 2, 3, 4]),
+        (0.96, range(5)),
+        (1.0, range(5)),
+    ],
+)
 def test_top_p_keeps_the_fewest_tokens_that_hold_p(p, kept):
     assert same(drawn(top_p=p), [SHARES[i] * (i in kept) for i in range(5)])
 
 
 def test_top_p_looks_at_what_temperature_and_top_k_have_left():
     assert same(drawn(top_k=2, top_p=0.56), [0, 1, 0, 0, 0])  # 0.4 of 0.7 is 0.57
-    assert same(drawn(temperature=0.5, top_p=0.56), [0, 1, 0, 0, 0])  # 0.16 of 0.285 is 0.56
+    assert same(
+        drawn(temperature=0.5, top_p=0.56), [0, 1, 0, 0, 0]
+    )  # 0.16 of 0.285 is 0.56
 
 
 def test_each_row_is_cut_by_its_own_probabilities():
     rows = torch.stack([SHARES.log(), SHARES.roll(1).log() - 5]).repeat(500, 1)
     for how in ({"top_k": 2, "top_p": 1.0}, {"top_k": 0, "top_p": 0.69}):
-        picked = sample_token(rows, 1.0, rng=torch.Generator().manual_seed(0), **how).view(500, 2)
+        picked = sample_token(
+            rows, 1.0, rng=torch.Generator().manual_seed(0), **how
+        ).view(500, 2)
         assert [set(column.tolist()) for column in picked.T] == [{1, 3}, {2, 4}]
 
 
@@ -809,8 +1103,10 @@ def test_the_fast_rms_norm_agrees_with_pytorch(dtype, most):
     exact = [t.detach().double().requires_grad_() for t in (x, weight)]
     expected = F.rms_norm(exact[0], weight.shape, exact[1], 1e-2)
     agree(y.double(), expected, most)
-    for ours, right in zip(torch.autograd.grad(y, (x, weight), dy),
-                           torch.autograd.grad(expected, exact, dy.double())):
+    for ours, right in zip(
+        torch.autograd.grad(y, (x, weight), dy),
+        torch.autograd.grad(expected, exact, dy.double()),
+    ):
         agree(ours.double(), right, most)
 
 
@@ -826,7 +1122,9 @@ def test_a_norm_is_the_fast_one_only_in_eager_training_on_a_cpu():
 def test_rotation_multiplies_by_complex_numbers():
     x = torch.randn(3, 4, 20, 24, dtype=torch.float64)
     angles = torch.randn(20, 12, dtype=torch.float64)
-    rotated = torch.complex(*x.chunk(2, -1)) * torch.polar(torch.ones(()).double(), angles)
+    rotated = torch.complex(*x.chunk(2, -1)) * torch.polar(
+        torch.ones(()).double(), angles
+    )
     expected = torch.cat((rotated.real, rotated.imag), -1)
     agree(rotate(x, angles.cos(), angles.sin()), expected, 1e-13)
 
@@ -864,7 +1162,9 @@ def test_attention_drops_weights_and_keeps_the_mean():
     v = torch.eye(64).expand(8, 4, 64, 64)  # the rows that come out are the weights
     weights = attend(q, k, v, 0.25)
     row = weights[..., -1, :] * 64  # each was 1 before some were dropped
-    assert row.unique().allclose(torch.tensor([0, 4 / 3])) and abs(row.mean() - 1) < 0.05
+    assert (
+        row.unique().allclose(torch.tensor([0, 4 / 3])) and abs(row.mean() - 1) < 0.05
+    )
     assert not weights.triu(1).any()
 
 
@@ -878,35 +1178,48 @@ def test_the_loss_by_parts_is_the_cross_entropy(columns, monkeypatch):
     loss = LinearCrossEntropy.apply(x, weight, targets, 50)
     right = F.cross_entropy((x @ weight.T)[:, :50], targets)
     assert torch.allclose(loss, right, rtol=1e-12)
-    for ours, exactly in zip(torch.autograd.grad(3 * loss, (x, weight)),
-                             torch.autograd.grad(3 * right, (x, weight))):
+    for ours, exactly in zip(
+        torch.autograd.grad(3 * loss, (x, weight)),
+        torch.autograd.grad(3 * right, (x, weight)),
+    ):
         assert torch.allclose(ours, exactly, rtol=1e-10, atol=1e-12)
     with torch.no_grad():
-        assert torch.allclose(LinearCrossEntropy.apply(x, weight, targets, 50), right, rtol=1e-12)
+        assert torch.allclose(
+            LinearCrossEntropy.apply(x, weight, targets, 50), right, rtol=1e-12
+        )
 
 
 def test_the_loss_by_parts_in_bfloat16_agrees_with_float64(monkeypatch):
     monkeypatch.setattr(kernels, "MAX_LOGITS", 20 * 50)  # 20 rows at a time, of 4,000
     torch.manual_seed(0)
     x, weight = torch.randn(4000, 64), torch.randn(50, 64) / 8
-    x, weight = x.bfloat16().float().requires_grad_(), weight.bfloat16().float().requires_grad_()
+    x, weight = (
+        x.bfloat16().float().requires_grad_(),
+        weight.bfloat16().float().requires_grad_(),
+    )
     targets = torch.randint(50, (4000,))
     with torch.autocast("cpu", torch.bfloat16):
         loss = LinearCrossEntropy.apply(x, weight, targets, 50)
     exact = [t.detach().double().requires_grad_() for t in (x, weight)]
     right = F.cross_entropy(exact[0] @ exact[1].T, targets)
     assert abs(loss / right - 1) < 1e-3
-    for ours, exactly in zip(torch.autograd.grad(loss, (x, weight)),
-                             torch.autograd.grad(right, exact)):
-        assert ours.dtype == torch.float32 and (ours - exactly).norm() / exactly.norm() < 3e-3
+    for ours, exactly in zip(
+        torch.autograd.grad(loss, (x, weight)), torch.autograd.grad(right, exact)
+    ):
+        assert (
+            ours.dtype == torch.float32
+            and (ours - exactly).norm() / exactly.norm() < 3e-3
+        )
 
 
 def test_a_frequent_token_does_not_overflow_float16():
     x = torch.full((20_000, 8), 6.0, requires_grad=True)
     weight = torch.zeros(65, 8, requires_grad=True)
     with torch.autocast("cpu", torch.float16):
-        loss = LinearCrossEntropy.apply(x, weight, torch.zeros(20_000, dtype=torch.long), 65)
-    dweight, = torch.autograd.grad(loss, weight)
+        loss = LinearCrossEntropy.apply(
+            x, weight, torch.zeros(20_000, dtype=torch.long), 65
+        )
+    (dweight,) = torch.autograd.grad(loss, weight)
     assert torch.allclose(dweight[0], torch.full((8,), -6 * 64 / 65), rtol=1e-3)
 
 

@@ -1,4 +1,5 @@
 """Files from nanoGPT's first tutorial work here: train.bin, val.bin, meta.pkl, a checkpoint."""
+
 import json
 import os
 import pickle
@@ -17,22 +18,42 @@ def place(dataset, tmp_path_factory):
     (place / "tutorial").mkdir()
     for name in ("train.bin", "val.bin"):
         shutil.copy(dataset / name, place / "tutorial")
-    itos = dict(enumerate(json.loads((dataset / "meta.json").read_text())["tokenizer"]["chars"]))
-    (place / "tutorial/meta.pkl").write_bytes(pickle.dumps(
-        {"vocab_size": len(itos), "itos": itos, "stoi": {c: i for i, c in itos.items()}}))
+    itos = dict(
+        enumerate(json.loads((dataset / "meta.json").read_text())["tokenizer"]["chars"])
+    )
+    (place / "tutorial/meta.pkl").write_bytes(
+        pickle.dumps(
+            {
+                "vocab_size": len(itos),
+                "itos": itos,
+                "stoi": {c: i for i, c in itos.items()},
+            }
+        )
+    )
     return place
 
 
 @pytest.fixture(scope="module")
 def checkpoint(place):
     """Return a checkpoint trained on it with nanoGPT's keys: no vocabulary, compiled names."""
-    run("train.py", **TINY | {"data_dir": place, "dataset": "tutorial", "out_dir": place / "out"})
+    run(
+        "train.py",
+        **TINY | {"data_dir": place, "dataset": "tutorial", "out_dir": place / "out"},
+    )
     bundle = torch.load(place / "out/ckpt.pt", weights_only=True)
     state = {f"_orig_mod.{name}": tensor for name, tensor in bundle["model"].items()}
     state["_orig_mod.lm_head.weight"] = state["_orig_mod.transformer.wte.weight"]
-    torch.save({"model": state, "optimizer": bundle["optimizer"], "iter_num": 40,
-                "model_args": bundle["model_args"], "best_val_loss": torch.tensor(3.0),
-                "config": bundle["config"]}, place / "nanogpt.pt")
+    torch.save(
+        {
+            "model": state,
+            "optimizer": bundle["optimizer"],
+            "iter_num": 40,
+            "model_args": bundle["model_args"],
+            "best_val_loss": torch.tensor(3.0),
+            "config": bundle["config"],
+        },
+        place / "nanogpt.pt",
+    )
     return place / "nanogpt.pt"
 
 
@@ -49,13 +70,26 @@ def test_dataset_supplies_a_checkpoints_vocabulary(place, checkpoint):
     ours = run("sample.py", out_dir=place / "out", **sample)
     assert run("sample.py", **flags, **sample).stdout == ours.stdout
     run("tools.export", **flags, to=place / "exported")
-    assert run("sample.py", init_from=place / "exported", **sample).stdout == ours.stdout
+    assert (
+        run("sample.py", init_from=place / "exported", **sample).stdout == ours.stdout
+    )
 
 
 def test_a_nanogpt_checkpoint_can_be_fine_tuned(place, checkpoint):
-    run("train.py", **TINY | {"data_dir": place, "dataset": "tutorial", "init_from": checkpoint,
-                              "out_dir": place / "further"})
-    before, after = rows(place / "out", "val_loss")[-1], rows(place / "further", "val_loss")
+    run(
+        "train.py",
+        **TINY
+        | {
+            "data_dir": place,
+            "dataset": "tutorial",
+            "init_from": checkpoint,
+            "out_dir": place / "further",
+        },
+    )
+    before, after = (
+        rows(place / "out", "val_loss")[-1],
+        rows(place / "further", "val_loss"),
+    )
     assert after[0]["val_loss"] == pytest.approx(before["val_loss"], abs=1e-5)
     assert after[-1]["val_loss"] < before["val_loss"]
 
@@ -63,11 +97,14 @@ def test_a_nanogpt_checkpoint_can_be_fine_tuned(place, checkpoint):
 # data that changes between two starts
 
 CHARS = "".join(map(chr, range(32, 96)))
-DAMAGE = {"half zeroed": lambda old: old[:len(old) // 2] + bytes(len(old) - len(old) // 2),
-          "reversed": lambda old: np.frombuffer(old, "<u2")[::-1].tobytes(),
-          "another file": lambda old: np.full(len(old) // 2, 7, "<u2").tobytes(),
-          "end reversed": lambda old: old[:1_100_000]
-          + np.frombuffer(old[1_100_000:], "<u2")[::-1].tobytes()}
+DAMAGE = {
+    "half zeroed": lambda old: old[: len(old) // 2] + bytes(len(old) - len(old) // 2),
+    "reversed": lambda old: np.frombuffer(old, "<u2")[::-1].tobytes(),
+    "another file": lambda old: np.full(len(old) // 2, 7, "<u2").tobytes(),
+    "end reversed": lambda old: (
+        old[:1_100_000] + np.frombuffer(old[1_100_000:], "<u2")[::-1].tobytes()
+    ),
+}
 
 
 def write_dataset(folder, kind):
@@ -87,9 +124,22 @@ def write_dataset(folder, kind):
 
 def train_on(folder, ranks=1, code=0, **flags):
     """Train on the dataset of `write_dataset`. Each evaluation reads all of its blocks."""
-    return run("train.py", ranks=ranks, code=code, **TINY | {
-        "dataset": folder / "x", "out_dir": folder / "out", "init_from": "auto", "max_iters": 4,
-        "eval_interval": 4, "batch_size": 16, "eval_iters": 40} | flags)
+    return run(
+        "train.py",
+        ranks=ranks,
+        code=code,
+        **TINY
+        | {
+            "dataset": folder / "x",
+            "out_dir": folder / "out",
+            "init_from": "auto",
+            "max_iters": 4,
+            "eval_interval": 4,
+            "batch_size": 16,
+            "eval_iters": 40,
+        }
+        | flags,
+    )
 
 
 @pytest.fixture(scope="module", params=["new", "old", "nanogpt"])
@@ -101,14 +151,23 @@ def started(request, tmp_path_factory):
     return request.param, folder
 
 
-@pytest.mark.parametrize("file, damage, ranks", [
-    ("train.bin", "reversed", 1), ("val.bin", "another file", 1), ("train.bin", "half zeroed", 1),
-    ("train.bin", "end reversed", 1),
-    pytest.param("train.bin", "end reversed", 2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "file, damage, ranks",
+    [
+        ("train.bin", "reversed", 1),
+        ("val.bin", "another file", 1),
+        ("train.bin", "half zeroed", 1),
+        ("train.bin", "end reversed", 1),
+        pytest.param("train.bin", "end reversed", 2, marks=pytest.mark.slow),
+    ],
+)
 def test_a_resume_on_changed_data_is_refused(started, file, damage, ranks):
     kind, folder = started
     path, saved = folder / "x" / file, (folder / "out/ckpt.pt").read_bytes()
-    intact, times = path.read_bytes(), (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    intact, times = (
+        path.read_bytes(),
+        (path.stat().st_atime_ns, path.stat().st_mtime_ns),
+    )
     path.write_bytes(DAMAGE[damage](intact))
     os.utime(path, ns=times)
     try:
@@ -118,9 +177,15 @@ def test_a_resume_on_changed_data_is_refused(started, file, damage, ranks):
     assert done.returncode == (2 if ranks == 1 else 1), done.stderr  # torchrun's is 1
     # the first 524,288 tokens are a part of what identifies a dataset of nanoGPT
     by_identity = kind == "nanogpt" and damage != "end reversed"
-    expected = "x: not the x that this run was trained on" if by_identity else f"x/{file}: block "
+    expected = (
+        "x: not the x that this run was trained on"
+        if by_identity
+        else f"x/{file}: block "
+    )
     lines = done.stderr.splitlines()
-    assert lines and all(line.startswith("error: ") and expected in line for line in lines)
+    assert lines and all(
+        line.startswith("error: ") and expected in line for line in lines
+    )
     assert len(lines) <= ranks and (folder / "out/ckpt.pt").read_bytes() == saved
 
 
@@ -150,4 +215,6 @@ def test_checksums_are_computed_once(train, dataset, tmp_path):
     for steps in (2, 4):
         train(dataset=tmp_path / "x", max_iters=steps, init_from="auto")
         bundle = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
-        assert bundle["data"]["crc32"] == crc32 and bundle["data"].items() >= meta.items()
+        assert (
+            bundle["data"]["crc32"] == crc32 and bundle["data"].items() >= meta.items()
+        )

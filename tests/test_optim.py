@@ -1,4 +1,5 @@
 """Muon's updates, the schedules, and runs with Muon: exact resume, 1, 2 and 4 ranks, NaN."""
+
 import copy
 import math
 import os
@@ -29,10 +30,18 @@ from keepgpt.optim import (
 from model import GPT, ModelArgs, build_model
 from tools.runs import digest
 
-ARGS = ModelArgs(n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=61, bias=True,
-                 dropout=0.0)
-CONFIG = TrainConfig(optimizer="muon", learning_rate=1e-2, muon_lr=0.05, weight_decay=0.1,
-                     warmup_iters=0, max_iters=40, lr_decay_iters=40)
+ARGS = ModelArgs(
+    n_layer=2, n_head=2, n_embd=32, block_size=16, vocab_size=61, bias=True, dropout=0.0
+)
+CONFIG = TrainConfig(
+    optimizer="muon",
+    learning_rate=1e-2,
+    muon_lr=0.05,
+    weight_decay=0.1,
+    warmup_iters=0,
+    max_iters=40,
+    lr_decay_iters=40,
+)
 MUON = {"optimizer": "muon", "lr_schedule": "linear", "min_lr": 0.0}
 
 
@@ -48,8 +57,11 @@ def model_with_gradients(seed: int = 0) -> GPT:
 
 def muon_alone(parameters: list, momentum: float = 0.95, **settings: object) -> Muon:
     """Return Muon over `parameters`, with nothing for AdamW."""
-    return Muon([{"params": parameters, "parts": 1, "momentum": momentum, **settings}],
-                torch.float32, fused=True)
+    return Muon(
+        [{"params": parameters, "parts": 1, "momentum": momentum, **settings}],
+        torch.float32,
+        fused=True,
+    )
 
 
 # one update
@@ -72,12 +84,16 @@ def test_updates_have_singular_values_near_1(shape, dtype):
 
 
 def test_the_polynomial_acts_on_singular_values():
-    x = torch.randn(1, 8, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(
+        1, 8, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
     U, s, Vh = torch.linalg.svd(x[0], full_matrices=False)
     s, (a, b, c) = s / s.norm(), COEFFICIENTS
     for _ in range(5):
         s = a * s + b * s**3 + c * s**5
-    torch.testing.assert_close(orthogonalize(x, torch.float64)[0], U @ torch.diag(s) @ Vh)
+    torch.testing.assert_close(
+        orthogonalize(x, torch.float64)[0], U @ torch.diag(s) @ Vh
+    )
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch 2.9")
@@ -95,11 +111,16 @@ def test_bfloat16_updates_match_torchs_muon():
 def check_against_torch(dtype: torch.dtype, tolerance: float) -> None:
     """Make ten updates of matrices of three shapes with both, and compare the weights' changes."""
     torch.manual_seed(0)
-    ours = [nn.Parameter(torch.randn(shape)) for shape in [(16, 16)] * 3 + [(8, 24), (40, 8)]]
+    ours = [
+        nn.Parameter(torch.randn(shape))
+        for shape in [(16, 16)] * 3 + [(8, 24), (40, 8)]
+    ]
     theirs = copy.deepcopy(ours)
     settings = {"lr": 0.03, "weight_decay": 0.2}
-    optimizers = muon_alone(ours, 0.9, **settings), torch.optim.Muon(theirs, momentum=0.9,
-                                                                     **settings)
+    optimizers = (
+        muon_alone(ours, 0.9, **settings),
+        torch.optim.Muon(theirs, momentum=0.9, **settings),
+    )
     optimizers[0].dtype = dtype
     for _ in range(10):
         before = [p.detach().clone() for p in ours]
@@ -154,7 +175,9 @@ def poison(model: GPT) -> list[dict]:
 def check_unchanged(model: GPT, before: dict) -> None:
     """Check that the weights are `before`'s, bit for bit."""
     for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor.view(torch.int32), before[name].view(torch.int32)), name
+        assert torch.equal(tensor.view(torch.int32), before[name].view(torch.int32)), (
+            name
+        )
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -172,7 +195,9 @@ def test_found_inf_leaves_every_bit(optimizer):
     for p in model.parameters():
         p.grad = torch.randn_like(p)
     optimizer.step()
-    assert all((tensor != before[name]).any() for name, tensor in model.state_dict().items())
+    assert all(
+        (tensor != before[name]).any() for name, tensor in model.state_dict().items()
+    )
 
 
 @torch.no_grad()
@@ -200,7 +225,10 @@ def test_a_skip_on_the_device_leaves_every_bit():
 
 def test_gradscaler_skips_an_overflow_and_goes_on():
     model = model_with_gradients()
-    optimizer, scaler = make_optimizer(model, CONFIG), torch.amp.GradScaler("cpu", init_scale=4.0)
+    optimizer, scaler = (
+        make_optimizer(model, CONFIG),
+        torch.amp.GradScaler("cpu", init_scale=4.0),
+    )
     for overflow in (True, False):
         before = copy.deepcopy(model.state_dict())
         for p in model.parameters():
@@ -211,7 +239,10 @@ def test_gradscaler_skips_an_overflow_and_goes_on():
         scaler.unscale_(optimizer)
         scaler.step(optimizer)
         scaler.update()
-        changed = [(tensor != before[name]).any() for name, tensor in model.state_dict().items()]
+        changed = [
+            (tensor != before[name]).any()
+            for name, tensor in model.state_dict().items()
+        ]
         assert not any(changed) if overflow else all(changed)
 
 
@@ -220,12 +251,24 @@ def test_gradscaler_skips_an_overflow_and_goes_on():
 
 @pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
 def test_the_groups_cover_the_model(architecture):
-    qwen3 = {"bias": False, "architecture": "qwen3", "n_kv_head": 1, "tie_embeddings": False}
+    qwen3 = {
+        "bias": False,
+        "architecture": "qwen3",
+        "n_kv_head": 1,
+        "tie_embeddings": False,
+    }
     model = build_model(replace(ARGS, **qwen3) if architecture == "qwen3" else ARGS)
     groups = make_optimizer(model, CONFIG).param_groups
-    kind = {id(p): (group.get("parts"), group["weight_decay"])
-            for group in groups for p in group["params"]}
-    assert sum(len(group["params"]) for group in groups) == len(kind) == len([*model.parameters()])
+    kind = {
+        id(p): (group.get("parts"), group["weight_decay"])
+        for group in groups
+        for p in group["params"]
+    }
+    assert (
+        sum(len(group["params"]) for group in groups)
+        == len(kind)
+        == len([*model.parameters()])
+    )
     for name, p in model.named_parameters():
         in_block = ".h." in name or ".layers." in name
         parts = None if not in_block or p.dim() == 1 else 3 if "c_attn" in name else 1
@@ -234,36 +277,59 @@ def test_the_groups_cover_the_model(architecture):
 
 
 def test_schedules_take_their_values():
-    config = replace(CONFIG, learning_rate=2.0, min_lr=0.4, warmup_iters=10, lr_decay_iters=110,
-                     decay_fraction=0.5)
-    cosine, linear, constant = (replace(config, lr_schedule=name)
-                                for name in ("cosine", "linear", "constant"))
+    config = replace(
+        CONFIG,
+        learning_rate=2.0,
+        min_lr=0.4,
+        warmup_iters=10,
+        lr_decay_iters=110,
+        decay_fraction=0.5,
+    )
+    cosine, linear, constant = (
+        replace(config, lr_schedule=name) for name in ("cosine", "linear", "constant")
+    )
     for each in (cosine, linear, constant):
         assert [get_lr_factor(step, each) for step in (0, 4)] == [1 / 11, 5 / 11]
         without = replace(each, decay_lr=False)
         assert [get_lr_factor(step, without) for step in (0, 200)] == [1.0, 1.0]
     assert [get_lr_factor(step, constant) for step in (10, 60, 110, 200)] == [1.0] * 4
-    assert [get_lr_factor(step, cosine) for step in (10, 60, 110, 200)] == pytest.approx(
-        [1.0, 0.6, 0.2, 0.2])
-    assert [get_lr_factor(step, linear) for step in (10, 55, 66, 110, 200)] == pytest.approx(
-        [1.0, 1.0, 0.84, 0.2, 0.2])
+    assert [
+        get_lr_factor(step, cosine) for step in (10, 60, 110, 200)
+    ] == pytest.approx([1.0, 0.6, 0.2, 0.2])
+    assert [
+        get_lr_factor(step, linear) for step in (10, 55, 66, 110, 200)
+    ] == pytest.approx([1.0, 1.0, 0.84, 0.2, 0.2])
     # it never falls before the end of the warm-up, and may fall from there on
     early = replace(linear, decay_fraction=1.0)
     assert [get_lr_factor(step, early) for step in (9, 10, 60)] == pytest.approx(
-        [10 / 11, 1.0, 0.6])
+        [10 / 11, 1.0, 0.6]
+    )
     assert get_lr_factor(109, replace(linear, decay_fraction=0.0)) == 1.0
 
 
 def test_muons_rate_and_momentum_follow_the_step():
-    config = replace(CONFIG, learning_rate=1e-3, min_lr=1e-4, muon_lr=0.02, lr_decay_iters=1000,
-                     lr_schedule="linear", decay_fraction=0.5)
+    config = replace(
+        CONFIG,
+        learning_rate=1e-3,
+        min_lr=1e-4,
+        muon_lr=0.02,
+        lr_decay_iters=1000,
+        lr_schedule="linear",
+        decay_fraction=0.5,
+    )
     optimizer = make_optimizer(build_model(ARGS), config)
-    for step, lr, momentum in ((0, 1e-3, 0.85), (150, 1e-3, 0.90), (750, 5.5e-4, 0.95),
-                               (1000, 1e-4, 0.95)):
+    for step, lr, momentum in (
+        (0, 1e-3, 0.85),
+        (150, 1e-3, 0.90),
+        (750, 5.5e-4, 0.95),
+        (1000, 1e-4, 0.95),
+    ):
         set_rates(optimizer, step, config)
         for group in optimizer.param_groups:
             if "momentum" in group:
-                assert (group["lr"], group["momentum"]) == pytest.approx((20 * lr, momentum))
+                assert (group["lr"], group["momentum"]) == pytest.approx(
+                    (20 * lr, momentum)
+                )
             else:
                 assert group["lr"] == pytest.approx(lr)
     set_rates(optimizer, 0, replace(config, muon_momentum=0.5))
@@ -293,8 +359,13 @@ def test_20_muon_steps_and_20_more_equal_40(train, tmp_path, ranks):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_1_2_and_4_ranks_with_muon_are_bit_identical(train, tmp_path, dtype):
-    flags = MUON | {"elastic": True, "gradient_accumulation_steps": 4, "dtype": dtype,
-                    "init_from": "auto", "max_iters": 12}
+    flags = MUON | {
+        "elastic": True,
+        "gradient_accumulation_steps": 4,
+        "dtype": dtype,
+        "init_from": "auto",
+        "max_iters": 12,
+    }
     for ranks in (1, 2, 4):
         train(out=str(ranks), ranks=ranks, **flags)
     for ranks, steps in ((2, 4), (4, 8), (1, 12)):
@@ -305,7 +376,9 @@ def test_1_2_and_4_ranks_with_muon_are_bit_identical(train, tmp_path, dtype):
 def test_muon_learns_faster_than_adamw(train, tmp_path):
     for name in ("adamw", "muon"):
         train(out=name, **MUON | {"optimizer": name, "dropout": 0.0})
-    adamw, muon = (rows(tmp_path / name, "val_loss")[-1]["val_loss"] for name in ("adamw", "muon"))
+    adamw, muon = (
+        rows(tmp_path / name, "val_loss")[-1]["val_loss"] for name in ("adamw", "muon")
+    )
     assert muon < adamw - 0.03
 
 
@@ -315,10 +388,20 @@ def test_changed_rates_are_printed_another_optimizer_refused(train, tmp_path):
     done = train(init_from="resume", optimizer="adamw", code=None)
     assert "optimizer muon -> adamw" in complaint(done)
     assert bits(tmp_path / "out/ckpt.pt") == before
-    done = train(init_from="resume", max_iters=11, muon_lr=0.001, decay_fraction=0.1,
-                 lr_schedule="constant", muon_momentum=0.8)
-    for change in ("muon_lr 0.02 -> 0.001", "decay_fraction 0.65 -> 0.1", "linear -> constant",
-                   "muon_momentum 0.95 -> 0.8"):
+    done = train(
+        init_from="resume",
+        max_iters=11,
+        muon_lr=0.001,
+        decay_fraction=0.1,
+        lr_schedule="constant",
+        muon_momentum=0.8,
+    )
+    for change in (
+        "muon_lr 0.02 -> 0.001",
+        "decay_fraction 0.65 -> 0.1",
+        "linear -> constant",
+        "muon_momentum 0.95 -> 0.8",
+    ):
         assert change in done.stdout
     bundle = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
     group = bundle["optimizer"]["param_groups"][-1]
@@ -348,21 +431,32 @@ def test_a_half_precision_muon_run_resumes_exactly(train, tmp_path, dtype):
 
 def test_muon_stops_before_a_loss_that_is_not_finite(train, tmp_path):
     train(**MUON | {"max_iters": 5})
-    train(init_from="resume", learning_rate=1e30, muon_lr=1e30, decay_lr=False, max_iters=40,
-          checkpoint_interval=1, code=3)
+    train(
+        init_from="resume",
+        learning_rate=1e30,
+        muon_lr=1e30,
+        decay_lr=False,
+        max_iters=40,
+        checkpoint_interval=1,
+        code=3,
+    )
     bundle = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
     assert all(torch.isfinite(p).all() for p in bundle["model"].values())
 
 
 def test_a_learning_rate_of_0_leaves_muons_rate(train, tmp_path):
     train(learning_rate=0.0, max_iters=2, **MUON)
-    groups = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["optimizer"]["param_groups"]
+    groups = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["optimizer"][
+        "param_groups"
+    ]
     assert [group["lr"] > 0 for group in groups] == [False, False, True, True]
 
 
-@pytest.mark.parametrize("setting", [{"optimizer": "adamm"}, {"lr_schedule": "cosin"}], ids=str)
+@pytest.mark.parametrize(
+    "setting", [{"optimizer": "adamm"}, {"lr_schedule": "cosin"}], ids=str
+)
 def test_an_unknown_optimizer_or_schedule_is_refused(train, setting):
-    key, = setting
+    (key,) = setting
     assert key in complaint(train(code=None, **setting), silent=False)
 
 
@@ -406,7 +500,10 @@ def test_groups_cover_the_model_and_have_their_own_rates(name, all_optimizers):
     optimizer = make_optimizer(model, config)
     parameters = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(parameters) == sorted(id(p) for p in model.parameters())
-    assert all(math.isclose(group["lr"], group["peak_lr"] / 10) for group in optimizer.param_groups)
+    assert all(
+        math.isclose(group["lr"], group["peak_lr"] / 10)
+        for group in optimizer.param_groups
+    )
 
 
 @names
@@ -436,28 +533,50 @@ optim.OPTIMIZERS["lion"] = test_optim.make_lion
 def run_with_lion(program, *args, code=0):
     """Run Python code after Lion was added. Check its exit code."""
     source = LION.format(tests=str(Path(__file__).parent)) + program
-    done = subprocess.run([sys.executable, "-c", source, *map(str, args)], cwd=REPO, text=True,
-                          capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-c", source, *map(str, args)],
+        cwd=REPO,
+        text=True,
+        capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == code, done.stdout + done.stderr
     return done
 
 
 @pytest.mark.slow
 def test_an_added_optimizer_resumes_stops_at_nan_and_survives_kills(dataset, tmp_path):
-    train = ("import sys, train\nfrom keepgpt.config import TrainConfig, parse\n"
-             "sys.exit(train.main(*parse(TrainConfig, '', sys.argv[1:])[:2]))")
-    flags = [f"--{key}={value}" for key, value in
-             (TINY | {"dataset": dataset, "optimizer": "lion", "learning_rate": 1e-3}).items()]
+    train = (
+        "import sys, train\nfrom keepgpt.config import TrainConfig, parse\n"
+        "sys.exit(train.main(*parse(TrainConfig, '', sys.argv[1:])[:2]))"
+    )
+    flags = [
+        f"--{key}={value}"
+        for key, value in (
+            TINY | {"dataset": dataset, "optimizer": "lion", "learning_rate": 1e-3}
+        ).items()
+    ]
     run_with_lion(train, *flags, f"--out_dir={tmp_path}/whole")
     run_with_lion(train, *flags, f"--out_dir={tmp_path}/parts", "--max_iters=20")
-    run_with_lion(train, "--init_from=resume", f"--out_dir={tmp_path}/parts", "--max_iters=40")
+    run_with_lion(
+        train, "--init_from=resume", f"--out_dir={tmp_path}/parts", "--max_iters=40"
+    )
     assert bits(tmp_path / "whole/ckpt.pt") == bits(tmp_path / "parts/ckpt.pt")
-    run_with_lion(train, "--init_from=resume", f"--out_dir={tmp_path}/parts", "--max_iters=60",
-                  "--learning_rate=1e30", "--decay_lr=False", code=3)
-    crash = ("from tools.crash import common\n"
-             "common.RUN |= {'optimizer': 'lion', 'learning_rate': 0.01}\n"
-             "from tools.crash import __main__ as crash\n"
-             "sys.exit(crash.main(common.CrashConfig(cases=5), ['kill']))")
+    run_with_lion(
+        train,
+        "--init_from=resume",
+        f"--out_dir={tmp_path}/parts",
+        "--max_iters=60",
+        "--learning_rate=1e30",
+        "--decay_lr=False",
+        code=3,
+    )
+    crash = (
+        "from tools.crash import common\n"
+        "common.RUN |= {'optimizer': 'lion', 'learning_rate': 0.01}\n"
+        "from tools.crash import __main__ as crash\n"
+        "sys.exit(crash.main(common.CrashConfig(cases=5), ['kill']))"
+    )
     assert " 0 failures" in run_with_lion(crash).stdout
 
 

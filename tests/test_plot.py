@@ -1,4 +1,5 @@
 """tools.plot reads logs exactly, draws them, and answers mistakes with a line."""
+
 import json
 import struct
 import subprocess
@@ -9,14 +10,39 @@ from conftest import REPO, complaint, run
 
 from tools.plot import draw, read_run
 
-STEPS = [{"step": 2, "tokens": 200, "loss": 4.0, "lr": 0.1, "grad_norm": 9.0, "tokens_per_s": 100},
-         {"step": 4, "tokens": 400, "loss": 3.0, "lr": 0.2, "grad_norm": 8.0, "tokens_per_s": 50},
-         {"step": 8, "tokens": 800, "loss": 2.0, "lr": 0.3, "grad_norm": 7.0, "tokens_per_s": 400,
-          "mfu": 0.5}]
+STEPS = [
+    {
+        "step": 2,
+        "tokens": 200,
+        "loss": 4.0,
+        "lr": 0.1,
+        "grad_norm": 9.0,
+        "tokens_per_s": 100,
+    },
+    {
+        "step": 4,
+        "tokens": 400,
+        "loss": 3.0,
+        "lr": 0.2,
+        "grad_norm": 8.0,
+        "tokens_per_s": 50,
+    },
+    {
+        "step": 8,
+        "tokens": 800,
+        "loss": 2.0,
+        "lr": 0.3,
+        "grad_norm": 7.0,
+        "tokens_per_s": 400,
+        "mfu": 0.5,
+    },
+]
 SECONDS = [2, 6, 7]  # 200 tokens at 100 a second, 200 at 50, 400 at 400
-EVALUATIONS = [{"step": 0, "train_loss": 5.0, "val_loss": 5.5},
-               {"step": 4, "train_loss": 2.5, "val_loss": 2.6},
-               {"step": 8, "train_loss": 2.0, "val_loss": 2.7}]
+EVALUATIONS = [
+    {"step": 0, "train_loss": 5.0, "val_loss": 5.5},
+    {"step": 4, "train_loss": 2.5, "val_loss": 2.6},
+    {"step": 8, "train_loss": 2.0, "val_loss": 2.7},
+]
 ROWS = [EVALUATIONS[0], *STEPS[:2], EVALUATIONS[1], STEPS[2], EVALUATIONS[2]]
 
 
@@ -28,7 +54,9 @@ def written(folder: Path, rows: list, more: str = "") -> Path:
     return folder
 
 
-def plot(*args: object, code: int | None = None, **flags: object) -> subprocess.CompletedProcess:
+def plot(
+    *args: object, code: int | None = None, **flags: object
+) -> subprocess.CompletedProcess:
     """Run `python -m tools.plot`."""
     return run("tools.plot", *args, code=code, **flags)
 
@@ -69,14 +97,21 @@ def test_the_curves_show_the_logged_values(tmp_path):
 
 
 def test_a_long_curve_is_smoothed(tmp_path):
-    rows = [STEPS[0] | {"step": i + 1, "loss": i**2} for i in range(100)]  # over three values
-    mean = draw([written(tmp_path / "run", rows)], "steps").axes[0].lines[1].get_xydata()
+    rows = [
+        STEPS[0] | {"step": i + 1, "loss": i**2} for i in range(100)
+    ]  # over three values
+    mean = (
+        draw([written(tmp_path / "run", rows)], "steps").axes[0].lines[1].get_xydata()
+    )
     assert np.allclose(mean[:2], [[3, 5 / 3], [4, 14 / 3]]) and len(mean) == 98
 
 
 def test_long_and_short_runs_are_drawn(tmp_path):
-    runs = [written(tmp_path / "run", ROWS), written(tmp_path / "step", STEPS[:1]),
-            written(tmp_path / "evaluation", EVALUATIONS[:1])]
+    runs = [
+        written(tmp_path / "run", ROWS),
+        written(tmp_path / "step", STEPS[:1]),
+        written(tmp_path / "evaluation", EVALUATIONS[:1]),
+    ]
     for folders in (runs, runs[1:2], runs[2:]):
         target = tmp_path / f"{len(folders)}{folders[0].name}.png"
         done = plot(*folders, x="minutes", to=target, code=0)
@@ -88,18 +123,27 @@ def test_a_mistake_exits_2_with_one_line(tmp_path):
     folder, to = written(tmp_path / "run", ROWS), f"--to={tmp_path}/a.png"
     complaint(plot(to))
     complaint(plot(tmp_path / "nothing", to))
-    for number, line in enumerate(("}", '{"step": 1}', "7", json.dumps(STEPS[0] | {"lr": "x"}))):
+    for number, line in enumerate(
+        ("}", '{"step": 1}', "7", json.dumps(STEPS[0] | {"lr": "x"}))
+    ):
         corrupt = written(tmp_path / f"corrupt{number}", ROWS, f"{line}\n")
         assert line[:40] in complaint(plot(corrupt, to))
-    for flag in ("--too=a.png", "--x=miles", f"--to={tmp_path}/no/a.png", f"--to={tmp_path}/a.x"):
+    for flag in (
+        "--too=a.png",
+        "--x=miles",
+        f"--to={tmp_path}/no/a.png",
+        f"--to={tmp_path}/a.x",
+    ):
         complaint(plot(folder, flag))
     assert not (tmp_path / "a.png").exists()
 
 
 def test_drawing_without_matplotlib_exits_2(tmp_path):
     program = tmp_path / "program.py"
-    program.write_text(f"import runpy, sys\nsys.path.insert(0, {str(REPO)!r})\n"
-                       "sys.modules['matplotlib.pyplot'] = None\n"
-                       f"runpy.run_path({str(REPO / 'tools/plot.py')!r}, run_name='__main__')\n")
+    program.write_text(
+        f"import runpy, sys\nsys.path.insert(0, {str(REPO)!r})\n"
+        "sys.modules['matplotlib.pyplot'] = None\n"
+        f"runpy.run_path({str(REPO / 'tools/plot.py')!r}, run_name='__main__')\n"
+    )
     folder = written(tmp_path / "run", ROWS)
     assert "pip install matplotlib" in complaint(run(program, folder, code=2))

@@ -1,4 +1,5 @@
 """keepgpt/ranks.py: ranks compare what they were started with and what they computed."""
+
 import shutil
 import subprocess
 from pathlib import Path
@@ -21,36 +22,56 @@ os.environ["ONEDNN_MAX_CPU_ISA"] = "SSE41"
 def hosts(dataset, tmp_path):
     """Run train.py on two ranks. `rank_1` are lines of a config file for rank 1 alone: settings,
     or what makes it another host."""
-    def hosts(rank_1: str, code: int | None = 0, **flags) -> subprocess.CompletedProcess:
+
+    def hosts(
+        rank_1: str, code: int | None = 0, **flags
+    ) -> subprocess.CompletedProcess:
         flags = {"out_dir": tmp_path / "out", "dataset": dataset, **SHORT, **flags}
-        lines = [f"{key} = {value!r}" if not isinstance(value, Path) else f"{key} = '{value}'"
-                 for key, value in flags.items()]
+        lines = [
+            f"{key} = {value!r}"
+            if not isinstance(value, Path)
+            else f"{key} = '{value}'"
+            for key, value in flags.items()
+        ]
         lines += ["import os", "if os.environ['RANK'] == '1':"]
         lines += ["    " + line for line in (rank_1 or "pass").strip().splitlines()]
         (tmp_path / "hosts.py").write_text("\n".join(lines))
         return run("train.py", tmp_path / "hosts.py", ranks=2, code=code)
+
     return hosts
 
 
 @pytest.fixture
 def difference(hosts):
     """Run train.py on two ranks that differ. Return the line with which both end."""
+
     def difference(rank_1: str, **flags) -> str:
         done = hosts(rank_1, code=1, **flags)
-        errors = {line for line in done.stderr.splitlines() if not line.startswith("note: ")}
+        errors = {
+            line for line in done.stderr.splitlines() if not line.startswith("note: ")
+        }
         assert len(errors) == 1, done.stderr
         line = errors.pop()
         assert line.startswith("error: ") and "rank 1" in line and "Try: " in line
         return line
+
     return difference
 
 
 # what they are started with
 
 
-@pytest.mark.parametrize("key, value", [
-    ("learning_rate", "1e-3"), ("seed", "2"), ("elastic", "True"), ("dtype", "'bfloat16'"),
-    ("max_iters", "7"), ("eval_only", "True")])
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("learning_rate", "1e-3"),
+        ("seed", "2"),
+        ("elastic", "True"),
+        ("dtype", "'bfloat16'"),
+        ("max_iters", "7"),
+        ("eval_only", "True"),
+    ],
+)
 def test_a_setting_of_one_rank_alone_is_named(difference, tmp_path, key, value):
     assert f"error: {key}: rank 0 has" in difference(f"{key} = {value}")
     assert not (tmp_path / "out").exists()
@@ -65,8 +86,13 @@ def test_a_default_given_on_one_rank_counts_in_a_resume(difference, hosts):
 
 def test_another_text_under_one_name_is_named(difference, play, tmp_path):
     (tmp_path / "other.txt").write_text(play.read_text()[::-1])
-    run("prepare.py", tmp_path / "other.txt", name="hamlet", tokenizer="char",
-        data_dir=tmp_path / "data")
+    run(
+        "prepare.py",
+        tmp_path / "other.txt",
+        name="hamlet",
+        tokenizer="char",
+        data_dir=tmp_path / "data",
+    )
     assert "data/fingerprint" in difference(f"dataset = '{tmp_path / 'data/hamlet'}'")
 
 
@@ -92,12 +118,16 @@ def test_another_version_of_the_code_is_named(difference, tmp_path, name):
     shutil.copytree(REPO / "keepgpt", tmp_path / "keepgpt")
     with open(tmp_path / name, "a") as file:
         file.write("# changed\n")
-    other = f"import keepgpt.ranks; keepgpt.ranks.__file__ = '{tmp_path}/keepgpt/ranks.py'"
+    other = (
+        f"import keepgpt.ranks; keepgpt.ranks.__file__ = '{tmp_path}/keepgpt/ranks.py'"
+    )
     assert f"error: {name}: rank 0 has" in difference(other)
 
 
 def test_another_version_of_torch_is_named(difference):
-    other = "import torch; torch.__version__ = torch.torch_version.TorchVersion('2.0.1')"
+    other = (
+        "import torch; torch.__version__ = torch.torch_version.TorchVersion('2.0.1')"
+    )
     assert "error: torch: rank 0 has" in difference(other)
 
 
@@ -114,9 +144,9 @@ def test_names_and_places_may_differ_between_hosts(hosts, dataset, tmp_path):
     shutil.copytree(dataset, tmp_path / "elsewhere/other")
     hosts(f"""
 dataset = "other"
-data_dir = "{tmp_path / 'elsewhere'}"
+data_dir = "{tmp_path / "elsewhere"}"
 device = "cpu"
-out_dir = "{tmp_path / 'unused'}"
+out_dir = "{tmp_path / "unused"}"
 wandb_run_name = "b"
 """)
     assert not (tmp_path / "unused").exists()
@@ -128,9 +158,15 @@ wandb_run_name = "b"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [
-    {"optimizer": "muon", "grad_clip": 0}, {"elastic": True, "grad_clip": 0.01},
-    {"grad_clip": 0.01}], ids=["muon", "elastic", "ddp"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"optimizer": "muon", "grad_clip": 0},
+        {"elastic": True, "grad_clip": 0.01},
+        {"grad_clip": 0.01},
+    ],
+    ids=["muon", "elastic", "ddp"],
+)
 def test_ranks_that_round_differently_end_unsaved(difference, tmp_path, flags):
     assert "after step" in difference(OLD_CPU, **flags)
     assert not list(tmp_path.glob("out/*.pt"))
@@ -152,8 +188,13 @@ def test_random_weights_are_rank_0s(hosts):
 @pytest.mark.slow
 def test_all_ranks_of_ddp_use_rank_0s_threads(hosts, dataset, tmp_path):
     hosts("import torch; torch.set_num_threads(2)", n_embd=128)
-    run("train.py", ranks=2, out_dir=tmp_path / "same", dataset=dataset,
-        **SHORT | {"n_embd": 128})
+    run(
+        "train.py",
+        ranks=2,
+        out_dir=tmp_path / "same",
+        dataset=dataset,
+        **SHORT | {"n_embd": 128},
+    )
     assert bits(tmp_path / "out/ckpt.pt") == bits(tmp_path / "same/ckpt.pt")
 
 
@@ -161,7 +202,9 @@ def test_all_ranks_of_ddp_use_rank_0s_threads(hosts, dataset, tmp_path):
 
 
 @pytest.mark.parametrize("size", [1, 7, 64, 2 * CHUNK + 10])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool]
+)
 def test_a_checksum_changes_with_a_bit_and_with_the_order(size, dtype):
     weights = torch.arange(1, 2 * CHUNK, 2)
     x = (torch.arange(size) % 2).to(dtype)
@@ -186,4 +229,8 @@ def test_the_first_rank_and_key_that_differ_are_named():
     assert find_difference(facts) == ""
     facts[2] = flatten({"a": 1, "b": {"c": "y" * 50}, "d": None})
     line = find_difference(facts)
-    assert line.startswith("b/c: rank 0 has sha256 ") and "rank 2" in line and "1 more" in line
+    assert (
+        line.startswith("b/c: rank 0 has sha256 ")
+        and "rank 2" in line
+        and "1 more" in line
+    )

@@ -1,4 +1,5 @@
 """README.md, CONTRIBUTING.md and docs/ match the program."""
+
 import re
 from dataclasses import fields
 
@@ -7,14 +8,21 @@ from conftest import REPO
 
 from keepgpt.config import TrainConfig
 
-PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
+PAGES = [
+    REPO / "README.md",
+    REPO / "CONTRIBUTING.md",
+    *sorted((REPO / "docs").glob("*.md")),
+]
 README = PAGES[0].read_text(encoding="utf-8")
 
 
 def anchors(page):
     """Return the anchors that GitHub makes from a page's headings."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+    return {
+        re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-")
+        for heading in headings
+    }
 
 
 def test_readme_maps_every_script_and_module():
@@ -50,14 +58,22 @@ def test_commands_use_existing_keys(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_names_said_to_be_in_a_file_are_in_it(page):
     text = page.read_text(encoding="utf-8")
-    for names, file in re.findall(r"((?:`\w+`(?:, | and )?)+) in\s+`([\w/]+\.py)`", text):
+    for names, file in re.findall(
+        r"((?:`\w+`(?:, | and )?)+) in\s+`([\w/]+\.py)`", text
+    ):
         code = (REPO / file).read_text(encoding="utf-8")
         for name in re.findall(r"\w+", names.replace(" and ", " ")):
-            assert re.search(rf"^ *(def|class) {name}\b|^{name} = ", code, re.MULTILINE), name
+            assert re.search(
+                rf"^ *(def|class) {name}\b|^{name} = ", code, re.MULTILINE
+            ), name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_that_a_page_names_exist(page):
-    named = re.findall(r"\b(?:config|docs|keepgpt|runs|tests|tools)/\w+\.\w+",
-                       page.read_text(encoding="utf-8"))
-    assert [name for name in set(named) - {"config/x.py"} if not (REPO / name).exists()] == []
+    named = re.findall(
+        r"\b(?:config|docs|keepgpt|runs|tests|tools)/\w+\.\w+",
+        page.read_text(encoding="utf-8"),
+    )
+    assert [
+        name for name in set(named) - {"config/x.py"} if not (REPO / name).exists()
+    ] == []

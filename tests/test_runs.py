@@ -1,4 +1,5 @@
 """runs/loop.sh, runs/slurm.sh and torchrun's restarts lose nothing while nobody watches."""
+
 import fcntl
 import os
 import pty
@@ -18,8 +19,13 @@ from tools.common import last_step
 from tools.runs import list_descendants
 
 pytestmark = pytest.mark.slow
-FLAGS = TINY | {"max_iters": 200, "lr_decay_iters": 200, "eval_interval": 30, "log_interval": 1,
-                "init_from": "auto"}
+FLAGS = TINY | {
+    "max_iters": 200,
+    "lr_decay_iters": 200,
+    "eval_interval": 30,
+    "log_interval": 1,
+    "init_from": "auto",
+}
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
@@ -54,8 +60,15 @@ def until(reached, process: subprocess.Popen) -> None:
 def test_the_loop_finishes_a_killed_run(dataset, tmp_path, whole):
     out = tmp_path / "out"
     loop = subprocess.Popen(
-        [REPO / "runs/loop.sh", *command("train.py", out_dir=out, dataset=dataset, **FLAGS)],
-        env=ONE_THREAD, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        [
+            REPO / "runs/loop.sh",
+            *command("train.py", out_dir=out, dataset=dataset, **FLAGS),
+        ],
+        env=ONE_THREAD,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     for step in (40, 100):
         until(lambda step=step: last_step(out) >= step and ranks_of(loop), loop)
         os.kill(ranks_of(loop)[0], signal.SIGKILL)
@@ -65,7 +78,10 @@ def test_the_loop_finishes_a_killed_run(dataset, tmp_path, whole):
 
 def test_the_loop_ends_on_a_signal_and_on_a_mistake(dataset, tmp_path):
     out = tmp_path / "out"
-    loop = [REPO / "runs/loop.sh", *command("train.py", out_dir=out, dataset=dataset, **FLAGS)]
+    loop = [
+        REPO / "runs/loop.sh",
+        *command("train.py", out_dir=out, dataset=dataset, **FLAGS),
+    ]
     process = subprocess.Popen(loop, env=ONE_THREAD)
     until(lambda: last_step(out) >= 10, process)
     process.send_signal(signal.SIGTERM)
@@ -81,15 +97,21 @@ def test_the_loop_ends_on_a_signal_and_on_a_mistake(dataset, tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU])
 def test_the_loop_passes_a_signal_on(number):
     """The command stands for a run: it exits with 75 at SIGTERM."""
-    stops = ["bash", "-c", "trap 'exit 75' TERM; echo ready; for i in {1..200}; do sleep 0.1; done"]
+    stops = [
+        "bash",
+        "-c",
+        "trap 'exit 75' TERM; echo ready; for i in {1..200}; do sleep 0.1; done",
+    ]
     process = subprocess.Popen([REPO / "runs/loop.sh", *stops], stdout=subprocess.PIPE)
     process.stdout.readline()
     process.send_signal(number)
     assert process.wait(timeout=30) == 75
 
 
-@pytest.mark.parametrize("prefix, ranks, code", [
-    ([], 1, 75), (["nohup"], 2, 1), ([REPO / "runs/loop.sh"], 1, 75)])
+@pytest.mark.parametrize(
+    "prefix, ranks, code",
+    [([], 1, 75), (["nohup"], 2, 1), ([REPO / "runs/loop.sh"], 1, 75)],
+)
 def test_a_closed_terminal_saves_the_run(dataset, tmp_path, prefix, ranks, code):
     """torchrun ends at a SIGHUP, with nohup, too. It passes it on to its ranks."""
     out, (ours, theirs) = tmp_path / "out", pty.openpty()
@@ -100,9 +122,17 @@ def test_a_closed_terminal_saves_the_run(dataset, tmp_path, prefix, ranks, code)
 
     flags = FLAGS | {"max_iters": 10**6, "eval_interval": 10**5}
     process = subprocess.Popen(
-        [*prefix, *command("train.py", ranks=ranks, out_dir=out, dataset=dataset, **flags)],
-        env=ONE_THREAD, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs,
-        preexec_fn=take_terminal)
+        [
+            *prefix,
+            *command("train.py", ranks=ranks, out_dir=out, dataset=dataset, **flags),
+        ],
+        env=ONE_THREAD,
+        cwd=tmp_path,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        preexec_fn=take_terminal,
+    )
     os.close(theirs)
     until(lambda: last_step(out) >= 10, process)
     os.close(ours)
@@ -126,13 +156,19 @@ def test_the_loop_without_a_command_exits_2():
 
 
 def test_torchrun_restarts_a_killed_rank(dataset, tmp_path, whole):
-    out, flags = tmp_path / "out", FLAGS | {"gradient_accumulation_steps": 2, "dataset": dataset}
+    out, flags = (
+        tmp_path / "out",
+        FLAGS | {"gradient_accumulation_steps": 2, "dataset": dataset},
+    )
     run("train.py", ranks=2, out_dir=tmp_path / "whole", **flags)
     args = command("train.py", ranks=2, out_dir=out, **flags)
     args.insert(args.index("--standalone"), "--max-restarts=3")
     process = subprocess.Popen(args, env=ONE_THREAD, stderr=subprocess.DEVNULL)
     for step, rank in ((40, 0), (100, 1)):
-        until(lambda step=step: last_step(out) >= step and len(ranks_of(process)) == 2, process)
+        until(
+            lambda step=step: last_step(out) >= step and len(ranks_of(process)) == 2,
+            process,
+        )
         os.kill(ranks_of(process)[rank], signal.SIGKILL)
     assert process.wait(timeout=120) == 0
     assert bits(out / "ckpt.pt") == bits(tmp_path / "whole/ckpt.pt")
@@ -142,7 +178,9 @@ def test_torchrun_restarts_a_killed_rank(dataset, tmp_path, whole):
 def test_ranks_do_not_outlive_torchrun(dataset, tmp_path):
     out = tmp_path / "out"
     flags = FLAGS | {"dataset": dataset, "max_iters": 10**6}
-    process = subprocess.Popen(command("train.py", ranks=2, out_dir=out, **flags), env=ONE_THREAD)
+    process = subprocess.Popen(
+        command("train.py", ranks=2, out_dir=out, **flags), env=ONE_THREAD
+    )
     until(lambda: last_step(out) >= 10, process)
     ranks = ranks_of(process)
     process.kill()
@@ -157,17 +195,24 @@ def test_ranks_do_not_outlive_torchrun(dataset, tmp_path):
 def test_a_signalled_rank_waits_for_the_last_save(dataset, tmp_path):
     """torchrun kills the other ranks half a minute after the first one ends."""
     slow, out = tmp_path / "slow.py", tmp_path / "out"
-    slow.write_text("import sys, time\n"
-                    f"sys.path.insert(0, {str(REPO)!r})\n"
-                    "import train\nfrom keepgpt import checkpoint\n"
-                    "from keepgpt.config import TrainConfig, parse\n"
-                    "fsync = checkpoint.Disk.fsync\n"
-                    "checkpoint.Disk.fsync = lambda self, file: (time.sleep(4), fsync(file))\n"
-                    "sys.exit(train.main(*parse(TrainConfig, '', sys.argv[1:])[:2]))\n")
-    flags = FLAGS | {"dataset": dataset, "out_dir": out, "max_iters": 10**6,
-                     "eval_interval": 10**5}
-    process = subprocess.Popen(command(slow, ranks=2, **flags), stderr=subprocess.DEVNULL,
-                               env=ONE_THREAD)
+    slow.write_text(
+        "import sys, time\n"
+        f"sys.path.insert(0, {str(REPO)!r})\n"
+        "import train\nfrom keepgpt import checkpoint\n"
+        "from keepgpt.config import TrainConfig, parse\n"
+        "fsync = checkpoint.Disk.fsync\n"
+        "checkpoint.Disk.fsync = lambda self, file: (time.sleep(4), fsync(file))\n"
+        "sys.exit(train.main(*parse(TrainConfig, '', sys.argv[1:])[:2]))\n"
+    )
+    flags = FLAGS | {
+        "dataset": dataset,
+        "out_dir": out,
+        "max_iters": 10**6,
+        "eval_interval": 10**5,
+    }
+    process = subprocess.Popen(
+        command(slow, ranks=2, **flags), stderr=subprocess.DEVNULL, env=ONE_THREAD
+    )
     until(lambda: last_step(out) >= 10 and len(ranks_of(process)) == 2, process)
     os.kill(ranks_of(process)[1], signal.SIGUSR1)
     while not (out / "ckpt.pt").exists():
@@ -180,27 +225,40 @@ def test_a_signalled_rank_waits_for_the_last_save(dataset, tmp_path):
 def test_usr1_to_torchrun_and_ranks_saves(dataset, tmp_path):
     """As in runs/slurm.sh, torchrun ignores the signal and its ranks save."""
     out = tmp_path / "out"
-    args = command("train.py", ranks=2, out_dir=out, dataset=dataset,
-                    **FLAGS | {"max_iters": 10**6, "eval_interval": 10**5})
+    args = command(
+        "train.py",
+        ranks=2,
+        out_dir=out,
+        dataset=dataset,
+        **FLAGS | {"max_iters": 10**6, "eval_interval": 10**5},
+    )
     script = (REPO / "runs/slurm.sh").read_text()
     assert "srun env --ignore-signal=USR1,USR2,XCPU torchrun" in script
-    process = subprocess.Popen(["env", "--ignore-signal=USR1", *args], env=ONE_THREAD,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        ["env", "--ignore-signal=USR1", *args],
+        env=ONE_THREAD,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     until(lambda: last_step(out) >= 10, process)
     for pid in [process.pid, *ranks_of(process)]:
         os.kill(pid, signal.SIGUSR1)
     assert process.wait(timeout=60) == 1  # torchrun's answer to ranks that end with 75
-    assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == last_step(out) >= 10
+    assert (
+        torch.load(out / "ckpt.pt", weights_only=True)["step"] == last_step(out) >= 10
+    )
 
 
 def test_a_rank_ends_without_destroying_its_groups(dataset, tmp_path):
     hangs, out = tmp_path / "hangs.py", tmp_path / "out"
-    hangs.write_text("import sys, threading\n"
-                     f"sys.path.insert(0, {str(REPO)!r})\n"
-                     "import torch.distributed, train\n"
-                     "from keepgpt.config import TrainConfig, parse\n"
-                     "torch.distributed.destroy_process_group = threading.Event().wait\n"
-                     "sys.exit(train.main(*parse(TrainConfig, '', sys.argv[1:])[:2]))\n")
+    hangs.write_text(
+        "import sys, threading\n"
+        f"sys.path.insert(0, {str(REPO)!r})\n"
+        "import torch.distributed, train\n"
+        "from keepgpt.config import TrainConfig, parse\n"
+        "torch.distributed.destroy_process_group = threading.Event().wait\n"
+        "sys.exit(train.main(*parse(TrainConfig, '', sys.argv[1:])[:2]))\n"
+    )
     done = run(hangs, ranks=2, out_dir=out, dataset=dataset, **FLAGS | {"max_iters": 2})
     assert "done at step 2" in done.stdout and (out / "ckpt.pt").exists()
 
@@ -216,17 +274,30 @@ def test_the_slurm_script_saves_and_requeues(dataset, tmp_path, whole):
 trap 'kill -9 $!' TERM; "$@" & echo $! > {tmp_path}/step; wait $!""",
         "scancel": f'[ "$1" = --signal=TERM ] && kill -TERM $(cat {tmp_path}/step)',
         "torchrun": f'exec {torchrun} "$@"',
-        "scontrol": f'echo "$@" >> {tmp_path}/scontrol; echo localhost'}
+        "scontrol": f'echo "$@" >> {tmp_path}/scontrol; echo localhost',
+    }
     for name, text in programs.items():
         (stubs / name).write_text(f"#!/bin/sh\n{text}\n")
         (stubs / name).chmod(0o755)
-    flags = [f"--{key}={value}" for key, value in
-             (FLAGS | {"dataset": dataset, "out_dir": out}).items() if key != "init_from"]
-    env = ONE_THREAD | {"PATH": f"{stubs}:{os.environ['PATH']}", "SLURM_JOB_ID": "17",
-                        "SLURM_CPUS_PER_TASK": "32"}
+    flags = [
+        f"--{key}={value}"
+        for key, value in (FLAGS | {"dataset": dataset, "out_dir": out}).items()
+        if key != "init_from"
+    ]
+    env = ONE_THREAD | {
+        "PATH": f"{stubs}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "17",
+        "SLURM_CPUS_PER_TASK": "32",
+    }
     job = [REPO / "runs/slurm.sh", *flags]
-    process = subprocess.Popen(job, cwd=REPO, env=env, start_new_session=True,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        job,
+        cwd=REPO,
+        env=env,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     until(lambda: last_step(out) >= 40, process)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(timeout=60) == 0

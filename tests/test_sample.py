@@ -1,4 +1,5 @@
 """Text out of a checkpoint."""
+
 import shutil
 import subprocess
 from types import SimpleNamespace
@@ -25,11 +26,21 @@ def trained(dataset, tmp_path_factory):
 
 def test_it_needs_only_the_checkpoint(trained, tmp_path):
     shutil.copy(trained / "best.pt", tmp_path / "best.pt")
-    done = run("sample.py", out_dir=tmp_path, start="Ham", num_samples=2, max_new_tokens=50,
-               cwd=tmp_path)
+    done = run(
+        "sample.py",
+        out_dir=tmp_path,
+        start="Ham",
+        num_samples=2,
+        max_new_tokens=50,
+        cwd=tmp_path,
+    )
     first, second = samples(done.stdout)
     assert "step 100" in done.stderr and first != second
-    assert first.startswith("Ham") and second.startswith("Ham") and len(first) == len(second) == 53
+    assert (
+        first.startswith("Ham")
+        and second.startswith("Ham")
+        and len(first) == len(second) == 53
+    )
 
 
 def test_the_step_of_an_older_loss_is_named(train, tmp_path):
@@ -37,11 +48,22 @@ def test_the_step_of_an_older_loss_is_named(train, tmp_path):
     train(init_from="resume", max_iters=22)
     bundle = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
     assert bundle["step"] == bundle["evaluation"]["step"] == 22
-    train(out="saved", max_iters=40, eval_interval=30, checkpoint_interval=7, keep_checkpoints=9)
+    train(
+        out="saved",
+        max_iters=40,
+        eval_interval=30,
+        checkpoint_interval=7,
+        keep_checkpoints=9,
+    )
     for step, told in ((35, " at step 30"), (40, "")):
-        done = run("sample.py", init_from="resume", max_new_tokens=0, out_dir=(
-            folder := tmp_path / f"only-{step}").mkdir() or shutil.copy(
-                tmp_path / f"saved/ckpt-{step:08}.pt", folder / "ckpt.pt") and folder)
+        done = run(
+            "sample.py",
+            init_from="resume",
+            max_new_tokens=0,
+            out_dir=(folder := tmp_path / f"only-{step}").mkdir()
+            or shutil.copy(tmp_path / f"saved/ckpt-{step:08}.pt", folder / "ckpt.pt")
+            and folder,
+        )
         assert f"step {step}, " in done.stderr and done.stderr.endswith(f"{told}\n")
 
 
@@ -52,8 +74,12 @@ def samples(text: str) -> list[str]:
 
 def test_a_seed_repeats_and_another_does_not(trained):
     def sample(**flags):
-        return samples(run("sample.py", out_dir=trained, num_samples=1, max_new_tokens=60,
-                           **flags).stdout)
+        return samples(
+            run(
+                "sample.py", out_dir=trained, num_samples=1, max_new_tokens=60, **flags
+            ).stdout
+        )
+
     assert sample(seed=1) == sample(seed=1) != sample(seed=2)
     assert sample(seed=1, temperature=0) == sample(seed=2, top_k=1)
     assert len(sample(dtype="bfloat16")[0]) == len(sample()[0])
@@ -61,62 +87,105 @@ def test_a_seed_repeats_and_another_does_not(trained):
 
 def test_the_newest_or_the_best_or_any_file(trained, tmp_path):
     older = next(trained.glob("ckpt-*80.pt"))
-    done = run("sample.py", out_dir=trained, init_from=older, num_samples=1, max_new_tokens=40,
-               temperature=0)
+    done = run(
+        "sample.py",
+        out_dir=trained,
+        init_from=older,
+        num_samples=1,
+        max_new_tokens=40,
+        temperature=0,
+    )
     step_80 = samples(done.stdout)
     shutil.copy(older, tmp_path / "best.pt")
     shutil.copy(trained / "ckpt.pt", tmp_path / "ckpt.pt")
-    best = run("sample.py", out_dir=tmp_path, num_samples=1, max_new_tokens=40, temperature=0)
-    newest = run("sample.py", out_dir=tmp_path, init_from="resume", num_samples=1,
-                 max_new_tokens=40, temperature=0)
-    assert ("step 80" in best.stderr and samples(best.stdout) == step_80
-            and "step 100" in newest.stderr)
+    best = run(
+        "sample.py", out_dir=tmp_path, num_samples=1, max_new_tokens=40, temperature=0
+    )
+    newest = run(
+        "sample.py",
+        out_dir=tmp_path,
+        init_from="resume",
+        num_samples=1,
+        max_new_tokens=40,
+        temperature=0,
+    )
+    assert (
+        "step 80" in best.stderr
+        and samples(best.stdout) == step_80
+        and "step 100" in newest.stderr
+    )
 
 
 def test_a_prompt_from_a_file_longer_than_the_block(trained, play, tmp_path):
     prompt = play.read_text()[:200]
     (tmp_path / "prompt.txt").write_text(prompt)
-    text = run("sample.py", out_dir=trained, start=f"FILE:{tmp_path / 'prompt.txt'}", num_samples=1,
-               max_new_tokens=80).stdout
+    text = run(
+        "sample.py",
+        out_dir=trained,
+        start=f"FILE:{tmp_path / 'prompt.txt'}",
+        num_samples=1,
+        max_new_tokens=80,
+    ).stdout
     assert len(samples(text)[0]) == 280 and samples(text)[0].startswith(prompt)
 
 
-@pytest.mark.parametrize("flags, shown", [
-    ({"start": "naïve 你好"}, "你"),
-    ({"start": "FILE:nosuch.txt"}, "nosuch.txt"),
-    ({"out_dir": "nosuch"}, "python train.py"),
-    ({"init_from": "nosuch"}, "no such file, folder or model"),
-    ({"num_samples": 0}, "num_samples"),
-    ({"temprature": 1}, "did you mean temperature?"),
-    ({"device": "cuda:9"}, "device=auto"),
-    ({"stop_at_eot": True}, "no end-of-text token"),
-    ({"max_new_tokens": 1e13}, "max_new_tokens"),
-])
+@pytest.mark.parametrize(
+    "flags, shown",
+    [
+        ({"start": "naïve 你好"}, "你"),
+        ({"start": "FILE:nosuch.txt"}, "nosuch.txt"),
+        ({"out_dir": "nosuch"}, "python train.py"),
+        ({"init_from": "nosuch"}, "no such file, folder or model"),
+        ({"num_samples": 0}, "num_samples"),
+        ({"temprature": 1}, "did you mean temperature?"),
+        ({"device": "cuda:9"}, "device=auto"),
+        ({"stop_at_eot": True}, "no end-of-text token"),
+        ({"max_new_tokens": 1e13}, "max_new_tokens"),
+    ],
+)
 def test_a_mistake_is_answered_with_one_line(trained, flags, shown):
-    assert shown in complaint(run("sample.py", code=None, **{"out_dir": trained} | flags))
+    assert shown in complaint(
+        run("sample.py", code=None, **{"out_dir": trained} | flags)
+    )
 
 
 def test_samples_larger_than_memory_exit_1(trained):
-    done = run("sample.py", out_dir=trained, num_samples=10_000, max_new_tokens=10_000_000, code=1)
+    done = run(
+        "sample.py",
+        out_dir=trained,
+        num_samples=10_000,
+        max_new_tokens=10_000_000,
+        code=1,
+    )
     assert "--num_samples" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_temperature_near_zero_takes_the_likeliest(trained):
-    cold, zero = (run("sample.py", out_dir=trained, max_new_tokens=20, temperature=t).stdout
-                  for t in (1e-46, 0))
+    cold, zero = (
+        run("sample.py", out_dir=trained, max_new_tokens=20, temperature=t).stdout
+        for t in (1e-46, 0)
+    )
     assert cold == zero
 
 
 def test_a_full_stdout_is_one_line(trained):
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command("sample.py", out_dir=trained, max_new_tokens=2), stdout=full,
-                              stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            command("sample.py", out_dir=trained, max_new_tokens=2),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
     assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith("error: ")
 
 
 def test_a_reader_that_has_seen_enough_ends_it(trained):
-    process = subprocess.Popen(command("sample.py", out_dir=trained, max_new_tokens=100_000),
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command("sample.py", out_dir=trained, max_new_tokens=100_000),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     process.stdout.read(5)
     process.stdout.close()
     assert "Traceback" not in process.stderr.read() and process.wait(timeout=60) == 1
@@ -131,8 +200,10 @@ def test_a_nanogpt_checkpoint_is_loaded_safely(trained, tmp_path):
     bundle = torch.load(trained / "best.pt", weights_only=True)
     state = {f"_orig_mod.{name}": tensor for name, tensor in bundle["model"].items()}
     state["_orig_mod.lm_head.weight"] = state["_orig_mod.transformer.wte.weight"]
-    torch.save({"model": state, "model_args": bundle["model_args"], "iter_num": 100},
-               tmp_path / "ckpt.pt")
+    torch.save(
+        {"model": state, "model_args": bundle["model_args"], "iter_num": 100},
+        tmp_path / "ckpt.pt",
+    )
     line = complaint(run("sample.py", code=None, init_from=tmp_path / "ckpt.pt"))
     assert "--dataset=" in line
     torch.save({"model": print}, tmp_path / "ckpt.pt")
@@ -141,14 +212,24 @@ def test_a_nanogpt_checkpoint_is_loaded_safely(trained, tmp_path):
 
 
 def test_compile_without_a_compiler_samples_with_a_note(trained):
-    flags = {"out_dir": trained, "num_samples": 1, "max_new_tokens": 20, "temperature": 0}
+    flags = {
+        "out_dir": trained,
+        "num_samples": 1,
+        "max_new_tokens": 20,
+        "temperature": 0,
+    }
     done = run("sample.py", **flags, compile=True, env={"CXX": "nosuch"})
-    assert done.stderr.startswith("note: ") and done.stdout == run("sample.py", **flags).stdout
+    assert (
+        done.stderr.startswith("note: ")
+        and done.stdout == run("sample.py", **flags).stdout
+    )
 
 
 @pytest.mark.parametrize("make", [sentencepiece, wordpiece, unigram])
 def test_a_space_after_the_prompt_is_printed(make, play, tmp_path, monkeypatch, capsys):
-    description = describe_tokenizer(str(save(make(play.read_text()), tmp_path / "own")))
+    description = describe_tokenizer(
+        str(save(make(play.read_text()), tmp_path / "own"))
+    )
     vocabulary = from_meta({"tokenizer": description})
     prompt, text = "The king", "The king and the queen"
     ids = vocabulary.encode(text)
@@ -158,13 +239,23 @@ def test_a_space_after_the_prompt_is_printed(make, play, tmp_path, monkeypatch, 
     model = GPT(ModelArgs(1, 2, 16, 32, vocabulary.vocab_size, True, 0.0))
     monkeypatch.setattr(sample, "load", lambda config: (model, vocabulary, ""))
     for script in (sample, train_script):
-        monkeypatch.setattr(script, "generate", lambda model, prompts, *args, **kwargs: (
-            [i] * len(prompts) for i in ids[size:]))
+        monkeypatch.setattr(
+            script,
+            "generate",
+            lambda model, prompts, *args, **kwargs: (
+                [i] * len(prompts) for i in ids[size:]
+            ),
+        )
     sample.main(sample.SampleConfig(start=prompt, num_samples=2))
     assert samples(capsys.readouterr().out) == [text, text]
     # the sample that training prints starts after the first token
-    made = train_script.generate_sample(SimpleNamespace(
-        data={"tokenizer": description}, model=model, config=SimpleNamespace(sample_tokens=9)))
+    made = train_script.generate_sample(
+        SimpleNamespace(
+            data={"tokenizer": description},
+            model=model,
+            config=SimpleNamespace(sample_tokens=9),
+        )
+    )
     assert made == " and the queen"
 
 
@@ -172,8 +263,15 @@ def test_a_run_prints_samples_with_any_tokenizer(play, tmp_path):
     folder = save(sentencepiece(play.read_text()), tmp_path / "own")
     run("prepare.py", play, name="x", tokenizer=folder, data_dir=tmp_path)
     flags = TINY | {"max_iters": 2, "eval_interval": 1, "eval_iters": 1}
-    done = run("train.py", out_dir=tmp_path / "out", dataset=tmp_path / "x", sample_tokens=40,
-               **flags)
+    done = run(
+        "train.py",
+        out_dir=tmp_path / "out",
+        dataset=tmp_path / "x",
+        sample_tokens=40,
+        **flags,
+    )
     assert "step 2" in done.stdout
-    out = run("sample.py", out_dir=tmp_path / "out", num_samples=2, max_new_tokens=60).stdout
+    out = run(
+        "sample.py", out_dir=tmp_path / "out", num_samples=2, max_new_tokens=60
+    ).stdout
     assert len(samples(out)) == 2

@@ -1,4 +1,5 @@
 """Weights from elsewhere are only used with the tokens that they were trained on."""
+
 import gzip
 import json
 import shutil
@@ -40,10 +41,17 @@ def nanogpt(trained: Path, dataset: Path) -> Path:
     state["_orig_mod.lm_head.weight"] = state["_orig_mod.transformer.wte.weight"]
     folder = trained.parent / "nanogpt"
     folder.mkdir()
-    torch.save({"model": state, "optimizer": bundle["optimizer"],
-                "model_args": bundle["model_args"], "iter_num": 1,
-                "best_val_loss": torch.tensor(1.5), "config": {"dataset": str(dataset)}},
-               folder / "ckpt.pt")
+    torch.save(
+        {
+            "model": state,
+            "optimizer": bundle["optimizer"],
+            "model_args": bundle["model_args"],
+            "iter_num": 1,
+            "best_val_loss": torch.tensor(1.5),
+            "config": {"dataset": str(dataset)},
+        },
+        folder / "ckpt.pt",
+    )
     return folder
 
 
@@ -51,9 +59,13 @@ def nanogpt(trained: Path, dataset: Path) -> Path:
 def ciphered(play: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same text in other letters: a set of as many characters, none of them with its id."""
     folder, text = tmp_path_factory.mktemp("cipher"), play.read_text(encoding="utf-8")
-    (folder / "text.txt").write_text("".join(c if c.isspace() else chr(ord(c) + 0x400)
-                                             for c in text), encoding="utf-8")
-    run("prepare.py", folder / "text.txt", name="set", tokenizer="char", data_dir=folder)
+    (folder / "text.txt").write_text(
+        "".join(c if c.isspace() else chr(ord(c) + 0x400) for c in text),
+        encoding="utf-8",
+    )
+    run(
+        "prepare.py", folder / "text.txt", name="set", tokenizer="char", data_dir=folder
+    )
     return folder / "set"
 
 
@@ -65,17 +77,27 @@ def swap_two_ids(folder: Path, to: Path, name: str) -> Path:
     vocabulary = tokenizer["model"]["vocab"]
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (to / "tokenizer.json").unlink()
-    (to / name).write_text(json.dumps(tokenizer if name == "tokenizer.json" else vocabulary))
+    (to / name).write_text(
+        json.dumps(tokenizer if name == "tokenizer.json" else vocabulary)
+    )
     return to
 
 
 def train(source: Path, dataset: Path, out_dir: Path, **flags):
     """One step from the weights of `source`."""
-    return run("train.py", init_from=source, dataset=dataset, out_dir=out_dir,
-               **{key: value for key, value in ONE_STEP.items() if key != "block_size"}, **flags)
+    return run(
+        "train.py",
+        init_from=source,
+        dataset=dataset,
+        out_dir=out_dir,
+        **{key: value for key, value in ONE_STEP.items() if key != "block_size"},
+        **flags,
+    )
 
 
-def test_a_folder_with_the_dataset_s_tokenizer_is_trained_on(exported, dataset, tmp_path):
+def test_a_folder_with_the_dataset_s_tokenizer_is_trained_on(
+    exported, dataset, tmp_path
+):
     assert not train(exported, dataset, tmp_path).stderr
 
 
@@ -107,30 +129,43 @@ def test_a_folder_is_sampled_with_its_own_tokens(exported, trained, dataset):
 def test_a_prompt_is_read_as_prepare_reads_text(tmp_path):
     vocabulary = from_meta({"tokenizer": {"kind": "gpt2"}})
     text = "To be,\nor not\n\nto be"
-    for i, content in enumerate((text.encode(), text.replace("\n", "\r\n").encode(),
-                                 text.replace("\n", "\r").encode(), b"\xef\xbb\xbf" + text.encode(),
-                                 gzip.compress(text.encode()))):
+    for i, content in enumerate(
+        (
+            text.encode(),
+            text.replace("\n", "\r\n").encode(),
+            text.replace("\n", "\r").encode(),
+            b"\xef\xbb\xbf" + text.encode(),
+            gzip.compress(text.encode()),
+        )
+    ):
         (tmp_path / str(i)).write_bytes(content)
         ids = sample.read_prompt(f"FILE:{tmp_path / str(i)}", vocabulary)
         assert vocabulary.decode(ids) == text
-    for content in (b"\xe9t\xe9", text.encode("utf-16"), text.encode("utf-16-le"),
-                    b"PK\x03\x04\xff"):
+    for content in (
+        b"\xe9t\xe9",
+        text.encode("utf-16"),
+        text.encode("utf-16-le"),
+        b"PK\x03\x04\xff",
+    ):
         (tmp_path / "bad").write_bytes(content)
         with pytest.raises(UserError, match="--start: .*bad: expected text in UTF-8"):
             sample.read_prompt(f"FILE:{tmp_path / 'bad'}", vocabulary)
 
 
 def test_as_many_other_characters_are_refused(trained, dataset, ciphered, tmp_path):
-    sizes = [json.loads((folder / "meta.json").read_text())["vocab_size"]
-             for folder in (dataset, ciphered)]
+    sizes = [
+        json.loads((folder / "meta.json").read_text())["vocab_size"]
+        for folder in (dataset, ciphered)
+    ]
     assert sizes[0] == sizes[1]
     line = complaint(train(trained / "ckpt.pt", ciphered, tmp_path, code=None))
     assert "--dataset=" in line
     assert complaint(run("sample.py", out_dir=trained, dataset=ciphered, code=None))
 
 
-@pytest.mark.parametrize("size, passes", [(50257, True), (50304, True), (50256, False),
-                                          (50321, False)])
+@pytest.mark.parametrize(
+    "size, passes", [(50257, True), (50304, True), (50256, False), (50321, False)]
+)
 def test_gpt_2_s_padded_vocabulary_is_gpt_2_s(size, passes, capsys):
     meta = {"name": "x", "vocab_size": 50257, "tokenizer": {"kind": "gpt2"}}
     if passes:
@@ -145,9 +180,13 @@ def test_gpt_2_s_padded_vocabulary_is_gpt_2_s(size, passes, capsys):
 
 
 @pytest.mark.parametrize("flags", [{"init_from": "resume"}, {"init_from": "auto"}])
-def test_nanogpt_s_folder_is_answered_with_the_command(flags, nanogpt, dataset, tmp_path):
+def test_nanogpt_s_folder_is_answered_with_the_command(
+    flags, nanogpt, dataset, tmp_path
+):
     before = (nanogpt / "ckpt.pt").read_bytes()
-    done = run("train.py", out_dir=nanogpt, dataset=dataset, code=2, **ONE_STEP, **flags)
+    done = run(
+        "train.py", out_dir=nanogpt, dataset=dataset, code=2, **ONE_STEP, **flags
+    )
     assert f"--init_from={nanogpt}/ckpt.pt --out_dir=" in done.stderr.splitlines()[-1]
     assert (nanogpt / "ckpt.pt").read_bytes() == before
 

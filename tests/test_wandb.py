@@ -1,4 +1,5 @@
 """Weights & Biases only decorates a run: it can't end it, and can't keep it from ending."""
+
 import json
 import os
 import pty
@@ -34,12 +35,14 @@ HANG = "threading.Event().wait()"
 @pytest.fixture
 def fake(tmp_path, monkeypatch):
     """Install a fake wandb: fake(finish=HANG). Return the file of the rows that it got."""
+
     def fake(log="pass", finish="pass", init="pass", first_step=0) -> Path:
         parts = {"log": log, "finish": finish, "init": init, "first_step": first_step}
         (tmp_path / "wandb.py").write_text(FAKE.format(**parts))
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
         monkeypatch.setenv("SENT", str(tmp_path / "sent"))
         return tmp_path / "sent"
+
     return fake
 
 
@@ -83,18 +86,31 @@ def test_a_stopped_run_with_a_hanging_finish_exits_75(fake, dataset, tmp_path):
     assert process.wait(timeout=9) == 75
 
 
-@pytest.mark.parametrize("flags, code", [({}, 0), ({"learning_rate": 1e30, "grad_clip": 0}, 3)])
+@pytest.mark.parametrize(
+    "flags, code", [({}, 0), ({"learning_rate": 1e30, "grad_clip": 0}, 3)]
+)
 def test_a_hanging_finish_has_a_limit(fake, dataset, tmp_path, flags, code):
     fake(finish=HANG)
-    done = run("train.py", fresh=True, code=code, dataset=dataset, out_dir=tmp_path / "out",
-               **TINY | {"wandb_log": True, **flags})
+    done = run(
+        "train.py",
+        fresh=True,
+        code=code,
+        dataset=dataset,
+        out_dir=tmp_path / "out",
+        **TINY | {"wandb_log": True, **flags},
+    )
     assert "wandb sync wandb/run-1" in done.stdout.splitlines()[-1]
 
 
 def test_a_failing_log_is_one_warning(fake, dataset, tmp_path):
     fake(log="raise SystemExit(1)")
-    done = run("train.py", fresh=True, dataset=dataset, out_dir=tmp_path / "out",
-               **TINY | {"wandb_log": True})
+    done = run(
+        "train.py",
+        fresh=True,
+        dataset=dataset,
+        out_dir=tmp_path / "out",
+        **TINY | {"wandb_log": True},
+    )
     assert done.stdout.count("warning: ") == 1 and done.stderr == ""
     assert rows(tmp_path / "out")[-1]["step"] == 40
 
@@ -109,8 +125,13 @@ def test_a_hanging_log_does_not_stop_training(fake, dataset, tmp_path):
 
 def test_without_its_server_wandb_logs_offline(fake, dataset, tmp_path):
     sent = fake(init="assert mode == 'offline', 'no route to host'")
-    done = run("train.py", fresh=True, dataset=dataset, out_dir=tmp_path / "out",
-               **TINY | {"wandb_log": True})
+    done = run(
+        "train.py",
+        fresh=True,
+        dataset=dataset,
+        out_dir=tmp_path / "out",
+        **TINY | {"wandb_log": True},
+    )
     assert done.stdout.count("warning: ") == 1 and "no route to host" in done.stdout
     assert sent_steps(sent) == [row["step"] for row in rows(tmp_path / "out")]
 
@@ -134,12 +155,28 @@ def test_a_signal_while_wandb_starts_exits_75(fake, dataset, tmp_path):
 def test_no_menu_waits_for_a_login(dataset, tmp_path):
     """The real wandb, on a terminal, without an account."""
     ours, theirs = pty.openpty()
-    env = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
-    env |= {"HOME": str(tmp_path), "WANDB_DIR": str(tmp_path), "OMP_NUM_THREADS": "1",
-            "WANDB_BASE_URL": "http://127.0.0.1:9"}
+    env = {
+        key: value for key, value in os.environ.items() if not key.startswith("WANDB")
+    }
+    env |= {
+        "HOME": str(tmp_path),
+        "WANDB_DIR": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+    }
     process = subprocess.Popen(
-        command("train.py", out_dir=tmp_path / "out", dataset=dataset, wandb_log=True, **TINY),
-        stdin=theirs, stdout=theirs, stderr=theirs, env=env)
+        command(
+            "train.py",
+            out_dir=tmp_path / "out",
+            dataset=dataset,
+            wandb_log=True,
+            **TINY,
+        ),
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=env,
+    )
     os.close(theirs)
 
     def read_all() -> None:

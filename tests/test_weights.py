@@ -1,10 +1,13 @@
 """The fine-tuning and evaluation configs with every kind of source, GPT-2's names included."""
+
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before Transformers is loaded: else it asks the hub, and waits
+os.environ["HF_HUB_OFFLINE"] = (
+    "1"  # before Transformers is loaded: else it asks the hub, and waits
+)
 
 import pytest
 import torch
@@ -22,7 +25,12 @@ from keepgpt.errors import UserError
 from keepgpt.huggingface import read_weights
 from model import load_model
 
-SMALL = {"batch_size": 2, "block_size": 32, "gradient_accumulation_steps": 2, "eval_iters": 2}
+SMALL = {
+    "batch_size": 2,
+    "block_size": 32,
+    "gradient_accumulation_steps": 2,
+    "eval_iters": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -37,20 +45,39 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random GPT-2 as Transformers saves it."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("hub") / "gpt2"
-    GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=64,
-                               initializer_range=0.2)).save_pretrained(folder)
+    GPT2LMHeadModel(
+        GPT2Config(
+            n_layer=2, n_head=2, n_embd=32, n_positions=64, initializer_range=0.2
+        )
+    ).save_pretrained(folder)
     return folder
 
 
 def test_fine_tuning_goes_on_from_every_kind_of_source(folder, dataset, tmp_path):
     args, state, _ = read_weights(str(folder))
     nanogpt = tmp_path / "ckpt.pt"
-    torch.save({"model": {"_orig_mod." + name: tensor for name, tensor in state.items()},
-                "model_args": args, "iter_num": 5, "config": {}}, nanogpt)
+    torch.save(
+        {
+            "model": {"_orig_mod." + name: tensor for name, tensor in state.items()},
+            "model_args": args,
+            "iter_num": 5,
+            "config": {},
+        },
+        nanogpt,
+    )
 
     def tune(name: str, source: Path, steps: int) -> Path:
-        run("train.py", "config/finetune_shakespeare.py", out_dir=tmp_path / name, dataset=dataset,
-            init_from=source, max_iters=steps, eval_interval=2, learning_rate=1e-2, **SMALL)
+        run(
+            "train.py",
+            "config/finetune_shakespeare.py",
+            out_dir=tmp_path / name,
+            dataset=dataset,
+            init_from=source,
+            max_iters=steps,
+            eval_interval=2,
+            learning_rate=1e-2,
+            **SMALL,
+        )
         return tmp_path / name
 
     first, second = tune("folder", folder, 2), tune("nanogpt", nanogpt, 2)
@@ -65,19 +92,27 @@ def test_fine_tuning_goes_on_from_every_kind_of_source(folder, dataset, tmp_path
 @pytest.fixture(scope="module")
 def evaluated(folder: Path, dataset: Path) -> str:
     """What an evaluation of that folder prints."""
-    return run("train.py", "config/eval_gpt2.py", dataset=dataset, init_from=folder, **SMALL).stdout
+    return run(
+        "train.py", "config/eval_gpt2.py", dataset=dataset, init_from=folder, **SMALL
+    ).stdout
 
 
 @pytest.mark.parametrize("size", ["", "-medium", "-large", "-xl"])
-def test_gpt_2_is_evaluated_from_the_local_cache_without_a_network(size, folder, dataset, evaluated,
-                                                                     tmp_path):
+def test_gpt_2_is_evaluated_from_the_local_cache_without_a_network(
+    size, folder, dataset, evaluated, tmp_path
+):
     repository = tmp_path / f"models--openai-community--gpt2{size}"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs/main").write_text("0" * 40)
     (repository / "snapshots").mkdir()
     (repository / "snapshots" / ("0" * 40)).symlink_to(folder)
-    done = run("train.py", f"config/eval_gpt2{size.replace('-', '_')}.py", dataset=dataset,
-               env={"HF_HUB_CACHE": str(tmp_path)}, **SMALL)
+    done = run(
+        "train.py",
+        f"config/eval_gpt2{size.replace('-', '_')}.py",
+        dataset=dataset,
+        env={"HF_HUB_CACHE": str(tmp_path)},
+        **SMALL,
+    )
     assert "val loss" in done.stdout and done.stdout == evaluated
     assert not done.stderr
 
@@ -85,40 +120,89 @@ def test_gpt_2_is_evaluated_from_the_local_cache_without_a_network(size, folder,
 def test_a_qwen3_is_read_from_the_local_cache_by_its_name(dataset, tmp_path):
     torch.manual_seed(0)
     folder = tmp_path / "cache/models--Someone--Qwen3-0.0B/snapshots" / ("0" * 40)
-    Qwen3ForCausalLM(Qwen3Config(
-        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-        hidden_size=16, intermediate_size=32, max_position_embeddings=64, vocab_size=50304,
-        tie_word_embeddings=False)).to(torch.bfloat16).save_pretrained(folder)
+    Qwen3ForCausalLM(
+        Qwen3Config(
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            hidden_size=16,
+            intermediate_size=32,
+            max_position_embeddings=64,
+            vocab_size=50304,
+            tie_word_embeddings=False,
+        )
+    ).to(torch.bfloat16).save_pretrained(folder)
     refs = folder.parents[1] / "refs"
     refs.mkdir()
     (refs / "main").write_text("0" * 40)
-    settings = {"out_dir": tmp_path / "out", "dataset": dataset, "init_from": "Someone/Qwen3-0.0B",
-                "env": {"HF_HUB_CACHE": str(tmp_path / "cache")}, "eval_interval": 2, **SMALL}
+    settings = {
+        "out_dir": tmp_path / "out",
+        "dataset": dataset,
+        "init_from": "Someone/Qwen3-0.0B",
+        "env": {"HF_HUB_CACHE": str(tmp_path / "cache")},
+        "eval_interval": 2,
+        **SMALL,
+    }
     run("train.py", max_iters=2, **settings)
     run("train.py", max_iters=4, **settings | {"init_from": "resume"})
     saved = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
     assert saved["step"] == 4 and saved["model"]["lm_head.weight"].shape == (50257, 16)
-    sizes = {key: saved["model_args"][key] for key in ("architecture", "n_kv_head", "head_dim",
-                                                       "n_ff", "tie_embeddings", "block_size")}
-    assert sizes == {"architecture": "qwen3", "n_kv_head": 1, "head_dim": 8, "n_ff": 32,
-                     "tie_embeddings": False, "block_size": 32}
+    sizes = {
+        key: saved["model_args"][key]
+        for key in (
+            "architecture",
+            "n_kv_head",
+            "head_dim",
+            "n_ff",
+            "tie_embeddings",
+            "block_size",
+        )
+    }
+    assert sizes == {
+        "architecture": "qwen3",
+        "n_kv_head": 1,
+        "head_dim": 8,
+        "n_ff": 32,
+        "tie_embeddings": False,
+        "block_size": 32,
+    }
     assert {key: saved["config"][key] for key in sizes} == sizes
-    done = run("train.py", code=2, **settings | {"out_dir": tmp_path / "other"}, head_dim=16)
+    done = run(
+        "train.py", code=2, **settings | {"out_dir": tmp_path / "other"}, head_dim=16
+    )
     assert "head_dim=8" in complaint(done)
 
 
 @pytest.mark.parametrize("source", ["out/ckpt.pt", "tests/Qwen3", "a/b/c", "nothing"])
 def test_a_path_that_does_not_exist_is_not_looked_up(source, dataset):
-    done = run("train.py", "config/eval_gpt2.py", dataset=dataset, init_from=source, code=2,
-               env={"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"})
+    done = run(
+        "train.py",
+        "config/eval_gpt2.py",
+        dataset=dataset,
+        init_from=source,
+        code=2,
+        env={"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"},
+    )
     assert "no such file" in complaint(done)
 
 
 def test_gpt_2_without_network_and_cache_is_one_line_at_once(dataset, tmp_path):
-    done = run("train.py", "config/eval_gpt2.py", dataset=dataset, code=2,
-               env={"HF_HUB_CACHE": str(tmp_path), "HF_HUB_OFFLINE": "0",
-                    "HF_ENDPOINT": "http://127.0.0.1:9"})
-    assert "gpt2: can't be downloaded" in complaint(done) and "--init_from=FOLDER" in done.stderr
+    done = run(
+        "train.py",
+        "config/eval_gpt2.py",
+        dataset=dataset,
+        code=2,
+        env={
+            "HF_HUB_CACHE": str(tmp_path),
+            "HF_HUB_OFFLINE": "0",
+            "HF_ENDPOINT": "http://127.0.0.1:9",
+        },
+    )
+    assert (
+        "gpt2: can't be downloaded" in complaint(done)
+        and "--init_from=FOLDER" in done.stderr
+    )
 
 
 # --- config.json ---------------------------------------------------------------------------------
@@ -126,18 +210,36 @@ def test_gpt_2_without_network_and_cache_is_one_line_at_once(dataset, tmp_path):
 
 def save_gpt2(folder: Path) -> Path:
     torch.manual_seed(0)
-    GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=16, n_positions=16, vocab_size=50,
-                               initializer_range=0.2)).save_pretrained(folder)
+    GPT2LMHeadModel(
+        GPT2Config(
+            n_layer=2,
+            n_head=2,
+            n_embd=16,
+            n_positions=16,
+            vocab_size=50,
+            initializer_range=0.2,
+        )
+    ).save_pretrained(folder)
     return folder
 
 
 def save_qwen3(folder: Path, tied: bool = False) -> Path:
     torch.manual_seed(0)
-    Qwen3ForCausalLM(Qwen3Config(
-        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
-        hidden_size=16, intermediate_size=32, max_position_embeddings=16, vocab_size=50,
-        initializer_range=0.3, tie_word_embeddings=tied,
-        rope_parameters={"rope_type": "default", "rope_theta": 500.0})).save_pretrained(folder)
+    Qwen3ForCausalLM(
+        Qwen3Config(
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+            hidden_size=16,
+            intermediate_size=32,
+            max_position_embeddings=16,
+            vocab_size=50,
+            initializer_range=0.3,
+            tie_word_embeddings=tied,
+            rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        )
+    ).save_pretrained(folder)
     return folder
 
 
@@ -151,32 +253,77 @@ def change_config(folder: Path, changes: dict) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind, changes", [
-    ("gpt2", {"activation_function": "gelu"}), ("gpt2", {"activation_function": "relu"}),
-    ("gpt2", {"layer_norm_epsilon": 1e-6}), ("gpt2", {"n_inner": 32}),
-    ("gpt2", {"scale_attn_weights": False}), ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
-    ("gpt2", {"reorder_and_upcast_attn": True}), ("gpt2", {"add_cross_attention": True}),
-    ("gpt2", {"tie_word_embeddings": False}), ("gpt2", {"pruned_heads": {"0": [1]}}),
-    ("gpt2", {"rope_scaling": {"rope_type": "default"}}), ("gpt2", {"is_encoder_decoder": True}),
-    ("gpt2", {"auto_map": {"AutoModelForCausalLM": "x.X"}}), ("gpt2", {"is_causal": False}),
-    ("qwen3", {"rope_parameters": {"type": "linear", "factor": 4.0, "rope_theta": 500.0}}),
-    ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "factor": 4.0}}),
-    ("qwen3", {"rope_parameters": {"full_attention": {"rope_type": "default",
-                                                      "rope_theta": 500.0}}}),
-    ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0,
-                                   "partial_rotary_factor": 0.5}}),
-    ("qwen3", {"rope_scaling": {"type": "yarn", "factor": 4.0}}),
-    ("qwen3", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
-    ("qwen3", {"rope_theta": 10_000.0}), ("qwen3", {"partial_rotary_factor": 0.5}),
-    ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}),
-    ("qwen3", {"layer_types": ["full_attention", "linear_attention"]}),
-    ("qwen3", {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0}),
-    ("qwen3", {"attention_bias": True}), ("qwen3", {"hidden_act": "gelu"}),
-    ("qwen3", {"quantization_config": {"quant_method": "fp8"}}),
-    ("qwen3", {"quantization": {"bits": 4}}), ("qwen3", {"num_experts": 8}),
-    ("qwen3", {"per_layer_config": {"0": {"sliding_window": 4}}}),
-    ("qwen3", {"final_logit_softcapping": 30.0}), ("qwen3", {"rms_norm_eps": None}),
-    ("qwen3", {"model_type": "qwen3_moe"})], ids=str)
+@pytest.mark.parametrize(
+    "kind, changes",
+    [
+        ("gpt2", {"activation_function": "gelu"}),
+        ("gpt2", {"activation_function": "relu"}),
+        ("gpt2", {"layer_norm_epsilon": 1e-6}),
+        ("gpt2", {"n_inner": 32}),
+        ("gpt2", {"scale_attn_weights": False}),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+        ("gpt2", {"reorder_and_upcast_attn": True}),
+        ("gpt2", {"add_cross_attention": True}),
+        ("gpt2", {"tie_word_embeddings": False}),
+        ("gpt2", {"pruned_heads": {"0": [1]}}),
+        ("gpt2", {"rope_scaling": {"rope_type": "default"}}),
+        ("gpt2", {"is_encoder_decoder": True}),
+        ("gpt2", {"auto_map": {"AutoModelForCausalLM": "x.X"}}),
+        ("gpt2", {"is_causal": False}),
+        (
+            "qwen3",
+            {"rope_parameters": {"type": "linear", "factor": 4.0, "rope_theta": 500.0}},
+        ),
+        (
+            "qwen3",
+            {
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 500.0,
+                    "factor": 4.0,
+                }
+            },
+        ),
+        (
+            "qwen3",
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_type": "default", "rope_theta": 500.0}
+                }
+            },
+        ),
+        (
+            "qwen3",
+            {
+                "rope_parameters": {
+                    "rope_type": "default",
+                    "rope_theta": 500.0,
+                    "partial_rotary_factor": 0.5,
+                }
+            },
+        ),
+        ("qwen3", {"rope_scaling": {"type": "yarn", "factor": 4.0}}),
+        ("qwen3", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
+        ("qwen3", {"rope_theta": 10_000.0}),
+        ("qwen3", {"partial_rotary_factor": 0.5}),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}),
+        ("qwen3", {"layer_types": ["full_attention", "linear_attention"]}),
+        (
+            "qwen3",
+            {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 0},
+        ),
+        ("qwen3", {"attention_bias": True}),
+        ("qwen3", {"hidden_act": "gelu"}),
+        ("qwen3", {"quantization_config": {"quant_method": "fp8"}}),
+        ("qwen3", {"quantization": {"bits": 4}}),
+        ("qwen3", {"num_experts": 8}),
+        ("qwen3", {"per_layer_config": {"0": {"sliding_window": 4}}}),
+        ("qwen3", {"final_logit_softcapping": 30.0}),
+        ("qwen3", {"rms_norm_eps": None}),
+        ("qwen3", {"model_type": "qwen3_moe"}),
+    ],
+    ids=str,
+)
 def test_a_key_that_changes_the_network_is_refused(kind, changes, tmp_path):
     folder = SAVE[kind](tmp_path / "folder")
     read_weights(str(folder))
@@ -185,21 +332,51 @@ def test_a_key_that_changes_the_network_is_refused(kind, changes, tmp_path):
     assert str(folder / "config.json") in str(e.value)
 
 
-@pytest.mark.parametrize("kind, changes", [
-    ("gpt2", {"activation_function": "gelu_pytorch_tanh"}), ("gpt2", {"n_inner": 64}),
-    ("gpt2", {"n_ctx": 16, "task_specific_params": {"text-generation": {"do_sample": True}}}),
-    ("gpt2", {"torch_dtype": "float32", "gradient_checkpointing": False, "pruned_heads": {}}),
-    ("qwen3", {"rope_scaling": {"rope_type": "default", "rope_theta": 500.0}}),
-    ("qwen3", {"rope_scaling": {"type": "default"}, "rope_parameters": None, "rope_theta": 500}),
-    ("qwen3", {"rope_scaling": None, "rope_theta": 500.0, "rope_parameters": None}),
-    ("qwen3", {"layer_types": None, "sliding_window": 4, "max_window_layers": 0}),
-    ("qwen3", {"hidden_act": "swish", "quantization_config": None, "temperature": 0.6}),
-], ids=str)
+@pytest.mark.parametrize(
+    "kind, changes",
+    [
+        ("gpt2", {"activation_function": "gelu_pytorch_tanh"}),
+        ("gpt2", {"n_inner": 64}),
+        (
+            "gpt2",
+            {
+                "n_ctx": 16,
+                "task_specific_params": {"text-generation": {"do_sample": True}},
+            },
+        ),
+        (
+            "gpt2",
+            {
+                "torch_dtype": "float32",
+                "gradient_checkpointing": False,
+                "pruned_heads": {},
+            },
+        ),
+        ("qwen3", {"rope_scaling": {"rope_type": "default", "rope_theta": 500.0}}),
+        (
+            "qwen3",
+            {
+                "rope_scaling": {"type": "default"},
+                "rope_parameters": None,
+                "rope_theta": 500,
+            },
+        ),
+        ("qwen3", {"rope_scaling": None, "rope_theta": 500.0, "rope_parameters": None}),
+        ("qwen3", {"layer_types": None, "sliding_window": 4, "max_window_layers": 0}),
+        (
+            "qwen3",
+            {"hidden_act": "swish", "quantization_config": None, "temperature": 0.6},
+        ),
+    ],
+    ids=str,
+)
 def test_a_harmless_spelling_gives_transformers_logits(kind, changes, tmp_path):
     folder = change_config(SAVE[kind](tmp_path / "folder"), changes)
     args, state, _ = read_weights(str(folder))
     ids = torch.arange(12)[None]
-    theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, attn_implementation="eager"
+    ).eval()
     ours = load_model(args, state).eval()
     with torch.no_grad():
         assert torch.allclose(ours(ids)[0], theirs(ids).logits[0], atol=1e-4)
@@ -207,14 +384,21 @@ def test_a_harmless_spelling_gives_transformers_logits(kind, changes, tmp_path):
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
 def test_another_output_layer_than_the_tied_one_is_refused(kind, tmp_path):
-    folder = save_gpt2(tmp_path / "x") if kind == "gpt2" else save_qwen3(tmp_path / "x", tied=True)
+    folder = (
+        save_gpt2(tmp_path / "x")
+        if kind == "gpt2"
+        else save_qwen3(tmp_path / "x", tied=True)
+    )
     state = load_file(folder / "model.safetensors")
     name = "transformer.wte.weight" if kind == "gpt2" else "model.embed_tokens.weight"
     state["lm_head.weight"] = state[name].clone()
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     expected = load_model(*read_weights(str(folder))[:2]).state_dict()
-    save_file({key: tensor for key, tensor in state.items() if key != name},
-              folder / "model.safetensors", {"format": "pt"})
+    save_file(
+        {key: tensor for key, tensor in state.items() if key != name},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     model = load_model(*read_weights(str(folder))[:2])
     assert torch.equal(model.state_dict()[name], expected[name])
     state["lm_head.weight"][3, 3] += 1
@@ -248,8 +432,13 @@ def write_safetensors(state: dict, path: Path) -> None:
     save_file(state, path, {"format": "pt"})
 
 
-@pytest.fixture(params=[("model", ".safetensors", write_safetensors),
-                        ("pytorch_model", ".bin", write_pt)], ids=["safetensors", "bin"])
+@pytest.fixture(
+    params=[
+        ("model", ".safetensors", write_safetensors),
+        ("pytorch_model", ".bin", write_pt),
+    ],
+    ids=["safetensors", "bin"],
+)
 def parts(request, tmp_path) -> tuple[Path, str, str, Callable, dict]:
     """Return a folder with a config.json and no weights; the stem and the suffix of its weights,
     the function that writes them, and the tensors."""
@@ -259,7 +448,9 @@ def parts(request, tmp_path) -> tuple[Path, str, str, Callable, dict]:
     return folder, *request.param, state
 
 
-def write_shards(folder: Path, stem: str, suffix: str, write: Callable, state: dict) -> list[str]:
+def write_shards(
+    folder: Path, stem: str, suffix: str, write: Callable, state: dict
+) -> list[str]:
     """Write the weights in two files and their index. Return the names of the files."""
     names = [f"{stem}-0000{i}-of-00002{suffix}" for i in (1, 2)]
     keys = sorted(state)
@@ -267,7 +458,9 @@ def write_shards(folder: Path, stem: str, suffix: str, write: Callable, state: d
     for name, half in zip(names, halves):
         write({key: state[key] for key in half}, folder / name)
     weight_map = {key: name for name, half in zip(names, halves) for key in half}
-    (folder / f"{stem}{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / f"{stem}{suffix}.index.json").write_text(
+        json.dumps({"weight_map": weight_map})
+    )
     return names
 
 
@@ -277,7 +470,9 @@ def test_a_stray_file_is_named_and_not_read(parts, capsys):
     stray = f"{stem}_ema{suffix}"
     # the only file
     write(state, folder / stray)
-    assert torch.equal(read_weights(str(folder))[1]["lm_head.weight"], state["lm_head.weight"])
+    assert torch.equal(
+        read_weights(str(folder))[1]["lm_head.weight"], state["lm_head.weight"]
+    )
     # beside the usual one
     write(other, folder / stray)
     write(state, folder / f"{stem}{suffix}")
@@ -318,8 +513,10 @@ def test_files_that_contradict_each_other_are_refused(parts):
     # one tensor by two names
     for name in (first, second):
         (folder / name).unlink()
-    write(state | {"embed_tokens.weight": state["model.embed_tokens.weight"] + 1},
-          folder / f"{stem}{suffix}")
+    write(
+        state | {"embed_tokens.weight": state["model.embed_tokens.weight"] + 1},
+        folder / f"{stem}{suffix}",
+    )
     with pytest.raises(UserError, match="embed_tokens.weight"):
         read_weights(str(folder))
 
@@ -330,5 +527,7 @@ def test_training_from_a_folder_without_a_shard_is_one_line(dataset, tmp_path):
     (folder / "model.safetensors").unlink()
     missing = write_shards(folder, "model", ".safetensors", write_safetensors, state)[1]
     (folder / missing).unlink()
-    done = run("train.py", out_dir=tmp_path / "out", dataset=dataset, init_from=folder, code=2)
+    done = run(
+        "train.py", out_dir=tmp_path / "out", dataset=dataset, init_from=folder, code=2
+    )
     assert missing in complaint(done)

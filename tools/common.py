@@ -1,4 +1,5 @@
 """What all tools share: the command line, and how far a run is."""
+
 import json
 import signal
 import sys
@@ -19,7 +20,9 @@ class NoSettings:
     """The settings of a tool that takes only arguments."""
 
 
-def run_tool(settings: type, usage: str, main: Callable[[Any, list[str]], int | None]) -> None:
+def run_tool(
+    settings: type, usage: str, main: Callable[[Any, list[str]], int | None]
+) -> None:
     """Call `main` with the settings and the arguments of the command line. Exit with the code that
     it returns, or with one line for a mistake."""
     config, _, args = command_line(settings, usage)

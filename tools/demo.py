@@ -3,6 +3,7 @@
 Prints each command of `python -m tools.demo [config/x.py]` before it runs it. What an earlier demo
 made is used again; remove its out-demo folder to start from the beginning.
 """
+
 import subprocess
 import sys
 import time
@@ -63,12 +64,18 @@ def main(_config: NoSettings, args: list[str]) -> None:
     is_before = last_step(REPO / out) < half_way
     run = start(*train)
     if is_before and kill_at(half_way, run, REPO / out):
-        print(f"\nkill -9 at about step {last_step(REPO / out)}: there was no time to save. "
-              "The same command again:")
+        print(
+            f"\nkill -9 at about step {last_step(REPO / out)}: there was no time to save. "
+            "The same command again:"
+        )
         run = start(*train)
     finish(run)
 
-    finish(start("sample.py", f"--out_dir={out}", "--num_samples=2", "--max_new_tokens=400"))
+    finish(
+        start(
+            "sample.py", f"--out_dir={out}", "--num_samples=2", "--max_new_tokens=400"
+        )
+    )
     print(f'\nYour turn: python sample.py --out_dir={out} --start="JULIET:"')
 
 

@@ -4,6 +4,7 @@ FOLDER is a GPT-2, Llama or Qwen3 with its tokenizer in Hugging Face's format, w
 vLLM and others load without this repository, and weights.pt for PyTorch. With --format=gguf
 --to=FILE is one file for llama.cpp and the programs on it.
 """
+
 import json
 import reprlib
 import shutil
@@ -22,13 +23,22 @@ from keepgpt.config import setting
 from keepgpt.errors import UserError, import_package
 from keepgpt.files import FolderLock
 from keepgpt.huggingface import FORMATS, make_config, make_tensors
-from keepgpt.tokenizer import BYTE_OF, CharTokenizer, Tokenizer, read_parts, split_by, to_tokenizers
+from keepgpt.tokenizer import (
+    BYTE_OF,
+    CharTokenizer,
+    Tokenizer,
+    read_parts,
+    split_by,
+    to_tokenizers,
+)
 from model import GPT, ModelArgs
 from sample import SampleConfig, load
 from tools.common import run_tool
 
-QWEN2_PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-                 r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+QWEN2_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 # llama.cpp's name for a way to split a text, and that way as a tokenizer.json says it
 SPLITS = {"gpt-2": split_by(r50k_pat_str), "qwen2": split_by(QWEN2_PATTERN)}
 
@@ -36,16 +46,25 @@ SPLITS = {"gpt-2": split_by(r50k_pat_str), "qwen2": split_by(QWEN2_PATTERN)}
 @dataclass(frozen=True)
 class ExportConfig:
     """The settings of tools.export."""
+
     out_dir: str = setting("out", "folder of the run")
-    init_from: str = setting("best",
-        "best | resume (the newest) checkpoint of out_dir | path of a checkpoint")
-    dataset: str = setting("", "the dataset with the vocabulary of a nanoGPT checkpoint, in data/ "
-        "or a path; others include their own")
+    init_from: str = setting(
+        "best",
+        "best | resume (the newest) checkpoint of out_dir | path of a checkpoint",
+    )
+    dataset: str = setting(
+        "",
+        "the dataset with the vocabulary of a nanoGPT checkpoint, in data/ "
+        "or a path; others include their own",
+    )
     to: str = setting("", "the new folder to write; of format=gguf the new file")
-    format: Literal["hf", "gguf"] = setting("hf",
-        "hf: a folder for Transformers, vLLM and others | gguf: a file for llama.cpp")
-    dtype: Literal["float32", "bfloat16", "float16"] = setting("float32",
-        "of the weights; in gguf of the matrices")
+    format: Literal["hf", "gguf"] = setting(
+        "hf",
+        "hf: a folder for Transformers, vLLM and others | gguf: a file for llama.cpp",
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = setting(
+        "float32", "of the weights; in gguf of the matrices"
+    )
 
 
 def list_sizes(args: ModelArgs) -> dict[str, Any]:
@@ -53,35 +72,53 @@ def list_sizes(args: ModelArgs) -> dict[str, Any]:
     return vars(args) | {"n_kv_head": args.K, "head_dim": args.D, "n_ff": args.ff_width}
 
 
-def write_hugging_face(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str,
-                       dtype: torch.dtype) -> None:
+def write_hugging_face(
+    folder: Path, model: GPT, vocabulary: Tokenizer, origin: str, dtype: torch.dtype
+) -> None:
     """Write all files in Hugging Face's format, and weights.pt. Raises the libraries' errors for a
     full disk."""
     args, eot = model.args, vocabulary.eot
     data = {"tokenizer": vocabulary.description}
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
-    write_bundle({"model": state, "model_args": vars(args), "data": data}, folder / "weights.pt",
-                 Disk())
+    write_bundle(
+        {"model": state, "model_args": vars(args), "data": data},
+        folder / "weights.pt",
+        Disk(),
+    )
     import_package("safetensors.torch").save_file(
-        make_tensors(state, args.architecture), folder / "model.safetensors", {"format": "pt"})
+        make_tensors(state, args.architecture),
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
     to_tokenizers(vocabulary).save(str(folder / "tokenizer.json"))
     ends = {"bos_token_id": eot, "eos_token_id": eot}
-    tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": args.block_size,
-                 # no token_type_ids: GPT2LMHeadModel would add their embeddings
-                 "model_input_names": ["input_ids", "attention_mask"],
-                 "clean_up_tokenization_spaces": False}
+    tokenizer = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": args.block_size,
+        # no token_type_ids: GPT2LMHeadModel would add their embeddings
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+    }
     if eot is not None:
         name = {i: token for token, i in vocabulary.token_ids().items()}[eot]
         tokenizer |= {"bos_token": name, "eos_token": name}
-    config = make_config(list_sizes(args)) | ends | {"dtype": str(dtype).removeprefix("torch.")}
-    for name, content in {"config": config, "generation_config": ends,
-                          "tokenizer_config": tokenizer, "keepgpt": data | {"origin": origin}
-                          }.items():
+    config = (
+        make_config(list_sizes(args))
+        | ends
+        | {"dtype": str(dtype).removeprefix("torch.")}
+    )
+    for name, content in {
+        "config": config,
+        "generation_config": ends,
+        "tokenizer_config": tokenizer,
+        "keepgpt": data | {"origin": origin},
+    }.items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
-def write_gguf(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str, dtype: torch.dtype
-               ) -> None:
+def write_gguf(
+    folder: Path, model: GPT, vocabulary: Tokenizer, origin: str, dtype: torch.dtype
+) -> None:
     """Write model.gguf, llama.cpp's format, with the tokenizer. Matrices are in `dtype`; vectors
     and positions stay float32, as llama.cpp wants them."""
     gguf = import_package("gguf")
@@ -111,8 +148,12 @@ def write_gguf(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str, dty
     for key, value in (keys | to_gguf_tokenizer(vocabulary)).items():
         getattr(writer, f"add_{key}")(value)
 
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[args.architecture.upper()], args.n_layer)
-    of_matrices = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
+    names = gguf.get_tensor_name_map(
+        gguf.MODEL_ARCH[args.architecture.upper()], args.n_layer
+    )
+    of_matrices = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[
+        dtype
+    ]
     for name, tensor in make_tensors(model.state_dict(), args.architecture).items():
         if name.endswith(form.transposed):
             tensor = tensor.t()  # (out, in) again
@@ -121,7 +162,9 @@ def write_gguf(folder: Path, model: GPT, vocabulary: Tokenizer, origin: str, dty
         is_float32 = tensor.dim() < 2 or name.endswith("wpe.weight")
         kind = gguf.GGMLQuantizationType["F32" if is_float32 else of_matrices]
         content = gguf.quantize(tensor.float().contiguous().numpy(), kind)
-        writer.add_tensor(names.get_name(name, (".weight", ".bias")), content, raw_dtype=kind)
+        writer.add_tensor(
+            names.get_name(name, (".weight", ".bias")), content, raw_dtype=kind
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -137,6 +180,7 @@ def interleave_heads(weight: Tensor, D: int) -> Tensor:
 def to_gguf_tokenizer(vocabulary: Tokenizer) -> dict[str, Any]:
     """Return the tokenizer by the keys of gguf. Raises UserError for one that llama.cpp lacks."""
     from gguf import TokenType
+
     parts = read_parts(to_tokenizers(vocabulary))
     vocab = parts["model"]["vocab"]
     if parts["model"]["type"] == "WordLevel":
@@ -144,30 +188,44 @@ def to_gguf_tokenizer(vocabulary: Tokenizer) -> dict[str, Any]:
         # llama.cpp's tokenizer of RWKV takes the longest token that fits, which is here the next
         # character, and is the only one without an end-of-text token; \ is its escape character
         tokens = sorted(vocab, key=vocab.get)
-        return {"tokenizer_model": "rwkv",
-                "token_list": [token.replace("\\", r"\\") for token in tokens]}
+        return {
+            "tokenizer_model": "rwkv",
+            "token_list": [token.replace("\\", r"\\") for token in tokens],
+        }
     check_byte_level(parts, vocabulary.eot)
-    split = next(name for name, splits in SPLITS.items() if splits == parts["pre_tokenizer"])
-    types = {token["id"]: TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
-             for token in parts["added_tokens"]}
+    split = next(
+        name for name, splits in SPLITS.items() if splits == parts["pre_tokenizer"]
+    )
+    types = {
+        token["id"]: TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
+        for token in parts["added_tokens"]
+    }
     names = {i: name for name, i in vocab.items()}
     names |= {token["id"]: token["content"] for token in parts["added_tokens"]}
     ids = range(vocabulary.vocab_size)
-    return {"tokenizer_model": "gpt2", "tokenizer_pre": split,
-            "token_list": [names.get(i, f"[unused {i}]") for i in ids],
-            "token_types": [types.get(i, TokenType.NORMAL if i in names else TokenType.UNUSED)
-                            for i in ids],
-            "token_merges": [" ".join(pair) for pair in parts["model"]["merges"]],
-            "bos_token_id": vocabulary.eot, "eos_token_id": vocabulary.eot,
-            "add_bos_token": False}
+    return {
+        "tokenizer_model": "gpt2",
+        "tokenizer_pre": split,
+        "token_list": [names.get(i, f"[unused {i}]") for i in ids],
+        "token_types": [
+            types.get(i, TokenType.NORMAL if i in names else TokenType.UNUSED)
+            for i in ids
+        ],
+        "token_merges": [" ".join(pair) for pair in parts["model"]["merges"]],
+        "bos_token_id": vocabulary.eot,
+        "eos_token_id": vocabulary.eot,
+        "add_bos_token": False,
+    }
 
 
 def check_part(name: str, value: Any, *allowed: Any) -> None:
     """Raise UserError for a part of a tokenizer with a value that llama.cpp can't be told."""
     if value not in allowed:
         expected = " or ".join(map(reprlib.repr, allowed))
-        raise UserError(f"its tokenizer's {name} is {reprlib.repr(value)}; llama.cpp gives the "
-                        f"same tokens only for {expected}. Try: --format=hf")
+        raise UserError(
+            f"its tokenizer's {name} is {reprlib.repr(value)}; llama.cpp gives the "
+            f"same tokens only for {expected}. Try: --format=hf"
+        )
 
 
 def check_characters(parts: dict[str, Any]) -> None:
@@ -192,11 +250,15 @@ def check_byte_level(parts: dict[str, Any], eot: int | None) -> None:
         if key not in ("type", "vocab", "merges"):
             check_part(f"model.{key}", value, None, False)
     # without one of the 256 bytes, the pairs around it would count as neighbors
-    check_part("missing bytes", sorted(BYTE_OF.keys() - parts["model"]["vocab"].keys()), [])
+    check_part(
+        "missing bytes", sorted(BYTE_OF.keys() - parts["model"]["vocab"].keys()), []
+    )
     check_added_tokens(parts["added_tokens"])
     if eot is None:
-        raise UserError("its tokenizer has no end-of-text token, which llama.cpp needs. "
-                        "Try: --format=hf")
+        raise UserError(
+            "its tokenizer has no end-of-text token, which llama.cpp needs. "
+            "Try: --format=hf"
+        )
 
 
 def check_added_tokens(added: list[dict[str, Any]]) -> None:
@@ -218,14 +280,21 @@ def main(config: ExportConfig, args: list[str]) -> None:
     if args or not config.to:
         raise UserError(f"expected --to=FOLDER_OR_FILE, got {' '.join(args) or 'none'}")
     if target.exists() and (to_gguf or not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"--to={target}: expected a new {'file' if to_gguf else 'or empty folder'}")
-    model, vocabulary, origin = load(SampleConfig(
-        out_dir=config.out_dir, init_from=config.init_from, dataset=config.dataset))
+        raise UserError(
+            f"--to={target}: expected a new {'file' if to_gguf else 'or empty folder'}"
+        )
+    model, vocabulary, origin = load(
+        SampleConfig(
+            out_dir=config.out_dir, init_from=config.init_from, dataset=config.dataset
+        )
+    )
     # the lock says whether the folder is that of a killed export
     lock = FolderLock(target.with_name(f"{target.name}.export.tmp"))
     temporary = lock.folder / "export"
     write = write_gguf if to_gguf else write_hugging_face
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up, as after Ctrl-C
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # clean up, as after Ctrl-C
     lock.acquire(patience=0)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -242,5 +311,8 @@ def main(config: ExportConfig, args: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_tool(ExportConfig, "python -m tools.export --out_dir=out --to=FOLDER [--key=value ...]",
-             main)
+    run_tool(
+        ExportConfig,
+        "python -m tools.export --out_dir=out --to=FOLDER [--key=value ...]",
+        main,
+    )

@@ -3,6 +3,7 @@
 This is tools.bench with other defaults, and with the checks of tools.crash. Each part takes 9.5
 minutes at most. It needs no network, and Transformers only for its columns.
 """
+
 from dataclasses import dataclass
 
 from keepgpt.config import setting
@@ -17,10 +18,13 @@ PARTS = {"checks": CHECKS, **bench.PARTS}
 @dataclass(frozen=True)
 class GpuConfig(bench.BenchConfig):
     """The settings of tools.gpu."""
+
     rounds: int = setting(1, "rounds of a measurement; tables show medians", least=1)
     device: str = setting("cuda:0", "cpu = test this program without a GPU")
     minutes: float = setting(9.5, "time limit of each part", least=0)
-    parts: str = setting("checks,train,sample,checkpoint", "the parts to run, in this order")
+    parts: str = setting(
+        "checks,train,sample,checkpoint", "the parts to run, in this order"
+    )
 
 
 def main(config: GpuConfig, args: list[str]) -> int:

@@ -2,6 +2,7 @@
 
 The text above the first table is kept.
 """
+
 from dataclasses import dataclass, fields
 
 from keepgpt.config import TrainConfig, setting
@@ -25,6 +26,7 @@ SECTIONS = {
 @dataclass(frozen=True)
 class KeysConfig:
     """The settings of tools.keys."""
+
     to: str = setting("docs/KEYS.md", "the file to write")
 
 
@@ -34,7 +36,13 @@ def format_tables() -> str:
     # in the order of the settings, which --help has too
     for f in fields(TrainConfig):
         if f.name in SECTIONS:
-            lines += ["", f"## {SECTIONS[f.name]}", "", "| key | default | |", "|---|---|---|"]
+            lines += [
+                "",
+                f"## {SECTIONS[f.name]}",
+                "",
+                "| key | default | |",
+                "|---|---|---|",
+            ]
         # a bar would end the cell
         why = f.metadata["why"].replace("|", "\\|")
         lines.append(f"| `{f.name}` | `{f.default}` | {why} |")

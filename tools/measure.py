@@ -3,6 +3,7 @@
 A row of a part is a dict from the title of a column to a bare number. docs/measured.json holds the
 last record of each row, and the tables in docs/ are written from it.
 """
+
 import json
 import pickle
 import platform
@@ -101,13 +102,16 @@ def format_table(part: str, rows: dict[str, Row]) -> list[str]:
 def update_page(text: str, records: Records) -> str:
     """Return a page whose tables, from `<!-- measured: PART -->` to `<!-- end -->`, are written
     from the records."""
+
     def write(match: re.Match) -> str:
         opening, part = match.groups()
         rows = {name: record["numbers"] for name, record in records[part].items()}
         return "\n".join([opening, *format_table(part, rows), "<!-- end -->"])
 
     # everything between the two comments is replaced, and nothing else
-    return re.sub(r"(<!-- measured: ([\w ]+) -->)\n.*?<!-- end -->", write, text, flags=re.DOTALL)
+    return re.sub(
+        r"(<!-- measured: ([\w ]+) -->)\n.*?<!-- end -->", write, text, flags=re.DOTALL
+    )
 
 
 def seconds(work: Callable[[], Any], device: torch.device) -> float:
@@ -127,8 +131,13 @@ def call(work: Callable[[], Any], time_limit: float | None = None) -> Any:
     # a new process: a side may patch modules and set threads
     command = [sys.executable, "-m", "tools.worker"]
     try:
-        done = subprocess.run(command, input=pickle.dumps(work), cwd=REPO, capture_output=True,
-                              timeout=time_limit)
+        done = subprocess.run(
+            command,
+            input=pickle.dumps(work),
+            cwd=REPO,
+            capture_output=True,
+            timeout=time_limit,
+        )
     except subprocess.TimeoutExpired:
         raise UserError("no time is left") from None
     if done.returncode:
@@ -139,8 +148,14 @@ def call(work: Callable[[], Any], time_limit: float | None = None) -> Any:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run_rows(part: str, rows: dict[str, Callable[[], Row]], path: Path, machine: dict[str, str],
-             minutes: float, workers: int) -> bool:
+def run_rows(
+    part: str,
+    rows: dict[str, Callable[[], Row]],
+    path: Path,
+    machine: dict[str, str],
+    minutes: float,
+    workers: int,
+) -> bool:
     """Measure each row in a process of its own, `workers` at a time and for `minutes` in all; print
     and record it when it is ready. Return False if one failed."""
     # one deadline for all rows: a GPU is lent by the minute

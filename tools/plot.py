@@ -1,5 +1,6 @@
 """Draw the curves of one run, or of several in one picture:
 `python -m tools.plot out [out2 ...] [--x=tokens] [--to=curves.png]`."""
+
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,10 @@ Columns = dict[str, np.ndarray]
 @dataclass(frozen=True)
 class PlotConfig:
     """The settings of tools.plot."""
-    x: Literal["steps", "tokens", "minutes"] = setting("steps",
-        "the horizontal axis; minutes without evaluations")
+
+    x: Literal["steps", "tokens", "minutes"] = setting(
+        "steps", "the horizontal axis; minutes without evaluations"
+    )
     to: str = setting("curves.png", "the picture's file")
 
 
@@ -55,8 +58,10 @@ def read_run(folder: str | Path, axis: str) -> tuple[Columns, Columns]:
             else:
                 steps.append([float(row[key]) for key in STEP_KEYS])
     except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path}: expected a run's log, got {line!r:.60} ({e}). Try: the out_dir "
-                        "of a run") from None
+        raise UserError(
+            f"{path}: expected a run's log, got {line!r:.60} ({e}). Try: the out_dir "
+            "of a run"
+        ) from None
     logged = to_columns(steps, STEP_KEYS)
     evaluated = to_columns(evaluations, EVALUATION_KEYS)
 
@@ -69,7 +74,9 @@ def read_run(folder: str | Path, axis: str) -> tuple[Columns, Columns]:
     }
     logged["x"] = places[axis]
     # an evaluation stands at its step's place, which may not be logged
-    evaluated["x"] = np.interp(evaluated["step"], [0, *logged["step"]], [0, *logged["x"]])
+    evaluated["x"] = np.interp(
+        evaluated["step"], [0, *logged["step"]], [0, *logged["x"]]
+    )
     return logged, evaluated
 
 
@@ -83,12 +90,18 @@ def draw_run(panels: dict[str, Any], folder: str, axis: str, color: str) -> None
         # a mean is the difference of two sums
         total = np.cumsum([0, *logged[key]])
         mean = (total[width:] - total[:-width]) / width
-        panel.plot(logged["x"][width - 1:], mean, color=color)
+        panel.plot(logged["x"][width - 1 :], mean, color=color)
 
     # a run that was not evaluated yet has no best one
     best = min(evaluated["val_loss"], default=np.nan)
-    panels["loss"].plot(evaluated["x"], evaluated["val_loss"], color=color, marker="o",
-                        linewidth=2.2, label=f"{folder}: val loss, best {best:.4f}")
+    panels["loss"].plot(
+        evaluated["x"],
+        evaluated["val_loss"],
+        color=color,
+        marker="o",
+        linewidth=2.2,
+        label=f"{folder}: val loss, best {best:.4f}",
+    )
 
 
 def draw(folders: list[str], axis: str) -> Any:
@@ -97,8 +110,9 @@ def draw(folders: list[str], axis: str) -> Any:
     # needs no display
     plt.switch_backend("Agg")
     layout = [["loss"] * 3, ["lr", "grad_norm", "tokens_per_s"]]
-    figure, panels = plt.subplot_mosaic(layout, figsize=(14, 9), height_ratios=(2, 1),
-                                        layout="constrained")
+    figure, panels = plt.subplot_mosaic(
+        layout, figsize=(14, 9), height_ratios=(2, 1), layout="constrained"
+    )
     # one colour per run, in every panel
     for i, folder in enumerate(folders):
         draw_run(panels, folder, axis, color=f"C{i}")

@@ -1,5 +1,6 @@
 """Start real training runs and compare how they end, bit for bit. Shared by tools.crash, tools.gpu,
 tools.bench, tools.same and the tests."""
+
 import hashlib
 import json
 import os
@@ -36,8 +37,11 @@ def prepare_source(place: Path) -> Path:
     # these files are always there, and no download is needed
     texts = [REPO / "train.py", REPO / "model.py"]
     flags = to_flags({"name": "source", "tokenizer": "char", "data_dir": place})
-    subprocess.run([sys.executable, REPO / "prepare.py", *texts, *flags], check=True,
-                   stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, REPO / "prepare.py", *texts, *flags],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
     return place / "source"
 
 
@@ -70,8 +74,12 @@ def fork(work: Callable[[], int | None], log: Path) -> int:
         os._exit(code)
 
 
-def start(settings: Settings, ranks: int = 0, torchrun: tuple[str, ...] = (),
-          largest_file: int = 0) -> int:
+def start(
+    settings: Settings,
+    ranks: int = 0,
+    torchrun: tuple[str, ...] = (),
+    largest_file: int = 0,
+) -> int:
     """Start train.py, its output appended to <out_dir>.log. Return the process id. With 0 `ranks`
     it is a fork, which finds torch imported; otherwise the real command, behind torchrun for
     several ranks, or with the flags `torchrun`. `largest_file` limits the bytes of a file."""
@@ -127,8 +135,10 @@ def run(settings: Settings, ranks: int = 0, code: int = 0) -> float:
     started = time.perf_counter()
     found = wait_for_exit(start(settings, ranks))
     if found != code:
-        raise UserError(f"an uninterrupted run: expected exit code {code}, got {found} (None: it "
-                        f"hangs); see {settings['out_dir']}.log")
+        raise UserError(
+            f"an uninterrupted run: expected exit code {code}, got {found} (None: it "
+            f"hangs); see {settings['out_dir']}.log"
+        )
     return time.perf_counter() - started
 
 
@@ -190,8 +200,11 @@ def read_rows(out: Path, *keys: str) -> list[dict]:
     """Return the rows of metrics.jsonl that have all of `keys`, without measured speeds."""
     lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
-    return [{key: row[key] for key in row if key not in SPEEDS}
-            for row in rows if row.keys() >= set(keys)]
+    return [
+        {key: row[key] for key in row if key not in SPEEDS}
+        for row in rows
+        if row.keys() >= set(keys)
+    ]
 
 
 def list_temporary(folder: Path) -> str:

@@ -3,6 +3,7 @@
 Prints the sha256 of the weights and the optimizer's state in each folder's newest checkpoint. The
 exit code is 0 if all are equal, else 1.
 """
+
 from pathlib import Path
 
 from keepgpt.checkpoint import read_newest

@@ -1,4 +1,5 @@
 """Call the pickled function on stdin and print its result as JSON, for tools.measure."""
+
 import json
 import pickle
 import sys

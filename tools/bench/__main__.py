@@ -10,6 +10,7 @@ Each row has a process of its own and holds medians; if one fails, the others co
 code is 1. Numbers go to docs/measured.json, and `tables` writes them to docs/BENCHMARKS.md and
 docs/DISTRIBUTED.md. Files are in the temporary folder: TMPDIR=/mnt/x measures another disk.
 """
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,7 @@ from tools.common import REPO, run_tool
 @dataclass(frozen=True)
 class BenchConfig:
     """The settings of the benchmarks."""
+
     rounds: int = setting(5, "number of rounds; tables show medians", least=1)
     only: str = setting("", "only rows whose name contains this")
     device: str = setting("auto", "auto | cpu | cuda")
@@ -44,8 +46,9 @@ def write_tables(path: Path) -> None:
         write_atomically(page, measure.update_page(text, records).encode())
 
 
-def select_rows(config: BenchConfig, names: list[str], parts: Parts, cuda: bool
-                ) -> dict[str, dict[str, Callable[[], measure.Row]]]:
+def select_rows(
+    config: BenchConfig, names: list[str], parts: Parts, cuda: bool
+) -> dict[str, dict[str, Callable[[], measure.Row]]]:
     """Return the work of the rows to measure, by part and row. Raises UserError if there is
     none."""
     # a partial, because the work goes to another process
@@ -58,7 +61,9 @@ def select_rows(config: BenchConfig, names: list[str], parts: Parts, cuda: bool
             if config.only in row and (cuda or ", batch " not in row)
         }
     if not any(selected.values()):
-        raise UserError(f"--only={config.only}: no row of {', '.join(names)} has that in its name")
+        raise UserError(
+            f"--only={config.only}: no row of {', '.join(names)} has that in its name"
+        )
     return selected
 
 
@@ -73,8 +78,10 @@ def main(config: BenchConfig, args: list[str], parts: Parts = PARTS) -> int:
         return 0
     # without any part, names is [""]
     if not parts.keys() >= set(names):
-        raise UserError(f"expected tables, or some of {', '.join(parts)}; "
-                        f"got {' '.join(names) or 'none'}")
+        raise UserError(
+            f"expected tables, or some of {', '.join(parts)}; "
+            f"got {' '.join(names) or 'none'}"
+        )
 
     # before the first row: a mistake is answered at once
     device = pick_device(config.device)
@@ -88,11 +95,16 @@ def main(config: BenchConfig, args: list[str], parts: Parts = PARTS) -> int:
         title = f"gpu {part}" if cuda else part
         # checks wait for compilers, so they run in parallel; the others measure time
         workers = 6 if part == "checks" else 1
-        if not measure.run_rows(title, rows[part], path, machine, config.minutes, workers):
+        if not measure.run_rows(
+            title, rows[part], path, machine, config.minutes, workers
+        ):
             code = 1
     return code
 
 
 if __name__ == "__main__":
-    run_tool(BenchConfig, f"python -m tools.bench {' | '.join(PARTS)} | tables [--key=value ...]",
-             main)
+    run_tool(
+        BenchConfig,
+        f"python -m tools.bench {' | '.join(PARTS)} | tables [--key=value ...]",
+        main,
+    )

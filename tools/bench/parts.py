@@ -1,4 +1,5 @@
 """Measure the rows of each part of the benchmarks: bare numbers by the titles of their columns."""
+
 import json
 import os
 import shutil
@@ -46,7 +47,9 @@ def write_random_dataset(folder: Path, vocab_size: int) -> None:
     (folder / "meta.json").write_text(json.dumps(meta))
 
 
-def train(name: str, device: str, folder: Path, ranks: int = 1, **settings: Any) -> list[float]:
+def train(
+    name: str, device: str, folder: Path, ranks: int = 1, **settings: Any
+) -> list[float]:
     """Run train.py with a shape on random tokens. Return the seconds per step of each log line."""
     out = folder / "out"
     # a run that resumed would measure fewer steps
@@ -74,17 +77,24 @@ def measure_step(name: str, rounds: int, device: str, folder: Path) -> Row:
     """Time a training step, against plain PyTorch and Transformers. MFU counts our model's
     FLOPs."""
     # our side is train.py itself, the others are steps without a loader and a log
-    row = compare(rounds, {
-        "keepGPT": partial(train_ours, name, device, folder),
-        "plain PyTorch": partial(call, partial(sides.train_plain, name, device)),
-        "Transformers": partial(call, partial(sides.train_transformers, name, device)),
-    })
+    row = compare(
+        rounds,
+        {
+            "keepGPT": partial(train_ours, name, device, folder),
+            "plain PyTorch": partial(call, partial(sides.train_plain, name, device)),
+            "Transformers": partial(
+                call, partial(sides.train_transformers, name, device)
+            ),
+        },
+    )
     # each further column is ours alone
     step = row["keepGPT, ms"] / 1e3
     config, model_args = sides.make_settings(name)
     if config.optimizer == "muon":
         # Muon's update has matrix products of its own
-        row["optimizer's share"] = call(partial(sides.time_optimizer, name, device)) / step
+        row["optimizer's share"] = (
+            call(partial(sides.time_optimizer, name, device)) / step
+        )
     row["tokens/s"] = config.tokens_per_step / step
 
     # the model on the meta device has shapes, and no memory
@@ -117,7 +127,9 @@ def measure_save(name: str, rounds: int, device: str, folder: Path) -> Row:
     times = defaultdict(list)
     # each round has its own run, so all sides see the same state of the machine
     for _ in range(rounds):
-        steps = train(name, device, folder, max_iters=4 * interval, checkpoint_interval=interval)
+        steps = train(
+            name, device, folder, max_iters=4 * interval, checkpoint_interval=interval
+        )
         # three saves start in these
         steps = steps[interval:]
         step = median(steps)
@@ -155,15 +167,26 @@ def measure_elastic(ranks: int, rounds: int, _device: str, folder: Path) -> Row:
     os.environ["OMP_NUM_THREADS"] = "1"
 
     def time_steps(elastic: bool) -> float:
-        times = train("6 layers, width 384", "cpu", folder, ranks, max_iters=6, batch_size=2,
-                      gradient_accumulation_steps=8, elastic=elastic)
+        times = train(
+            "6 layers, width 384",
+            "cpu",
+            folder,
+            ranks,
+            max_iters=6,
+            batch_size=2,
+            gradient_accumulation_steps=8,
+            elastic=elastic,
+        )
         # the first step has the costs of the start
         return median(times[1:])
 
-    return compare(rounds, {
-        "DDP": partial(time_steps, False),
-        "elastic": partial(time_steps, True),
-    })
+    return compare(
+        rounds,
+        {
+            "DDP": partial(time_steps, False),
+            "elastic": partial(time_steps, True),
+        },
+    )
 
 
 # the rows; a shape that has no place here is one that takes too long
@@ -173,7 +196,9 @@ PARTS: Parts = {
     "train": {name: partial(measure_step, name) for name in sides.SHAPES},
     "sample": {name: partial(measure_sampling, name) for name in SAMPLED},
     "checkpoint": {name: partial(measure_save, name) for name in SAVED},
-    "elastic": {f"ranks: {ranks}": partial(measure_elastic, ranks) for ranks in (1, 2, 4)},
+    "elastic": {
+        f"ranks: {ranks}": partial(measure_elastic, ranks) for ranks in (1, 2, 4)
+    },
 }
 
 

@@ -1,5 +1,6 @@
 """The models of the benchmarks, and the sides of the comparisons: each returns the seconds of a
 training step, or of a token, and runs in a process of its own."""
+
 import math
 import os
 from collections.abc import Callable
@@ -51,7 +52,9 @@ SHAPES = {
 # the largest that fits is the fastest, and depends on the GPU
 for n in (16, 32, 64):
     SHAPES[f"GPT-2 124M, batch {n}"] = SHAPES["GPT-2 124M"] | {"batch_size": n}
-    SHAPES[f"Qwen3 and Muon, 124M, batch {n}"] = SHAPES["Qwen3 and Muon, 124M"] | {"batch_size": n}
+    SHAPES[f"Qwen3 and Muon, 124M, batch {n}"] = SHAPES["Qwen3 and Muon, 124M"] | {
+        "batch_size": n
+    }
     SHAPES[f"GPT-2 350M, batch {n // 2}"] = shape(24, 16, 1024, 1024, n // 2, 50257)
 
 
@@ -97,8 +100,9 @@ def time_optimizer(name: str, device: str) -> float:
     return time_steps(step, where)
 
 
-def make_peer_optimizers(network: nn.Module, config: TrainConfig, fused: bool
-                         ) -> list[torch.optim.Optimizer]:
+def make_peer_optimizers(
+    network: nn.Module, config: TrainConfig, fused: bool
+) -> list[torch.optim.Optimizer]:
     """Return PyTorch's own AdamW, and its Muon for the matrices of the blocks if the shape has
     it."""
     # torch's Muon takes matrices only, and one rate for all of them
@@ -114,8 +118,12 @@ def make_peer_optimizers(network: nn.Module, config: TrainConfig, fused: bool
     return optimizers
 
 
-def train_peer(network: nn.Module, loss_of: Callable[[Tensor, Tensor], Tensor], name: str,
-               device: torch.device) -> float:
+def train_peer(
+    network: nn.Module,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    name: str,
+    device: torch.device,
+) -> float:
     """Time steps of another program: `loss_of(x, y)` is the loss of a micro-batch of random tokens,
     already on the device. Float32 on a CPU, the default; the autocast of train.py on CUDA."""
     config, args = make_settings(name)
@@ -177,6 +185,7 @@ def make_transformers(name: str) -> nn.Module:
     os.environ["HF_HUB_OFFLINE"] = "1"
     # not needed for anything else, and may not be installed
     from transformers import AutoConfig, AutoModelForCausalLM
+
     _, args = make_settings(name)
     sizes = make_config(list_sizes(args))
     config = AutoConfig.for_model(**sizes, bos_token_id=0, eos_token_id=None)

@@ -13,6 +13,7 @@
 Without a part, all but hosts and checks in small numbers. The exit code is 1 if anything failed.
 Files are in the temporary folder: TMPDIR=/mnt/x tests another file system. Linux only.
 """
+
 import os
 import shutil
 import tempfile
@@ -51,8 +52,11 @@ def run_part(name: str, config: CrashConfig) -> int:
     part = Part(name, config)
     tried = PARTS[name](part, place)
     seconds = perf_counter() - part.started
-    print(f"{name:7} {part.cases:6,} {tried}: {part.failures} failures, {seconds:.0f} s, "
-          f"seed {config.seed}", flush=True)
+    print(
+        f"{name:7} {part.cases:6,} {tried}: {part.failures} failures, {seconds:.0f} s, "
+        f"seed {config.seed}",
+        flush=True,
+    )
     if part.failures:
         print(f"{name}: its files are in {place}")
     else:
@@ -74,5 +78,8 @@ def main(config: CrashConfig, names: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_tool(CrashConfig, f"python -m tools.crash [{' | '.join(PARTS)} ...] [--key=value ...]",
-             main)
+    run_tool(
+        CrashConfig,
+        f"python -m tools.crash [{' | '.join(PARTS)} ...] [--key=value ...]",
+        main,
+    )

@@ -1,5 +1,6 @@
 """checks: is a killed run bit-identical on this device? Each check is also a row of tools.gpu; it
 raises UserError if it fails."""
+
 import os
 import signal
 from functools import partial
@@ -34,7 +35,9 @@ RUN = {
 }
 
 
-def resume(_rounds: int, device: str, folder: Path, ranks: int = 1, **flags: object) -> Row:
+def resume(
+    _rounds: int, device: str, folder: Path, ranks: int = 1, **flags: object
+) -> Row:
     """Compare an uninterrupted run with one that is killed after a save and resumed. The first
     evaluates before it trains, the resumed one trains first."""
     whole = folder / "whole"
@@ -65,7 +68,11 @@ def resume(_rounds: int, device: str, folder: Path, ranks: int = 1, **flags: obj
 def blow_up(_rounds: int, device: str, folder: Path) -> Row:
     """Check that a learning rate of 1e30 gives exit code 3 and leaves finite checkpoints."""
     out = folder / "out"
-    flags = RUN | {"device": device, "dataset": runs.prepare_source(folder), "out_dir": out}
+    flags = RUN | {
+        "device": device,
+        "dataset": runs.prepare_source(folder),
+        "out_dir": out,
+    }
     # a good start, so there is something to lose
     runs.run(flags | {"max_iters": 20}, ranks=1)
     # then weights that overflow, and a save at each step that could store them

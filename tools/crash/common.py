@@ -1,4 +1,5 @@
 """Settings of the crash tests, their counting, and the checkpoints they damage."""
+
 import random
 import shutil
 import subprocess
@@ -34,15 +35,23 @@ RUN = {
     "init_from": "auto",
 }
 # the other architecture and optimizer, for --modern=True
-MODERN = {"architecture": "qwen3", "optimizer": "muon", "lr_schedule": "linear", "muon_lr": 1.0}
+MODERN = {
+    "architecture": "qwen3",
+    "optimizer": "muon",
+    "lr_schedule": "linear",
+    "muon_lr": 1.0,
+}
 PAGE = 1 << 12  # bytes
 
 
 @dataclass(frozen=True)
 class CrashConfig:
     """The settings of tools.crash."""
+
     cases: int = setting(0, "cases of each part; 0 = a few, 1e9 = all", least=0)
-    modern: bool = setting(False, "kill, nth, power, rot, elastic: train a Qwen3 with Muon")
+    modern: bool = setting(
+        False, "kill, nth, power, rot, elastic: train a Qwen3 with Muon"
+    )
     seed: int = setting(1, "seed of the cases")
     only: int = setting(-1, "the number of the one case (kill: run) to try", least=-1)
     device: str = setting("auto", "checks: auto | cpu | cuda")
@@ -72,7 +81,7 @@ class Part:
         rng = self.rng(-1)
         order = sorted(range(len(rare)), key=lambda case: rng.random())
         order.sort(key=lambda case: not rare[case])
-        return sorted(order[:self.config.cases or few])
+        return sorted(order[: self.config.cases or few])
 
     def count(self, case: int, problem: str, where: str = "", cases: int = 1) -> None:
         """Count a case; print how to repeat it if there is a problem, and `where` it is."""
@@ -83,7 +92,9 @@ class Part:
         # one broken line of code fails thousands of cases
         if self.failures > 5:
             return
-        again = f"; again with --seed={self.config.seed} --only={case}" if case >= 0 else ""
+        again = (
+            f"; again with --seed={self.config.seed} --only={case}" if case >= 0 else ""
+        )
         print(f"{self.name}: FAILURE: {where}{problem}{again}", flush=True)
 
 

@@ -1,5 +1,6 @@
 """The parts with real runs: kill, elastic, full and hosts. Each fault must leave what an
 uninterrupted run leaves, bit for bit."""
+
 import itertools
 import os
 import random
@@ -18,7 +19,11 @@ from tools.common import last_step
 from tools.crash.common import RUN, Part, clone
 from tools.runs import Settings
 
-WIDE = RUN | {"n_embd": 64, "eval_interval": 6, "max_iters": 42}  # a checkpoint over a megabyte
+WIDE = RUN | {
+    "n_embd": 64,
+    "eval_interval": 6,
+    "max_iters": 42,
+}  # a checkpoint over a megabyte
 ROOM = 1 << 16  # bytes between two limits
 HOSTS = RUN | {
     "elastic": True,
@@ -32,8 +37,13 @@ HOSTS = RUN | {
 }
 
 
-def finish_killed_run(settings: Settings, lives: dict[int, float], kills: int,
-                      rng: random.Random, seen: Counter) -> int | None:
+def finish_killed_run(
+    settings: Settings,
+    lives: dict[int, float],
+    kills: int,
+    rng: random.Random,
+    seen: Counter,
+) -> int | None:
     """Start a run again until it ends, each time on one of the numbers of ranks in `lives`, and
     kill it up to `kills` times, at instants that are uniform over the seconds `lives` gives for an
     uninterrupted run. Return its exit code, or None if it hangs."""
@@ -76,8 +86,9 @@ def finish_killed_run(settings: Settings, lives: dict[int, float], kills: int,
         seen["lost"] = max(seen["lost"], step - max(saved, default=0))
 
 
-def finish_whole_runs(part: Part, settings: Settings, place: Path, choices: tuple[int, ...]
-                      ) -> tuple[dict[int, float], dict]:
+def finish_whole_runs(
+    part: Part, settings: Settings, place: Path, choices: tuple[int, ...]
+) -> tuple[dict[int, float], dict]:
     """Finish an uninterrupted run on each number of ranks. Return their seconds by ranks, and how
     they end, which must be alike."""
     # seconds that a life takes decide when to kill
@@ -92,12 +103,15 @@ def finish_whole_runs(part: Part, settings: Settings, place: Path, choices: tupl
         part.count(-1, "uninterrupted runs differ", cases=0)
     # then a lost best.pt would not be noticed
     if expected["best.pt"] == expected["ckpt.pt"]:
-        part.count(-1, "the last checkpoint is the best one: best.pt is not tested", cases=0)
+        part.count(
+            -1, "the last checkpoint is the best one: best.pt is not tested", cases=0
+        )
     return lives, expected
 
 
-def kill_runs(part: Part, settings: Settings, place: Path, choices: tuple[int, ...],
-              kills: int) -> str:
+def kill_runs(
+    part: Part, settings: Settings, place: Path, choices: tuple[int, ...], kills: int
+) -> str:
     """Kill run after run, `kills` times in all, each start on one of the numbers of ranks in
     `choices` (0 is a fork). Each must end as an uninterrupted run does, on whichever of them."""
     lives, expected = finish_whole_runs(part, settings, place, choices)
@@ -112,8 +126,9 @@ def kill_runs(part: Part, settings: Settings, place: Path, choices: tuple[int, .
             break
         # a folder per run: the files of a failure stay
         out = place / f"run{number}"
-        code = finish_killed_run(settings | {"out_dir": out}, lives, kills - before,
-                                 part.rng(number), seen)
+        code = finish_killed_run(
+            settings | {"out_dir": out}, lives, kills - before, part.rng(number), seen
+        )
         problem = runs.compare_end(code, out, expected)
         # several ranks may also lose the time that they need to start
         if not problem and seen["lost"] > most_lost and choices == (0,):
@@ -123,8 +138,10 @@ def kill_runs(part: Part, settings: Settings, place: Path, choices: tuple[int, .
 
     # how often each number of ranks was tried: chance could leave one out
     starts = ", ".join(f"{seen[ranks]} on {max(1, ranks)}" for ranks in choices)
-    return (f"kills, {seen['a rank']} of a rank, {seen['in a save']} during a write; starts by "
-            f"ranks: {starts}; {seen['runs']} ends compared")
+    return (
+        f"kills, {seen['a rank']} of a rank, {seen['in a save']} during a write; starts by "
+        f"ranks: {starts}; {seen['runs']} ends compared"
+    )
 
 
 def kill(part: Part, place: Path) -> str:
@@ -145,8 +162,7 @@ def elastic(part: Part, place: Path) -> str:
     return kill_runs(part, settings, place, (0, 2, 4), part.config.cases or 6)
 
 
-def check_full_disk(settings: Settings, older: Path, limit: int, expected: dict
-                    ) -> str:
+def check_full_disk(settings: Settings, older: Path, limit: int, expected: dict) -> str:
     """Resume a run while no file may have more than `limit` bytes, then with room. Return the
     problem, or ""."""
     # the signal of a file that is too large is ignored by Python: a write raises
@@ -207,15 +223,19 @@ def hosts(part: Part, place: Path) -> str:
     rng = part.rng(0)
 
     def start(out: Path, number: int) -> int:
-        return runs.start(settings | {"out_dir": out}, ranks=1, torchrun=(
-            "--nnodes=1:2",
-            "--nproc_per_node=1",
-            "--rdzv_backend=c10d",
-            f"--rdzv_endpoint=127.0.0.1:{port}",
-            # addresses in this order: the first host has rank 0
-            f"--local_addr=127.0.0.{number}",
-            f"--rdzv_conf=last_call_timeout=5,is_host={int(out == first)}",
-        ))
+        return runs.start(
+            settings | {"out_dir": out},
+            ranks=1,
+            torchrun=(
+                "--nnodes=1:2",
+                "--nproc_per_node=1",
+                "--rdzv_backend=c10d",
+                f"--rdzv_endpoint=127.0.0.1:{port}",
+                # addresses in this order: the first host has rank 0
+                f"--local_addr=127.0.0.{number}",
+                f"--rdzv_conf=last_call_timeout=5,is_host={int(out == first)}",
+            ),
+        )
 
     def wait_for_steps() -> None:
         goal = last_step(first) + rng.randint(100, 300)

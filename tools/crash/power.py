@@ -1,5 +1,6 @@
 """power: the power is cut after each operation of a save. The old or the new checkpoint must be
 left, with all that may be on the disk then."""
+
 import copy
 import io
 import itertools
@@ -16,13 +17,20 @@ from tools.crash.common import KEEP, PAGE, Part, check_folder, make_bundles
 from tools.crash.saves import FaultyDisk, check_next_save
 from tools.runs import full_state_of
 
-TEARS = ("lost", "kept", "cut", "pages", "zeros")  # what becomes of data without an fsync
+TEARS = (
+    "lost",
+    "kept",
+    "cut",
+    "pages",
+    "zeros",
+)  # what becomes of data without an fsync
 PENDING = 10  # changes of names that may each be lost; older ones have arrived
 
 
 @dataclass
 class File:
     """A file's content as programs read it, and as the disk surely has it."""
+
     now: bytes = b""
     synced: bytes = b""
 
@@ -35,10 +43,12 @@ class File:
         if how == "zeros":
             return bytes(len(self.now))
         if how == "cut":
-            return self.now[:rng.randrange(len(self.now) + 1)]
+            return self.now[: rng.randrange(len(self.now) + 1)]
         # pages arrive in any order
-        pages = [self.now[i:i + PAGE] for i in range(0, len(self.now), PAGE)]
-        return b"".join(page if rng.random() < 0.7 else bytes(len(page)) for page in pages)
+        pages = [self.now[i : i + PAGE] for i in range(0, len(self.now), PAGE)]
+        return b"".join(
+            page if rng.random() < 0.7 else bytes(len(page)) for page in pages
+        )
 
 
 Names = dict[str, File | None]  # None: no file
@@ -110,6 +120,7 @@ def list_outcomes(durable: Names, pending: list[Names]) -> itertools.product:
 @dataclass
 class Cut:
     """A case: the power goes after an operation of save number `save`."""
+
     save: int
     operation: str
     durable: int  # saves that a power cut can't undo
@@ -155,7 +166,9 @@ def power(part: Part, place: Path) -> str:
     folder = place / "recorded"
     folder.mkdir()
     disk = RecordingDisk()
-    states = [("", "")]  # of ckpt.pt and best.pt, before the first save and after each one
+    states = [
+        ("", "")
+    ]  # of ckpt.pt and best.pt, before the first save and after each one
     cuts = []
     for i, bundle in enumerate(bundles):
         first = len(disk.log)
@@ -179,6 +192,9 @@ def power(part: Part, place: Path) -> str:
         with redirect_stderr(io.StringIO()):
             problem = check_folder(left, allowed, min(cut.durable, KEEP))
             problem = problem or check_next_save(left, later)
-        part.count(number, problem,
-                   f"a cut after {cut.operation} of save {cut.save} leaves {names}: ")
+        part.count(
+            number,
+            problem,
+            f"a cut after {cut.operation} of save {cut.save} leaves {names}: ",
+        )
     return f"of {len(cuts):,} states after a power cut"

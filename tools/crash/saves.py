@@ -1,4 +1,5 @@
 """The parts with single saves: nth and rot. The old or the new checkpoint must be left."""
+
 import errno
 import io
 import os
@@ -102,8 +103,14 @@ def check_next_save(folder: Path, bundle: Bundle) -> str:
     return ""
 
 
-def check_faulty_save(folder: Path, older: list[Bundle], new: Bundle, later: Bundle, best: bool,
-                      disk: FaultyDisk) -> str:
+def check_faulty_save(
+    folder: Path,
+    older: list[Bundle],
+    new: Bundle,
+    later: Bundle,
+    best: bool,
+    disk: FaultyDisk,
+) -> str:
     """Save `new` on a faulty disk, then `later` on a sound one. Return the problem, or ""."""
     # states of ckpt.pt and best.pt before the save, between its two links, and after it
     old = full_state_of(older[-1]) if older else ""
@@ -115,7 +122,10 @@ def check_faulty_save(folder: Path, older: list[Bundle], new: Bundle, later: Bun
     # a save that succeeds, says the saver, must be found
     if save(folder, new, best, disk):
         allowed = {(now, now_best)}
-        without_links = (disk.failed, disk.fault) == ("link", "ENOTSUP")  # it writes a copy
+        without_links = (disk.failed, disk.fault) == (
+            "link",
+            "ENOTSUP",
+        )  # it writes a copy
         if disk.failed not in ("", "close", "remove") and not without_links:
             return "the saver calls it a success"
     # a disk that is gone can't remove anything either
@@ -123,12 +133,17 @@ def check_faulty_save(folder: Path, older: list[Bundle], new: Bundle, later: Bun
     if leftovers and disk.fault != "gone":
         return f"{leftovers} is left behind"
     least = min(len(older), KEEP)
-    return disk.problem or check_folder(folder, allowed, least) or check_next_save(folder, later)
+    return (
+        disk.problem
+        or check_folder(folder, allowed, least)
+        or check_next_save(folder, later)
+    )
 
 
 @dataclass
 class Fault:
     """A case of nth: the n-th operation, `name`, of a save after `count` others fails."""
+
     count: int
     best: bool
     kind: str
@@ -136,7 +151,9 @@ class Fault:
     name: str
 
 
-def list_faults(place: Path, bundles: list[Bundle], count: int, best: bool) -> list[Fault]:
+def list_faults(
+    place: Path, bundles: list[Bundle], count: int, best: bool
+) -> list[Fault]:
     """Make a folder with `count` checkpoints, save once more in a copy, and return all faults of
     that save."""
     folder = place / f"{count}{best}"
@@ -168,17 +185,21 @@ def nth(part: Part, place: Path) -> str:
     for number in part.choose([fault.name != "write" for fault in faults], few=300):
         fault = faults[number]
         folder = clone(place / f"{fault.count}{fault.best}", place / "case")
-        older = bundles[:fault.count]
-        new, later = bundles[fault.count:fault.count + 2]
+        older = bundles[: fault.count]
+        new, later = bundles[fault.count : fault.count + 2]
         disk = FaultyDisk(fault.kind, fault.n)
         # warnings about a disk that fails are right, and thousands
         with redirect_stderr(io.StringIO()):
             problem = check_faulty_save(folder, older, new, later, fault.best, disk)
-        part.count(number, problem, f"operation {fault.n}, {fault.name}, {fault.kind}: ")
+        part.count(
+            number, problem, f"operation {fault.n}, {fault.name}, {fault.kind}: "
+        )
     return f"of {len(faults):,} faults in the {faults[-1].n} operations of a save"
 
 
-def corrupt(raw: bytes, edges: list[int], case: int, rng: random.Random) -> tuple[bytes, str]:
+def corrupt(
+    raw: bytes, edges: list[int], case: int, rng: random.Random
+) -> tuple[bytes, str]:
     """Return a file's content with a fault, and its description. Cuts are at `edges` first."""
     number, kind = divmod(case, 3)
     changed = bytearray(raw)
