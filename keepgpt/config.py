@@ -287,7 +287,8 @@ def find_mistakes(config: TrainConfig) -> Iterator[tuple[set[str], str]]:
             {"min_lr", "learning_rate"},
             (
                 f"min_lr={config.min_lr}: expected at most learning_rate="
-                f"{config.learning_rate}, or the rate would rise. Try: --min_lr={config.learning_rate / 10:g}"
+                f"{config.learning_rate}, or the rate would rise. Try: "
+                f"--min_lr={config.learning_rate / 10:g}"
             ),
         )
     if config.lr_decay_iters <= config.decay_start < config.max_iters:
