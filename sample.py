@@ -41,6 +41,7 @@ class SampleConfig:
     )
     stop_at_eot: bool = setting(False, "end a continuation at the end-of-text token")
     seed: int = setting(1337, "seed of the random numbers", least=0, below=2**63)
+    compile: bool = setting(False, "no effect: one token's step is fast without it")
     device: str = setting("auto", "auto | cpu | cuda | cuda:1 | mps")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "dtype of the weights; auto = the fastest"

@@ -28,7 +28,13 @@ from torch.nn.parallel import DistributedDataParallel
 from keepgpt import checkpoint, elastic
 from keepgpt.card import write_card
 from keepgpt.config import ARCHITECTURE, check_settings, resume_config
-from keepgpt.dataset import check_identity, dataset_folder, read_crc32, read_meta
+from keepgpt.dataset import (
+    IDENTITY,
+    check_identity,
+    dataset_folder,
+    read_crc32,
+    read_meta,
+)
 from keepgpt.device import (
     device_name,
     peak_flops,
@@ -147,17 +153,15 @@ def set_up(config: TrainConfig, overrides: dict[str, Any], opened: ExitStack) ->
     )
     elastic.check_elastic(config, ranks)
 
-    # open the data. Only its name and place may differ between hosts
+    # find the data. Only its name and place may differ between hosts
     folder = dataset_folder(config.data_dir, config.dataset)
     data = ranks.on_each(lambda: read_meta(folder))
     saved_data = bundle["data"] if bundle else {}
     if bundle:
         ranks.on_each(lambda: check_identity(folder, data, saved_data))
-    ranks.check_equal(
-        {"data": data | {"name": ""}, **shared_settings(config)}, SAME_START
-    )
+    identity = {key: data[key] for key in IDENTITY}
+    ranks.check_equal({"data": identity, **shared_settings(config)}, SAME_START)
     data["crc32"] = ranks.on_first(lambda: read_crc32(folder, data, saved_data))
-    loader, splits = ranks.on_each(lambda: open_data(folder, config, data, ranks))
 
     # build the model: with the checkpoint's weights, those that init_from names, or random ones
     threads = bundle.get("threads") if bundle and config.elastic else None
@@ -165,10 +169,13 @@ def set_up(config: TrainConfig, overrides: dict[str, Any], opened: ExitStack) ->
     torch.manual_seed(config.seed)
     model = ranks.on_each(lambda: make_model(config, overrides, data, bundle))
     config = replace(config, **{key: getattr(model.args, key) for key in ARCHITECTURE})
-    is_read = bundle or config.init_from not in ("scratch", "auto")
-    ranks.agree_on_weights(model, config.init_from if is_read else None)
+    is_read = bundle is not None or config.init_from not in ("scratch", "auto")
+    ranks.agree_on_weights(model, is_read)
 
-    # compile it, wrap it in DDP, make the optimizer, and restore the state
+    # open the data, in windows of the model's block_size
+    loader, splits = ranks.on_each(lambda: open_data(folder, config, data, ranks))
+
+    # compile the model, wrap it in DDP, make the optimizer, and restore the state
     run = build_run(config, ranks, lock, data, loader, splits, model)
     if bundle:
         run.state.load_state_dict(bundle)
@@ -460,10 +467,10 @@ def train(run: Run, signals: Signals) -> int:
 
         # once in a while: save. A signal asks for the last save
         is_stopped = ranks.any(signals.received or run.lock.lost)
-        if best or is_save_due(run):
-            save(run, best)
         if is_stopped or state.step >= config.max_iters:
             break
+        if best or is_save_due(run):
+            save(run, best)
 
         # a step: the gradient of all micro-batches, then one update
         losses = signals.interrupt(lambda: compute_gradient(run), is_alone)
@@ -511,15 +518,21 @@ def evaluate_and_log(run: Run, signals: Signals) -> bool:
     losses = signals.interrupt(lambda: evaluate(run, signals), is_alone)
     if losses is None:
         return False
-    run.state.evaluation = {"step": run.state.step, **losses}
-    run.saver.wait()  # a save in progress may replace best.pt
-    is_lower = losses["val_loss"] < run.saver.best_val_loss
-    best = run.ranks.from_first(run.state.step > 0 and is_lower)
+    best = record_evaluation(run, losses)
     best_val_loss = min(run.saver.best_val_loss, losses["val_loss"])
     run.metrics.log_evaluation(run.state.evaluation, best, best_val_loss)
     if run.config.sample_tokens and run.ranks.rank == 0:
         signals.interrupt(lambda: show_sample(run), alone=True)
     return best
+
+
+def record_evaluation(run: Run, losses: dict[str, float]) -> bool:
+    """Store an evaluation's losses in the state. Return True if its validation loss is lower than
+    best.pt's."""
+    run.state.evaluation = {"step": run.state.step, **losses}
+    run.saver.wait()  # a save in progress may replace best.pt
+    is_lower = losses["val_loss"] < run.saver.best_val_loss
+    return run.ranks.from_first(run.state.step > 0 and is_lower)
 
 
 @torch.no_grad()
@@ -564,16 +577,15 @@ def show_sample(run: Run) -> None:
 def generate_sample(run: Run) -> str:
     """Return a text of the current model, which starts after the end-of-text token or token 0."""
     tokenizer = from_meta(run.data)
+    first = tokenizer.eot or 0
     run.state.model.eval()
     steps = generate(
-        run.state.model,
-        [[tokenizer.eot or 0]],
-        run.config.sample_tokens,
-        temperature=0.8,
-        top_k=200,
+        run.state.model, [[first]], run.config.sample_tokens, temperature=0.8, top_k=200
     )
     tokens = [row[0] for row in steps]
-    return tokenizer.decode([token for token in tokens if token is not None])
+    decode = tokenizer.make_decoder()
+    decode(first)  # it may decide whether a space comes next
+    return "".join(decode(token) for token in tokens if token is not None)
 
 
 def is_save_due(run: Run) -> bool:

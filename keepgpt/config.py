@@ -325,16 +325,6 @@ def find_oddities(config: TrainConfig) -> Iterator[tuple[set[str], str]]:
                 f"max_iters={steps} is far from lr_decay_iters={decay}, where the decay ends"
             ),
         )
-    for key, what in (
-        ("log_interval", "no step is logged"),
-        ("eval_interval", "only the first and the last step are evaluated"),
-        ("checkpoint_interval", "nothing is saved before the end"),
-    ):
-        if 0 < steps < getattr(config, key):
-            yield (
-                {"max_iters", key},
-                (f"{key}={getattr(config, key)} is above max_iters={steps}: {what}"),
-            )
 
 
 def list_unused(config: TrainConfig, changed: dict[str, Any]) -> list[str]:

@@ -125,7 +125,7 @@ def exit_with(error: Exception, code: int = EXIT_MISTAKE) -> NoReturn:
     prints it: torchrun ends the others as soon as one has ended."""
     if os.environ.get("LOCAL_RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(1)
+        time.sleep(3)
     print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
     sys.exit(code)
 

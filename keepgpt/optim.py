@@ -267,4 +267,5 @@ def get_lr_factor(step: int, config: TrainConfig) -> float:
     steps = max(1, config.lr_decay_iters - config.decay_start)
     progress = min(1.0, max(0.0, (step - config.decay_start) / steps))
     least = config.min_lr / config.learning_rate if config.learning_rate else 0.0
-    return 1 - (1 - least) * SCHEDULES[config.lr_schedule](progress)
+    fall = SCHEDULES[config.lr_schedule](progress)
+    return (1 - fall) + least * fall

@@ -128,13 +128,13 @@ class Ranks:
         if threads or self.world_size > 1:
             torch.set_num_threads(threads or self.from_first(torch.get_num_threads()))
 
-    def agree_on_weights(self, model: nn.Module, source: str | None) -> None:
+    def agree_on_weights(self, model: nn.Module, is_read: bool) -> None:
         """Give every rank rank 0's weights: another kind of processor draws other random numbers.
-        Raises UserError if weights that were read from a `source` differ."""
+        Raises UserError if weights that were read, from init_from or a checkpoint, differ."""
         difference = self.compare({"weights": model.state_dict()})
-        if difference and source:
+        if difference and is_read:
             raise UserError(
-                f"init_from={source}: {difference}. Try: the same file for all"
+                f"init_from: {difference}. Try: the same file for all ranks"
             )
         if difference:
             model.load_state_dict(self.from_first(model.state_dict()))

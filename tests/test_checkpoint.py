@@ -281,9 +281,11 @@ def test_an_evaluation_waits_for_a_best_save(bundle, tmp_path):
     slow = Faulty("fsync", lambda *_: time.sleep(0.5))
     saver = Saver(tmp_path, 2, None, lambda: None, cpu, slow)
     saver.save(bundle | {"step": 1, "best_val_loss": 5.0}, best=True)
-    run = SimpleNamespace(step=2, ranks=Ranks(0, 1, cpu))
-    assert not record_evaluation(run, saver, {"val_loss": 6.0})
-    assert record_evaluation(run, saver, {"val_loss": 4.0})
+    run = SimpleNamespace(
+        state=SimpleNamespace(step=2), ranks=Ranks(0, 1, cpu), saver=saver
+    )
+    assert not record_evaluation(run, {"val_loss": 6.0})
+    assert record_evaluation(run, {"val_loss": 4.0})
 
 
 def test_best_is_resumed_when_ckpt_has_lost_its_end(bundle, tmp_path):

@@ -20,7 +20,7 @@ from keepgpt.config import (
     parse,
 )
 from keepgpt.errors import UserError, exit_with
-from keepgpt.optim import get_lr
+from keepgpt.optim import get_lr_factor
 from sample import SampleConfig
 
 ROOT = Path(__file__).parents[1]
@@ -721,8 +721,8 @@ def test_a_default_min_lr_follows_a_lower_learning_rate():
         and "min_lr" in notes[0]
         and len(notes) == 1
     )
-    rates = [get_lr(step, config) for step in range(10, 1001)]
-    assert rates == sorted(rates, reverse=True) and max(rates) == 1e-5
+    factors = [get_lr_factor(step, config) for step in range(10, 1001)]
+    assert factors == sorted(factors, reverse=True) and max(factors) == 1
     # a constant rate needs none, nor does a run that has begun
     for settings in ({"decay_lr": False}, {"lr_schedule": "constant"}):
         config, notes = together(learning_rate=1e-5, **settings)
@@ -746,9 +746,6 @@ def test_a_default_min_lr_follows_a_lower_learning_rate():
         ),
         ({"max_iters": 100}, "lr_decay_iters=1000"),
         ({"lr_decay_iters": 20}, "lr_decay_iters=20"),
-        ({"eval_interval": 2000}, "eval_interval=2000 is above max_iters=1000"),
-        ({"checkpoint_interval": 1001}, "checkpoint_interval"),
-        ({"log_interval": 5000}, "log_interval"),
         (
             {"muon_lr": 0.1, "muon_momentum": 0.9},
             "muon_lr, muon_momentum: no effect with optimizer=adamw",

@@ -20,6 +20,7 @@ import time
 import urllib.parse
 import zipfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -1405,11 +1406,9 @@ def test_text_that_changes_during_reading_is_refused(
 
     monkeypatch.setattr(prepare, "write_tokens", change_and_encode)
     with pytest.raises((UserError, FileNotFoundError)):
-        prepare.prepare(
-            prepare.PrepareConfig("x", "char", data_dir=str(tmp_path / "data")),
-            {"tokenizer": "char"},
-            [str(file)],
-        )
+        config = prepare.PrepareConfig("x", "char", data_dir=str(tmp_path / "data"))
+        with ExitStack() as opened:
+            prepare.prepare(config, {"tokenizer": "char"}, [str(file)], opened)
     assert files_in(tmp_path / "data") == []
 
 

@@ -12,7 +12,7 @@ from small_tokenizers import save, sentencepiece, unigram, wordpiece
 import sample
 import train as train_script
 from keepgpt.tokenizer import describe_tokenizer, from_meta
-from model import GPT, ModelArgs
+from model import ModelArgs, build_model
 
 
 @pytest.fixture(scope="module")
@@ -211,20 +211,6 @@ def test_a_nanogpt_checkpoint_is_loaded_safely(trained, tmp_path):
     assert "expected only plain values" in complaint(done)
 
 
-def test_compile_without_a_compiler_samples_with_a_note(trained):
-    flags = {
-        "out_dir": trained,
-        "num_samples": 1,
-        "max_new_tokens": 20,
-        "temperature": 0,
-    }
-    done = run("sample.py", **flags, compile=True, env={"CXX": "nosuch"})
-    assert (
-        done.stderr.startswith("note: ")
-        and done.stdout == run("sample.py", **flags).stdout
-    )
-
-
 @pytest.mark.parametrize("make", [sentencepiece, wordpiece, unigram])
 def test_a_space_after_the_prompt_is_printed(make, play, tmp_path, monkeypatch, capsys):
     description = describe_tokenizer(
@@ -236,7 +222,7 @@ def test_a_space_after_the_prompt_is_printed(make, play, tmp_path, monkeypatch, 
     size = len(vocabulary.encode(prompt))
     assert ids[:size] == vocabulary.encode(prompt)
     # a model that continues with the rest of the text
-    model = GPT(ModelArgs(1, 2, 16, 32, vocabulary.vocab_size, True, 0.0))
+    model = build_model(ModelArgs(1, 2, 16, 32, vocabulary.vocab_size, True, 0.0))
     monkeypatch.setattr(sample, "load", lambda config: (model, vocabulary, ""))
     for script in (sample, train_script):
         monkeypatch.setattr(
@@ -252,7 +238,7 @@ def test_a_space_after_the_prompt_is_printed(make, play, tmp_path, monkeypatch, 
     made = train_script.generate_sample(
         SimpleNamespace(
             data={"tokenizer": description},
-            model=model,
+            state=SimpleNamespace(model=model),
             config=SimpleNamespace(sample_tokens=9),
         )
     )

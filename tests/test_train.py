@@ -100,7 +100,7 @@ def test_nan_weights_stop_a_run_before_its_first_update(train, tmp_path, ranks):
         ranks=ranks,
         code=3 if ranks == 1 else 1,
     )
-    assert "step 1: " in done.stdout
+    assert "step 1: " in done.stderr
     assert not list(tmp_path.glob("nan/*.pt"))
 
 
@@ -113,7 +113,7 @@ def test_a_diverging_run_keeps_finite_checkpoints(train, tmp_path):
         checkpoint_interval=1,
         code=3,
     )
-    assert "--init_from=resume" in done.stdout
+    assert "--init_from=resume" in done.stderr
     bundles = [
         torch.load(path, weights_only=True) for path in tmp_path.glob("out/*.pt")
     ]
@@ -308,8 +308,7 @@ def test_out_of_memory_exits_1_with_one_line(monkeypatch, capsys, error):
     def fails(*_):
         raise error
 
-    monkeypatch.setattr(script, "train", fails)
-    monkeypatch.setattr(script, "Signals", lambda: None)
+    monkeypatch.setattr(script, "set_up", fails)
     with pytest.raises(SystemExit) as e:
         script.main(None, {})
     assert e.value.code == 1 and capsys.readouterr().err.count("\n") == 1
