@@ -306,9 +306,9 @@ class Qwen3Block(LlamaBlock):
 
 
 class GPT(nn.Module):
-    """What the architectures share: `model(idx)` returns logits, `model(idx, targets)` the loss.
+    """The base of all architectures: `model(idx)` returns logits, `model(idx, targets)` the loss.
 
-    A subclass builds the modules and says in its class attributes what they are called.
+    A subclass builds the modules and names them in its class attributes.
     """
 
     settings: tuple[

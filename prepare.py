@@ -74,7 +74,7 @@ class PrepareConfig:
 
 
 class LossCheck:
-    """Decode what a tokenizer encodes, to find out whether it loses text."""
+    """Decode the tokens of a text, to find out whether its tokenizer loses text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer, self.difference = tokenizer, ""

@@ -279,7 +279,7 @@ def check_settings(
 
 
 def find_mistakes(config: TrainConfig) -> Iterator[tuple[set[str], str]]:
-    """Yield the keys of settings that contradict each other, and what is wrong with them."""
+    """Yield the keys of settings that contradict each other, and an error message."""
     if not config.decays:
         return
     if config.min_lr > config.learning_rate:
@@ -308,7 +308,7 @@ def find_mistakes(config: TrainConfig) -> Iterator[tuple[set[str], str]]:
 
 
 def find_oddities(config: TrainConfig) -> Iterator[tuple[set[str], str]]:
-    """Yield the keys of settings that are seldom meant together, and what they lead to."""
+    """Yield the keys of settings that are seldom meant together, and a note about them."""
     steps, decay = config.max_iters, config.lr_decay_iters
     if config.decay_lr and 0 < steps <= config.warmup_iters:
         yield (

@@ -4,7 +4,7 @@ The contract of an optimizer, which tests/test_optim.py checks for each name in 
 
 - It is a torch.optim.Optimizer whose groups hold every parameter of the model exactly once.
 - Each group has its own "peak_lr"; `set_rates` multiplies it by `get_lr_factor(step)`.
-- `step()` changes nothing, neither weights nor state, if the tensor `found_inf` is 1: on CUDA the
+- `step()` leaves weights and state as they are if the tensor `found_inf` is 1: on CUDA the
   host does not know yet that a gradient is not finite. `found_inf` may be absent or None.
 - Its state is a nest of tensors and plain values, as a checkpoint is loaded with weights_only=True.
 

@@ -1,4 +1,4 @@
-"""Signals, and what a process tells the operating system at its start."""
+"""Signals, and the settings of a process at its start."""
 
 import ctypes
 import os

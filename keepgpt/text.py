@@ -297,7 +297,7 @@ def list_folder(path: str) -> list[str]:
 
 @dataclass
 class Skipped:
-    """Count the rows without a text, and collect what they have instead."""
+    """Count the rows without a text, and collect the keys that they have."""
 
     total: int = 0  # of all rows
     rows: int = 0

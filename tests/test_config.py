@@ -703,7 +703,7 @@ def test_a_rate_that_rises_or_jumps_is_refused(settings, says):
     with pytest.raises(UserError) as error:
         together(**settings)
     assert says in str(error.value)
-    # a run that began with it continues, with a note
+    # an older run with it continues, with a note
     config, notes = together(resumed=True, changed=[], **settings)
     assert all(getattr(config, key) == value for key, value in settings.items())
     assert says in " ".join(notes)
@@ -723,7 +723,7 @@ def test_a_default_min_lr_follows_a_lower_learning_rate():
     )
     factors = [get_lr_factor(step, config) for step in range(10, 1001)]
     assert factors == sorted(factors, reverse=True) and max(factors) == 1
-    # a constant rate needs none, nor does a run that has begun
+    # a constant rate needs none, and a resumed run keeps its own
     for settings in ({"decay_lr": False}, {"lr_schedule": "constant"}):
         config, notes = together(learning_rate=1e-5, **settings)
         assert config.min_lr == DEFAULTS.min_lr and notes == []
@@ -813,7 +813,7 @@ def test_eval_only_evaluates_the_run_in_the_folder(train, tmp_path):
     )
     done = train(eval_only=True, batch_size=6)
     assert "val loss" in done.stdout
-    # what was asked for by name is evaluated
+    # weights asked for by name are evaluated
     done = train(eval_only=True, init_from="scratch")
     assert loss not in done.stdout and "untrained" in done.stderr
     assert sorted(tmp_path.glob("out/*")) == files

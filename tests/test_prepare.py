@@ -491,7 +491,7 @@ def test_a_tokenizer_that_loses_text_is_noted(play, tmp_path):
     from tokenizers import normalizers, pre_tokenizers
 
     text = play.read_text(encoding="utf-8")
-    late = tmp_path / "late.jsonl"  # what is lost comes after 200 documents
+    late = tmp_path / "late.jsonl"  # the loss comes after 200 documents
     write_jsonl(
         late, [*[text[i * 200 : i * 200 + 200] for i in range(200)], "Ünique " * 20]
     )
