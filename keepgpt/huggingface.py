@@ -298,36 +298,28 @@ def find_weight_files(folder: Path) -> dict[Path, set[str]]:
     """Return the files with a folder's weights, and of each the tensors that an index expects:
     those of the index, else model.safetensors, else the same of pytorch_model.bin, else the only
     file. Print a note that names those left out. Raises UserError."""
+    files = sorted(folder.glob("*.safetensors")) + sorted(
+        folder.glob("pytorch_model*.bin")
+    )
+    found = {}
     for name in ("model.safetensors", "pytorch_model.bin"):
-        found = read_index(folder / f"{name}.index.json")
+        if not found:
+            found = read_index(folder / f"{name}.index.json")
         if not found and (folder / name).exists():
             found = {folder / name: set()}
-        if found:
-            files = list_weight_files(folder, Path(name).suffix)
-            ignored = [file.name for file in files if file not in found]
-            if ignored:
-                warn(
-                    f"{folder}: reading {', '.join(sorted(file.name for file in found))}, not "
-                    + ", ".join(ignored)
-                )
-            return found
-    files = list_weight_files(folder, ".safetensors") or list_weight_files(
-        folder, ".bin"
-    )
-    if len(files) != 1:
+    if not found and len(files) == 1:
+        found = {files[0]: set()}
+    if not found:
         got = ", ".join(file.name for file in files) or "none of them"
         raise UserError(
             f"{folder}: expected model.safetensors, pytorch_model.bin, an index of "
             f"several files, or one file, got {got}"
         )
-    return {files[0]: set()}
-
-
-def list_weight_files(folder: Path, suffix: str) -> list[Path]:
-    """Return the files that may be weights, by name. Trainers write other .bin files as well."""
-    return sorted(
-        folder.glob("pytorch_model*.bin" if suffix == ".bin" else f"*{suffix}")
-    )
+    ignored = [file.name for file in files if file not in found]
+    if ignored:
+        names = ", ".join(sorted(file.name for file in found))
+        warn(f"{folder}: reading {names}, not {', '.join(ignored)}")
+    return found
 
 
 def read_index(path: Path) -> dict[Path, set[str]]:
