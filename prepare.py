@@ -10,6 +10,7 @@ import json
 import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +39,7 @@ from keepgpt.errors import (
     run_or_exit,
     warn,
 )
-from keepgpt.files import FolderLock, sync_folder, write_atomically
+from keepgpt.files import FolderLock, FolderLost, sync_folder, write_atomically
 from keepgpt.text import DATASETS, TEXTS, Shard, describe_files, open_shards, read_block
 from keepgpt.tokenizer import Tokenizer, describe_tokenizer, from_meta, train_bpe
 
@@ -137,7 +138,11 @@ def clean_up_on_signals(lock: FolderLock) -> Iterator[None]:
     end waits for them. A notebook's kernel keeps its own handlers."""
 
     def stop(_number: int, _frame: Any) -> None:
-        remove_ours(lock, ending=".tmp")
+        try:
+            lock.check()
+            remove_ours(lock, ending=".tmp")
+        except (FolderLost, OSError) as e:
+            print(f"error: {e}", file=sys.stderr, flush=True)
         os._exit(EXIT_INTERRUPTED)
 
     numbers = () if in_notebook() else (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

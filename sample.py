@@ -102,6 +102,8 @@ def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
     )
     args, state = crop_weights(args, state, vocabulary.vocab_size, args["block_size"])
     model = load_model(args, state, origin)
+    if not all(torch.isfinite(p).all() for p in model.parameters()):
+        raise UserError(f"{origin}: expected finite weights, got NaN or infinity")
     return model.eval(), vocabulary, origin
 
 

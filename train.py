@@ -528,11 +528,12 @@ def evaluate_and_log(run: Run, signals: Signals) -> bool:
 
 def record_evaluation(run: Run, losses: dict[str, float]) -> bool:
     """Store an evaluation's losses in the state. Return True if its validation loss is lower than
-    best.pt's."""
+    best.pt's, and is to be saved."""
     run.state.evaluation = {"step": run.state.step, **losses}
     run.saver.wait()  # a save in progress may replace best.pt
     is_lower = losses["val_loss"] < run.saver.best_val_loss
-    return run.ranks.from_first(run.state.step > 0 and is_lower)
+    is_saved = run.saver.folder is not None and run.state.step > 0
+    return run.ranks.from_first(is_saved and is_lower)
 
 
 @torch.no_grad()
@@ -809,9 +810,14 @@ def run_training(
     run = set_up(config, overrides, opened)
     if not run.config.eval_only:
         return train(run, signals)
+    before = run.state.evaluation
     evaluate_and_log(run, signals)
-    close(run, signals, 0)
-    return 0
+    code = 0
+    if run.state.evaluation is before:  # a signal came
+        run.metrics.say("stopped before the evaluation was complete")
+        code = EXIT_STOPPED
+    close(run, signals, code)
+    return code
 
 
 def main(config: TrainConfig, overrides: dict[str, Any]) -> int:

@@ -223,10 +223,10 @@ def remove_leftovers(folder: Path, disk: Disk) -> None:
 
 
 def is_best(folder: Path, step: int) -> bool:
-    """Return True if best.pt is the checkpoint of that step."""
+    """Return True if best.pt is the intact checkpoint of that step."""
     try:
-        return (folder / "best.pt").samefile(path_of(folder, step))
-    except OSError:
+        return read_bundle(folder / "best.pt")["step"] == step
+    except (CorruptCheckpoint, OSError):
         return False
 
 

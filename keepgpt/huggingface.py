@@ -145,6 +145,8 @@ FIXED_IN_ALL = {
     "pruned_heads": ({}, []),
     "partial_rotary_factor": (1,),
     "pretraining_tp": (1,),
+    "is_llama_config": (True,),
+    "rope_interleaved": (False,),
 }
 # of rotary positions; rope_theta is a size
 FIXED_IN_ROPE = {
@@ -260,8 +262,9 @@ def load_tensors(path: Path) -> Any:
 
 
 def drop_masks(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state dict without GPT-2's causal masks."""
-    masks = (".attn.bias", ".attn.masked_bias")
+    """Return a state dict without GPT-2's causal masks and Llama's rotary frequencies, which are
+    no parameters."""
+    masks = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
     return {name: tensor for name, tensor in state.items() if not name.endswith(masks)}
 
 
@@ -278,7 +281,11 @@ def read_hugging_face(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 raise UserError(
                     f"{file}: expected the tensor {name}, which the index names"
                 )
-            for name, tensor in tensors.items():
+            for name, tensor in drop_masks(tensors).items():
+                if not tensor.is_floating_point():
+                    raise UserError(
+                        f"{file}: {name}: expected weights, got {tensor.dtype}"
+                    )
                 if name != "lm_head.weight":
                     name = form.prefix + name.removeprefix(form.prefix)
                 if name in state:
@@ -291,7 +298,7 @@ def read_hugging_face(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 state[name] = tensor.to(
                     torch.float32, copy=True, memory_format=torch.contiguous_format
                 )
-    return args, drop_masks(state)
+    return args, state
 
 
 def find_weight_files(folder: Path) -> dict[Path, set[str]]:
@@ -438,7 +445,7 @@ def read_rope_theta(path: Path, config: dict[str, Any]) -> float:
     """Return the base of the rotary positions, which config.json has in one of three places. Raises
     UserError for positions that model.py lacks."""
     thetas = {}
-    if "rope_theta" in config:
+    if config.get("rope_theta") is not None:
         thetas["rope_theta"] = config["rope_theta"]
     for name in ("rope_scaling", "rope_parameters"):
         for key, value in (config.get(name) or {}).items():
