@@ -49,17 +49,17 @@ def commit_without(bundle, folder, keep, best, disk):
 checkpoint.commit = commit_without""",
     "rot": "checkpoint.zlib = SimpleNamespace(crc32=lambda *args: 0)",
     "full": """
-wait = checkpoint.Saver.wait
-checkpoint.Saver.wait = lambda self: wait(self) or True""",
-    "elastic": """
 import train
-def sum_in_a_row(model, add_gradient, first, end):
-    for m in range(first, end):
+train.is_saved = lambda run: run.saver.wait() or True""",
+    "elastic": """
+from keepgpt import elastic
+def sum_in_a_row(model, add_gradient, micro_batches):
+    for m in micro_batches:
         add_gradient(m)
     total = [p.grad for p in model.parameters()]
     model.zero_grad(set_to_none=True)
     return total
-train.sum_as_tree = sum_in_a_row""",
+elastic.sum_as_tree = sum_in_a_row""",
     "prepare": """
 import prepare
 write = prepare.write_atomically

@@ -175,8 +175,10 @@ def state_of(bundle: Bundle, keys: Iterable[str] = STATE) -> str:
 
 def full_state_of(bundle: Bundle) -> str:
     """Return the digest of all that a checkpoint holds, except for the settings, which name its
-    folder, and in an elastic run the generators, whose number is that of the ranks."""
-    left_out = {"config", "rng"} if bundle["config"]["elastic"] else {"config"}
+    folder, and in an elastic run the number of ranks and their generators."""
+    left_out = {"config"}
+    if bundle["config"]["elastic"]:
+        left_out = {"config", "rng", "world_size"}
     return state_of(bundle, bundle.keys() - left_out)
 
 
