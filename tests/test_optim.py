@@ -573,7 +573,7 @@ def test_an_added_optimizer_resumes_stops_at_nan_and_survives_kills(dataset, tmp
     )
     crash = (
         "from tools.crash import common\n"
-        "common.RUN |= {'optimizer': 'lion', 'learning_rate': 0.01}\n"
+        "common.RUN |= {'optimizer': 'lion'}\n"
         "from tools.crash import __main__ as crash\n"
         "sys.exit(crash.main(common.CrashConfig(cases=5), ['kill']))"
     )
