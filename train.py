@@ -234,12 +234,12 @@ def build_run(
     # static shapes: otherwise the training graph depends on earlier batch sizes
     compiled_model = torch.compile(model, dynamic=False) if is_compiled else model
     train_model = compiled_model
-    accumulate = partial(accumulate_gradient, train_model, loader.mine)
+    accumulate = partial(accumulate_gradient, train_model, loader.local)
     if config.elastic:
-        accumulate = partial(elastic.accumulate_gradient, model, ranks, loader.mine)
+        accumulate = partial(elastic.accumulate_gradient, model, ranks, loader.local)
     elif ranks.world_size > 1:
         train_model = DistributedDataParallel(compiled_model)
-        accumulate = partial(accumulate_gradient, train_model, loader.mine)
+        accumulate = partial(accumulate_gradient, train_model, loader.local)
         # DDP fixes the order of its buckets at the first backward pass. Run one now and discard
         # it: then a resumed run adds gradients in the same order as an uninterrupted one.
         with autocast:

@@ -10,6 +10,7 @@ import zlib
 from bisect import bisect_right
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from keepgpt.dataset import BLOCK, BadData, split_files
+from keepgpt.errors import name_path
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -43,16 +45,18 @@ def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
     A Feistel network permutes the smallest power of four that holds n. Results outside [0, n) pass
     through it again (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
+    # a number has two halves of this many bits
     half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
     low = (np.uint64(1) << half) - np.uint64(1)
-    index, outside = index.copy(), np.ones(index.shape, bool)
+    index = index.copy()
+    outside = np.ones(index.shape, bool)
     while outside.any():
-        left, right = index[outside] >> half, index[outside] & low
+        left = index[outside] >> half
+        right = index[outside] & low
         for r in range(6):
-            left, right = (
-                right,
-                left ^ (mix(right ^ mix(key[outside] + np.uint64(r))) & low),
-            )
+            # a round XORs one half with a function of the other, then swaps them
+            scrambled = mix(right ^ mix(key[outside] + np.uint64(r))) & low
+            left, right = right, left ^ scrambled
         index[outside] = left << half | right
         outside &= index >= n
     return index
@@ -74,34 +78,27 @@ class Split:
         """Open the files of `split` that `meta` names. With `shift`, each epoch cuts at another
         offset. With `crc32` in `meta`, each block is compared with its own when it is first read.
         Raises BadData for a missing or truncated file, and for too few tokens."""
-        self.dtype, self.vocab_size = np.dtype(meta["dtype"]), meta["vocab_size"]
-        self.block_size, self.key = block_size, np.uint64(seed_of(seed))
-        self.files, self.ends = (
-            [],
-            [0],
-        )  # file i holds tokens ends[i] ... ends[i + 1] - 1
-        self.crc32 = (
-            [meta["crc32"].get(name, "") for name in split_files(meta, split)]
-            if "crc32" in meta
-            else []
-        )
-        self.intact = []  # for each file: one byte for each block, 1 after it was compared
+        self.dtype = np.dtype(meta["dtype"])
+        self.vocab_size = meta["vocab_size"]
+        self.block_size = block_size
+        self.key = np.uint64(seed_of(seed))
+
+        # file i holds tokens ends[i] ... ends[i + 1] - 1
+        self.files = []
+        self.ends = [0]
+        # for each file: the CRC32s of its blocks, and a byte per block: 1 after it was compared
+        self.crc32: list[str] = []
+        self.intact: list[bytearray] = []
         for name, expected in split_files(meta, split).items():
-            path = folder / name
-            try:
-                self.files.append(open(path, "rb", buffering=0))
-            except OSError as e:
-                raise BadData(
-                    f"{path}: {e.strerror.lower()}. Try: prepare.py again"
-                ) from e
-            found = os.fstat(self.files[-1].fileno()).st_size // self.dtype.itemsize
-            if found != expected:
-                raise BadData(
-                    f"{path}: expected {expected:,} tokens as in meta.json, got "
-                    f"{found:,}. Try: prepare.py again"
+            file = open_tokens(folder / name, expected, self.dtype.itemsize)
+            self.files.append(file)
+            self.ends.append(self.ends[-1] + expected)
+            if "crc32" in meta:
+                self.crc32.append(meta["crc32"].get(name, ""))
+                self.intact.append(
+                    bytearray(expected * self.dtype.itemsize // BLOCK + 1)
                 )
-            self.ends.append(self.ends[-1] + found)
-            self.intact.append(bytearray(found * self.dtype.itemsize // BLOCK + 1))
+
         tokens = self.ends[-1]
         if tokens <= block_size:
             raise BadData(
@@ -109,37 +106,48 @@ class Split:
                 f"block_size={block_size}, got {tokens:,}. Try: a smaller --block_size, "
                 "or more text"
             )
-        self.windows = (
-            max(1, tokens // block_size - 1) if shift else (tokens - 1) // block_size
-        )
-        self.offsets = tokens - self.windows * block_size if shift else 1
+        # each window also needs the token that follows it
+        self.windows = (tokens - 1) // block_size
+        self.offsets = 1
+        if shift:
+            # leave room to cut at any of a window's offsets
+            self.windows = max(1, tokens // block_size - 1)
+            self.offsets = tokens - self.windows * block_size
 
     def read(self, start: int, count: int) -> bytes:
         """Return tokens start ... start + count - 1 of the sequence. Raises BadData for a file that
         was truncated or changed, and for an id outside the vocabulary."""
-        size, parts = self.dtype.itemsize, []
+        chunks = []
         i = bisect_right(self.ends, start) - 1
         while count:
-            n, place = min(count, self.ends[i + 1] - start), start - self.ends[i]
-            try:
-                part = os.pread(self.files[i].fileno(), n * size, place * size)
-            except OSError as e:
-                e.filename = self.files[i].name
-                raise
-            if len(part) < n * size:
-                raise BadData(f"{self.files[i].name}: truncated. Try: prepare.py again")
-            if self.crc32:
-                self.check_blocks(i, place * size, (place + n) * size)
-            if (
-                largest := np.frombuffer(part, self.dtype).max(initial=0)
-            ) >= self.vocab_size:
-                raise BadData(
-                    f"{self.files[i].name}: expected token ids below {self.vocab_size}, "
-                    f"got {largest}: the file is corrupt. Try: prepare.py again"
-                )
-            parts.append(part)
-            start, count, i = start + n, count - n, i + 1
-        return b"".join(parts)
+            # the tokens of file i; the next file may hold the rest
+            n = min(count, self.ends[i + 1] - start)
+            chunks.append(self.read_file(i, start - self.ends[i], n))
+            start += n
+            count -= n
+            i += 1
+        return b"".join(chunks)
+
+    def read_file(self, i: int, start: int, count: int) -> bytes:
+        """Return tokens start ... start + count - 1 of file i; see `read`."""
+        file = self.files[i]
+        first = start * self.dtype.itemsize
+        size = count * self.dtype.itemsize
+        with name_path(file.name):
+            content = os.pread(file.fileno(), size, first)
+        if len(content) < size:
+            raise BadData(f"{file.name}: truncated. Try: prepare.py again")
+        if self.crc32:
+            self.check_blocks(i, first, first + size)
+
+        # an id outside the vocabulary would end in the middle of a GPU's kernel
+        largest = np.frombuffer(content, self.dtype).max(initial=0)
+        if largest >= self.vocab_size:
+            raise BadData(
+                f"{file.name}: expected token ids below {self.vocab_size}, "
+                f"got {largest}: the file is corrupt. Try: prepare.py again"
+            )
+        return content
 
     def check_blocks(self, i: int, start: int, end: int) -> None:
         """Compare the blocks of file i that hold the bytes start ... end - 1 with their CRC32s, if
@@ -147,9 +155,11 @@ class Split:
         for block in range(start // BLOCK, (end - 1) // BLOCK + 1):
             if self.intact[i][block]:
                 continue
-            content = os.pread(self.files[i].fileno(), BLOCK, block * BLOCK)
-            if f"{zlib.crc32(content):08x}" != self.crc32[i][8 * block : 8 * block + 8]:
-                first = block * BLOCK
+            first = block * BLOCK
+            content = os.pread(self.files[i].fileno(), BLOCK, first)
+            # a CRC32 is eight hexadecimal digits
+            expected = self.crc32[i][8 * block : 8 * block + 8]
+            if f"{zlib.crc32(content):08x}" != expected:
                 raise BadData(
                     f"{self.files[i].name}: block {block:,}, bytes {first:,} to "
                     f"{first + len(content) - 1:,}, has changed since the dataset was "
@@ -161,58 +171,82 @@ class Split:
     def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Return windows first ... first + count - 1 of the endless sequence of epochs: inputs and
         targets, (count, T) int64 each."""
-        epoch, index = np.divmod(
-            np.arange(first, first + count, dtype=np.uint64), np.uint64(self.windows)
-        )
+        # each epoch has a permutation and an offset of its own
+        numbers = np.arange(first, first + count, dtype=np.uint64)
+        epoch, index = np.divmod(numbers, np.uint64(self.windows))
         key = mix(epoch ^ self.key)
-        start = permute(index, self.windows, key) * np.uint64(
-            self.block_size
-        ) + key % np.uint64(self.offsets)
+        offset = key % np.uint64(self.offsets)
+        window = permute(index, self.windows, key)
+        start = window * np.uint64(self.block_size) + offset
+
         rows = b"".join(self.read(s, self.block_size + 1) for s in start.tolist())
+        # targets are the inputs one token later
         window = torch.from_numpy(np.frombuffer(rows, self.dtype).astype(np.int64))
         window = window.view(count, self.block_size + 1)  # (count, T + 1)
         return window[:, :-1], window[:, 1:]
 
 
+def open_tokens(path: Path, expected: int, itemsize: int) -> FileIO:
+    """Open a file that must hold `expected` tokens of `itemsize` bytes. Raises BadData."""
+    try:
+        file = open(path, "rb", buffering=0)
+    except OSError as e:
+        raise BadData(f"{path}: {e.strerror.lower()}. Try: prepare.py again") from e
+    tokens = os.fstat(file.fileno()).st_size // itemsize
+    if tokens != expected:
+        raise BadData(
+            f"{path}: expected {expected:,} tokens as in meta.json, got "
+            f"{tokens:,}. Try: prepare.py again"
+        )
+    return file
+
+
 @dataclass
 class Loader:
     """This rank's micro-batches of each step: of `micro_batches` with `batch_size` windows, those
-    numbered in `mine`. A thread reads the next one during training."""
+    numbered in `local`. A thread reads the next one during training."""
 
     split: Split
     batch_size: int
     micro_batches: int
-    mine: range
+    local: range
     device: torch.device
 
     def __post_init__(self) -> None:
         self.thread = ThreadPoolExecutor(1)
-        self.prefetched: dict[
-            tuple[int, int], Future
-        ] = {}  # (step, m) -> the next micro-batch
+        # (step, m) -> the next micro-batch
+        self.prefetched: dict[tuple[int, int], Future] = {}
 
     def get_batch(self, step: int, m: int) -> tuple[Tensor, Tensor]:
         """Return the inputs and targets of micro-batch m of `step`, (B, T) each, on the device.
         Raises BadData."""
-        batch = self.prefetched.pop((step, m), None) or self.thread.submit(
-            self._read, step, m
-        )
-        # the next one in this rank's order is read while this one is computed
-        following = (step, m + 1) if m + 1 in self.mine else (step + 1, self.mine[0])
-        self.prefetched = {following: self.thread.submit(self._read, *following)}
+        batch = self.prefetched.pop((step, m), None)
+        if batch is None:
+            batch = self.thread.submit(self._read, step, m)
+
+        # read the next one in this rank's order while this one is computed
+        next_step = step
+        next_m = m + 1
+        if next_m not in self.local:
+            next_step = step + 1
+            next_m = self.local[0]
+        next_batch = self.thread.submit(self._read, next_step, next_m)
+        self.prefetched = {(next_step, next_m): next_batch}
+
         x, y = batch.result()
-        is_pinned = (
-            self.device.type == "cuda"
-        )  # a copy of other memory would be waited for
+        # the host would wait for a copy from memory that is not pinned
+        is_pinned = self.device.type == "cuda"
         x = x.to(self.device, non_blocking=is_pinned)
         y = y.to(self.device, non_blocking=is_pinned)
         return x, y
 
     def _read(self, step: int, m: int) -> list[Tensor]:
         """Return micro-batch m of `step` in host memory, for CUDA pinned."""
+        # all steps, and all ranks' micro-batches, follow one another in one sequence of windows
         first = (step * self.micro_batches + m) * self.batch_size
         batch = self.split.rows(first, self.batch_size)
         if self.device.type != "cuda":
             return list(batch)
-        # contiguous: otherwise the GPU would fetch a copy
+        # rows of x have gaps between them: a copy to the GPU would first close them, in memory
+        # that is not pinned
         return [t.contiguous().pin_memory() for t in batch]

@@ -571,7 +571,7 @@ def test_memory_stays_flat_while_large_files_are_read(data, tmp_path):
 def batches(a_loader, step):
     """Return a step's micro-batches as {m: (inputs, targets)} in plain lists."""
     rows = {}
-    for m in a_loader.mine:
+    for m in a_loader.local:
         x, y = a_loader.get_batch(step, m)
         rows[m] = (x.tolist(), y.tolist())
     return rows
