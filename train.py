@@ -15,7 +15,7 @@ if __name__ == "__main__":  # before torch is loaded: --help and mistakes answer
 import sys
 import time
 from collections.abc import Callable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -74,9 +74,8 @@ class State:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     step: int = 0  # updates done
-    evaluation: dict[str, Any] = field(
-        default_factory=dict
-    )  # the last one: step and losses
+    # the last one: its step and losses
+    evaluation: dict[str, Any] = field(default_factory=dict)
     wandb_run_id: str | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -97,8 +96,10 @@ class State:
         The optimizer keeps this command's settings."""
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict(bundle["optimizer"] | {"param_groups": groups})
+        # only a float16 run has one
         if bundle["scaler"]:
             self.scaler.load_state_dict(bundle["scaler"])
+        # a rank that the saved run did not have keeps the generators that its seed gave it
         if self.ranks.rank < len(bundle["rng"]):
             restore_rng(bundle["rng"][self.ranks.rank], self.ranks.device)
         self.step = bundle["step"]
@@ -127,7 +128,8 @@ class Run:
     dtype: torch.dtype  # of the matrix products
     autocast: Any
     state: State
-    saver: checkpoint.Saver | None = None  # set_up makes it, and the log, last
+    # set_up makes these last
+    saver: checkpoint.Saver | None = None
     metrics: Metrics | None = None
     first_step: int = 0  # of this process
     # on the device: whether all numbers were finite so far, and the updates made until then
@@ -153,24 +155,20 @@ def set_up(config: TrainConfig, overrides: dict[str, Any], opened: ExitStack) ->
     )
     elastic.check_elastic(config, ranks)
 
-    # find the data. Only its name and place may differ between hosts
+    # find the data: the same on all ranks, and the same as before
     folder = dataset_folder(config.data_dir, config.dataset)
-    data = ranks.on_each(lambda: read_meta(folder))
-    saved_data = bundle["data"] if bundle else {}
-    if bundle:
-        ranks.on_each(lambda: check_identity(folder, data, saved_data))
-    identity = {key: data[key] for key in IDENTITY}
-    ranks.check_equal({"data": identity, **shared_settings(config)}, SAME_START)
-    data["crc32"] = ranks.on_first(lambda: read_crc32(folder, data, saved_data))
+    data = find_data(folder, config, bundle, ranks)
 
     # build the model: with the checkpoint's weights, those that init_from names, or random ones
+    # (an elastic run keeps its number of threads: sums over threads round differently)
     threads = bundle.get("threads") if bundle and config.elastic else None
     ranks.agree_on_threads(threads)
     torch.manual_seed(config.seed)
     model = ranks.on_each(lambda: make_model(config, overrides, data, bundle))
-    config = replace(config, **{key: getattr(model.args, key) for key in ARCHITECTURE})
     is_read = bundle is not None or config.init_from not in ("scratch", "auto")
     ranks.agree_on_weights(model, is_read)
+    # weights from elsewhere bring their sizes
+    config = replace(config, **{key: getattr(model.args, key) for key in ARCHITECTURE})
 
     # open the data, in windows of the model's block_size
     loader, splits = ranks.on_each(lambda: open_data(folder, config, data, ranks))
@@ -182,32 +180,56 @@ def set_up(config: TrainConfig, overrides: dict[str, Any], opened: ExitStack) ->
         run.first_step = run.updates = run.state.step
 
     # start the log and the saver, which write on rank 0 only
-    out_dir = Path(config.out_dir) if ranks.rank == 0 and not config.eval_only else None
-    is_evaluated = run.state.evaluation.get("step") == run.state.step
-    run.metrics = Metrics(
-        out_dir, run.state.step, is_evaluated, quiet=ranks.rank > 0, folder_lock=lock
-    )
+    start_log(run, bundle, opened)
+    if bundle:
+        changes |= list_roundings(run, bundle)
+        start = f"resuming {config.out_dir} at step {run.state.step}"
+        run.metrics.say(", ".join([start, *changes.values()]))
+    for note in notes:
+        warn(note)
+    describe_run(run)
+    return run
+
+
+def find_data(
+    folder: Path, config: TrainConfig, bundle: dict[str, Any] | None, ranks: Ranks
+) -> dict[str, Any]:
+    """Return the description of the dataset in `folder`, with the checksums of its blocks. Raises
+    UserError unless it is the same on all ranks, and the one that the `bundle` was trained on."""
+    data = ranks.on_each(lambda: read_meta(folder))
+    saved_data = bundle["data"] if bundle else {}
+    if bundle:
+        ranks.on_each(lambda: check_identity(folder, data, saved_data))
+    # only its name and place may differ between hosts
+    identity = {key: data[key] for key in IDENTITY}
+    ranks.check_equal({"data": identity, **shared_settings(config)}, SAME_START)
+    data["crc32"] = ranks.on_first(lambda: read_crc32(folder, data, saved_data))
+    return data
+
+
+def start_log(run: Run, bundle: dict[str, Any] | None, opened: ExitStack) -> None:
+    """Start the log, and the saver that continues a checkpoint's `bundle`."""
+    config = run.config
+    state = run.state
+    is_writer = run.ranks.rank == 0 and not config.eval_only
+    out_dir = Path(config.out_dir) if is_writer else None
+
+    # the log drops the rows after this step, which will come again
+    is_evaluated = state.evaluation.get("step") == state.step
+    is_quiet = run.ranks.rank > 0
+    run.metrics = Metrics(out_dir, state.step, is_evaluated, is_quiet, run.lock)
     opened.push(run.metrics.end)
+
+    # a checkpoint never is ahead of the log: metrics.sync comes before each commit
     run.saver = checkpoint.Saver(
         out_dir,
         config.keep_checkpoints,
         bundle,
         run.metrics.sync,
-        ranks.device,
-        checkpoint.Disk(lock),
+        run.ranks.device,
+        checkpoint.Disk(run.lock),
     )
     opened.callback(run.saver.wait)
-    if bundle:
-        changes |= list_roundings(run, bundle)
-        line = [
-            f"resuming {config.out_dir} at step {run.state.step}",
-            *changes.values(),
-        ]
-        run.metrics.say(", ".join(line))
-    for note in notes:
-        warn(note)
-    describe_run(run)
-    return run
 
 
 def build_run(
@@ -222,24 +244,23 @@ def build_run(
     """Compile the model, wrap it in DDP, and make its optimizer. Raises UserError."""
     device = ranks.device
     model.to(device)
+
+    # choose the dtype of matrix products and whether to compile: the same on all ranks
     dtype = pick_dtype(config.dtype, device)
-    autocast = (
-        torch.autocast(device.type, dtype) if dtype != torch.float32 else nullcontext()
-    )
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     is_compiled = should_compile(config, device)
     ranks.check_equal(
         {"dtype": dtype, "compile": is_compiled},
         "--dtype=float32 --compile=False for all ranks",
     )
-    # static shapes: otherwise the training graph depends on earlier batch sizes
+
+    # compile with static shapes: otherwise the graph depends on earlier batch sizes
     compiled_model = torch.compile(model, dynamic=False) if is_compiled else model
+
+    # average gradients over the ranks: DDP does it, or elastic's tree
     train_model = compiled_model
-    accumulate = partial(accumulate_gradient, train_model, loader.local)
-    if config.elastic:
-        accumulate = partial(elastic.accumulate_gradient, model, ranks, loader.local)
-    elif ranks.world_size > 1:
+    if ranks.world_size > 1 and not config.elastic:
         train_model = DistributedDataParallel(compiled_model)
-        accumulate = partial(accumulate_gradient, train_model, loader.local)
         # DDP fixes the order of its buckets at the first backward pass. Run one now and discard
         # it: then a resumed run adds gradients in the same order as an uninterrupted one.
         with autocast:
@@ -247,7 +268,11 @@ def build_run(
             loss = train_model(x.to(device), y.to(device))
         loss.backward()
         model.zero_grad(set_to_none=True)
+    accumulate = partial(accumulate_gradient, train_model, loader.local)
+    if config.elastic:
+        accumulate = partial(elastic.accumulate_gradient, model, ranks, loader.local)
 
+    # make the optimizer; the scaler acts in float16 only
     optimizer = make_optimizer(model, config, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     state = State(ranks, model, optimizer, scaler)
@@ -284,6 +309,7 @@ def find_checkpoint(
         auto = True
     if config.init_from == "resume" or auto and has_run:
         return checkpoint.read_newest(out_dir)
+    # a new run never overwrites another one
     if has_run and not config.eval_only:
         raise UserError(
             f"{out_dir} already holds a run. Try: --init_from=resume to continue it, or "
@@ -310,6 +336,7 @@ def open_data(
 ) -> tuple[Loader, dict[str, Split]]:
     """Return this rank's share of the training batches, and both splits for evaluations. Raises
     UserError."""
+    # this rank computes a contiguous range of each step's micro-batches
     micro_batches = config.gradient_accumulation_steps
     per_rank, rest = divmod(micro_batches, ranks.world_size)
     if rest:
@@ -317,17 +344,14 @@ def open_data(
             f"gradient_accumulation_steps={micro_batches} counts over all ranks: expected a "
             f"multiple of {ranks.world_size}"
         )
+    local = range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)
+
+    # training cuts each epoch at another offset; an evaluation always reads the same windows
     open_split = partial(
         Split, folder, meta=data, block_size=config.block_size, seed=config.seed
     )
-    mine = range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)
-    loader = Loader(
-        open_split("train", shift=True),
-        config.batch_size,
-        micro_batches,
-        mine,
-        ranks.device,
-    )
+    shifted = open_split("train", shift=True)
+    loader = Loader(shifted, config.batch_size, micro_batches, local, ranks.device)
     splits = {
         "train": open_split("train", shift=False),
         "val": open_split("val", shift=False),
@@ -343,21 +367,24 @@ def make_model(
 ) -> GPT:
     """Return the model on the CPU, with the weights of a checkpoint's `bundle`, those that
     init_from names, or random ones. Raises UserError."""
+    # a checkpoint's weights; only the dropout may be another one
     if bundle:
-        return load_model(
-            bundle["model_args"] | {"dropout": config.dropout}, bundle["model"]
-        )
+        args = bundle["model_args"] | {"dropout": config.dropout}
+        return load_model(args, bundle["model"])
+
+    # weights from elsewhere
     source = config.init_from.removeprefix("auto:")
     if source not in ("scratch", "auto"):
         return load_pretrained(source, config, overrides, data)
+
+    # random weights
     if config.eval_only:
         warn(
             "evaluating an untrained model. Try: --init_from=resume for the run in out_dir"
         )
     settings = {key: getattr(config, key) for key in ARCHITECTURE}
-    return build_model(
-        ModelArgs(vocab_size=data["vocab_size"], dropout=config.dropout, **settings)
-    )
+    args = ModelArgs(vocab_size=data["vocab_size"], dropout=config.dropout, **settings)
+    return build_model(args)
 
 
 def load_pretrained(
@@ -367,6 +394,8 @@ def load_pretrained(
     dataset's vocabulary and the config's block_size. Raises UserError."""
     args, state, tokens = read_weights(source)
     source_args = ModelArgs(**args)  # raises UserError for impossible sizes
+
+    # the weights decide the sizes; a setting may only shorten the block
     for key in ARCHITECTURE:
         expected = getattr(source_args, key)
         value = overrides.get(key, expected)
@@ -375,6 +404,8 @@ def load_pretrained(
             raise UserError(
                 f"init_from={source} has {key}={expected}, not {value}. Try: leave --{key} out"
             )
+
+    # each token must mean the same as in their training
     check_tokenizer(source, args["vocab_size"], tokens, data)
     block_size = min(config.block_size, args["block_size"])
     args, state = crop_weights(args, state, data["vocab_size"], block_size)
@@ -399,28 +430,25 @@ def list_roundings(run: Run, bundle: dict[str, Any]) -> dict[str, str]:
     saved_config = bundle["config"]
     on_cpu = run.ranks.device.type == "cpu"
 
-    # what was, and what is now
+    # what was, and what is now; older bundles lack world_size
     settings = ("batch_size", "elastic", "deterministic")
     before = bundle | {key: saved_config.get(key) for key in settings}
-    before["ranks"] = bundle.get(
-        "world_size", len(bundle["rng"])
-    )  # older bundles lack it
+    before["ranks"] = bundle.get("world_size", len(bundle["rng"]))
     now = describe_machine(run) | {key: getattr(config, key) for key in settings}
     now["ranks"] = run.ranks.world_size
-    del now["deterministic" if on_cpu else "threads"]  # it changes nothing there
+    # one of these two changes nothing on this device
+    del now["deterministic" if on_cpu else "threads"]
 
-    is_exact = on_cpu or config.deterministic
+    # an elastic run has the same sums on any number of ranks
+    was_elastic = config.elastic and saved_config.get("elastic")
+    any_ranks = was_elastic and (on_cpu or config.deterministic)
+
     lines = {}
     for key, value in now.items():
         if before.get(key) in (None, value):
             continue
         lines[key] = f"{key} {before[key]} -> {value}"
-        if (
-            key == "ranks"
-            and config.elastic
-            and saved_config.get("elastic")
-            and is_exact
-        ):
+        if key == "ranks" and any_ranks:
             continue
         lines[key] += ": the same losses up to rounding"
         if config.dropout and key in ("batch_size", "compile", "device"):
@@ -431,24 +459,26 @@ def list_roundings(run: Run, bundle: dict[str, Any]) -> dict[str, str]:
 def describe_run(run: Run) -> None:
     """Print the size of the run and its machine, and start what describes it elsewhere."""
     config = run.config
-    machine = f"{run.ranks.world_size} x {device_name(run.ranks.device)}, "
-    machine += str(run.dtype).removeprefix("torch.")
-    if run.compiled_model is not run.state.model:
+    about = describe_machine(run)
+    machine = f"{run.ranks.world_size} x {about['device']}, {about['dtype']}"
+    if about["compile"]:
         machine += ", compiled"
     parameters = sum(p.numel() for p in run.state.model.parameters())
     run.metrics.say(
         f"{parameters / 1e6:.2f}M parameters, {config.tokens_per_step:,} tokens/step, "
         f"{run.data['tokens']['train']:,} of {run.data['name']}; {machine}"
     )
-    if run.saver.folder:
-        run.metrics.attempt(
-            f"not writing {config.out_dir}/README.md",
-            lambda: write_card(config, run.data, run.state.step, machine, run.lock),
+    if not run.saver.folder:
+        return
+    run.metrics.attempt(
+        f"not writing {config.out_dir}/README.md",
+        lambda: write_card(config, run.data, run.state.step, machine, run.lock),
+    )
+    if config.wandb_log:
+        # a resumed run continues the same curve
+        run.state.wandb_run_id = run.metrics.start_wandb(
+            asdict(config), run.state.wandb_run_id
         )
-        if config.wandb_log:
-            run.state.wandb_run_id = run.metrics.start_wandb(
-                asdict(config), run.state.wandb_run_id
-            )
 
 
 def train(run: Run, signals: Signals) -> int:
@@ -514,6 +544,7 @@ def evaluate_and_log(run: Run, signals: Signals) -> bool:
     """Evaluate. Return True if the validation loss is lower than best.pt's. If a signal comes, the
     resumed run evaluates at this step."""
     check_finite(run)
+    # a rank that left an evaluation alone would leave the others waiting
     is_alone = run.ranks.world_size == 1
     losses = signals.interrupt(lambda: evaluate(run, signals), is_alone)
     if losses is None:
@@ -544,25 +575,27 @@ def evaluate(run: Run, signals: Signals) -> dict[str, float] | None:
     run.state.model.eval()
     losses = {}
     for name, split in run.splits.items():
-        # the last batch may be smaller
+        # the same windows at each evaluation; the last batch may be smaller
         count = min(run.config.eval_iters * batch_size, split.windows)
-        sizes = [
-            min(batch_size, count - first) for first in range(0, count, batch_size)
-        ]
-        means = torch.zeros(
-            len(sizes), device=ranks.device
-        )  # each entry is filled by one rank
+        starts = range(0, count, batch_size)
+        sizes = [min(batch_size, count - start) for start in starts]
+
+        # each entry is filled by one rank
+        means = torch.zeros(len(sizes), device=ranks.device)
         for i, size in enumerate(sizes):
             rank = i % ranks.world_size
+            # all ranks stop at the same batch
             if rank == 0 and ranks.any(signals.received):
                 return None
             if rank != ranks.rank:
                 continue
-            x, y = split.rows(i * batch_size, size)
+            x, y = split.rows(starts[i], size)
             # a smaller batch would need another compiled graph
             model = run.compiled_model if size == batch_size else run.state.model
             with run.autocast:
                 means[i] = model(x.to(ranks.device), y.to(ranks.device))
+
+        # the mean over windows, not over batches
         means = ranks.sum(means).cpu().double()
         losses[f"{name}_loss"] = (means * torch.tensor(sizes)).sum().item() / count
     return losses
@@ -580,12 +613,12 @@ def generate_sample(run: Run) -> str:
     tokenizer = from_meta(run.data)
     first = tokenizer.eot or 0
     run.state.model.eval()
-    steps = generate(
-        run.state.model, [[first]], run.config.sample_tokens, temperature=0.8, top_k=200
-    )
+    count = run.config.sample_tokens
+    steps = generate(run.state.model, [[first]], count, temperature=0.8, top_k=200)
     tokens = [row[0] for row in steps]
     decode = tokenizer.make_decoder()
-    decode(first)  # it may decide whether a space comes next
+    # the first token may decide whether a space comes next
+    decode(first)
     return "".join(decode(token) for token in tokens if token is not None)
 
 
@@ -601,26 +634,25 @@ def save(run: Run, best: bool) -> None:
     is not finite, or if the ranks hold different weights."""
     check_finite(run)
     check_ranks(run)
-    run.saver.wait()  # a save in progress may change best_val_loss
-    best_val_loss = (
-        run.state.evaluation["val_loss"] if best else run.saver.best_val_loss
-    )
+    # a save in progress may change best_val_loss
+    run.saver.wait()
+    best_val_loss = run.saver.best_val_loss
+    if best:
+        best_val_loss = run.state.evaluation["val_loss"]
     run.saver.save(make_bundle(run, best_val_loss), best)
 
 
 def make_bundle(run: Run, best_val_loss: float) -> dict[str, Any]:
     """Return the content of a checkpoint, with live tensors. Every rank must call it."""
-    return (
-        run.state.state_dict()
-        | describe_machine(run)
-        | {
-            "format": checkpoint.FORMAT,
-            "config": asdict(run.config),
-            "model_args": asdict(run.state.model.args),
-            "data": run.data,
-            "best_val_loss": best_val_loss,
-        }
-    )
+    return {
+        **run.state.state_dict(),
+        **describe_machine(run),
+        "format": checkpoint.FORMAT,
+        "config": asdict(run.config),
+        "model_args": asdict(run.state.model.args),
+        "data": run.data,
+        "best_val_loss": best_val_loss,
+    }
 
 
 def save_last(run: Run, best: bool) -> bool:
@@ -636,9 +668,8 @@ def save_last(run: Run, best: bool) -> bool:
 def is_saved(run: Run) -> bool:
     """Wait for the save in progress. Return True if this step is on disk, or it is step 0."""
     run.saver.wait()
-    return run.ranks.from_first(
-        run.state.step == 0 or run.saver.saved == run.state.progress
-    )
+    saved = run.state.step == 0 or run.saver.saved == run.state.progress
+    return run.ranks.from_first(saved)
 
 
 def check_ranks(run: Run) -> None:
@@ -658,16 +689,15 @@ def compute_gradient(run: Run) -> Tensor:
     """Set .grad to the mean gradient of a step's micro-batches. Return this rank's losses, (M,),
     0 for micro-batches of other ranks."""
     state = run.state
+    device = run.ranks.device
     state.model.train()
-    losses = torch.zeros(
-        run.config.gradient_accumulation_steps, device=run.ranks.device
-    )
+    losses = torch.zeros(run.config.gradient_accumulation_steps, device=device)
 
     def add_gradient(m: int, count: int) -> None:
         """Add the gradient of micro-batch m, divided by `count`, to .grad."""
-        x, y = run.loader.get_batch(state.step, m)
+        x, y = run.loader.get_batch(state.step, m)  # (B, T) each
         # dropout depends on nothing else
-        seed_generator(seed_of(run.config.seed, state.step, m), run.ranks.device)
+        seed_generator(seed_of(run.config.seed, state.step, m), device)
         with run.autocast:
             loss = run.train_model(x, y)
         losses[m] = loss.detach()
@@ -683,6 +713,7 @@ def accumulate_gradient(
     """Set .grad to the mean gradient of this rank's `micro_batches`. DDP averages it over the
     ranks, once per step."""
     for m in micro_batches:
+        # an attribute of DDP; without DDP nobody reads it
         train_model.require_backward_grad_sync = m == micro_batches[-1]
         add_gradient(m, len(micro_batches))
 
@@ -694,7 +725,7 @@ def update(run: Run, losses: Tensor) -> tuple[Tensor, Tensor]:
     state = run.state
     on_cuda = run.ranks.device.type == "cuda"
 
-    # the loss and the gradient norm
+    # the loss and the gradient norm, over all ranks
     loss = run.ranks.sum(losses).mean()
     state.scaler.unscale_(state.optimizer)
     parameters = list(state.model.parameters())
@@ -703,26 +734,30 @@ def update(run: Run, losses: Tensor) -> tuple[Tensor, Tensor]:
         torch.nn.utils.clip_grads_with_norm_(parameters, config.grad_clip, grad_norm)
 
     # float16 gradients overflow now and then: the scaler skips that update
-    numbers = loss if state.scaler.is_enabled() else loss + grad_norm
+    in_float16 = state.scaler.is_enabled()
+    numbers = loss if in_float16 else loss + grad_norm
     run.is_finite = torch.isfinite(numbers) & run.is_finite
-    if on_cuda and not state.scaler.is_enabled():
-        # the host does not wait: on the device, 1 makes the optimizer change nothing
-        state.optimizer.found_inf = 1.0 - run.is_finite.float()
     if not on_cuda:
         check_finite(run)
+    elif not in_float16:
+        # the host does not wait: on the device, 1 makes the optimizer change nothing
+        state.optimizer.found_inf = 1.0 - run.is_finite.float()
 
     # the update, once a save in progress has copied the weights
     set_rates(state.optimizer, state.step, config)
     run.saver.wait_for_copy()
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    if state.scaler.is_enabled():
+    if in_float16:
         # below 1, even unscaled gradients overflow
-        run.is_finite = run.is_finite & (state.scaler.scale(torch.ones_like(loss)) >= 1)
+        scale = state.scaler.scale(torch.ones_like(loss))
+        run.is_finite = run.is_finite & (scale >= 1)
     state.optimizer.zero_grad(set_to_none=True)
     run.updates = run.updates + run.is_finite
     state.step += 1
-    if state.step == run.first_step + 1:  # ranks that round differently show it at once
+
+    # ranks that round differently show it at once
+    if state.step == run.first_step + 1:
         check_ranks(run)
     return loss, grad_norm
 
@@ -732,7 +767,9 @@ def check_finite(run: Run) -> None:
     the GPU."""
     if run.is_finite:
         return
+    # let a save in progress end: the hint depends on it
     run.saver.wait()
+    # the first step that was not finite comes after the last update that was made
     step = int(run.updates)
     rate = run.config.learning_rate * get_lr_factor(step, run.config)
     hint = "another --out_dir and a lower --learning_rate"
@@ -760,8 +797,9 @@ def log_step(run: Run, clock: Clock, loss: Tensor, grad_norm: Tensor) -> None:
         "grad_norm": grad_norm.item(),
         "tokens_per_s": tokens_per_s,
     }
+    # the model FLOPs utilization (Chowdhery et al. 2022, PaLM, appendix B), where known
     peak = peak_flops(run.ranks.device)
-    if peak:  # the model FLOPs utilization (Chowdhery et al. 2022, PaLM, appendix B)
+    if peak:
         flops = run.state.model.flops_per_token() * tokens_per_s
         row["mfu"] = flops / (peak * run.ranks.world_size)
     run.metrics.log_step(row, config.max_iters, seconds)
@@ -771,21 +809,25 @@ def log_step(run: Run, clock: Clock, loss: Tensor, grad_norm: Tensor) -> None:
 def finish(run: Run, signals: Signals, is_stopped: bool, is_saved: bool) -> int:
     """Print how the run ended and close the log. Return the exit code. Raises UserError if out_dir
     was moved."""
+    # a moved folder stops a run as a signal does
     if is_stopped or not is_saved:
         run.ranks.on_first(run.lock.check)
-    outcome = f"{'saved' if is_saved else 'NOT SAVED'} in {run.config.out_dir}"
-    if run.state.step == 0:
-        outcome = "with nothing to save yet"
-    if is_stopped:
-        outcome += "; continue with --init_from=auto"
-    run.metrics.say(
-        f"{'stopped' if is_stopped else 'done'} at step {run.state.step}, {outcome}"
-    )
+
     code = 0
+    line = f"done at step {run.state.step}"
     if is_stopped:
         code = EXIT_STOPPED
-    if not is_saved:
+        line = f"stopped at step {run.state.step}"
+    if run.state.step == 0:
+        line += ", with nothing to save yet"
+    elif is_saved:
+        line += f", saved in {run.config.out_dir}"
+    else:
         code = EXIT_FAILED
+        line += f", NOT SAVED in {run.config.out_dir}"
+    if is_stopped:
+        line += "; continue with --init_from=auto"
+    run.metrics.say(line)
     close(run, signals, code)
     return code
 
@@ -796,9 +838,9 @@ def close(run: Run, signals: Signals, code: int) -> None:
     closed = run.ranks.from_first(
         signals.interrupt(run.metrics.close, alone=True, saved=True)
     )
+    # groups are not destroyed: before PyTorch 2.8, gloo can deadlock there with the GIL. A wandb
+    # that did not close in time would hang again at the interpreter's end
     if run.ranks.world_size > 1 or not (closed or in_notebook()):
-        # groups are not destroyed: before PyTorch 2.8, gloo can deadlock there with the GIL.
-        # wandb would hang again
         end_process(code)
 
 
@@ -813,7 +855,8 @@ def run_training(
     before = run.state.evaluation
     evaluate_and_log(run, signals)
     code = 0
-    if run.state.evaluation is before:  # a signal came
+    # a signal came, if there is no new evaluation
+    if run.state.evaluation is before:
         run.metrics.say("stopped before the evaluation was complete")
         code = EXIT_STOPPED
     close(run, signals, code)
