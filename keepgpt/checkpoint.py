@@ -42,11 +42,11 @@ class Disk:
     """The disk operations of a save; tests make each of them fail. Those that change a name in the
     folder first check the lock on it."""
 
+    # these do not depend on the lock
     write = staticmethod(os.write)
     fsync = staticmethod(os.fsync)
     close = staticmethod(os.close)
     fsync_folder = staticmethod(sync_folder)
-    _lock: FolderLock | None = None
 
     def __init__(self, lock: FolderLock | None = None) -> None:
         self._lock = lock
@@ -87,7 +87,7 @@ class ChecksummedFile(io.RawIOBase):
         size = len(left)
         self.crc = zlib.crc32(left, self.crc)
         try:
-            # a disk may take only a part
+            # one call may write only a part; after an error, nothing more is written
             while left and not self.error:
                 written = self.disk.write(self.file, left)
                 left = left[written:]
@@ -102,6 +102,7 @@ def write_bundle(bundle: dict[str, Any], path: Path, disk: Disk) -> None:
         out = ChecksummedFile(disk, path)
         try:
             torch.save(bundle, out)
+            # torch.load ignores what follows the zip file
             out.write(MAGIC + out.crc.to_bytes(CRC_BYTES, "little"))
             if out.error:
                 raise out.error
@@ -116,16 +117,17 @@ def link(name: Path, target: Path, disk: Disk) -> None:
     try:
         disk.link(target, temporary)
     except OSError as e:
+        # another error may come after the link was made: a copy would overwrite the target
         if e.errno not in UNSUPPORTED:
-            raise  # the link may have been made: a copy would overwrite the target
+            raise
         warn_once(
             "link",
             f"this drive has no hard links ({e}): each save also writes copies, "
             "which takes more time and space",
         )
-        write_bundle(
-            torch.load(target, map_location="cpu", weights_only=True), temporary, disk
-        )
+        bundle = torch.load(target, map_location="cpu", weights_only=True)
+        write_bundle(bundle, temporary, disk)
+    # a rename replaces the name at once; a link can't
     disk.rename(temporary, name)
 
 
@@ -152,9 +154,11 @@ def commit(
     except BaseException:
         remove_leftovers(folder, disk)
         raise
+
+    # the new checkpoint is safe, also if an old one stays
     try:
         prune(folder, bundle["step"], keep, disk)
-    except OSError as e:  # the new checkpoint is safe
+    except OSError as e:
         print(f"\nan old checkpoint can't be removed: {e}", file=sys.stderr, flush=True)
 
 
@@ -162,8 +166,9 @@ def prune(folder: Path, step: int, keep: int, disk: Disk) -> None:
     """Remove the numbered checkpoints but for that of `step` and the newest before it, `keep` in
     all. Raises OSError."""
     # a later one is corrupt, or this run was resumed from before it
-    later = [path for path in numbered(folder) if step_of(path) > step]
-    others = [path for path in numbered(folder) if step_of(path) <= step]
+    paths = numbered(folder)
+    later = [path for path in paths if step_of(path) > step]
+    others = [path for path in paths if step_of(path) <= step]
     for path in later + others[keep:]:
         disk.remove(path)
 
@@ -180,21 +185,19 @@ def step_of(path: Path) -> int:
 
 def numbered(folder: Path) -> list[Path]:
     """Return the numbered checkpoints of a folder, newest first."""
-    paths = [
-        path
-        for path in folder.glob("ckpt-*.pt")
-        if re.fullmatch(r"ckpt-([0-9]{8}|[1-9][0-9]{8,})\.pt", path.name)
-    ]
+    # only names that path_of gives
+    name = re.compile(r"ckpt-([0-9]{8}|[1-9][0-9]{8,})\.pt")
+    paths = [path for path in folder.glob("ckpt-*.pt") if name.fullmatch(path.name)]
     return sorted(paths, key=step_of, reverse=True)
 
 
 def mention_renamed(folder: Path) -> None:
     """Print a note about the checkpoints in a folder that are not used because of their names."""
     used = {folder / "ckpt.pt", folder / "best.pt", *numbered(folder)}
+    others = [path for path in sorted(folder.glob("*")) if path not in used]
+    # the next save removes temporary files
     renamed = [
-        str(path)
-        for path in sorted(folder.glob("*"))
-        if path not in used and path.suffix != ".tmp" and is_checkpoint(path)
+        str(path) for path in others if path.suffix != ".tmp" and is_checkpoint(path)
     ]
     if renamed:
         warn(
@@ -246,13 +249,17 @@ def check_crc(path: Path) -> None:
     """Raise CorruptCheckpoint unless the file has the checksum it was written with, and OSError if
     it can't be read."""
     with name_path(path), open(path, "rb") as file:
-        left = max(0, os.fstat(file.fileno()).st_size - len(MAGIC) - CRC_BYTES)
+        # the checksum is of all bytes before MAGIC
+        size = os.fstat(file.fileno()).st_size
+        left = max(0, size - len(MAGIC) - CRC_BYTES)
         crc = 0
         while left:
             chunk = file.read(min(left, CHUNK))
             crc = zlib.crc32(chunk, crc)
             left -= len(chunk)
         end = file.read()
+
+    # a file that was cut short ends in other bytes
     if end[:-CRC_BYTES] != MAGIC:
         raise CorruptCheckpoint("truncated, or not a checkpoint of keepGPT")
     if end[-CRC_BYTES:] != crc.to_bytes(CRC_BYTES, "little"):
@@ -265,9 +272,11 @@ def read_bundle(path: Path) -> dict[str, Any]:
     check_crc(path)
     try:
         bundle = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:  # its text would advise to load it unsafely
+    except pickle.UnpicklingError:
+        # its own text advises to load the file unsafely
         raise CorruptCheckpoint("expected only plain values and tensors") from None
-    except Exception as e:  # torch.load raises many types
+    except Exception as e:
+        # torch.load raises errors of many types
         reason = str(e) or repr(e)
         raise CorruptCheckpoint(f"can't be read: {reason.splitlines()[0]}") from None
     if not isinstance(bundle, dict) or bundle.get("format") != FORMAT:
@@ -278,9 +287,11 @@ def read_bundle(path: Path) -> dict[str, Any]:
 def read_newest(folder: Path, prefer_best: bool = False) -> dict[str, Any]:
     """Return the bundle of the newest intact checkpoint, or with `prefer_best` of best.pt if that
     is intact. Print which ones are skipped. Raises CorruptCheckpoint if none is left."""
+    # best.pt comes last otherwise: it may be far behind
     newest = [folder / "ckpt.pt", *numbered(folder)]
     best = [folder / "best.pt"]
     candidates = best + newest if prefer_best else newest + best
+
     tried: list[Path] = []
     unreadable = None
     for path in candidates:
@@ -295,8 +306,10 @@ def read_newest(folder: Path, prefer_best: bool = False) -> dict[str, Any]:
         except OSError as e:
             print(f"skipping {path}: {e}", file=sys.stderr)
             unreadable = e
+
+    # a folder with nothing but a ckpt.pt may be nanoGPT's
     hint = "another --out_dir"
-    if tried == newest[:1]:  # nanoGPT leaves such a folder
+    if tried == newest[:1]:
         hint += f", or if another program wrote it --init_from={tried[0]} --out_dir=<new folder>"
     message = f"no intact checkpoint of keepGPT in {folder}. Try: {hint}"
     raise CorruptCheckpoint(message) from unreadable
@@ -309,16 +322,29 @@ def check_finite(bundle: dict[str, Any]) -> None:
     def check(path: str, tensor: Tensor) -> Tensor:
         if tensor.is_complex():
             tensor = torch.view_as_real(tensor)
-        if tensor.is_floating_point() and tensor.numel():
-            tensor = (
-                tensor.float() if tensor.element_size() == 1 else tensor
-            )  # no float8 kernels
-            if not all(math.isfinite(x) for x in torch.aminmax(tensor)):
-                raise ArithmeticError(f"{path} is not finite")
+        if not tensor.is_floating_point() or not tensor.numel():
+            return tensor
+        # aminmax has no kernels for float8
+        if tensor.element_size() == 1:
+            tensor = tensor.float()
+        # a NaN anywhere makes both of them NaN
+        if not all(math.isfinite(x) for x in torch.aminmax(tensor)):
+            raise ArithmeticError(f"{path} is not finite")
         return tensor
 
     map_tensors(check, bundle["model"], "model")
     map_tensors(check, bundle["optimizer"]["state"], "optimizer")
+
+
+def allocate_like(tensor: Tensor) -> Tensor:
+    """Return a tensor on the host for copies of `tensor`; from CUDA, in pinned memory."""
+    # pages of its own: a page can be pinned only once
+    memory = mmap(-1, tensor.nbytes, flags=MAP_PRIVATE)
+    copy = torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
+    if tensor.is_cuda:
+        # pin_memory=True would round up to a power of two; a failure only costs speed
+        torch.cuda.cudart().cudaHostRegister(copy.data_ptr(), copy.nbytes, 0)
+    return copy
 
 
 class Saver:
@@ -347,7 +373,9 @@ class Saver:
         self.best_val_loss = bundle["best_val_loss"] if bundle else math.inf
         self.started = progress_of(bundle) if bundle else None
         self.saved = self.started
-        self.copies: dict[str, Tensor] = {}  # on the host, by the path in the bundle
+        # copies of tensors on the host, by their path in the bundle
+        self.copies: dict[str, Tensor] = {}
+        # set unless a copy is being made
         self.copied = threading.Event()
         self.copied.set()
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -361,17 +389,17 @@ class Saver:
             return
         self.wait()
         self.copied.clear()
+        # on the GPU, the last update comes first
         if self.stream:
-            self.stream.wait_stream(
-                torch.cuda.current_stream()
-            )  # the last update comes first
+            self.stream.wait_stream(torch.cuda.current_stream())
         self.thread = threading.Thread(target=self._run, args=(live, best))
         self.thread.start()
 
     def wait_for_copy(self) -> None:
         """Wait until the live tensors may change: before each update."""
         self.copied.wait()
-        if self.stream:  # the GPU waits for the end of the copy, the host does not
+        # the GPU waits for the end of the copy, the host does not
+        if self.stream:
             torch.cuda.current_stream().wait_stream(self.stream)
 
     def wait(self) -> bool:
@@ -385,7 +413,8 @@ class Saver:
         """Save, in the thread. A failure is printed; training continues."""
         try:
             self._copy_and_commit(live, best)
-        except FolderLost:  # this ends the run, with its line
+        except FolderLost:
+            # the loop sees it at its next step, and ends the run with a line
             return
         except Exception as e:
             print(
@@ -403,14 +432,18 @@ class Saver:
 
     def _copy_and_commit(self, live: dict[str, Any], best: bool) -> None:
         """Copy a bundle to the host, check it, and save it."""
+        # from here on training may change the live tensors
         with torch.cuda.stream(self.stream):
             bundle = map_tensors(self._copy, live)
         self.copied.set()
         if self.stream:
             self.stream.synchronize()
-        if sys.platform == "linux":  # give training the CPU first
-            with suppress(OSError):  # the priority is lower already
+
+        # training gets the CPU first; the priority may be lower already
+        if sys.platform == "linux":
+            with suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
         check_finite(bundle)
         self.before_commit()
         commit(bundle, self.folder, self.keep, best, self.disk)
@@ -421,17 +454,10 @@ class Saver:
         if not tensor.numel():
             return tensor.detach().cpu()
         if path not in self.copies:
-            # pages of its own: a page can be pinned only once
-            memory = mmap(-1, tensor.nbytes, flags=MAP_PRIVATE)
-            copy = torch.frombuffer(memory, dtype=tensor.dtype).view(tensor.shape)
-            self.copies[path] = copy
-            if tensor.is_cuda:
-                # pin_memory=True would round up to a power of two; a failure only costs speed
-                torch.cuda.cudart().cudaHostRegister(copy.data_ptr(), copy.nbytes, 0)
+            self.copies[path] = allocate_like(tensor)
         copy = self.copies[path]
-        if (
-            copy.shape != tensor.shape or copy.dtype != tensor.dtype
-        ):  # an optimizer may do that
+        # an optimizer may change a tensor's shape or dtype
+        if copy.shape != tensor.shape or copy.dtype != tensor.dtype:
             return tensor.detach().to("cpu", copy=True)
         # from MPS, nothing would wait for such a copy
         return copy.copy_(tensor.detach(), non_blocking=tensor.is_cuda)

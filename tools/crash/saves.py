@@ -29,6 +29,7 @@ class FaultyDisk(Disk):
     write that takes half of the data ("short"). It does not wait for the real disk."""
 
     def __init__(self, fault: str = "", n: int = 0) -> None:
+        super().__init__()
         self.fault = fault
         self.n = n
         self.count = 0
