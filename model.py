@@ -35,7 +35,7 @@ class ModelArgs:
     bias: bool = False  # of gpt2
     dropout: float = 0.0
     architecture: str = "gpt2"
-    # see GPT.settings for which architecture has them; 0 = the size that follows from the others
+    # GPT.settings says which architecture has these; 0 = the size that follows from the others
     n_kv_head: int = 0
     head_dim: int = 0
     n_ff: int = 0
@@ -50,6 +50,7 @@ class ModelArgs:
                 f"architecture: expected {' or '.join(ARCHITECTURES)}, "
                 f"got {self.architecture!r}"
             )
+        # sizes come from settings, checkpoints and Hugging Face's config.json
         for name, least in SIZES.items():
             value = getattr(self, name)
             if type(value) is not int or value < least:
@@ -58,6 +59,8 @@ class ModelArgs:
                     f"got {value!r}"
                 )
         self.check_settings()
+
+        # heads share the width, and queries share keys
         if not self.head_dim and self.n_embd % self.n_head:
             raise UserError(
                 f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}"
@@ -66,6 +69,7 @@ class ModelArgs:
             raise UserError(
                 f"n_head={self.n_head} is not a multiple of n_kv_head={self.K}"
             )
+        # RoPE rotates pairs of elements
         if "rope_theta" in ARCHITECTURES[self.architecture].settings and self.D % 2:
             raise UserError(f"head_dim={self.D}: expected an even number")
 
@@ -73,11 +77,11 @@ class ModelArgs:
         """Raise UserError if a setting that the architecture lacks has another value than its
         default."""
         defaults = {f.name: f.default for f in fields(self)}
+        existing = ARCHITECTURES[self.architecture].settings
         for architecture in ARCHITECTURES.values():
             for name in architecture.settings:
-                lacks = name not in ARCHITECTURES[self.architecture].settings
                 value = getattr(self, name)
-                if lacks and value != defaults[name]:
+                if name not in existing and value != defaults[name]:
                     raise UserError(
                         f"{name}={value}: {self.architecture} has no such setting. "
                         f"Try: leave --{name} out"
@@ -125,8 +129,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
     """Return causal attention, softmax(q k^T / sqrt(D)) v, (B, H, T, D), of q (B, H, T, D) to k and
     v (B, K, T, D): Vaswani et al. 2017, section 3.2.1. Each head of keys and values serves H / K
     heads of queries (Ainslie et al. 2023). Attention weights are dropped with probability `p`."""
+    # some kernels need as many heads of keys as of queries
     queries_per_key = q.size(1) // k.size(1)
-    if queries_per_key > 1:  # some kernels need as many heads of keys as of queries
+    if queries_per_key > 1:
         k = k.repeat_interleave(queries_per_key, 1)  # (B, H, T, D)
         v = v.repeat_interleave(queries_per_key, 1)  # (B, H, T, D)
     if kernels.has_fast_attention(q):
@@ -151,12 +156,14 @@ def attend_cached(
     """Return causal attention, (B, T, H * D), of q (B, H, T, D) to k and v (B, K, T, D) and to the
     `past` tokens in the cache `kv` (2, B, K, size, D), to which k and v are added. T is 1 unless
     the cache is empty."""
-    T = q.size(2)
+    end = past + q.size(2)
+    # add the new tokens to the cache, if there is one
     if kv is not None:
-        kv[0, :, :, past : past + T] = k
-        kv[1, :, :, past : past + T] = v
+        kv[0, :, :, past:end] = k
+        kv[1, :, :, past:end] = v
+
     if past:
-        keys, values = kv[:, :, :, : past + T]  # (B, K, past + T, D) each
+        keys, values = kv[:, :, :, :end]  # (B, K, end, D) each
         y = attend_to_cache(q, keys, values).to(v.dtype)  # (B, H, 1, D)
     else:
         y = attend(q, k, v, p)  # (B, H, T, D)
@@ -174,9 +181,8 @@ class GPT2Block(nn.Module):
         self.ln_1 = nn.LayerNorm(C, bias=args.bias)
         self.attn = nn.ModuleDict(
             {
-                "c_attn": nn.Linear(
-                    C, 3 * C, args.bias
-                ),  # queries, keys and values in one product
+                # queries, keys and values in one product
+                "c_attn": nn.Linear(C, 3 * C, args.bias),
                 "c_proj": nn.Linear(C, C, args.bias),
             }
         )
@@ -190,13 +196,16 @@ class GPT2Block(nn.Module):
 
     def forward(self, x: Tensor, p: float, kv: Tensor | None, past: int) -> Tensor:
         """Return the residual stream (B, T, C) after this block; see `attend_cached`."""
+        # attention: tokens read from the tokens before them
         qkv = self.attn.c_attn(self.ln_1(x))  # (B, T, 3C)
         qkv = qkv.unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
         y = attend_cached(q, k, v, kv, past, p)  # (B, T, C)
         x = x + F.dropout(self.attn.c_proj(y), p)
 
-        y = F.gelu(self.mlp.c_fc(self.ln_2(x)), approximate="tanh")  # (B, T, 4C)
+        # the MLP: each token alone
+        y = self.mlp.c_fc(self.ln_2(x))  # (B, T, 4C)
+        y = F.gelu(y, approximate="tanh")
         return x + F.dropout(self.mlp.c_proj(y), p)
 
 
@@ -206,6 +215,7 @@ class RMSNorm(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the norm of x (..., C)."""
+        # in bfloat16 the mean of squares would lose digits
         wide_x = x.to(self.weight.dtype)
         if kernels.has_fast_norm(x):
             y = kernels.RMSNormFunction.apply(wide_x, self.weight, self.eps)
@@ -217,18 +227,20 @@ class RMSNorm(nn.RMSNorm):
 def rotary_angles(positions: Tensor, D: int, theta: float) -> tuple[Tensor, Tensor]:
     """Return the cosines and sines, (T, D / 2), by which RoPE rotates a head at `positions`,
     (T,): Su et al. 2021, section 3.4.2. Always float32, as in Hugging Face's."""
-    frequencies = 1 / theta ** (
-        torch.arange(0, D, 2, device=positions.device).float() / D
-    )
+    # pair i turns by theta^(-2 i / D) per position
+    exponents = torch.arange(0, D, 2, device=positions.device).float() / D  # (D / 2,)
+    frequencies = 1 / theta**exponents
     angles = positions.unsqueeze(1) * frequencies  # (T, D / 2)
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return x (B, H, T, D) with the elements i and i + D / 2 of each head rotated by the angles
-    whose `cos` and `sin`, (T, D / 2), are given (Su et al. 2021, as in Hugging Face's)."""
+    """Return x (B, H, T, D) with the elements i and i + D / 2 of each head rotated by an angle,
+    whose `cos` and `sin` are (T, D / 2) (Su et al. 2021, as in Hugging Face's)."""
     a, b = x.chunk(2, -1)  # (B, H, T, D / 2) each
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).to(x.dtype)
+    rotated_a = a * cos - b * sin
+    rotated_b = b * cos + a * sin
+    return torch.cat((rotated_a, rotated_b), -1).to(x.dtype)  # (B, H, T, D)
 
 
 class LlamaBlock(nn.Module):
@@ -280,12 +292,14 @@ class LlamaBlock(nn.Module):
     ) -> Tensor:
         """Return the residual stream (B, T, C) after this block; see `attend_cached` and
         `rotary_angles`."""
+        # attention: tokens read from the tokens before them
         q, k, v = self.project(self.input_layernorm(x))
         q = rotate(q.transpose(1, 2), cos, sin)  # (B, H, T, D)
         k = rotate(k.transpose(1, 2), cos, sin)  # (B, K, T, D)
         y = attend_cached(q, k, v.transpose(1, 2), kv, past, p)  # (B, T, H * D)
         x = x + F.dropout(self.self_attn.o_proj(y), p)
 
+        # the SwiGLU: each token alone
         y = self.post_attention_layernorm(x)
         y = F.silu(self.mlp.gate_proj(y)) * self.mlp.up_proj(y)  # (B, T, n_ff)
         return x + F.dropout(self.mlp.down_proj(y), p)
@@ -311,13 +325,14 @@ class GPT(nn.Module):
     A subclass builds the modules and names them in its class attributes.
     """
 
-    settings: tuple[
-        str, ...
-    ] = ()  # the fields of ModelArgs that only some architectures have
-    tokens: str  # the name of the token embedding
-    layers: str  # of the list of blocks
-    final_norm: str  # of the norm after the last block
-    positions = ""  # of the embedding of positions, if there is one
+    # the fields of ModelArgs that only some architectures have
+    settings: tuple[str, ...] = ()
+    # names of modules: the token embedding, the list of blocks, the norm after the last block, and
+    # the embedding of positions, if there is one
+    tokens: str
+    layers: str
+    final_norm: str
+    positions = ""
     # endings of names of parameters -> how many matrices lie below one another; Muon separates them
     stacked: dict[str, int] = {}
 
@@ -359,34 +374,38 @@ class GPT(nn.Module):
         past = cache.length if cache else 0
         p = self.args.dropout if self.training else 0.0
         positions = torch.arange(past, past + idx.size(1), device=idx.device)  # (T,)
+
+        # tokens to vectors, then block after block
         x, about_positions = self.embed(idx, positions)  # (B, T, C)
         x = F.dropout(x, p)
         for i, block in enumerate(self.get_submodule(self.layers)):
             kv = cache.layers[i] if cache else None
             x = block(x, p, kv, past, *about_positions)
+        # sampling needs the last token's logits only
         if cache:
             cache.length = past + idx.size(1)
             x = x[:, -1:]  # (B, 1, C)
         x = self.get_submodule(self.final_norm)(x)
+
+        # the output layer is the token embedding, unless there is one of its own
+        if targets is None and self.lm_head:
+            return self.lm_head(x)  # (B, T, V)
         if targets is None:
-            return (
-                self.lm_head(x) if self.lm_head else F.linear(x, self.embedding.weight)
-            )
-        # cross_entropy(linear(x, output_weight)), without holding the logits of all tokens
+            return F.linear(x, self.embedding.weight)  # (B, T, V)
+        # cross_entropy(linear(x, weight), targets), without holding the logits of all tokens
+        weight = self.output_weight()
         return kernels.LinearCrossEntropy.apply(
-            x.flatten(0, 1),
-            self.output_weight(),
-            targets.flatten(),
-            self.args.vocab_size,
+            x.flatten(0, 1), weight, targets.flatten(), self.args.vocab_size
         )
 
     def output_weight(self) -> Tensor:
         """Return the output layer, (V, C); on CUDA padded with zero rows to a multiple of 64, for
         fast matrix products."""
         weight = (self.lm_head or self.embedding).weight
-        return (
-            F.pad(weight, (0, 0, 0, -weight.size(0) % 64)) if weight.is_cuda else weight
-        )
+        if not weight.is_cuda:
+            return weight
+        missing_rows = -weight.size(0) % 64
+        return F.pad(weight, (0, 0, 0, missing_rows))
 
     def flops_per_token(self) -> int:
         """Return the FLOPs of forward and backward per token of a full block (Chowdhery et al.
@@ -407,9 +426,8 @@ class GPT(nn.Module):
         weight = self.embedding.weight
         dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
         shape = (2, batch_size, args.K, size or args.block_size, args.D)
-        return KVCache(
-            [weight.new_zeros(shape, dtype=dtype) for _ in range(args.n_layer)]
-        )
+        layers = [weight.new_zeros(shape, dtype=dtype) for _ in range(args.n_layer)]
+        return KVCache(layers)
 
 
 class GPT2(GPT):
@@ -485,10 +503,9 @@ class Llama(GPT):
         return self.model.embed_tokens(idx), angles
 
     def init_parameter(self, name: str, p: Tensor) -> None:
+        # each block starts as the identity, and the guess as uniform
         if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
-            nn.init.zeros_(
-                p
-            )  # each block starts as the identity, and the guess as uniform
+            nn.init.zeros_(p)
         elif p.dim() == 2:
             nn.init.normal_(p, std=INIT_STD)
 
@@ -512,9 +529,8 @@ def load_model(
 ) -> GPT:
     """Return the GPT of these ModelArgs with these weights, in float32. Raises UserError if they
     do not fit; it names their `source`."""
-    model = build_model(
-        ModelArgs(**args)
-    )  # the meta device would load the compiler, for a second
+    # the meta device would build it faster, but loads the compiler, which takes a second
+    model = build_model(ModelArgs(**args))
 
     # a tied output layer may be stored as well, or instead of the embedding
     state = dict(state)
@@ -539,6 +555,7 @@ def crop_weights(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the ModelArgs and the weights of the same network with a smaller vocabulary and a
     shorter block."""
+    # the names of the matrices with a row for each token or position, and the rows to keep
     kind = ARCHITECTURES[args.get("architecture", "gpt2")]
     rows = {f"{kind.tokens}.weight": vocab_size, "lm_head.weight": vocab_size}
     if kind.positions:
@@ -574,10 +591,8 @@ def generate(
     # the tokens of all sequences, with room for the new ones
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
     rows = [torch.tensor(prompt) for prompt in prompts]
-    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    tokens = F.pad(tokens, (0, max_new_tokens)).to(
-        device
-    )  # (B, longest prompt + max_new_tokens)
+    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True)  # (B, longest prompt)
+    tokens = F.pad(tokens, (0, max_new_tokens)).to(device)
     finished = torch.zeros_like(lengths, dtype=torch.bool)  # (B,)
 
     # read the shortest prompt at once; longer ones are in `tokens`, and read token by token
@@ -585,11 +600,14 @@ def generate(
     cache = model.make_cache(len(prompts), min(block_size, tokens.size(1)))
     new = tokens[:, max(0, end - block_size) : end]
     while end < tokens.size(1) and not finished.all():
+        # the block is full: read the last three quarters of it again
         if cache.length + new.size(1) > block_size:
             cache.length = 0
             new = tokens[:, end - (block_size - block_size // 4) : end]
         logits = model(new, cache=cache)  # (B, 1, V)
         sampled = sample_token(logits[:, -1], temperature, top_k, top_p, rng)  # (B,)
+
+        # keep the tokens of longer prompts, and find the sequences that end here
         in_prompt = end < lengths
         tokens[:, end] = torch.where(in_prompt, tokens[:, end], sampled)
         if stop is not None:
@@ -597,10 +615,9 @@ def generate(
         finished |= end >= lengths + max_new_tokens
         new = tokens[:, end : end + 1]  # (B, 1)
         end += 1
-        silent = (finished | in_prompt).tolist()
-        yield [
-            None if quiet else token for quiet, token in zip(silent, sampled.tolist())
-        ]
+        is_silent = finished | in_prompt
+        pairs = zip(is_silent.tolist(), sampled.tolist())
+        yield [None if silent else token for silent, token in pairs]
 
 
 def sample_token(
@@ -611,7 +628,8 @@ def sample_token(
     likeliest. `rng` is a CPU generator."""
     V = logits.size(-1)
     device = logits.device
-    if temperature < 1e-9:  # its inverse could overflow in float32
+    # the inverse of a smaller temperature could overflow in float32
+    if temperature < 1e-9:
         return logits.argmax(-1)
 
     # the candidates, the likeliest first if only some of them count; `ids` are their tokens

@@ -20,6 +20,7 @@ def check_elastic(config: TrainConfig, ranks: Ranks) -> None:
     """Raise UserError if an elastic run can't have this number of ranks or this backend."""
     if not config.elastic:
         return
+    # a power of two has one bit
     if ranks.world_size & (ranks.world_size - 1):
         raise UserError(
             f"elastic=True: expected 1, 2, 4, 8, ... ranks, got {ranks.world_size}"
@@ -36,6 +37,7 @@ def accumulate_gradient(
 ) -> None:
     """Set .grad to the mean gradient of all ranks' micro-batches. `add_gradient(m, count)` adds
     that of micro-batch m, divided by `count`, to .grad; `micro_batches` are this rank's."""
+    # this rank's branch, then those of all ranks
     count = len(micro_batches) * ranks.world_size
     total = sum_as_tree(model, lambda m: add_gradient(m, count), micro_batches)
     add_in_pairs(ranks, total)
@@ -47,14 +49,16 @@ def sum_as_tree(
     model: nn.Module, add_gradient: Callable[[int], None], micro_batches: range
 ) -> list[Tensor]:
     """Return the gradient of each parameter, summed over `micro_batches` in a binary tree."""
+    # add the sums of both halves
     if len(micro_batches) > 2:
         middle = len(micro_batches) // 2
         total = sum_as_tree(model, add_gradient, micro_batches[:middle])
-        torch._foreach_add_(
-            total, sum_as_tree(model, add_gradient, micro_batches[middle:])
-        )
+        rest = sum_as_tree(model, add_gradient, micro_batches[middle:])
+        torch._foreach_add_(total, rest)
         return total
-    for m in micro_batches:  # backward adds the second gradient to the first
+
+    # backward itself adds the second of two gradients to the first
+    for m in micro_batches:
         add_gradient(m)
     total = [p.grad for p in model.parameters()]
     model.zero_grad(set_to_none=True)
@@ -69,6 +73,7 @@ def add_in_pairs(ranks: Ranks, tensors: list[Tensor]) -> None:
     """
     if ranks.world_size == 1:
         return
+    # one message per pair instead of one per parameter
     total = torch.cat([tensor.flatten() for tensor in tensors])
     received = torch.empty_like(total)
     distance = 1
@@ -85,4 +90,5 @@ def add_in_pairs(ranks: Ranks, tensors: list[Tensor]) -> None:
 
     # copy them back: a tensor's alignment in memory may change a kernel's order of additions
     sums = total.split([tensor.numel() for tensor in tensors])
-    torch._foreach_copy_(tensors, [part.view_as(t) for part, t in zip(sums, tensors)])
+    sums = [sum.view_as(tensor) for sum, tensor in zip(sums, tensors)]
+    torch._foreach_copy_(tensors, sums)

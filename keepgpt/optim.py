@@ -35,6 +35,7 @@ class AdamW(torch.optim.AdamW):
     """AdamW (Loshchilov and Hutter 2019) without PyTorch's wrappers that keep torch.compile out of
     its methods: they import torch._dynamo, one second of CPU time at each start."""
 
+    # the same methods, without the wrappers
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
     zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
     state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
@@ -52,9 +53,8 @@ class Muon(AdamW):
     `torch.optim.Muon` computes the same one matrix at a time.
     """
 
-    __setstate__ = (
-        torch.optim.Optimizer.__setstate__
-    )  # Adam's wants moments of all parameters
+    # AdamW's expects moments of all parameters
+    __setstate__ = torch.optim.Optimizer.__setstate__
 
     def __init__(
         self, groups: list[dict], dtype: torch.dtype, **defaults: object
@@ -70,18 +70,19 @@ class Muon(AdamW):
         found_inf = getattr(self, "found_inf", None)
         skip = None if found_inf is None else found_inf > 0
         for group in self.param_groups:
-            if "momentum" in group:
-                self.update_matrices(group, skip)
-                for p in group["params"]:
-                    p.grad = None  # AdamW skips a parameter without a gradient
+            if "momentum" not in group:
+                continue
+            self.update_matrices(group, skip)
+            # AdamW skips a parameter without a gradient
+            for p in group["params"]:
+                p.grad = None
         super().step(closure)
 
     def update_matrices(self, group: dict, skip: Tensor | None = None) -> None:
         """Update the parameters of a Muon group, all matrices of one shape at a time, unless the
         tensor `skip` is True."""
-        by_shape = defaultdict(
-            list
-        )  # shape -> (matrix, gradient, momentum) of each matrix
+        # shape -> (matrix, gradient, momentum) of each matrix
+        by_shape = defaultdict(list)
         for p in group["params"]:
             state = self.state[p]
             if not state:
@@ -90,6 +91,7 @@ class Muon(AdamW):
             matrices = [tensor.chunk(group["parts"]) for tensor in tensors]
             for triple in zip(*matrices):
                 by_shape[triple[0].shape].append(triple)
+        # one large product is faster than many small ones
         for triples in by_shape.values():
             matrices, grads, means = zip(*triples)
             update_equal_shapes(matrices, grads, means, group, self.dtype, skip)
@@ -109,20 +111,22 @@ def update_equal_shapes(
     lr = group["lr"]
     momentum = group["momentum"]
 
-    # Nesterov's momentum, orthogonalized
+    # Nesterov's momentum
     grad = torch.stack(grads)  # (N, R, C)
     old_mean = torch.stack(means)  # (N, R, C)
     mean = interpolate(old_mean, grad, 1 - momentum)
     nesterov = interpolate(grad, mean, momentum, out=grad)
+
+    # orthogonalized; a tall matrix takes a larger step
     update = orthogonalize(nesterov, dtype)
     update = update.mul_(-lr * max(1, R / C) ** 0.5)
     decay = 1 - lr * group["weight_decay"]
 
+    # on CUDA the host does not know `skip`: then write what is there already
     if skip is not None:
         mean = mean.where(~skip, old_mean)
-        update = update.where(
-            ~skip, -0.0
-        )  # adding -0 changes no bit, adding 0 would change -0
+        # adding -0 changes no bit, adding 0 would change -0
+        update = update.where(~skip, -0.0)
         decay = torch.where(skip, 1.0, decay)
     torch._foreach_copy_(means, mean.unbind())
     torch._foreach_mul_(matrices, decay)
@@ -132,10 +136,9 @@ def update_equal_shapes(
 def interpolate(
     a: Tensor, b: Tensor, weight: float, out: Tensor | None = None
 ) -> Tensor:
-    """Return a + weight * (b - a), in `out` if given."""
-    if (
-        a.device.type == "mps"
-    ):  # lerp has returned wrong values there (pytorch issue 196067)
+    """Return a + weight * (b - a), stored in `out` unless that is None."""
+    # on MPS, lerp has returned wrong values (PyTorch issue 196067)
+    if a.device.type == "mps":
         return torch.add(a * (1 - weight), b, alpha=weight, out=out)
     return torch.lerp(a, b, weight, out=out)
 
@@ -145,27 +148,31 @@ def orthogonalize(x: Tensor, dtype: torch.dtype) -> Tensor:
     iteration (Jordan et al. 2024), in `dtype`, brings the singular values to within 0.3 or so of 1
     by an odd polynomial."""
     a, b, c = COEFFICIENTS
-    tall = x.size(1) > x.size(2)
-    y = x.mT if tall else x  # (N, R, C), R <= C: the products below are R wide
-    y = (y / torch.linalg.matrix_norm(y, keepdim=True).clamp(min=1e-7)).to(dtype)
+    # the products below are R wide: let R be the smaller size
+    is_tall = x.size(1) > x.size(2)
+    y = x.mT if is_tall else x  # (N, R, C), R <= C
+
+    # the iteration needs singular values below 1
+    norm = torch.linalg.matrix_norm(y, keepdim=True)  # (N, 1, 1)
+    y = (y / norm.clamp(min=1e-7)).to(dtype)
     for _ in range(ITERATIONS):
+        # a y + b (y y^T) y + c (y y^T)^2 y
         square = y @ y.mT  # (N, R, R)
         polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)  # (N, R, R)
         y = torch.baddbmm(y, polynomial, y, beta=a)  # (N, R, C)
-    return (y.mT if tall else y).to(x.dtype)
+    y = y.mT if is_tall else y
+    return y.to(x.dtype)
 
 
 def make_adamw(model: nn.Module, config: TrainConfig, dtype: torch.dtype) -> AdamW:
     """Return AdamW for all parameters. Biases and norms do not decay."""
-    return AdamW(
-        group_by_decay(model.parameters(), config),
-        betas=(config.beta1, config.beta2),
-        fused=True,
-    )
+    groups = group_by_decay(model.parameters(), config)
+    return AdamW(groups, betas=(config.beta1, config.beta2), fused=True)
 
 
 def make_muon(model: nn.Module, config: TrainConfig, dtype: torch.dtype) -> Muon:
     """Return Muon for the matrices of the blocks and AdamW for all else."""
+    # AdamW for embeddings, the output layer, norms and biases
     matrices = {
         name: p
         for name, p in model.named_parameters()
@@ -190,12 +197,10 @@ def make_muon(model: nn.Module, config: TrainConfig, dtype: torch.dtype) -> Muon
                 "weight_decay": config.weight_decay,
             }
         )
-    return Muon(
-        groups,
-        dtype if dtype == torch.bfloat16 else torch.float32,
-        betas=(config.beta1, config.beta2),
-        fused=True,
-    )
+    # in float16 the iteration could overflow
+    iteration_dtype = dtype if dtype == torch.bfloat16 else torch.float32
+    betas = (config.beta1, config.beta2)
+    return Muon(groups, iteration_dtype, betas=betas, fused=True)
 
 
 def group_by_decay(parameters: Iterable[Tensor], config: TrainConfig) -> list[dict]:
@@ -203,13 +208,10 @@ def group_by_decay(parameters: Iterable[Tensor], config: TrainConfig) -> list[di
     parameters = list(parameters)
     matrices = [p for p in parameters if p.dim() >= 2]
     vectors = [p for p in parameters if p.dim() < 2]
+    peak_lr = config.learning_rate
     return [
-        {
-            "params": matrices,
-            "weight_decay": config.weight_decay,
-            "peak_lr": config.learning_rate,
-        },
-        {"params": vectors, "weight_decay": 0.0, "peak_lr": config.learning_rate},
+        {"params": matrices, "weight_decay": config.weight_decay, "peak_lr": peak_lr},
+        {"params": vectors, "weight_decay": 0.0, "peak_lr": peak_lr},
     ]
 
 
@@ -226,6 +228,7 @@ def make_optimizer(
             f"optimizer: expected {' or '.join(OPTIMIZERS)}, got {config.optimizer!r}"
         )
     optimizer = OPTIMIZERS[config.optimizer](model, config, dtype)
+    # each parameter is in one group: one that is in none would silently not be trained
     covered = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(covered) == sorted(id(p) for p in model.parameters())
     set_rates(optimizer, 0, config)
@@ -262,8 +265,11 @@ def get_lr_factor(step: int, config: TrainConfig) -> float:
         )
     if not config.decay_lr:
         return 1.0
+    # the warm-up does not begin with 0, which would waste a step
     if step < config.warmup_iters:
         return (step + 1) / (config.warmup_iters + 1)
+
+    # then the fall, between decay_start and lr_decay_iters
     steps = max(1, config.lr_decay_iters - config.decay_start)
     progress = min(1.0, max(0.0, (step - config.decay_start) / steps))
     least = config.min_lr / config.learning_rate if config.learning_rate else 0.0
