@@ -28,7 +28,7 @@ from tools.common import REPO
 MEASURED = REPO / "docs" / "measured.json"
 PAGES = (REPO / "docs" / "BENCHMARKS.md", REPO / "docs" / "DISTRIBUTED.md")
 Row = dict[str, float | str]
-Records = dict[str, dict[str, dict[str, Any]]]  # by part and row
+Records = dict[str, dict[str, dict]]  # by part and row
 
 
 def name_cpu() -> str:

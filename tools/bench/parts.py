@@ -21,6 +21,7 @@ from keepgpt.files import write_atomically
 from model import build_model
 from tools import runs
 from tools.bench import sides
+from tools.common import read_log
 from tools.measure import Row, call, compare, seconds
 
 # a run without an evaluation or a save in between
@@ -61,8 +62,7 @@ def train(
 
     # the log has tokens per second; rows of evaluations have none
     tokens = TrainConfig(**flags).tokens_per_step
-    rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    return [tokens / row["tokens_per_s"] for row in rows if "loss" in row]
+    return [tokens / row["tokens_per_s"] for row in read_log(out) if "loss" in row]
 
 
 def train_ours(name: str, device: str, folder: Path) -> float:

@@ -26,7 +26,7 @@ TOKENS = 48  # of a sample
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "vocab_size")
 
 
-def shape(*sizes: int, **settings: Any) -> dict[str, Any]:
+def shape(*sizes: int, **settings: Any) -> dict:
     """Return the SIZES and other settings of a model and its micro-batch."""
     # sizes are given by place, as in a table
     return {"dropout": 0.0, **dict(zip(SIZES, sizes)), **settings}
