@@ -181,7 +181,7 @@ class TrainConfig:
         return max(self.warmup_iters, start)
 
 
-# what the weights of a checkpoint fit
+# the settings that the shape of the weights depends on
 ARCHITECTURE = (
     "n_layer",
     "n_head",
@@ -392,7 +392,7 @@ def check(settings: type, key: str, value: Any, where: str) -> Any:
     if type(value) in (int, float):
         least = by_name[key].metadata["least"]
         below = by_name[key].metadata["below"]
-        # written so that it refuses NaN, too
+        # a comparison that NaN fails, too
         if not least <= value < below:
             raise UserError(
                 f"{where}: {key}: expected at least {least} and below {below}, got {value}"
@@ -441,9 +441,9 @@ def read_source(path: str) -> str:
 
 def run_source(source: str, path: str, defaults: dict) -> tuple[set[str], dict]:
     """Run a config file in a namespace of its own, where it can read the defaults by name and, as
-    in nanoGPT, a few modules without importing them. Return the names that it reads and what it
-    assigns. Raises UserError for any error in it."""
-    # as builtins, so that what the file assigns stands apart
+    in nanoGPT, a few modules without importing them. Return the names that it reads, and
+    its assignments. Raises UserError for any error in it."""
+    # as builtins: the namespace then holds only the assignments of the file
     readable = vars(builtins) | defaults
     namespace = {"__builtins__": readable, "__name__": "config", "__file__": path}
     try:

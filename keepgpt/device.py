@@ -90,7 +90,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         return getattr(torch, name)
     fastest = torch.float32
     if device.type == "cuda":
-        # Ampere is the first generation with bfloat16
+        # from Ampere on, GPUs compute in bfloat16
         is_ampere = torch.cuda.get_device_capability()[0] >= 8
         fastest = torch.bfloat16 if is_ampere else torch.float16
     elif device.type == "cpu" and has_fast_bfloat16():

@@ -158,7 +158,7 @@ def name_path(path: str | os.PathLike) -> Iterator[None]:
 
 def end_process(code: int) -> NoReturn:
     """Exit at once, without what libraries do at the interpreter's end, which may hang."""
-    # nothing else writes what is still buffered
+    # os._exit drops buffered lines
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -168,7 +168,7 @@ def run_or_exit(work: Callable[[], Any], hint: str = "") -> Any:
     """Return what `work` returns. End the process, with one line at most, at a mistake, a failed
     file operation, an interruption, or full memory, where `hint` says what to try."""
     try:
-        # files are named where they are used; what is left are the streams
+        # files are named where they are used; an error without a name is one of a stream
         with name_path("stdout or another stream"):
             result = work()
             # a failure here is one of `work`
@@ -189,7 +189,7 @@ def run_or_exit(work: Callable[[], Any], hint: str = "") -> Any:
     except OSError as e:
         exit_with_os_error(e)
     except (MemoryError, RuntimeError) as e:
-        # PyTorch raises a RuntimeError, also for what is no lack of memory
+        # PyTorch raises a RuntimeError for full memory, and for much else
         if isinstance(e, RuntimeError) and not re.search(
             "out of memory|allocate", str(e)
         ):

@@ -385,7 +385,7 @@ def read_args(folder: Path) -> dict:
 
         for layer in config.get("layer_types") or []:
             check_value(path, "layer_types", layer, ("full_attention", "attention"))
-        # as Transformers fills in what is absent
+        # the defaults of Transformers
         args["n_kv_head"] = args["n_kv_head"] or args["n_head"]
         args["head_dim"] = args["head_dim"] or args["n_embd"] // args["n_head"]
         args["norm_eps"] = float(config.get("rms_norm_eps", 1e-6))
@@ -436,7 +436,7 @@ def make_tensors(state: dict[str, Tensor], architecture: str) -> dict[str, Tenso
 
 def check_keys(path: Path, config: dict, form: Format) -> None:
     """Raise UserError for a key of config.json with a value that model.py lacks, or that may change
-    the network in a way not known here."""
+    the network in a way that model.py lacks."""
     fixed = form.fixed | FIXED_IN_ALL
     # read_args checks these
     own = ROTARY_KEYS if form.is_rotary else {"n_inner"}

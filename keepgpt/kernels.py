@@ -70,8 +70,8 @@ class RMSNormFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple:
         """Return the gradients of x and weight."""
         x, weight, scale = ctx.saved_tensors
-        # PyTorch's own is that of separate operations. LayerNorm's with a mean of 0 is fast, but
-        # takes off the mean of dy * weight, which is added again
+        # LayerNorm's, with a mean of 0, has a fast kernel. It takes off the mean of dy * weight,
+        # which is added again
         dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
             dy,
             x,
@@ -132,7 +132,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple:
         """Return the gradients of x and weight."""
-        # dloss has what the loss was multiplied by since, such as a scale for float16
+        # dloss is the factor that the loss was multiplied by, such as a scale for float16
         dx, dweight = ctx.saved_tensors
         scale = dloss / len(dx)
         return dx * scale, dweight * scale, None, None

@@ -300,10 +300,10 @@ class Metrics:
     ) -> None:
         """Close after an error. If wandb may still hang, end the process here, since the
         interpreter's end would wait for wandb."""
-        # a notebook goes on, and shows the error itself
+        # a notebook continues, and shows the error itself
         if self.close() or in_notebook():
             return
-        # what the interpreter would do
+        # as at the interpreter's own end
         if isinstance(error, SystemExit):
             end_process(error.code)
         sys.excepthook(kind, error, traceback)

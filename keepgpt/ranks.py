@@ -185,7 +185,7 @@ def checksum(tensor: Tensor, weights: Tensor) -> Tensor:
     """Return a number, int64 on the tensor's device, that depends on its bits and their order. It
     takes one pass over the memory; `weights` are CHUNK odd numbers."""
     tensor = tensor.detach().flatten()
-    # views, so that two NaNs of the same bits are equal
+    # as integers: NaN is not equal to itself
     bits = tensor.view(torch.int64 if tensor.nbytes % 8 == 0 else torch.uint8)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     # odd factors: a change of any bit changes the sum, which wraps around
@@ -238,7 +238,7 @@ def check_start(store: dist.Store, rank: int, world_size: int, facts: dict) -> N
     difference = store.get("start/difference").decode()
     if not difference:
         return
-    # the store may end with rank 0, so that one waits for the others, but not long
+    # the store may end with rank 0, which therefore waits for the others, but not long
     store.set(f"start/read/{rank}", "")
     if rank == 0:
         keys = [f"start/read/{r}" for r in range(world_size)]

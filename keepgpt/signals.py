@@ -92,7 +92,7 @@ class Signals:
         if self.interruptible:
             self.interruptible = False
             raise Stopped
-        # a second Ctrl-C gives up what is not saved
+        # a second Ctrl-C gives up the last save
         if another and number == signal.SIGINT:
             if in_notebook():
                 raise KeyboardInterrupt

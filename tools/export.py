@@ -101,6 +101,7 @@ def write_hugging_face(
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
+    # programs look for the end by its name, too
     if eot is not None:
         name = {i: token for token, i in vocabulary.token_ids().items()}[eot]
         tokenizer |= {"bos_token": name, "eos_token": name}
@@ -123,7 +124,7 @@ def write_gguf(
     gguf = import_package("gguf")
     args = model.args
     form = FORMATS[args.architecture]
-    # what an architecture has is a method of the writer, and a key of the file
+    # the writer has a method add_KEY for each key of the format
     writer = gguf.GGUFWriter(folder / "model.gguf", args.architecture)
     keys = {
         "name": origin,
@@ -133,6 +134,7 @@ def write_gguf(
         "head_count": args.n_head,
         "feed_forward_length": args.ff_width if form.is_rotary else 4 * args.n_embd,
     }
+    # GPT-2 lacks these sizes
     if form.is_rotary:
         keys |= {
             "head_count_kv": args.K,
@@ -148,16 +150,18 @@ def write_gguf(
     for key, value in (keys | to_gguf_tokenizer(vocabulary)).items():
         getattr(writer, f"add_{key}")(value)
 
+    # Hugging Face's names, which make_tensors gives -> llama.cpp's
     names = gguf.get_tensor_name_map(
         gguf.MODEL_ARCH[args.architecture.upper()], args.n_layer
     )
     kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     for name, tensor in make_tensors(model.state_dict(), args.architecture).items():
+        # (out, in) again: llama.cpp has one layout for all architectures
         if name.endswith(form.transposed):
-            tensor = tensor.t()  # (out, in) again
+            tensor = tensor.t()
         if name.endswith(form.interleaved):
             tensor = interleave_heads(tensor, args.D)
-        # the same kernels add biases and positions for all dtypes
+        # vectors, and positions
         is_float32 = tensor.dim() < 2 or name.endswith("wpe.weight")
         kind = gguf.GGMLQuantizationType["F32" if is_float32 else kinds[dtype]]
         content = gguf.quantize(tensor.float().contiguous().numpy(), kind)
@@ -173,7 +177,8 @@ def write_gguf(
 def interleave_heads(weight: Tensor, D: int) -> Tensor:
     """Return a matrix (heads * D, C) whose rows i and i + D / 2 of each head, which RoPE rotates
     together, are neighbours: llama.cpp wants a Llama's queries and keys so."""
-    return weight.unflatten(0, (-1, 2, D // 2)).transpose(1, 2).flatten(0, 2)
+    halves = weight.unflatten(0, (-1, 2, D // 2))  # (heads, 2, D / 2, C)
+    return halves.transpose(1, 2).flatten(0, 2)  # (heads * D, C)
 
 
 def to_gguf_tokenizer(vocabulary: Tokenizer) -> dict:

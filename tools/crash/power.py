@@ -81,7 +81,7 @@ class RecordingDisk(FaultyDisk):
 
     def record(self, operation: str, args: tuple, result: Any) -> Names:
         """Change the content of a file, or return the change of names that an operation makes."""
-        # an open file is known by its descriptor, others by their path
+        # a descriptor stands for an open file, a path for others
         name = self.opened.get(args[0], args[0]).name
         file = self.names.get(name)
         # operations on names
