@@ -4,11 +4,9 @@ import platform
 import shlex
 import subprocess
 import sys
-from contextlib import suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +15,7 @@ from keepgpt.config import TrainConfig
 from keepgpt.errors import warn
 from keepgpt.files import FolderLock, write_atomically
 
+# everything after this line is kept
 STARTS = "## Starts\n\n"
 CARD = """# A run of keepGPT
 
@@ -34,58 +33,57 @@ Data: {data}
 
 
 def write_card(
-    config: TrainConfig, data: dict[str, Any], step: int, machine: str, lock: FolderLock
+    config: TrainConfig, data: dict, step: int, machine: str, lock: FolderLock
 ) -> None:
     """Write out_dir/README.md, with one more line about this start. Raises OSError and
     FolderLost."""
-    path, starts = Path(config.out_dir) / "README.md", STARTS
+    path = Path(config.out_dir) / "README.md"
+    starts = STARTS
     if path.exists():
         _, found, before = path.read_text("utf-8", "surrogateescape").partition(STARTS)
+        # someone's own text
         if not found:
             warn(f"{path} is not about a run, and is not replaced")
             return
         starts += before
-    code = "not in git"
-    with suppress(OSError, subprocess.SubprocessError):
-        code = (
-            "commit "
-            + subprocess.run(
-                [
-                    "git",
-                    "describe",
-                    "--always",
-                    "--dirty=, changed",
-                    "--exclude=*",
-                    "--abbrev=40",
-                ],
-                cwd=Path(__file__).parent,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                timeout=10,
-                check=True,
-            ).stdout.strip()
-        )
+
+    # the description of a tokenizer may hold its whole vocabulary
     tokenizer = data["tokenizer"].get("name", data["tokenizer"]["kind"])
+    facts = {**data, "tokenizer": tokenizer}
+    # checksums of files say nothing to a reader
+    shown = facts.keys() - {"files", "crc32"}
+    settings = [f"{key} = {value!r}" for key, value in asdict(config).items()]
+    # one line, whatever the arguments hold
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
     text = CARD.format(
-        settings="\n".join(
-            f"{key} = {value!r}" for key, value in asdict(config).items()
-        ),
-        data=", ".join(
-            f"{key} {value}"
-            for key, value in (data | {"tokenizer": tokenizer}).items()
-            if key not in ("files", "crc32")
-        ),
+        settings="\n".join(settings),
+        data=", ".join(f"{key} {facts[key]}" for key in facts if key in shown),
         starts=starts,
         now=datetime.now(UTC),
         step=step,
-        command=" ".join(
-            shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]).splitlines()
-        ),
-        code=code,
+        command=" ".join(command.splitlines()),
+        code=describe_code(),
         machine=machine,
         versions=f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"numpy {np.__version__}",
     )
     # a path may hold bytes that are not UTF-8
     write_atomically(path, text.encode(errors="surrogateescape"), lock)
+
+
+def describe_code() -> str:
+    """Return the commit of this program, and whether it was changed since."""
+    command = "git describe --always --abbrev=40 --exclude=* '--dirty=, changed'"
+    # a copy of the program may be without git, and git may be absent or hang
+    try:
+        commit = subprocess.check_output(
+            shlex.split(command),
+            cwd=Path(__file__).parent,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            errors="replace",
+            timeout=10,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "not in git"
+    return f"commit {commit.strip()}"

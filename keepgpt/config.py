@@ -31,8 +31,14 @@ MODULES = {
 }
 
 
-def setting(default: Any, why: str, least: float = -inf, below: float = inf) -> Any:
-    """Declare a setting: its default, its purpose, and its range [least, below)."""
+def setting(
+    default: Any, why: str, least: float = 0, below: float | None = None
+) -> Any:
+    """Declare a setting: its default, its purpose, and if it is a number its range
+    [least, below)."""
+    # a whole number is a C int somewhere
+    if below is None:
+        below = 2**31 if type(default) is int else inf
     return field(default=default, metadata={"why": why, "least": least, "below": below})
 
 
@@ -46,12 +52,10 @@ class TrainConfig:
     init_from: str = setting(
         "scratch",
         "scratch | resume | auto (resume if there is a run, else scratch) | auto:SOURCE | "
-        "gpt2, gpt2-medium, gpt2-large, gpt2-xl, or OWNER/NAME of a Qwen3 on the hub | "
+        "gpt2, gpt2-medium, gpt2-large, gpt2-xl, or OWNER/NAME of a Llama or Qwen3 on the hub | "
         "path of a checkpoint or a Hugging Face folder",
     )
-    seed: int = setting(
-        1337, "seed of weights, data order and dropout", least=0, below=2**63
-    )
+    seed: int = setting(1337, "seed of weights, data order and dropout", below=2**63)
     # the data
     dataset: str = setting(
         "openwebtext", "folder in data_dir, made by prepare.py or nanoGPT"
@@ -59,6 +63,7 @@ class TrainConfig:
     data_dir: str = setting(
         "data", "folder of all datasets; relative paths start at train.py's"
     )
+    # the product of these three is a step's tokens, on any number of ranks
     gradient_accumulation_steps: int = setting(
         5 * 8, "micro-batches/step, over all ranks", least=1, below=10**6
     )
@@ -68,24 +73,18 @@ class TrainConfig:
     n_layer: int = setting(12, "transformer blocks", least=1, below=1000)
     n_head: int = setting(12, "attention heads; n_embd must be a multiple", least=1)
     n_embd: int = setting(768, "width", least=1)
-    dropout: float = setting(
-        0.0, "0 for pretraining, 0.1+ for small data", least=0, below=1
-    )
+    # a resumed run may change dropout, but not its architecture
+    dropout: float = setting(0.0, "0 for pretraining, 0.1+ for small data", below=1)
     bias: bool = setting(False, "gpt2: biases in Linear and LayerNorm; False is faster")
     architecture: str = setting(
         "gpt2",
         "gpt2 | llama (RMSNorm, RoPE, SwiGLU) | qwen3 (llama with QK-norm): a lower loss from the "
         "same tokens",
     )
-    n_kv_head: int = setting(
-        0, "llama, qwen3: heads of keys and values; 0 = n_head", least=0
-    )
-    head_dim: int = setting(
-        0, "llama, qwen3: width of a head; 0 = n_embd / n_head", least=0
-    )
-    n_ff: int = setting(
-        0, "llama, qwen3: width in the MLP; 0 = about 8/3 n_embd", least=0
-    )
+    # sizes that GPT-2 lacks
+    n_kv_head: int = setting(0, "llama, qwen3: heads of keys and values; 0 = n_head")
+    head_dim: int = setting(0, "llama, qwen3: width of a head; 0 = n_embd / n_head")
+    n_ff: int = setting(0, "llama, qwen3: width in the MLP; 0 = about 8/3 n_embd")
     rope_theta: float = setting(
         1e4, "llama, qwen3: base of the rotary wavelengths", least=1
     )
@@ -100,52 +99,47 @@ class TrainConfig:
         "adamw",
         "adamw | muon (the blocks' matrices; AdamW for the rest): fewer tokens to the same loss",
     )
-    learning_rate: float = setting(6e-4, "peak learning rate", least=0)
-    max_iters: int = setting(600000, "number of steps of the run", least=0)
+    # as for GPT-2 124M
+    learning_rate: float = setting(6e-4, "peak learning rate")
+    max_iters: int = setting(600000, "number of steps of the run")
     weight_decay: float = setting(
-        1e-1, "on matrices and embeddings, not biases and norms", least=0
+        1e-1, "on matrices and embeddings, not biases and norms"
     )
-    beta1: float = setting(0.9, "AdamW's decay of the mean gradient", least=0, below=1)
-    beta2: float = setting(0.95, "AdamW's decay of the mean square", least=0, below=1)
+    beta1: float = setting(0.9, "AdamW's decay of the mean gradient", below=1)
+    beta2: float = setting(0.95, "AdamW's decay of the mean square", below=1)
     grad_clip: float = setting(
-        1.0, "maximum of the global gradient norm; 0 = no clipping", least=0
+        1.0, "maximum of the global gradient norm; 0 = no clipping"
     )
-    muon_lr: float = setting(0.02, "peak learning rate of Muon, at any width", least=0)
-    muon_momentum: float = setting(
-        0.95, "Muon's decay of the mean gradient", least=0, below=1
-    )
+    # Muon's own two; it shares the schedule
+    muon_lr: float = setting(0.02, "peak learning rate of Muon, at any width")
+    muon_momentum: float = setting(0.95, "Muon's decay of the mean gradient", below=1)
+    # the schedule
     decay_lr: bool = setting(True, "linear warm-up, then lr_schedule; False = constant")
     lr_schedule: str = setting(
         "cosine",
         "after the warm-up: cosine | linear (constant, then linear decay) | constant",
     )
-    decay_fraction: float = setting(
-        0.65, "linear: share of lr_decay_iters that decays", least=0
-    )
-    warmup_iters: int = setting(2000, "steps of linear warm-up", least=0)
-    lr_decay_iters: int = setting(
-        600000, "step where the decay reaches min_lr", least=0
-    )
+    decay_fraction: float = setting(0.65, "linear: share of lr_decay_iters that decays")
+    warmup_iters: int = setting(2000, "steps of linear warm-up")
+    lr_decay_iters: int = setting(600000, "step where the decay reaches min_lr")
     min_lr: float = setting(
-        6e-5, "final learning rate; Muon's: the same share of muon_lr", least=0
+        6e-5, "final learning rate; Muon's: the same share of muon_lr"
     )
     # evaluating, logging and saving
     eval_interval: int = setting(2000, "steps between evaluations", least=1)
     eval_iters: int = setting(200, "micro-batches to evaluate of each split", least=1)
     eval_only: bool = setting(False, "evaluate once and exit")
     log_interval: int = setting(1, "steps between log lines", least=1)
-    sample_tokens: int = setting(
-        0, "tokens of a sample to show at each evaluation", least=0
-    )
-    checkpoint_interval: int = setting(
-        0, "steps between saves; 0 = at each evaluation", least=0
-    )
+    sample_tokens: int = setting(0, "tokens of a sample to show at each evaluation")
+    # a kill costs the steps since the last save
+    checkpoint_interval: int = setting(0, "steps between saves; 0 = at each evaluation")
     keep_checkpoints: int = setting(
         2, "newest checkpoints to keep; best.pt is kept too", least=2
     )
     always_save_checkpoint: bool = setting(
         True, "no effect: newest and best are always kept"
     )
+    # the log is in out_dir, whether this is on or not
     wandb_log: bool = setting(False, "also log to Weights & Biases")
     wandb_project: str = setting("owt", "wandb's project")
     wandb_run_name: str = setting("gpt2", "wandb's run name")
@@ -159,6 +153,7 @@ class TrainConfig:
         False, "bit-identical runs on CUDA, slower; a CPU's always are"
     )
     elastic: bool = setting(False, "bit-identical on 1, 2, 4, ... ranks, without DDP")
+    # how ranks wait for each other, and over what
     rank_timeout: int = setting(
         600, "seconds that a rank waits for another one", least=1
     )
@@ -179,14 +174,14 @@ class TrainConfig:
     @property
     def decay_start(self) -> int:
         """Return the step where that decay starts."""
+        start = 0
+        # constant until then
         if self.lr_schedule == "linear":
-            return max(
-                self.warmup_iters,
-                round(self.lr_decay_iters * (1 - self.decay_fraction)),
-            )
-        return self.warmup_iters
+            start = round(self.lr_decay_iters * (1 - self.decay_fraction))
+        return max(self.warmup_iters, start)
 
 
+# the settings that the shape of the weights depends on
 ARCHITECTURE = (
     "n_layer",
     "n_head",
@@ -201,9 +196,10 @@ ARCHITECTURE = (
     "norm_eps",
     "tie_embeddings",
 )
-FIXED = ("seed", "optimizer", *ARCHITECTURE)  # see resume_config
-# may differ between hosts. Only rank 0 writes and logs; of weights, data and device, what they are
-# is compared instead of their names
+# a resumed run keeps these, or it would be another run
+FIXED = ("seed", "optimizer", *ARCHITECTURE)
+# may differ between hosts. Only rank 0 writes and logs; of weights, data and device, the
+# content is compared instead of the name
 PER_HOST = (
     "out_dir",
     "init_from",
@@ -217,28 +213,33 @@ PER_HOST = (
 
 
 def resume_config(
-    config: TrainConfig, given: dict[str, Any], saved_config: dict[str, Any]
+    config: TrainConfig, overrides: dict, saved_config: dict
 ) -> tuple[TrainConfig, dict[str, str]]:
-    """Return a checkpoint's settings overridden by the `given` ones of this command's `config`,
-    and a line for each changed key. Raises UserError for what would make it another run."""
-    known = {f.name for f in fields(TrainConfig)} & saved_config.keys()
-    saved = TrainConfig(**{key: saved_config[key] for key in known})
+    """Return a checkpoint's settings with the `overrides` of this command's `config`, and a line
+    for each changed key. Raises UserError for what would make it another run."""
+    # a key that this version lacks is dropped; one that the saved version lacks has its default
+    keys = {f.name for f in fields(TrainConfig)} & saved_config.keys()
+    saved = TrainConfig(**{key: saved_config[key] for key in keys})
     # the folder may have moved; the run's first init_from stays recorded
-    resumed = replace(
-        saved, **given | {"out_dir": config.out_dir, "init_from": saved.init_from}
-    )
+    kept = {"out_dir": config.out_dir, "init_from": saved.init_from}
+    resumed = replace(saved, **overrides | kept)
     changes = {
         key: f"{key} {getattr(saved, key)} -> {value}"
-        for key, value in given.items()
-        if key != "init_from" and getattr(saved, key) != value
+        for key, value in overrides.items()
+        if key != "init_from" and value != getattr(saved, key)
     }
+
+    fixed = FIXED
     # with elastic=True, sums over batches of another size would round differently
-    for key in FIXED + (("batch_size",) if resumed.elastic else ()):
+    if resumed.elastic:
+        fixed += ("batch_size",)
+    for key in fixed:
         if key in changes:
             raise UserError(
                 f"{changes[key]} would make this another run. Try: leave --{key} out, "
                 "or another --out_dir"
             )
+    # an evaluation makes no step, so it may use other batches
     if resumed.tokens_per_step != saved.tokens_per_step and not resumed.eval_only:
         raise UserError(
             "batch_size x gradient_accumulation_steps x block_size: expected "
@@ -248,7 +249,7 @@ def resume_config(
 
 
 def check_settings(
-    config: TrainConfig, changed: dict[str, Any], resumed: bool
+    config: TrainConfig, changed: dict, resumed: bool
 ) -> tuple[TrainConfig, list[str]]:
     """Return the settings and a note for each combination of them that is odd, if one of its keys
     is among the `changed` ones. A min_lr left at a default above learning_rate becomes a tenth of
@@ -257,24 +258,23 @@ def check_settings(
     if config.eval_only:
         return config, []
     notes = []
-    if (
-        config.decays
-        and config.min_lr > config.learning_rate
-        and not resumed
-        and "min_lr" not in changed
-    ):
+    # a config file for nanoGPT may set a small learning_rate alone
+    rises = config.decays and config.min_lr > config.learning_rate
+    if rises and not resumed and "min_lr" not in changed:
+        min_lr = config.learning_rate / 10
         notes.append(
             f"min_lr: the default {config.min_lr} is above "
-            f"learning_rate={config.learning_rate}; using {config.learning_rate / 10:g}"
+            f"learning_rate={config.learning_rate}; using {min_lr:g}"
         )
-        config = replace(config, min_lr=config.learning_rate / 10)
+        config = replace(config, min_lr=min_lr)
+
     for keys, message in find_mistakes(config):
-        if changed.keys() & keys:
+        if keys & changed.keys():
             raise UserError(message)
         notes.append(message)
-    notes += [
-        message for keys, message in find_oddities(config) if changed.keys() & keys
-    ]
+    for keys, message in find_oddities(config):
+        if keys & changed.keys():
+            notes.append(message)
     return config, notes + list_unused(config, changed)
 
 
@@ -283,84 +283,67 @@ def find_mistakes(config: TrainConfig) -> Iterator[tuple[set[str], str]]:
     if not config.decays:
         return
     if config.min_lr > config.learning_rate:
-        yield (
-            {"min_lr", "learning_rate"},
-            (
-                f"min_lr={config.min_lr}: expected at most learning_rate="
-                f"{config.learning_rate}, or the rate would rise. Try: "
-                f"--min_lr={config.learning_rate / 10:g}"
-            ),
+        message = (
+            f"min_lr={config.min_lr}: expected at most learning_rate="
+            f"{config.learning_rate}, or the rate would rise. Try: "
+            f"--min_lr={config.learning_rate / 10:g}"
         )
+        yield {"min_lr", "learning_rate"}, message
+    # a decay without a step is a jump, unless the run ends before it
     if config.lr_decay_iters <= config.decay_start < config.max_iters:
-        yield (
-            {"warmup_iters", "lr_decay_iters", "decay_fraction", "max_iters"},
-            (
-                f"lr_decay_iters={config.lr_decay_iters}: expected more than {config.decay_start}, "
-                "where the decay starts, or the rate would jump. Try: a smaller --warmup_iters, or "
-                f"--lr_decay_iters={config.max_iters}"
-            ),
+        message = (
+            f"lr_decay_iters={config.lr_decay_iters}: expected more than {config.decay_start}, "
+            "where the decay starts, or the rate would jump. Try: a smaller --warmup_iters, or "
+            f"--lr_decay_iters={config.max_iters}"
         )
+        yield {"warmup_iters", "lr_decay_iters", "decay_fraction", "max_iters"}, message
     if config.lr_schedule == "linear" and config.decay_fraction > 1:
-        yield (
-            {"decay_fraction", "lr_schedule"},
-            (f"decay_fraction={config.decay_fraction}: expected at most 1. Try: 0.65"),
+        message = (
+            f"decay_fraction={config.decay_fraction}: expected at most 1. Try: 0.65"
         )
+        yield {"decay_fraction", "lr_schedule"}, message
 
 
 def find_oddities(config: TrainConfig) -> Iterator[tuple[set[str], str]]:
     """Yield the keys of settings that are seldom meant together, and a note about them."""
-    steps, decay = config.max_iters, config.lr_decay_iters
+    steps = config.max_iters
+    decay = config.lr_decay_iters
     if config.decay_lr and 0 < steps <= config.warmup_iters:
-        yield (
-            {"max_iters", "warmup_iters"},
-            (
-                f"max_iters={steps} ends the run within its warm-up of {config.warmup_iters} steps "
-                "(warmup_iters)"
-            ),
+        message = (
+            f"max_iters={steps} ends the run within its warm-up of {config.warmup_iters} steps "
+            "(warmup_iters)"
         )
+        yield {"max_iters", "warmup_iters"}, message
     elif config.decays and not steps / 2 <= decay <= steps * 2:
-        yield (
-            {"max_iters", "lr_decay_iters"},
-            (
-                f"max_iters={steps} is far from lr_decay_iters={decay}, where the decay ends"
-            ),
-        )
+        message = f"max_iters={steps} is far from lr_decay_iters={decay}, where the decay ends"
+        yield {"max_iters", "lr_decay_iters"}, message
 
 
-def list_unused(config: TrainConfig, changed: dict[str, Any]) -> list[str]:
+def list_unused(config: TrainConfig, changed: dict) -> list[str]:
     """Return a note for each group of `changed` settings that has no effect beside the others."""
+    decay = ("lr_decay_iters", "min_lr")
+    schedule = ("lr_schedule", "decay_fraction", "warmup_iters", *decay)
     notes = []
-    for unused, cause, keys in (
-        (config.optimizer != "muon", "optimizer", ("muon_lr", "muon_momentum")),
-        (
-            not config.decay_lr,
-            "decay_lr",
-            (
-                "lr_schedule",
-                "decay_fraction",
-                "warmup_iters",
-                "lr_decay_iters",
-                "min_lr",
-            ),
-        ),
-        (config.lr_schedule == "constant", "lr_schedule", ("lr_decay_iters", "min_lr")),
-        (config.lr_schedule != "linear", "lr_schedule", ("decay_fraction",)),
+    # a setting, whether its value leaves others unused, and which ones
+    for cause, applies, keys in (
+        ("optimizer", config.optimizer != "muon", ("muon_lr", "muon_momentum")),
+        ("decay_lr", not config.decay_lr, schedule),
+        ("lr_schedule", config.lr_schedule == "constant", decay),
+        ("lr_schedule", config.lr_schedule != "linear", ("decay_fraction",)),
     ):
-        names = [key for key in keys if key in changed]
-        if unused and names:
-            notes.append(
-                f"{', '.join(names)}: no effect with {cause}={getattr(config, cause)}"
-            )
+        names = ", ".join(key for key in keys if key in changed)
+        if applies and names:
+            notes.append(f"{names}: no effect with {cause}={getattr(config, cause)}")
     return notes
 
 
 def options_of(kind: Any) -> list[Any]:
     """Return the types and the strings that a setting takes, e.g. [bool, "auto"]."""
-    return [
-        option
-        for part in get_args(kind) or (kind,)
-        for option in get_args(part) or (part,)
-    ]
+    options = []
+    # a union has parts, and a Literal in it has strings
+    for part in get_args(kind) or [kind]:
+        options += get_args(part) or [part]
+    return options
 
 
 def convert(value: Any, options: list[Any]) -> Any:
@@ -368,47 +351,51 @@ def convert(value: Any, options: list[Any]) -> Any:
     ValueError, TypeError, OverflowError or SyntaxError."""
     if isinstance(value, str) and value in options:
         return value
-    if bool in options and str(value).lower() in ("true", "1", "false", "0"):
-        return str(value).lower() in ("true", "1")
+    text = str(value).lower()
+    if bool in options and text in ("true", "1", "false", "0"):
+        return text in ("true", "1")
+    # a config file may hold a Path
     if str in options:
         return os.fspath(value)
     number = ast.literal_eval(value) if isinstance(value, str) else value
-    if float in options and not isinstance(number, bool):
+    # True is a number to Python, but a mistake as one of ours
+    if isinstance(number, bool):
+        raise ValueError
+    if float in options:
         return float(number)
-    if int in options and not isinstance(number, bool) and int(number) == number:  # 1e4
+    # 1e4 is a whole number too
+    if int in options and int(number) == number:
         return int(number)
     raise ValueError
 
 
 def check(settings: type, key: str, value: Any, where: str) -> Any:
     """Return `value` as the type of `settings.key`. Raises UserError, which names `where`."""
-    known = {f.name: f for f in fields(settings)}
-    if key not in known:
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        raise UserError(
-            f"{where}: unknown key {key!r}; "
-            + (f"did you mean {near[0]}?" if near else "--help lists the keys")
-        )
+    by_name = {f.name: f for f in fields(settings)}
+    if key not in by_name:
+        hint = "--help lists the keys"
+        for near in difflib.get_close_matches(key, by_name, n=1, cutoff=0.5):
+            hint = f"did you mean {near}?"
+        raise UserError(f"{where}: unknown key {key!r}; {hint}")
+
+    # the type
+    options = options_of(by_name[key].type)
     try:
-        value = convert(value, options_of(known[key].type))
+        value = convert(value, options)
     except (ValueError, TypeError, OverflowError, SyntaxError):
-        names = [
-            getattr(option, "__name__", option)
-            for option in options_of(known[key].type)
-        ]
-        raise UserError(
-            f"{where}: {key}: expected {' or '.join(names)}, got {value!r}"
-        ) from None
-    if value == "" and known[key].default:
+        expected = " or ".join(getattr(kind, "__name__", kind) for kind in options)
+        raise UserError(f"{where}: {key}: expected {expected}, got {value!r}") from None
+
+    # the range; a text may be empty where the default is
+    if value == "" and by_name[key].default:
         raise UserError(f"{where}: {key} must not be empty")
     if type(value) in (int, float):
-        least, below = known[key].metadata["least"], known[key].metadata["below"]
-        if type(value) is int and below == inf:
-            below = 2**31
+        least = by_name[key].metadata["least"]
+        below = by_name[key].metadata["below"]
+        # a comparison that NaN fails, too
         if not least <= value < below:
             raise UserError(
-                f"{where}: {key}: expected at least {least} and below {below}, "
-                f"got {value}"
+                f"{where}: {key}: expected at least {least} and below {below}, got {value}"
             )
     return value
 
@@ -416,59 +403,65 @@ def check(settings: type, key: str, value: Any, where: str) -> Any:
 def read_config_file(settings: type, path: str) -> dict[str, Any]:
     """Return the settings that a Python file assigns, e.g. {"n_layer": 6}.
 
-    The file runs in a namespace of its own, where it can read the defaults by name and, as in
-    nanoGPT, a few modules without importing them. Raises UserError, also for a name that looks
-    like a misspelled key; prints the other names that nothing in the file reads.
+    Raises UserError, also for a name that looks like a misspelled key; prints the other names that
+    nothing in the file reads.
     """
-    try:
-        source = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as e:
-        raise UserError(
-            f"{path}: {getattr(e, 'strerror', None) or e}. Try: "
-            "config/train_plays_cpu.py"
-        ) from None
     defaults = {f.name: f.default for f in fields(settings)}
-    namespace = {
-        "__builtins__": vars(builtins) | defaults,
-        "__name__": "config",
-        "__file__": path,
+    reads, assigned = run_source(read_source(path), path, defaults)
+    overrides = {
+        key: check(settings, key, assigned[key], path)
+        for key in assigned
+        if key in defaults
     }
+    # private names, functions and modules are no settings, whatever they are called
+    others = {
+        name
+        for name, value in assigned.items()
+        if not (name.startswith("_") or callable(value) or inspect.ismodule(value))
+    } - defaults.keys()
+    unused = others - reads
+    for name in others:
+        for near in difflib.get_close_matches(name, defaults, n=1, cutoff=0.85):
+            # a helper may have a similar name, as in n_head = n_heads
+            if name in unused or near not in overrides:
+                raise UserError(f"{path}: unknown key {name!r}; did you mean {near}?")
+    if unused:
+        warn(f"{path}: ignoring unknown settings: {', '.join(sorted(unused))}")
+    return overrides
+
+
+def read_source(path: str) -> str:
+    """Return the text of a config file. Raises UserError."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"{path}: {reason}. Try: config/train_plays_cpu.py") from None
+
+
+def run_source(source: str, path: str, defaults: dict) -> tuple[set[str], dict]:
+    """Run a config file in a namespace of its own, where it can read the defaults by name and, as
+    in nanoGPT, a few modules without importing them. Return the names that it reads, and
+    its assignments. Raises UserError for any error in it."""
+    # as builtins: the namespace then holds only the assignments of the file
+    readable = vars(builtins) | defaults
+    namespace = {"__builtins__": readable, "__name__": "config", "__file__": path}
     try:
         reads = {
             node.id
             for node in ast.walk(ast.parse(source))
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
         }
+        # only those that it reads: torch takes seconds
         for name in MODULES.keys() & reads:
-            namespace["__builtins__"][name] = importlib.import_module(MODULES[name])
+            readable[name] = importlib.import_module(MODULES[name])
         exec(compile(source, path, "exec"), namespace)
     except (Exception, SystemExit) as e:
-        lines = [frame.lineno for frame in inspect.trace() if frame.filename == path]
-        line = lines[-1] if lines else getattr(e, "lineno", None) or 1
-        raise UserError(f"{path}:{line}: {type(e).__name__}: {e}") from None
-    given = {
-        key: check(settings, key, value, path)
-        for key, value in namespace.items()
-        if key in defaults
-    }
-    others = {
-        key
-        for key, value in namespace.items()
-        if key not in defaults
-        and not key.startswith("_")
-        and not callable(value)
-        and not inspect.ismodule(value)
-    }
-    unused = others - reads
-    for name in others:
-        near = difflib.get_close_matches(name, defaults, n=1, cutoff=0.85)
-        if near and (
-            name in unused or near[0] not in given
-        ):  # else a helper: n_head = n_heads
-            raise UserError(f"{path}: unknown key {name!r}; did you mean {near[0]}?")
-    if unused:
-        warn(f"{path}: ignoring unknown settings: {', '.join(sorted(unused))}")
-    return given
+        # the last line of the file that was running, or that can't be parsed
+        lines = [getattr(e, "lineno", None) or 1]
+        lines += [frame.lineno for frame in inspect.trace() if frame.filename == path]
+        raise UserError(f"{path}:{lines[-1]}: {type(e).__name__}: {e}") from None
+    return reads, namespace
 
 
 def parse(
@@ -477,18 +470,14 @@ def parse(
     """Read a command line: arguments (`config/x.py` or whatever the script takes) and `--key=value`
     flags, which override config files.
 
-    Returns the settings, those of them that were given, and the arguments that are no config
+    Returns the settings, those of them that the command sets, and the arguments that are no config
     files. Raises UserError; --help prints every setting and exits.
     """
     if "--help" in argv or "-h" in argv:
-        lines = [
-            f"  --{f.name + '=' + str(f.default):<36}  {f.metadata['why']}"
-            for f in fields(settings)
-        ]
-        print(f"usage: {usage}\n", *lines, sep="\n", flush=True)
+        print_help(settings, usage)
         sys.exit(0)
-    given: dict[str, Any] = {}
-    flags: dict[str, Any] = {}
+    overrides = {}
+    flags = {}
     args = []
     for arg in argv:
         key, equals, value = arg.removeprefix("--").partition("=")
@@ -498,21 +487,33 @@ def parse(
             raise UserError(
                 f"{arg}: expected --key=value, e.g. --eval_only=True. Try: --help"
             )
+        # only train.py has config files
         elif settings is TrainConfig:
-            given |= read_config_file(settings, arg)
+            overrides |= read_config_file(settings, arg)
         else:
             args.append(arg)
-    given |= flags
-    return settings(**given), given, args
+    # flags count wherever they stand
+    overrides |= flags
+    return settings(**overrides), overrides, args
+
+
+def print_help(settings: type, usage: str) -> None:
+    """Print every setting with its default and its purpose."""
+    lines = [f"usage: {usage}", ""]
+    for f in fields(settings):
+        flag = f"--{f.name}={f.default}"
+        lines.append(f"  {flag:<38}  {f.metadata['why']}")
+    # flushed here, where an error of stdout is noticed
+    print("\n".join(lines), flush=True)
 
 
 def command_line(settings: type, usage: str) -> tuple[Any, dict[str, Any], list[str]]:
     """`parse` this process's command line, or exit with one line. A script calls it before it loads
     torch, so --help and mistakes are answered at once."""
-    if not in_notebook():  # its kernel has set both
-        signal.signal(
-            signal.SIGINT, signal.SIG_DFL
-        )  # Ctrl-C ends the loading in silence
+    # a notebook's kernel has set both
+    if not in_notebook():
+        # Ctrl-C ends the loading in silence
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
         prepare_streams()
     prepare_process()
     return run_or_exit(lambda: parse(settings, usage, sys.argv[1:]))

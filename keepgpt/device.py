@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import sys
-from typing import Any
 
 import numpy as np
 import torch
@@ -50,19 +49,15 @@ def pick_device(name: str) -> torch.device:
     # sampling, it makes a plan for each length, which takes tens of milliseconds.
     torch.backends.cuda.enable_cudnn_sdp(False)
     if name == "auto":
-        name = (
-            "cuda"
-            if torch.cuda.is_available()
-            else "mps"
-            if torch.backends.mps.is_available()
-            else "cpu"
-        )
+        name = "mps" if torch.backends.mps.is_available() else "cpu"
+        if torch.cuda.is_available():
+            name = "cuda"
+    # PyTorch reports a device that is absent only when it is used
     try:
-        device = (
-            torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
-            if name == "cuda"
-            else torch.device(name)
-        )
+        device = torch.device(name)
+        if name == "cuda":
+            device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)))
+        # such as meta
         if device.type not in ("cpu", "cuda", "mps"):
             raise RuntimeError
         torch.empty(1, device=device)
@@ -78,8 +73,10 @@ def pick_device(name: str) -> torch.device:
 def use_deterministic_algorithms() -> None:
     """Use only algorithms whose results are bit-identical each time."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")  # NVLS adds in varying order
+    # NVLS adds in varying order
+    os.environ.setdefault("NCCL_ALGO", "^NVLS,NVLSTree")
     torch.use_deterministic_algorithms(True)
+    # a help to find reads of memory that nothing has written, which takes time
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
@@ -91,17 +88,14 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
         warn(f"float16 needs CUDA; using {pick_dtype(name, device)}")
     if name != "auto":
         return getattr(torch, name)
+    fastest = torch.float32
     if device.type == "cuda":
-        return (
-            torch.bfloat16
-            if torch.cuda.get_device_capability()[0] >= 8
-            else torch.float16
-        )
-    return (
-        torch.bfloat16
-        if device.type == "cpu" and has_fast_bfloat16()
-        else torch.float32
-    )
+        # from Ampere on, GPUs compute in bfloat16
+        is_ampere = torch.cuda.get_device_capability()[0] >= 8
+        fastest = torch.bfloat16 if is_ampere else torch.float16
+    elif device.type == "cpu" and has_fast_bfloat16():
+        fastest = torch.bfloat16
+    return fastest
 
 
 def has_fast_bfloat16() -> bool:
@@ -111,32 +105,29 @@ def has_fast_bfloat16() -> bool:
         torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
     ):
         return False
-    # oneDNN says it supports bfloat16 also where these two limits make it convert to float32
-    limits = (
-        os.environ.get(f"{name}_MAX_CPU_ISA", "").lower() for name in ("ONEDNN", "DNNL")
-    )
-    return (
-        torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-        and not any(limit in ("avx512_core", "avx512_core_vnni") for limit in limits)
-    )
+    # oneDNN says it supports bfloat16 also where these limits make it convert to float32
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        if os.environ.get(name, "").lower() in ("avx512_core", "avx512_core_vnni"):
+            return False
+    uses_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return uses_avx512 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def can_compile(device: torch.device, deterministic: bool = False) -> bool:
     """Return True if torch.compile works on this machine, else print a note."""
-    cuda, needs = device.type == "cuda", ""
-    compilers = (
-        [os.environ.get("CC", "cc"), "gcc", "clang"]
-        if cuda
-        else [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
-    )
-    if (
-        cuda and deterministic and torch.__version__ < (2, 10)
-    ):  # chooses kernels by their times
+    cuda = device.type == "cuda"
+    # Inductor makes C++ for a CPU, and Triton needs a C compiler for its launchers
+    compilers = [os.environ.get("CC", "cc"), "gcc", "clang"]
+    if not cuda:
+        default = "clang++" if sys.platform == "darwin" else "g++"
+        compilers = [os.environ.get("CXX", default)]
+    needs = ""
+    # older versions choose kernels by their times
+    if cuda and deterministic and torch.__version__ < (2, 10):
         needs = "torch 2.10 or newer for deterministic=True"
     elif cuda and importlib.util.find_spec("triton") is None:
         needs = "the package triton"
-    elif not any(map(shutil.which, compilers)):
+    elif not any(shutil.which(compiler) for compiler in compilers):
         needs = f"a compiler ({compilers[-1]})"
     if needs:
         warn(f"torch.compile needs {needs}; continuing without it")
@@ -145,7 +136,10 @@ def can_compile(device: torch.device, deterministic: bool = False) -> bool:
 
 def should_compile(config: TrainConfig, device: torch.device) -> bool:
     """Return True if the model is to be compiled, and can be on this machine."""
-    wanted = device.type == "cuda" if config.compile == "auto" else config.compile
+    wanted = config.compile
+    # compiling for a CPU takes a minute
+    if wanted == "auto":
+        wanted = device.type == "cuda"
     return wanted and can_compile(device, config.deterministic)
 
 
@@ -156,13 +150,16 @@ def device_name(device: torch.device) -> str:
 
 def peak_flops(device: torch.device) -> float | None:
     """Return the device's peak in FLOP/s, or None if it is not known."""
-    matches = [gpu for gpu in PEAK_TFLOPS if gpu in device_name(device)]
-    return 1e12 * PEAK_TFLOPS[max(matches, key=len)] if matches else None
+    # the longest, as in "H100 PCIe"
+    name = device_name(device)
+    gpu = max((gpu for gpu in PEAK_TFLOPS if gpu in name), key=len, default=None)
+    return 1e12 * PEAK_TFLOPS[gpu] if gpu else None
 
 
 def seed_generator(seed: int, device: torch.device) -> None:
     """Seed the generator of the device's random numbers. torch.manual_seed seeds those of absent
     devices too, which takes 0.4 ms."""
+    # GPUs draw from generators of their own; code on the host may draw, too
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
     elif device.type == "mps":
@@ -170,10 +167,12 @@ def seed_generator(seed: int, device: torch.device) -> None:
     torch.default_generator.manual_seed(seed)
 
 
-def rng_state(device: torch.device) -> dict[str, Any]:
+def rng_state(device: torch.device) -> dict:
     """Return the states of this process's random number generators, as plain values."""
+    # the array as a list: a checkpoint holds plain values and tensors
     numpy_state = np.random.get_state(legacy=False)
     numpy_state["state"]["key"] = numpy_state["state"]["key"].tolist()
+    # training draws from PyTorch's alone; code that a user adds may draw from any
     return {
         "python": random.getstate(),
         "numpy": numpy_state,
@@ -182,7 +181,7 @@ def rng_state(device: torch.device) -> dict[str, Any]:
     }
 
 
-def restore_rng(state: dict[str, Any], device: torch.device) -> None:
+def restore_rng(state: dict, device: torch.device) -> None:
     """Restore the states that `rng_state` returned."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])

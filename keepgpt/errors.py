@@ -13,13 +13,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn
 
-EXIT_FAILED = 1  # a crash, a full disk or a failed last save: trying again may help
-EXIT_MISTAKE = 2  # the command, a file or the machine must be changed first
-EXIT_NOT_FINITE = 3  # trying again would meet the same numbers
-EXIT_STOPPED = (
-    75  # by a signal, everything saved: the same command with init_from=auto resumes
-)
-EXIT_INTERRUPTED = 130  # by another Ctrl-C
+# a crash, a full disk or a failed last save: trying again may help
+EXIT_FAILED = 1
+# the command, a file or the machine must be changed first
+EXIT_MISTAKE = 2
+# a loss or gradient is not finite: trying again would meet the same numbers
+EXIT_NOT_FINITE = 3
+# by a signal, everything saved: the same command with init_from=auto resumes
+EXIT_STOPPED = 75
+# by another Ctrl-C
+EXIT_INTERRUPTED = 130
 # a drive that lacks an operation answers it with one of these
 UNSUPPORTED = {
     errno.EACCES,
@@ -52,7 +55,8 @@ MISTAKES = (UNSUPPORTED - {errno.ENOLCK}) | {
     errno.EROFS,
     errno.ESPIPE,
 }
-TOPICS: set[str] = set()  # of the notes that are printed once
+# of the notes that are printed once
+TOPICS = set()
 
 
 class UserError(Exception):
@@ -89,13 +93,12 @@ def in_notebook() -> bool:
 def prepare_streams() -> None:
     """Let stdout and stderr take every character, and stderr lose what can't be written."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if (
-            getattr(sys, name) is None
-        ):  # closed: the next file, a checkpoint, would get its number
-            setattr(
-                sys, name, open(os.open(os.devnull, os.O_RDWR), mode, closefd=False)
-            )
-    sys.stdout.reconfigure(errors="backslashreplace")  # a locale may lack a character
+        # a closed one gets its number back, or the next file, a checkpoint, would
+        if getattr(sys, name) is None:
+            number = os.open(os.devnull, os.O_RDWR)
+            setattr(sys, name, open(number, mode, closefd=False))
+    # a locale may lack a character
+    sys.stdout.reconfigure(errors="backslashreplace")
     sys.stderr = Notes(
         open(2, "wb", closefd=False),
         sys.stderr.encoding,
@@ -110,6 +113,7 @@ def say(text: str, end: str = "\n") -> None:
     try:
         print(text, end=end, flush=True)
     except (OSError, ValueError) as e:
+        # a reader that left knows why
         if not isinstance(e, BrokenPipeError):
             warn(f"stdout: {e}; continuing without it")
         sys.stdout = open(os.devnull, "w")
@@ -123,6 +127,7 @@ def one_line(error: BaseException) -> str:
 def exit_with(error: Exception, code: int = EXIT_MISTAKE) -> NoReturn:
     """Print an error in one line and exit. If other ranks have met it as well, only the first one
     prints it: torchrun ends the others as soon as one has ended."""
+    # only after seconds: an error that this rank alone has met is printed, too
     if os.environ.get("LOCAL_RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
@@ -145,13 +150,15 @@ def name_path(path: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        if e.errno:  # that of a library may have only a text
+        # that of a library may have only a text, which a file name would hide
+        if e.errno:
             e.filename = e.filename or os.fspath(path)
         raise
 
 
 def end_process(code: int) -> NoReturn:
     """Exit at once, without what libraries do at the interpreter's end, which may hang."""
+    # os._exit drops buffered lines
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -161,16 +168,17 @@ def run_or_exit(work: Callable[[], Any], hint: str = "") -> Any:
     """Return what `work` returns. End the process, with one line at most, at a mistake, a failed
     file operation, an interruption, or full memory, where `hint` says what to try."""
     try:
-        with name_path(
-            "stdout or another stream"
-        ):  # files are named where they are used
+        # files are named where they are used; an error without a name is one of a stream
+        with name_path("stdout or another stream"):
             result = work()
-            sys.stdout.flush()  # a failure here is one of `work`
+            # a failure here is one of `work`
+            sys.stdout.flush()
             return result
     except UserError as e:
         exit_with(e, exit_code(e.__cause__ or e))
     except KeyboardInterrupt:
-        say("")  # after the terminal's ^C
+        # after the terminal's ^C
+        say("")
         sys.exit(EXIT_INTERRUPTED)
     except Stopped:
         if os.environ.get("RANK", "0") == "0":
@@ -179,21 +187,27 @@ def run_or_exit(work: Callable[[], Any], hint: str = "") -> Any:
             )
         sys.exit(EXIT_STOPPED)
     except OSError as e:
-        try:
-            sys.stdout.flush()
-        except OSError:
-            sys.stdout = open(
-                os.devnull, "w"
-            )  # the interpreter's own flush would change the code
-        if isinstance(e, BrokenPipeError):  # stdout's reader has left, as `| head` does
-            sys.exit(EXIT_FAILED)
-        exit_with(e, exit_code(e))
+        exit_with_os_error(e)
     except (MemoryError, RuntimeError) as e:
+        # PyTorch raises a RuntimeError for full memory, and for much else
         if isinstance(e, RuntimeError) and not re.search(
             "out of memory|allocate", str(e)
         ):
             raise
         exit_with(UserError(f"out of memory: {e}. Try: {hint}"), EXIT_FAILED)
+
+
+def exit_with_os_error(error: OSError) -> NoReturn:
+    """Print a failed file operation in one line and exit."""
+    # the interpreter flushes stdout at its end; if that failed, it would change the code
+    try:
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
+    # stdout's reader has left, as `| head` does
+    if isinstance(error, BrokenPipeError):
+        sys.exit(EXIT_FAILED)
+    exit_with(error, exit_code(error))
 
 
 def warn(message: str) -> None:
@@ -214,6 +228,7 @@ def import_package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
+        # that of a module in it is what pip knows
         package = name.partition(".")[0]
         raise UserError(
             f"this needs the package {package}. Try: pip install {package}"

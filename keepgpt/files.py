@@ -15,6 +15,7 @@ class FolderLost(UserError):
 
 def sync(path: str | os.PathLike) -> None:
     """Fsync a file or a folder. Raises OSError."""
+    # the kernel fsyncs what any descriptor has written
     handle = os.open(path, os.O_RDONLY)
     try:
         with name_path(path):
@@ -30,11 +31,12 @@ def sync_folder(folder: Path) -> None:
     except OSError as e:
         if e.errno not in UNSUPPORTED:
             raise
-        warn_once(
-            "fsync",
+        # at each save, so only the first time
+        message = (
             f"this drive can't fsync a folder ({e}): after a power cut, the newest "
-            "names in it may be missing",
+            "names in it may be missing"
         )
+        warn_once("fsync", message)
 
 
 class FolderLock:
@@ -45,12 +47,16 @@ class FolderLock:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.file, self.lost = folder, -1, False
+        self.folder = folder
+        # the descriptor of .lock, while it is locked
+        self.file = -1
+        self.lost = False
 
     def acquire(self, patience: float) -> None:
         """Make the folder durably and lock it until `release`, or until this process ends; wait up
         to `patience` seconds for another process that is ending. Raises UserError and OSError."""
         make_folder(self.folder)
+        # flock itself would wait without an end and without a line
         deadline = time.monotonic() + patience
         while not self._try_to_acquire():
             if time.monotonic() > deadline:
@@ -58,6 +64,7 @@ class FolderLock:
                     f"another process is writing to {self.folder}. Try: wait for its "
                     "end, or another folder"
                 )
+            # said once
             if patience:
                 say(f"another process is writing to {self.folder}; waiting")
                 patience = 0
@@ -66,6 +73,7 @@ class FolderLock:
     def check(self) -> None:
         """Raise FolderLost if the folder was moved, removed or replaced, or its .lock was, now or
         at an earlier check. Raises OSError if that can't be found out."""
+        # for good: who moves a folder back may have started another process on it
         self.lost = self.lost or not self._is_in_place()
         if self.lost:
             raise FolderLost(
@@ -90,6 +98,7 @@ class FolderLock:
             if e.errno in (errno.EAGAIN, errno.EACCES):
                 self.release()
                 return False
+            # others are named by the descriptor, which says nothing
             e.filename = str(self.folder / ".lock")
             if e.errno not in UNSUPPORTED:
                 raise
@@ -97,7 +106,7 @@ class FolderLock:
                 f"this drive has no locks ({e}): it goes unnoticed if two processes write to "
                 f"{self.folder}. Start only one"
             )
-        # it may have been replaced before it was locked: by a process that then locked the new one
+        # another process may have replaced it before it was locked, and locked the new one
         if self._is_in_place():
             return True
         self.release()
@@ -106,15 +115,18 @@ class FolderLock:
     def _is_in_place(self) -> bool:
         """Return True if the folder's path leads to the locked file."""
         try:
-            return os.path.samestat(os.stat(self.folder / ".lock"), os.fstat(self.file))
+            found = os.stat(self.folder / ".lock")
         except OSError as e:
+            # a network drive that is away does not show that the folder is
             if e.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
                 raise
             return False
+        return os.path.samestat(found, os.fstat(self.file))
 
 
 def make_folder(folder: Path) -> None:
     """Make a folder and its parents durably, unless they exist. Raises UserError and OSError."""
+    # before they are made
     new = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -123,6 +135,7 @@ def make_folder(folder: Path) -> None:
             f"{e.filename}: expected a folder, got a file or a link to nothing. Try: "
             "another name"
         ) from None
+    # a new name is in the folder above it
     for path in new:
         sync_folder(path.parent)
 
@@ -138,16 +151,19 @@ def write_atomically(
 ) -> None:
     """Replace a file durably: after a crash it holds the old or the new content. `lock` is that on
     its folder. Raises OSError and FolderLost."""
+    # on the same drive: a rename is atomic only there
     temporary = path.with_name(f"{path.name}.tmp")
     check_lock(lock)
     try:
         with name_path(temporary):
             temporary.write_bytes(content)
+        # the content first, then its name: a power cut may come in between
         sync(temporary)
         check_lock(lock)
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError:
-        check_lock(lock)  # that file may be another process's
+        # the temporary file may be another process's
+        check_lock(lock)
         temporary.unlink(missing_ok=True)
         raise

@@ -22,16 +22,11 @@ from keepgpt.config import ARCHITECTURE
 from keepgpt.errors import UserError, import_package, warn
 from keepgpt.tokenizer import describe_folder, find_difference, from_meta
 
-ARGS = (
-    "n_layer",
-    "n_head",
-    "n_embd",
-    "block_size",
-    "vocab_size",
-    "bias",
-    "dropout",
-)  # nanoGPT's
+Weights = tuple[dict, dict[str, Tensor], dict]  # ModelArgs, state dict, data
+# the model_args of nanoGPT
+ARGS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size", "bias", "dropout")
 NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+# all that a download needs
 PATTERNS = [
     "config.json",
     "keepgpt.json",
@@ -50,20 +45,21 @@ class Format:
     """How Hugging Face's config.json and weights describe an architecture of model.py."""
 
     class_name: str
-    prefix: str  # of all names of tensors, except the output layer's
-    sizes: dict[str, str]  # the names of our sizes -> theirs
-    fixed: dict[
-        str, tuple
-    ]  # keys that decide the network -> the values that model.py has
-    dropouts: tuple[str, ...]  # keys with our dropout
-    defaults: dict[str, int] = field(
-        default_factory=dict
-    )  # of sizes that may be absent or null
+    # of all names of tensors, except the output layer's
+    prefix: str
+    # the name of each of our sizes
+    sizes: dict[str, str]
+    # keys that decide the network, and the values that model.py has
+    fixed: dict[str, tuple]
+    # keys with our dropout
+    dropouts: tuple[str, ...]
+    # our sizes that may be absent or null
+    defaults: dict[str, int] = field(default_factory=dict)
     has_biases: bool = False
-    is_rotary: bool = True  # with RMSNorm, and an output layer that may be tied
-    transposed: tuple[
-        str, ...
-    ] = ()  # endings of names: (in, out) there, (out, in) here
+    # with RMSNorm, and an output layer that may be tied
+    is_rotary: bool = True
+    # endings of names: (in, out) there, (out, in) here
+    transposed: tuple[str, ...] = ()
     # matrices whose rows llama.cpp wants in the order of interleaved rotary positions
     interleaved: tuple[str, ...] = ()
 
@@ -189,19 +185,18 @@ ROTARY_KEYS = {
 }
 
 
-def read_weights(
-    source: str,
-) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+def read_weights(source: str) -> Weights:
     """Return (ModelArgs as a dict, state dict, data) of one of NAMES, another name on the hub, a
     folder in Hugging Face's format, or a checkpoint file of keepGPT or nanoGPT. `data` has the
     source's "tokenizer", the name of its "dataset" (nanoGPT), or nothing. Raises UserError."""
     path = Path(source)
     is_gpt2 = source in NAMES
-    is_name = (
-        re.fullmatch(r"[\w-]+/[\w.-]+(?<!\.pt)", source) and not path.parent.exists()
-    )
-    if is_gpt2 or is_name:
-        path = download(f"openai-community/{source}" if is_gpt2 else source)
+    # OWNER/NAME also looks like a path
+    is_name = re.fullmatch(r"[\w-]+/[\w.-]+(?<!\.pt)", source)
+    if is_gpt2:
+        path = download(f"openai-community/{source}")
+    elif is_name and not path.parent.exists():
+        path = download(source)
     if not path.exists():
         raise UserError(
             f"init_from={source}: no such file, folder or model. Try: one of "
@@ -214,25 +209,28 @@ def read_weights(
         )
     if path.is_dir():
         args, state = read_hugging_face(path)
+        # that of GPT-2 needs no files
         data = {"tokenizer": {"kind": "gpt2"}} if is_gpt2 else read_tokenizer(path)
         return args, state, data
     with name_in_errors(path, "a checkpoint of keepGPT or nanoGPT"):
         return read_checkpoint(path)
 
 
-def read_checkpoint(
-    path: Path,
-) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+def read_checkpoint(path: Path) -> Weights:
     """Return (ModelArgs as a dict, state dict, data) of a checkpoint of keepGPT or nanoGPT. Raises
     UserError."""
     saved = load_tensors(path)
+    # all of nanoGPT's, whose absence is an error, and those that only keepGPT has
     args = {key: saved["model_args"][key] for key in ARGS} | saved["model_args"]
     for key in args.keys() - {*ARGS, *ARCHITECTURE}:
         raise UserError(
             f"{path}: model_args has {key}={args[key]!r}, which model.py lacks"
         )
+    # nanoGPT saves the names of a compiled model
     state = {name.removeprefix("_orig_mod."): t for name, t in saved["model"].items()}
-    data = saved.get("data") or {"dataset": saved.get("config", {}).get("dataset")}
+    data = saved.get("data")
+    if not data:
+        data = {"dataset": saved.get("config", {}).get("dataset")}
     return args, drop_masks(state), data
 
 
@@ -243,8 +241,10 @@ def name_in_errors(path: Path, expected: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except pickle.UnpicklingError:  # its text would advise to load it unsafely
+    # its text would advise to load the file unsafely
+    except pickle.UnpicklingError:
         raise UserError(f"{path}: expected only plain values and tensors") from None
+    # libraries raise many types
     except Exception as e:
         got = f"{type(e).__name__}: {e}".partition("\n")[0]
         raise UserError(f"{path}: expected {expected}, got {got}") from None
@@ -253,8 +253,10 @@ def name_in_errors(path: Path, expected: str) -> Iterator[None]:
 def load_tensors(path: Path) -> Any:
     """Return the content of a .safetensors file or of one that torch.save wrote, after checking the
     CRC32s that torch.load ignores."""
+    # its header names what each tensor takes, so a cut is an error there
     if path.suffix == ".safetensors":
         return import_package("safetensors.torch").load_file(path)
+    # before PyTorch 1.6 these files were no zip files
     corrupt = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
     if corrupt:
         raise ValueError(f"{corrupt} is corrupt")
@@ -268,7 +270,7 @@ def drop_masks(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in state.items() if not name.endswith(masks)}
 
 
-def read_hugging_face(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_hugging_face(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     """Return (ModelArgs as a dict, state dict) of a folder in Hugging Face's format, for one of
     FORMATS. Weights become float32. Raises UserError."""
     args = read_args(folder)
@@ -282,10 +284,12 @@ def read_hugging_face(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                     f"{file}: expected the tensor {name}, which the index names"
                 )
             for name, tensor in drop_masks(tensors).items():
+                # quantized weights need their scales, too
                 if not tensor.is_floating_point():
                     raise UserError(
                         f"{file}: {name}: expected weights, got {tensor.dtype}"
                     )
+                # some programs leave out the prefix
                 if name != "lm_head.weight":
                     name = form.prefix + name.removeprefix(form.prefix)
                 if name in state:
@@ -302,31 +306,36 @@ def read_hugging_face(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def find_weight_files(folder: Path) -> dict[Path, set[str]]:
-    """Return the files with a folder's weights, and of each the tensors that an index expects:
-    those of the index, else model.safetensors, else the same of pytorch_model.bin, else the only
-    file. Print a note that names those left out. Raises UserError."""
-    files = sorted(folder.glob("*.safetensors")) + sorted(
-        folder.glob("pytorch_model*.bin")
-    )
-    found = {}
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if not found:
-            found = read_index(folder / f"{name}.index.json")
-        if not found and (folder / name).exists():
-            found = {folder / name: set()}
-    if not found and len(files) == 1:
-        found = {files[0]: set()}
-    if not found:
+    """Return the files with a folder's weights, and of each the tensors that an index expects.
+    Print a note that names the files left out. Raises UserError."""
+    files = sorted(folder.glob("*.safetensors"))
+    files += sorted(folder.glob("pytorch_model*.bin"))
+    used = choose_weight_files(folder, files)
+    if not used:
         got = ", ".join(file.name for file in files) or "none of them"
         raise UserError(
             f"{folder}: expected model.safetensors, pytorch_model.bin, an index of "
             f"several files, or one file, got {got}"
         )
-    ignored = [file.name for file in files if file not in found]
+    # whoever left a file there may have meant it
+    ignored = [file.name for file in files if file not in used]
     if ignored:
-        names = ", ".join(sorted(file.name for file in found))
+        names = ", ".join(sorted(file.name for file in used))
         warn(f"{folder}: reading {names}, not {', '.join(ignored)}")
-    return found
+    return used
+
+
+def choose_weight_files(folder: Path, files: list[Path]) -> dict[Path, set[str]]:
+    """Return the files of an index, else model.safetensors, else the same of pytorch_model.bin,
+    else the only one of `files`, else {}. Raises UserError."""
+    # the order in which Transformers looks for them
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        indexed = read_index(folder / f"{name}.index.json")
+        if indexed:
+            return indexed
+        if (folder / name).exists():
+            return {folder / name: set()}
+    return {files[0]: set()} if len(files) == 1 else {}
 
 
 def read_index(path: Path) -> dict[Path, set[str]]:
@@ -335,10 +344,12 @@ def read_index(path: Path) -> dict[Path, set[str]]:
     the index of an earlier save."""
     files = {}
     if path.exists():
+        # name of a tensor -> name of its file
         with name_in_errors(path, "an index of weights"):
             for tensor, name in json.loads(path.read_bytes())["weight_map"].items():
                 files.setdefault(path.parent / name, set()).add(tensor)
     missing = [file.name for file in files if not file.exists()]
+    # all weights in one file
     only_file = path.with_name(path.name.removesuffix(".index.json"))
     if missing and only_file.exists():
         warn(f"{path}: its file {missing[0]} is missing; reading {only_file.name}")
@@ -348,7 +359,7 @@ def read_index(path: Path) -> dict[Path, set[str]]:
     return files
 
 
-def read_args(folder: Path) -> dict[str, Any]:
+def read_args(folder: Path) -> dict:
     """Return the ModelArgs, as a dict, of a folder's config.json. Raises UserError for an
     architecture that they can't represent."""
     path = folder / "config.json"
@@ -361,17 +372,20 @@ def read_args(folder: Path) -> dict[str, Any]:
             )
         form = FORMATS[kind]
         check_keys(path, config, form)
+
+        # a size without a default is an error if it is absent
         args = {"architecture": kind, "bias": form.has_biases, "dropout": 0.0}
-        for ours, theirs in form.sizes.items():
-            value = config.get(theirs) if ours in form.defaults else config[theirs]
-            args[ours] = form.defaults[ours] if value is None else value
+        for size, name in form.sizes.items():
+            value = config.get(name) if size in form.defaults else config[name]
+            args[size] = form.defaults[size] if value is None else value
         if not form.is_rotary:
-            check_value(
-                path, "n_inner", config.get("n_inner"), (None, 4 * args["n_embd"])
-            )
+            n_inner = config.get("n_inner")
+            check_value(path, "n_inner", n_inner, (None, 4 * args["n_embd"]))
             return args
+
         for layer in config.get("layer_types") or []:
             check_value(path, "layer_types", layer, ("full_attention", "attention"))
+        # the defaults of Transformers
         args["n_kv_head"] = args["n_kv_head"] or args["n_head"]
         args["head_dim"] = args["head_dim"] or args["n_embd"] // args["n_head"]
         args["norm_eps"] = float(config.get("rms_norm_eps", 1e-6))
@@ -380,22 +394,24 @@ def read_args(folder: Path) -> dict[str, Any]:
     return args
 
 
-def make_config(sizes: dict[str, Any]) -> dict[str, Any]:
+def make_config(sizes: dict) -> dict:
     """Return the content of config.json for ModelArgs as a dict, whose sizes are not 0."""
     kind = sizes["architecture"]
     form = FORMATS[kind]
+    # a key with several allowed values gets the first
     config = {"architectures": [form.class_name], "model_type": kind}
-    config |= {theirs: sizes[ours] for ours, theirs in form.sizes.items()}
+    config |= {name: sizes[size] for size, name in form.sizes.items()}
     config |= {key: values[0] for key, values in form.fixed.items()}
     config |= dict.fromkeys(form.dropouts, sizes["dropout"])
     if not form.is_rotary:
         return config | {"n_inner": None, "n_ctx": sizes["block_size"]}
+    rope_theta = sizes["rope_theta"]
     return config | {
         "rms_norm_eps": sizes["norm_eps"],
         "tie_word_embeddings": sizes["tie_embeddings"],
         # read by Transformers 4; the next line by 5
-        "rope_theta": sizes["rope_theta"],
-        "rope_parameters": {"rope_type": "default", "rope_theta": sizes["rope_theta"]},
+        "rope_theta": rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
     }
 
 
@@ -404,25 +420,25 @@ def make_tensors(state: dict[str, Tensor], architecture: str) -> dict[str, Tenso
     GPT-2 lacks becomes 0."""
     form = FORMATS[architecture]
     tensors = {}
+    biases = {}
     for name, tensor in state.items():
-        tensors[name] = (
-            tensor.t().contiguous() if name.endswith(form.transposed) else tensor
-        )
-    if form.has_biases:
-        for name, tensor in state.items():
-            is_layer = name.endswith(".weight") and not name.endswith(
-                ("wte.weight", "wpe.weight")
-            )
-            bias = name.removesuffix("weight") + "bias"
-            if is_layer and bias not in state:
-                tensors[bias] = tensor.new_zeros(tensor.size(0))
+        layer = name.removesuffix(".weight")
+        # embeddings have none, and vectors that are biases have another name
+        if form.has_biases and layer != name and not layer.endswith(("wte", "wpe")):
+            biases[f"{layer}.bias"] = tensor.new_zeros(tensor.size(0))
+        if name.endswith(form.transposed):
+            tensor = tensor.t().contiguous()
+        tensors[name] = tensor
+    for name, zeros in biases.items():
+        tensors.setdefault(name, zeros)
     return tensors
 
 
-def check_keys(path: Path, config: dict[str, Any], form: Format) -> None:
+def check_keys(path: Path, config: dict, form: Format) -> None:
     """Raise UserError for a key of config.json with a value that model.py lacks, or that may change
-    the network in a way not known here."""
+    the network in a way that model.py lacks."""
     fixed = form.fixed | FIXED_IN_ALL
+    # read_args checks these
     own = ROTARY_KEYS if form.is_rotary else {"n_inner"}
     for key, value in config.items():
         if key in fixed:
@@ -441,7 +457,7 @@ def check_value(path: Path, key: str, value: Any, allowed: tuple) -> None:
         )
 
 
-def read_rope_theta(path: Path, config: dict[str, Any]) -> float:
+def read_rope_theta(path: Path, config: dict) -> float:
     """Return the base of the rotary positions, which config.json has in one of three places. Raises
     UserError for positions that model.py lacks."""
     thetas = {}
@@ -449,41 +465,47 @@ def read_rope_theta(path: Path, config: dict[str, Any]) -> float:
         thetas["rope_theta"] = config["rope_theta"]
     for name in ("rope_scaling", "rope_parameters"):
         for key, value in (config.get(name) or {}).items():
+            place = f"{name}.{key}"
             if key == "rope_theta":
-                thetas[f"{name}.rope_theta"] = value
+                thetas[place] = value
             else:
-                check_value(
-                    path, f"{name}.{key}", value, FIXED_IN_ROPE.get(key, (None,))
-                )
+                check_value(path, place, value, FIXED_IN_ROPE.get(key, (None,)))
     # programs differ in which one counts
-    for key, value in thetas.items():
-        check_value(path, key, value, (next(iter(thetas.values())),))
-    return float(next(iter(thetas.values()), 10000.0))
+    theta = next(iter(thetas.values()), 10000.0)
+    for place, value in thetas.items():
+        check_value(path, place, value, (theta,))
+    return float(theta)
 
 
-def read_tokenizer(folder: Path) -> dict[str, Any]:
+def read_tokenizer(folder: Path) -> dict:
     """Return the "tokenizer" of a folder: the one that tools.export wrote into keepgpt.json, else
     that of tokenizer.json, or of vocab.json and merges.txt. Return {} if there is none. Raises
     UserError."""
-    path, data = folder / "keepgpt.json", {}
+    data = {}
     if any((folder / name).exists() for name in ("tokenizer.json", "vocab.json")):
         data = {"tokenizer": describe_folder(folder)}
-    if path.exists():
-        with name_in_errors(path, "a tokenizer"):
-            ours = {"tokenizer": json.loads(path.read_bytes())["tokenizer"]}
-            got = find_difference(from_meta(ours), from_meta(data)) if data else ""
-        if got:
-            raise UserError(
-                f"{folder}: expected one tokenizer, got {got} in its tokenizer.json "
-                "than in keepgpt.json. Try: remove the file that is out of date"
-            )
-        data = ours
-    return data
+    path = folder / "keepgpt.json"
+    if not path.exists():
+        return data
+    with name_in_errors(path, "a tokenizer"):
+        exported = {"tokenizer": json.loads(path.read_bytes())["tokenizer"]}
+        difference = ""
+        if data:
+            difference = find_difference(from_meta(exported), from_meta(data))
+    # one of the two was changed after the export
+    if difference:
+        raise UserError(
+            f"{folder}: expected one tokenizer, got {difference} in its tokenizer.json "
+            "than in keepgpt.json. Try: remove the file that is out of date"
+        )
+    return exported
 
 
 def download(name: str) -> Path:
     """Return the folder of a model on the Hugging Face hub, from the local cache if possible."""
+    # a package that only this needs
     snapshot_download = import_package("huggingface_hub").snapshot_download
+    # the hub's errors are many, and long
     try:
         return Path(snapshot_download(name, allow_patterns=PATTERNS))
     except Exception as e:

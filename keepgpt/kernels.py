@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-MAX_LOGITS = 1 << 25  # held in memory at a time; eight times as many on a GPU
-ATTENTION_ROWS = 256  # of the attention weights, computed at a time
+# held in memory at a time; eight times as many on a GPU
+MAX_LOGITS = 1 << 25
+# of the attention weights, computed at a time: they stay in the CPU's cache
+ATTENTION_ROWS = 256
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype of matrix products with x: autocast's, if it is on."""
     device = x.device.type
-    return (
-        torch.get_autocast_dtype(device)
-        if torch.is_autocast_enabled(device)
-        else x.dtype
-    )
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
 
 
 def has_fast_attention(q: Tensor) -> bool:
@@ -35,15 +35,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
     """Return causal attention, (B, H, T, D), of q to k and v, (B, H, T, D) each. Attention weights
     are dropped with probability `p`. The plain form is model.attend's."""
     T, D = q.shape[2:]
+    # before the product, which has T times as many elements
     q = q * D**-0.5
     blocks = []
     for start in range(0, T, ATTENTION_ROWS):
         end = min(start + ATTENTION_ROWS, T)
         # skip the columns after a block's last row: the mask zeroes them
         weights = q[:, :, start:end] @ k[:, :, :end].mT  # (B, H, end - start, end)
-        weights += torch.full(weights.shape[2:], -math.inf, dtype=q.dtype).triu(
-            start + 1
-        )
+        mask = torch.full(weights.shape[2:], -math.inf, dtype=q.dtype)
+        weights += mask.triu(start + 1)
         weights = F.dropout(weights.softmax(-1), p)
         blocks.append(weights @ v[:, :, :end])  # (B, H, end - start, D)
     return torch.cat(blocks, 2)
@@ -70,7 +70,8 @@ class RMSNormFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple:
         """Return the gradients of x and weight."""
         x, weight, scale = ctx.saved_tensors
-        # LayerNorm's with a mean of 0, plus the mean of dy * weight that it takes off
+        # LayerNorm's, with a mean of 0, has a fast kernel. It takes off the mean of dy * weight,
+        # which is added again
         dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
             dy,
             x,
@@ -94,19 +95,19 @@ class LinearCrossEntropy(torch.autograd.Function):
         """Return the mean loss in nats for x (N, C), weight (V or more, C) and targets (N,)."""
         device = x.device.type
         dtype = compute_dtype(x)
+        # sums over a vocabulary need float32
         wide_dtype = torch.promote_types(dtype, torch.float32)
-        needs_grad = ctx.needs_input_grad[
-            0
-        ]  # that of a parameter is True also without gradients
+        # that of x: that of a parameter is True also without gradients
+        needs_grad = ctx.needs_input_grad[0]
 
         # rows of logits in memory at a time
         max_logits = MAX_LOGITS if device == "cpu" else 8 * MAX_LOGITS
         rows = max(1, max_logits // weight.size(0))
+        # more rows could overflow the gradient of a frequent token
         if dtype == torch.float16:
-            rows = min(
-                rows, 2048
-            )  # more rows could overflow the gradient of a frequent token
+            rows = min(rows, 2048)
 
+        # every dtype is chosen here
         with torch.autocast(device, enabled=False):
             x_cast = x.to(dtype)
             weight_cast = weight.to(dtype)
@@ -115,7 +116,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             dweight = torch.zeros_like(weight) if needs_grad else None
             for chunk, target in zip(x_cast.split(rows), targets.split(rows)):
                 logits = (chunk @ weight_cast.T).to(wide_dtype)  # (R, V or more)
-                logits[:, V:] = -math.inf  # ignore the padding of the vocabulary
+                # ignore the padding of the vocabulary
+                logits[:, V:] = -math.inf
                 target = target.unsqueeze(1)  # (R, 1)
                 total = logits.logsumexp(1, keepdim=True)  # (R, 1)
                 loss += (total - logits.gather(1, target)).sum()
@@ -130,6 +132,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple:
         """Return the gradients of x and weight."""
+        # dloss is the factor that the loss was multiplied by, such as a scale for float16
         dx, dweight = ctx.saved_tensors
         scale = dloss / len(dx)
         return dx * scale, dweight * scale, None, None
@@ -139,7 +142,8 @@ def softmax_minus_one_hot(logits: Tensor, total: Tensor, target: Tensor) -> Tens
     """Return the gradient of the cross-entropy, softmax(logits) - one_hot(target), (R, V). `total`
     is the logsumexp of the logits; it and `target` are (R, 1). Overwrites the logits."""
     probs = logits.sub_(total).exp_()
-    if torch.compiler.is_compiling():  # scatter_ would keep all of them in memory
+    # in compiled code scatter_ would keep all of them in memory
+    if torch.compiler.is_compiling():
         is_target = torch.arange(probs.size(1), device=probs.device) == target  # (R, V)
         return torch.where(is_target, probs - 1, probs)
     return probs.scatter_(1, target, probs.gather(1, target) - 1)
@@ -155,9 +159,11 @@ def pack_linear_layers(model: nn.Module) -> None:
             x, packed, bias, "none", [], ""
         )
 
+    # the original weights go, or memory would hold both
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
             layer.forward = pack(layer.weight, layer.bias)
             layer.weight = None
+    # a tied output layer is one more copy: the embedding needs its rows
     if model.lm_head is None:
         model.lm_head = pack(model.embedding.weight, None)

@@ -21,8 +21,10 @@ ENDINGS = (
     signal.SIGXCPU,
 )
 
-PR_SET_PDEATHSIG = 1  # from linux/prctl.h
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from malloc.h
+# from linux/prctl.h and malloc.h
+PR_SET_PDEATHSIG = 1
+M_TRIM_THRESHOLD = -1
+M_MMAP_MAX = -4
 
 
 def die_with_parent() -> None:
@@ -43,8 +45,9 @@ def prepare_process() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    # torchrun's rank: if that is killed, the rank would keep the GPU and the lock
     if "RANK" in os.environ:
-        die_with_parent()  # that is torchrun: else a rank would keep the GPU and the lock
+        die_with_parent()
 
 
 def raise_interrupts(*numbers: int) -> None:
@@ -60,9 +63,11 @@ class Signals:
     `interrupt` call nothing is new: a signal raises Stopped."""
 
     def __init__(self) -> None:
-        self.received = 0.0  # when the first one came
+        # when the first one came
+        self.received = 0.0
         self.interruptible = True
-        self.replaced = {}  # the handlers before
+        # the handlers before
+        self.replaced = {}
         for number in ENDINGS:
             # nohup ignores a SIGHUP. torchrun passes on what ends it, nohup or not
             ignored = number == signal.SIGHUP and "RANK" not in os.environ
@@ -78,13 +83,16 @@ class Signals:
 
     def _handle(self, number: int, _frame: Any) -> None:
         now = time.monotonic()
+        # torchrun sends the terminal's Ctrl-C again, at once: that is not another one
         if self.received and now < self.received + 1:
-            return  # torchrun sends the terminal's Ctrl-C again, at once: that is not another one
+            return
         another = self.received > 0
         self.received = self.received or now
+        # raised once: the run is ending then, and must not be interrupted on its way
         if self.interruptible:
             self.interruptible = False
             raise Stopped
+        # a second Ctrl-C gives up the last save
         if another and number == signal.SIGINT:
             if in_notebook():
                 raise KeyboardInterrupt
@@ -96,8 +104,9 @@ class Signals:
         """Return what `work` returns, or None if a signal came. One rank `alone` is interrupted
         even while it waits, reads or compiles; several must leave a step together. Once all is
         `saved`, a signal after the first one interrupts, too."""
+        # `_handle` raises only inside the inner block
         try:
-            try:  # `_handle` raises once, and only inside this block
+            try:
                 self.interruptible = alone and (saved or not self.received)
                 return work()
             finally:

@@ -1,6 +1,7 @@
 """tools.bench and tools.gpu measure, compare and record; tools.demo answers --help."""
 
 import json
+import os
 from functools import partial
 from multiprocessing import get_context
 
@@ -61,25 +62,25 @@ def test_every_record_is_of_a_row():
 
 
 def test_a_record_replaces_its_row_only(tmp_path):
-    file, machine = tmp_path / "measured.json", {"date": "today"}
+    file, machine = tmp_path / "measured.json", {"machine": "a CPU"}
     measure.record(file, "train", "a", {"x, ms": 1.23456, "y": 2}, machine)
     measure.record(file, "train", "b", {"x, ms": 1000.4}, machine)
     measure.record(file, "train", "a", {"x, ms": 3.0}, machine)
     records = measure.read_records(file)
     assert records == {
         "train": {
-            "a": {"date": "today", "numbers": {"x, ms": 3.0}},
-            "b": {"date": "today", "numbers": {"x, ms": 1000.0}},
+            "a": {"machine": "a CPU", "numbers": {"x, ms": 3.0}},
+            "b": {"machine": "a CPU", "numbers": {"x, ms": 1000.0}},
         }
     }
     page = measure.update_page(
         "a\n<!-- measured: train -->\nold\n<!-- end -->\nb\n", records
     )
     assert page.split("\n")[2:6] == [
-        "| train | x, ms |",
-        "|---|---|",
-        "| a | 3 |",
-        "| b | 1,000 |",
+        "| train | x, ms | machine |",
+        "|---|---|---|",
+        "| a | 3 | a CPU |",
+        "| b | 1,000 | a CPU |",
     ]
 
 
@@ -150,6 +151,16 @@ def test_a_part_gives_numbers(part, monkeypatch, tmp_path):
         "elastic": {"DDP", "elastic"},
     }[part]
     assert all(isinstance(value, float) for value in row.values())
+
+
+def test_an_avx2_row_limits_all_its_processes(monkeypatch, tmp_path):
+    for name in parts.AVX2:
+        monkeypatch.setenv(name, "")  # restored after the test
+    capability = partial(torch.backends.cpu.get_cpu_capability)
+    monkeypatch.setattr(parts, "measure_step", lambda *_: measure.call(capability))
+    row = parts.PARTS["train"]["4 layers, width 128, AVX2"]
+    assert row(1, "cpu", tmp_path) in ("AVX2", "DEFAULT")
+    assert all(os.environ[name] == value for name, value in parts.AVX2.items())
 
 
 def test_rows_for_a_gpu_are_shapes(monkeypatch):

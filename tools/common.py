@@ -31,13 +31,18 @@ def run_tool(
     sys.exit(run_or_exit(lambda: main(config, args)))
 
 
-def last_step(out: Path) -> int:
-    """Return the last step in metrics.jsonl, whose last line may be incomplete; 0 for none."""
+def read_log(out: Path) -> list[dict]:
+    """Return the complete rows of metrics.jsonl; [] if there is none."""
     path = out / "metrics.jsonl"
     if not path.exists():
-        return 0
+        return []
     # a row that is being written has no newline yet
-    rows = path.read_text(encoding="utf-8").split("\n")[:-1]
-    if not rows:
-        return 0
-    return json.loads(rows[-1])["step"]
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    return [json.loads(line) for line in lines]
+
+
+def last_step(out: Path) -> int:
+    """Return the last step in metrics.jsonl; 0 for none."""
+    rows = read_log(out)
+    # rows are in the order of their steps, also after a resume
+    return rows[-1]["step"] if rows else 0

@@ -67,7 +67,7 @@ class ExportConfig:
     )
 
 
-def list_sizes(args: ModelArgs) -> dict[str, Any]:
+def list_sizes(args: ModelArgs) -> dict:
     """Return ModelArgs as a dict, with the sizes that 0 stands for."""
     return vars(args) | {"n_kv_head": args.K, "head_dim": args.D, "n_ff": args.ff_width}
 
@@ -77,7 +77,9 @@ def write_hugging_face(
 ) -> None:
     """Write all files in Hugging Face's format, and weights.pt. Raises the libraries' errors for a
     full disk."""
-    args, eot = model.args, vocabulary.eot
+    args = model.args
+    eot = vocabulary.eot
+    # for keepGPT itself: a bundle without a run
     data = {"tokenizer": vocabulary.description}
     state = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
     write_bundle(
@@ -85,12 +87,12 @@ def write_hugging_face(
         folder / "weights.pt",
         Disk(),
     )
-    import_package("safetensors.torch").save_file(
-        make_tensors(state, args.architecture),
-        folder / "model.safetensors",
-        {"format": "pt"},
-    )
+    # Transformers wants to know which library wrote the tensors
+    tensors = make_tensors(state, args.architecture)
+    path = folder / "model.safetensors"
+    import_package("safetensors.torch").save_file(tensors, path, {"format": "pt"})
     to_tokenizers(vocabulary).save(str(folder / "tokenizer.json"))
+    # GPT-2's one special token is the start and the end of a text
     ends = {"bos_token_id": eot, "eos_token_id": eot}
     tokenizer = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -99,20 +101,18 @@ def write_hugging_face(
         "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
+    # programs look for the end by its name, too
     if eot is not None:
         name = {i: token for token, i in vocabulary.token_ids().items()}[eot]
         tokenizer |= {"bos_token": name, "eos_token": name}
-    config = (
-        make_config(list_sizes(args))
-        | ends
-        | {"dtype": str(dtype).removeprefix("torch.")}
-    )
-    for name, content in {
-        "config": config,
+    dtype_name = str(dtype).removeprefix("torch.")
+    files = {
+        "config": make_config(list_sizes(args)) | ends | {"dtype": dtype_name},
         "generation_config": ends,
         "tokenizer_config": tokenizer,
         "keepgpt": data | {"origin": origin},
-    }.items():
+    }
+    for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -124,6 +124,7 @@ def write_gguf(
     gguf = import_package("gguf")
     args = model.args
     form = FORMATS[args.architecture]
+    # the writer has a method add_KEY for each key of the format
     writer = gguf.GGUFWriter(folder / "model.gguf", args.architecture)
     keys = {
         "name": origin,
@@ -133,6 +134,7 @@ def write_gguf(
         "head_count": args.n_head,
         "feed_forward_length": args.ff_width if form.is_rotary else 4 * args.n_embd,
     }
+    # GPT-2 lacks these sizes
     if form.is_rotary:
         keys |= {
             "head_count_kv": args.K,
@@ -148,19 +150,20 @@ def write_gguf(
     for key, value in (keys | to_gguf_tokenizer(vocabulary)).items():
         getattr(writer, f"add_{key}")(value)
 
+    # Hugging Face's names, which make_tensors gives -> llama.cpp's
     names = gguf.get_tensor_name_map(
         gguf.MODEL_ARCH[args.architecture.upper()], args.n_layer
     )
-    of_matrices = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[
-        dtype
-    ]
+    kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
     for name, tensor in make_tensors(model.state_dict(), args.architecture).items():
+        # (out, in) again: llama.cpp has one layout for all architectures
         if name.endswith(form.transposed):
-            tensor = tensor.t()  # (out, in) again
+            tensor = tensor.t()
         if name.endswith(form.interleaved):
             tensor = interleave_heads(tensor, args.D)
+        # vectors, and positions
         is_float32 = tensor.dim() < 2 or name.endswith("wpe.weight")
-        kind = gguf.GGMLQuantizationType["F32" if is_float32 else of_matrices]
+        kind = gguf.GGMLQuantizationType["F32" if is_float32 else kinds[dtype]]
         content = gguf.quantize(tensor.float().contiguous().numpy(), kind)
         writer.add_tensor(
             names.get_name(name, (".weight", ".bias")), content, raw_dtype=kind
@@ -174,43 +177,51 @@ def write_gguf(
 def interleave_heads(weight: Tensor, D: int) -> Tensor:
     """Return a matrix (heads * D, C) whose rows i and i + D / 2 of each head, which RoPE rotates
     together, are neighbours: llama.cpp wants a Llama's queries and keys so."""
-    return weight.unflatten(0, (-1, 2, D // 2)).transpose(1, 2).flatten(0, 2)
+    halves = weight.unflatten(0, (-1, 2, D // 2))  # (heads, 2, D / 2, C)
+    return halves.transpose(1, 2).flatten(0, 2)  # (heads * D, C)
 
 
-def to_gguf_tokenizer(vocabulary: Tokenizer) -> dict[str, Any]:
+def to_gguf_tokenizer(vocabulary: Tokenizer) -> dict:
     """Return the tokenizer by the keys of gguf. Raises UserError for one that llama.cpp lacks."""
-    from gguf import TokenType
-
     parts = read_parts(to_tokenizers(vocabulary))
-    vocab = parts["model"]["vocab"]
     if parts["model"]["type"] == "WordLevel":
         check_characters(parts)
-        # llama.cpp's tokenizer of RWKV takes the longest token that fits, which is here the next
-        # character, and is the only one without an end-of-text token; \ is its escape character
-        tokens = sorted(vocab, key=vocab.get)
-        return {
-            "tokenizer_model": "rwkv",
-            "token_list": [token.replace("\\", r"\\") for token in tokens],
-        }
+        return describe_characters(parts["model"]["vocab"])
     check_byte_level(parts, vocabulary.eot)
-    split = next(
-        name for name, splits in SPLITS.items() if splits == parts["pre_tokenizer"]
-    )
-    types = {
-        token["id"]: TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
-        for token in parts["added_tokens"]
+    return describe_byte_level(parts, vocabulary)
+
+
+def describe_characters(vocab: dict[str, int]) -> dict:
+    """Return a tokenizer of characters by the keys of gguf."""
+    # llama.cpp's tokenizer of RWKV takes the longest token that fits, which is here the next
+    # character, and is the only one without an end-of-text token; \ is its escape character
+    tokens = sorted(vocab, key=vocab.get)
+    return {
+        "tokenizer_model": "rwkv",
+        "token_list": [token.replace("\\", r"\\") for token in tokens],
     }
-    names = {i: name for name, i in vocab.items()}
-    names |= {token["id"]: token["content"] for token in parts["added_tokens"]}
+
+
+def describe_byte_level(parts: dict, vocabulary: Tokenizer) -> dict:
+    """Return a byte-level BPE, a tokenizer with these `parts`, by the keys of gguf."""
+    from gguf import TokenType
+
+    names = {i: name for name, i in parts["model"]["vocab"].items()}
+    types = dict.fromkeys(names, TokenType.NORMAL)
+    # added tokens may also be in the vocabulary
+    for token in parts["added_tokens"]:
+        names[token["id"]] = token["content"]
+        is_special = token["special"]
+        types[token["id"]] = TokenType.CONTROL if is_special else TokenType.USER_DEFINED
+    # llama.cpp wants a name for each row of the embedding
     ids = range(vocabulary.vocab_size)
     return {
         "tokenizer_model": "gpt2",
-        "tokenizer_pre": split,
+        "tokenizer_pre": next(
+            name for name in SPLITS if SPLITS[name] == parts["pre_tokenizer"]
+        ),
         "token_list": [names.get(i, f"[unused {i}]") for i in ids],
-        "token_types": [
-            types.get(i, TokenType.NORMAL if i in names else TokenType.UNUSED)
-            for i in ids
-        ],
+        "token_types": [types.get(i, TokenType.UNUSED) for i in ids],
         "token_merges": [" ".join(pair) for pair in parts["model"]["merges"]],
         "bos_token_id": vocabulary.eot,
         "eos_token_id": vocabulary.eot,
@@ -220,6 +231,7 @@ def to_gguf_tokenizer(vocabulary: Tokenizer) -> dict[str, Any]:
 
 def check_part(name: str, value: Any, *allowed: Any) -> None:
     """Raise UserError for a part of a tokenizer with a value that llama.cpp can't be told."""
+    # such a text may be as long as a vocabulary
     if value not in allowed:
         expected = " or ".join(map(reprlib.repr, allowed))
         raise UserError(
@@ -228,24 +240,26 @@ def check_part(name: str, value: Any, *allowed: Any) -> None:
         )
 
 
-def check_characters(parts: dict[str, Any]) -> None:
+def check_characters(parts: dict) -> None:
     """Raise UserError unless each character is a token, and nothing else."""
     vocab = parts["model"]["vocab"]
     example = read_parts(to_tokenizers(CharTokenizer({"kind": "char", "chars": ""})))
     for part in ("normalizer", "pre_tokenizer", "added_tokens", "decoder"):
         check_part(part, parts[part], example[part])
     check_part("model", parts["model"] | {"vocab": {}}, example["model"])
+    # a token of several characters could be found where two of one are meant
     for token in vocab:
         check_part("token", token, token[:1])
     check_part("ids", sorted(vocab.values()), list(range(len(vocab))))
 
 
-def check_byte_level(parts: dict[str, Any], eot: int | None) -> None:
+def check_byte_level(parts: dict, eot: int | None) -> None:
     """Raise UserError unless llama.cpp's tokenizer `gpt2` does the same as this one."""
     check_part("normalizer", parts["normalizer"], None)
     check_part("pre_tokenizer", parts["pre_tokenizer"], *SPLITS.values())
     check_part("decoder", (parts["decoder"] or {}).get("type"), "ByteLevel")
     check_part("model.type", parts["model"]["type"], "BPE")
+    # dropout, byte fallback and others are off
     for key, value in parts["model"].items():
         if key not in ("type", "vocab", "merges"):
             check_part(f"model.{key}", value, None, False)
@@ -261,7 +275,7 @@ def check_byte_level(parts: dict[str, Any], eot: int | None) -> None:
         )
 
 
-def check_added_tokens(added: list[dict[str, Any]]) -> None:
+def check_added_tokens(added: list[dict]) -> None:
     """Raise UserError unless llama.cpp finds the same added tokens in a text."""
     for token in added:
         for key in ("single_word", "lstrip", "rstrip"):
@@ -274,15 +288,24 @@ def check_added_tokens(added: list[dict[str, Any]]) -> None:
                 check_part(f"added token {a!r}: its overlap with {b!r}", b[:size], "")
 
 
-def main(config: ExportConfig, args: list[str]) -> None:
-    """Write into a temporary folder and rename: the target is complete or absent."""
-    to_gguf, target = config.format == "gguf", Path(config.to)
+def check_target(config: ExportConfig, args: list[str]) -> Path:
+    """Return the path to write. Raises UserError unless it is a new file or an empty folder."""
     if args or not config.to:
         raise UserError(f"expected --to=FOLDER_OR_FILE, got {' '.join(args) or 'none'}")
-    if target.exists() and (to_gguf or not target.is_dir() or any(target.iterdir())):
-        raise UserError(
-            f"--to={target}: expected a new {'file' if to_gguf else 'or empty folder'}"
-        )
+    target = Path(config.to)
+    if not target.exists():
+        return target
+    # an export replaces nothing
+    if config.format == "gguf":
+        raise UserError(f"--to={target}: expected a new file")
+    if not target.is_dir() or any(target.iterdir()):
+        raise UserError(f"--to={target}: expected a new or empty folder")
+    return target
+
+
+def main(config: ExportConfig, args: list[str]) -> None:
+    """Write into a temporary folder and rename: the target is complete or absent."""
+    target = check_target(config, args)
     model, vocabulary, origin = load(
         SampleConfig(
             out_dir=config.out_dir, init_from=config.init_from, dataset=config.dataset
@@ -290,19 +313,24 @@ def main(config: ExportConfig, args: list[str]) -> None:
     )
     # the lock says whether the folder is that of a killed export
     lock = FolderLock(target.with_name(f"{target.name}.export.tmp"))
-    temporary = lock.folder / "export"
-    write = write_gguf if to_gguf else write_hugging_face
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # clean up, as after Ctrl-C
+    folder = lock.folder / "export"
+    written = folder
+    write = write_hugging_face
+    if config.format == "gguf":
+        written = folder / "model.gguf"
+        write = write_gguf
+    # clean up, as after Ctrl-C
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     lock.acquire(patience=0)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        write(temporary, model, vocabulary, origin, getattr(torch, config.dtype))
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        write(folder, model, vocabulary, origin, getattr(torch, config.dtype))
+        # another process may have replaced what is renamed
         lock.check()
-        (temporary / "model.gguf" if to_gguf else temporary).replace(target)
-    except Exception as e:  # libraries raise many types for a full disk
+        written.replace(target)
+    # libraries raise many types for a full disk
+    except Exception as e:
         raise UserError(f"--to={target}: {e}") from e
     finally:
         lock.check()

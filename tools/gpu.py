@@ -19,6 +19,7 @@ PARTS = {"checks": CHECKS, **bench.PARTS}
 class GpuConfig(bench.BenchConfig):
     """The settings of tools.gpu."""
 
+    # a GPU is lent by the minute
     rounds: int = setting(1, "rounds of a measurement; tables show medians", least=1)
     device: str = setting("cuda:0", "cpu = test this program without a GPU")
     minutes: float = setting(9.5, "time limit of each part", least=0)
@@ -29,6 +30,7 @@ class GpuConfig(bench.BenchConfig):
 
 def main(config: GpuConfig, args: list[str]) -> int:
     """Check and measure. Return the exit code. Raises UserError and OSError."""
+    # the rest is as on a CPU
     return bench.main(config, args, PARTS)
 
 

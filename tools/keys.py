@@ -23,6 +23,7 @@ SECTIONS = {
 }
 
 
+# a copy, for a test, leaves the page as it is
 @dataclass(frozen=True)
 class KeysConfig:
     """The settings of tools.keys."""

@@ -28,7 +28,7 @@ from tools.common import REPO
 MEASURED = REPO / "docs" / "measured.json"
 PAGES = (REPO / "docs" / "BENCHMARKS.md", REPO / "docs" / "DISTRIBUTED.md")
 Row = dict[str, float | str]
-Records = dict[str, dict[str, dict[str, Any]]]  # by part and row
+Records = dict[str, dict[str, dict]]  # by part and row
 
 
 def name_cpu() -> str:
@@ -41,10 +41,21 @@ def name_cpu() -> str:
     return platform.processor() or platform.machine()
 
 
+def name_instructions() -> str:
+    """Return the widest instructions for matrix products that PyTorch finds on this CPU."""
+    # PyTorch has no public names for the first two
+    if torch.cpu._is_amx_tile_supported():
+        return "AMX"
+    if torch.cpu._is_avx512_bf16_supported():
+        return "AVX-512 bfloat16"
+    return torch.backends.cpu.get_cpu_capability()
+
+
 def describe_machine(device: torch.device) -> dict[str, str]:
     """Return what every record says about its circumstances."""
     # numbers without their machine and version mean nothing a month later
-    machine = f"{name_cpu()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    machine = f"{name_cpu()} ({name_instructions()}), {threads} threads"
     if device.type == "cuda":
         machine = f"{torch.cuda.get_device_name(device)}, {machine}"
     return {
@@ -105,7 +116,11 @@ def update_page(text: str, records: Records) -> str:
 
     def write(match: re.Match) -> str:
         opening, part = match.groups()
-        rows = {name: record["numbers"] for name, record in records[part].items()}
+        # rows of one table may be of several machines
+        rows = {
+            name: record["numbers"] | {"machine": record["machine"]}
+            for name, record in records[part].items()
+        }
         return "\n".join([opening, *format_table(part, rows), "<!-- end -->"])
 
     # everything between the two comments is replaced, and nothing else
@@ -192,13 +207,13 @@ def compare(rounds: int, sides: dict[str, Callable[[], float]]) -> Row:
     for _ in range(rounds):
         for name, work in sides.items():
             try:
-                taken = work()
+                value = work()
             except UserError:
                 # maybe it is not installed
                 if name == first:
                     raise
             else:
-                times[name].append(taken)
+                times[name].append(value)
 
     # the ratios stand behind all times
     medians = {name: median(values) for name, values in times.items()}

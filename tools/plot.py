@@ -80,7 +80,7 @@ def read_run(folder: str | Path, axis: str) -> tuple[Columns, Columns]:
     return logged, evaluated
 
 
-def draw_run(panels: dict[str, Any], folder: str, axis: str, color: str) -> None:
+def draw_run(panels: dict, folder: str, axis: str, color: str) -> None:
     """Draw the curves of one run: each logged value faintly, their moving mean on top."""
     logged, evaluated = read_run(folder, axis)
     # a fiftieth of the curve, so long runs are smoothed more

@@ -2,7 +2,6 @@
 tools.bench, tools.same and the tests."""
 
 import hashlib
-import json
 import os
 import resource
 import select
@@ -21,14 +20,17 @@ from keepgpt.checkpoint import CorruptCheckpoint, read_bundle, read_newest
 from keepgpt.config import TrainConfig, parse
 from keepgpt.errors import UserError
 from keepgpt.signals import die_with_parent
-from tools.common import REPO
+from tools.common import REPO, read_log
 
 Settings = dict[str, Any]
-Bundle = dict[str, Any]  # the content of a checkpoint
-TIME_LIMIT = 300  # seconds; a process that takes longer hangs
+# the content of a checkpoint
+Bundle = dict[str, Any]
+# seconds; a process that takes longer hangs
+TIME_LIMIT = 300
 # the state of a run: the parts of a checkpoint on which its next steps depend
 STATE = ("model", "optimizer", "scaler", "rng", "step", "best_val_loss")
-SPEEDS = ("tokens_per_s", "mfu")  # what two equal runs may log differently
+# what two equal runs may log differently
+SPEEDS = ("tokens_per_s", "mfu")
 
 
 def prepare_source(place: Path) -> Path:
@@ -88,6 +90,7 @@ def start(
     command = [sys.executable]
     if torchrun:
         command += ["-m", "torch.distributed.run", "--max-restarts=20", *torchrun]
+    # the same settings, for a command or a fork
     flags = to_flags(settings)
     command += [str(REPO / "train.py"), *flags]
 
@@ -98,8 +101,8 @@ def start(
         if ranks:
             os.execv(sys.executable, command)
         # what train.py does after its imports, which the fork has made already
-        config, given, _ = parse(TrainConfig, "", flags)
-        return train.main(config, given)
+        config, overrides, _ = parse(TrainConfig, "", flags)
+        return train.main(config, overrides)
 
     return fork(work, Path(f"{settings['out_dir']}.log"))
 
@@ -132,6 +135,7 @@ def list_descendants(pid: int) -> list[int]:
 def run(settings: Settings, ranks: int = 0, code: int = 0) -> float:
     """Run train.py to its end and return its seconds. Raises UserError if it hangs or ends with
     another exit code."""
+    # the time of the whole command, to choose instants within it
     started = time.perf_counter()
     found = wait_for_exit(start(settings, ranks))
     if found != code:
@@ -176,6 +180,7 @@ def state_of(bundle: Bundle, keys: Iterable[str] = STATE) -> str:
 def full_state_of(bundle: Bundle) -> str:
     """Return the digest of all that a checkpoint holds, except for the settings, which name its
     folder, and in an elastic run the number of ranks and their generators."""
+    # settings name the run's folder
     left_out = {"config"}
     if bundle["config"]["elastic"]:
         left_out = {"config", "rng", "world_size"}
@@ -200,11 +205,9 @@ def newest_state(folder: Path) -> str:
 
 def read_rows(out: Path, *keys: str) -> list[dict]:
     """Return the rows of metrics.jsonl that have all of `keys`, without measured speeds."""
-    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
     return [
         {key: row[key] for key in row if key not in SPEEDS}
-        for row in rows
+        for row in read_log(out)
         if row.keys() >= set(keys)
     ]
 
@@ -214,7 +217,7 @@ def list_temporary(folder: Path) -> str:
     return ", ".join(path.name for path in folder.glob("*.tmp"))
 
 
-def read_end(out: Path) -> dict[str, Any]:
+def read_end(out: Path) -> dict:
     """Return all that a run leaves in its folder, except for its speed."""
     return {
         "ckpt.pt": read_state(out / "ckpt.pt"),
@@ -224,8 +227,9 @@ def read_end(out: Path) -> dict[str, Any]:
     }
 
 
-def compare_end(code: int | None, out: Path, expected: dict[str, Any]) -> str:
+def compare_end(code: int | None, out: Path, expected: dict) -> str:
     """Return how the end of a run differs from the `expected` one, or ""."""
+    # then the files may be those of any step
     if code != 0:
         return f"exit code {code}, see {out}.log"
     # name what differs: weights, curve, or files left behind

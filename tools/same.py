@@ -16,6 +16,7 @@ def main(_config: NoSettings, folders: list[str]) -> int:
     """Compare; return the exit code. Raises UserError."""
     if len(folders) < 2:
         raise UserError("expected the out_dirs of two runs or more")
+    # the weights and what the next update depends on
     states = set()
     for folder in folders:
         bundle = read_newest(Path(folder))

@@ -57,8 +57,8 @@ def select_rows(
         selected[part] = {
             row: partial(measure_row, work, config.rounds, config.device)
             for row, work in parts[part].items()
-            # larger batches are too slow without a GPU
-            if config.only in row and (cuda or ", batch " not in row)
+            # larger batches are too slow without a GPU, which has no AVX2
+            if config.only in row and (", AVX2" if cuda else ", batch ") not in row
         }
     if not any(selected.values()):
         raise UserError(

@@ -21,10 +21,13 @@ from keepgpt.files import write_atomically
 from model import build_model
 from tools import runs
 from tools.bench import sides
+from tools.common import read_log
 from tools.measure import Row, call, compare, seconds
 
 # a run without an evaluation or a save in between
 TRAIN = {"gradient_accumulation_steps": 1, "eval_interval": 10**6, "eval_iters": 1}
+# limits of PyTorch and of its library for matrix products
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 Measure = Callable[[int, str, Path], Row]  # (rounds, device, folder)
 Parts = dict[str, dict[str, Measure]]
 
@@ -61,8 +64,7 @@ def train(
 
     # the log has tokens per second; rows of evaluations have none
     tokens = TrainConfig(**flags).tokens_per_step
-    rows = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
-    return [tokens / row["tokens_per_s"] for row in rows if "loss" in row]
+    return [tokens / row["tokens_per_s"] for row in read_log(out) if "loss" in row]
 
 
 def train_ours(name: str, device: str, folder: Path) -> float:
@@ -104,6 +106,13 @@ def measure_step(name: str, rounds: int, device: str, folder: Path) -> Row:
             flops = build_model(model_args).flops_per_token()
         row["MFU"] = flops * row["tokens/s"] / peak
     return row
+
+
+def measure_avx2_step(name: str, rounds: int, device: str, folder: Path) -> Row:
+    """Time a training step as on a CPU without AVX-512, where every side computes in float32."""
+    # for the processes of all sides, which read them before their first operation
+    os.environ |= AVX2
+    return measure_step(name, rounds, device, folder)
 
 
 def measure_sampling(name: str, rounds: int, device: str, _folder: Path) -> Row:
@@ -192,8 +201,13 @@ def measure_elastic(ranks: int, rounds: int, _device: str, folder: Path) -> Row:
 # the rows; a shape that has no place here is one that takes too long
 SAMPLED = ("4 layers, width 128", "6 layers, width 384", "GPT-2 124M")
 SAVED = ("6 layers, width 384", "GPT-2 124M")
+# on a CPU only
+LIMITED = ("4 layers, width 128", "6 layers, width 384")
 PARTS: Parts = {
-    "train": {name: partial(measure_step, name) for name in sides.SHAPES},
+    "train": {
+        **{name: partial(measure_step, name) for name in sides.SHAPES},
+        **{f"{name}, AVX2": partial(measure_avx2_step, name) for name in LIMITED},
+    },
     "sample": {name: partial(measure_sampling, name) for name in SAMPLED},
     "checkpoint": {name: partial(measure_save, name) for name in SAVED},
     "elastic": {

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import model as model_module
 from keepgpt import kernels
 from keepgpt.config import ARCHITECTURE, TrainConfig
 from keepgpt.device import pick_device, pick_dtype
@@ -27,7 +26,7 @@ TOKENS = 48  # of a sample
 SIZES = ("n_layer", "n_head", "n_embd", "block_size", "batch_size", "vocab_size")
 
 
-def shape(*sizes: int, **settings: Any) -> dict[str, Any]:
+def shape(*sizes: int, **settings: Any) -> dict:
     """Return the SIZES and other settings of a model and its micro-batch."""
     # sizes are given by place, as in a table
     return {"dropout": 0.0, **dict(zip(SIZES, sizes)), **settings}
@@ -147,18 +146,12 @@ def train_peer(
     return time_steps(step, device)
 
 
-def attend_plainly(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
-    """Return causal attention by PyTorch's own function, (B, H, T, D)."""
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=True)
-
-
 def train_plain(name: str, device: str) -> float:
     """Time steps of the same model in plain PyTorch, as in nanoGPT: float32 on a CPU; on CUDA
     compiled, in bfloat16, with all logits in float32."""
     # without our kernels; this process has no other use
-    kernels.has_own_backward = lambda x: False
-    model_module.dropout = F.dropout
-    model_module.attend = attend_plainly
+    kernels.has_fast_norm = lambda x: False
+    kernels.has_fast_attention = lambda q: False
     # nanoGPT allows TF32 too
     torch.set_float32_matmul_precision("high")
     where = pick_device(device)

@@ -51,6 +51,7 @@ def run_part(name: str, config: CrashConfig) -> int:
     place = Path(tempfile.mkdtemp(prefix="keepgpt-crash-"))
     part = Part(name, config)
     tried = PARTS[name](part, place)
+    # one line for each part, with what repeats it
     seconds = perf_counter() - part.started
     print(
         f"{name:7} {part.cases:6,} {tried}: {part.failures} failures, {seconds:.0f} s, "
@@ -73,6 +74,7 @@ def main(config: CrashConfig, names: list[str]) -> int:
     # a process with one thread may be forked
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    # all of them, even after a failure
     failures = [run_part(name, config) for name in names or QUICK]
     return 1 if any(failures) else 0
 

@@ -58,7 +58,7 @@ def resume(
     if code != -signal.SIGKILL:
         raise UserError(f"exit code {code} before it was killed")
 
-    # the same command again
+    # the same command again: it resumes
     runs.run(flags, ranks)
     if runs.read_end(whole) != runs.read_end(killed):
         raise UserError("an uninterrupted and a resumed run differ")

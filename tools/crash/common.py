@@ -11,7 +11,8 @@ from keepgpt import checkpoint
 from keepgpt.config import setting
 from tools.runs import Bundle, newest_state, prepare_source, read_state, run
 
-KEEP = 2  # checkpoints
+# checkpoints
+KEEP = 2
 # a run of a second: kills must fall into its saves as often as into its steps
 RUN = {
     "n_layer": 2,
@@ -41,14 +42,15 @@ MODERN = {
     "lr_schedule": "linear",
     "muon_lr": 1.0,
 }
-PAGE = 1 << 12  # bytes
+# bytes
+PAGE = 1 << 12
 
 
 @dataclass(frozen=True)
 class CrashConfig:
     """The settings of tools.crash."""
 
-    cases: int = setting(0, "cases of each part; 0 = a few, 1e9 = all", least=0)
+    cases: int = setting(0, "cases of each part; 0 = a few, 1e9 = all")
     modern: bool = setting(
         False, "kill, nth, power, rot, elastic: train a Qwen3 with Muon"
     )
@@ -66,6 +68,7 @@ class Part:
         self.started = time.perf_counter()
         self.cases = 0
         self.failures = 0
+        # of either model and optimizer
         self.run = RUN | MODERN if config.modern else RUN
 
     def rng(self, case: int) -> random.Random:
@@ -92,9 +95,10 @@ class Part:
         # one broken line of code fails thousands of cases
         if self.failures > 5:
             return
-        again = (
-            f"; again with --seed={self.config.seed} --only={case}" if case >= 0 else ""
-        )
+        again = ""
+        # -1: a failure of the whole part
+        if case >= 0:
+            again = f"; again with --seed={self.config.seed} --only={case}"
         print(f"{self.name}: FAILURE: {where}{problem}{again}", flush=True)
 
 

@@ -19,12 +19,10 @@ from tools.common import last_step
 from tools.crash.common import RUN, Part, clone
 from tools.runs import Settings
 
-WIDE = RUN | {
-    "n_embd": 64,
-    "eval_interval": 6,
-    "max_iters": 42,
-}  # a checkpoint over a megabyte
-ROOM = 1 << 16  # bytes between two limits
+# a checkpoint over a megabyte
+WIDE = RUN | {"n_embd": 64, "eval_interval": 6, "max_iters": 42}
+# bytes between two limits
+ROOM = 1 << 16
 HOSTS = RUN | {
     "elastic": True,
     "gradient_accumulation_steps": 4,
@@ -42,7 +40,7 @@ def finish_killed_run(
     lives: dict[int, float],
     kills: int,
     rng: random.Random,
-    seen: Counter,
+    counts: Counter,
 ) -> int | None:
     """Start a run again until it ends, each time on one of the numbers of ranks in `lives`, and
     kill it up to `kills` times, at instants that are uniform over the seconds `lives` gives for an
@@ -54,7 +52,7 @@ def finish_killed_run(
         # the draws in this order: a seed and a number give the same kills again
         ranks = rng.choice(list(lives))
         pid = runs.start(settings, ranks)
-        seen[ranks] += 1
+        counts[ranks] += 1
         delay = rng.uniform(0, lives[ranks]) if kills else None
         code = runs.wait_for_exit(pid, delay)
         # it ended before the instant came, or has been killed often enough
@@ -62,7 +60,7 @@ def finish_killed_run(
             return code
 
         kills -= 1
-        seen["kills"] += 1
+        counts["kills"] += 1
         # a torchrun, with which its ranks die, or one of its ranks
         victim = rng.choice([pid, *runs.list_descendants(pid)]) if ranks else pid
         # a rank may have just ended
@@ -70,20 +68,20 @@ def finish_killed_run(
             os.kill(victim, signal.SIGKILL)
         if victim != pid:
             # torchrun starts all ranks again
-            seen["a rank"] += 1
+            counts["a rank"] += 1
             return runs.wait_for_exit(pid)
         runs.wait_for_exit(pid)
 
         # a temporary file is left only by a kill inside a save
         if runs.list_temporary(out):
-            seen["in a save"] += 1
+            counts["in a save"] += 1
         # a start that makes no step is killed too early: give the next one more time
         if last_step(out) == step:
             lives[ranks] *= 1.1
         step = last_step(out)
         # the cost of a kill: the steps since the newest checkpoint
         saved = [int(path.stem.removeprefix("ckpt-")) for path in numbered(out)]
-        seen["lost"] = max(seen["lost"], step - max(saved, default=0))
+        counts["lost"] = max(counts["lost"], step - max(saved, default=0))
 
 
 def finish_whole_runs(
@@ -119,28 +117,28 @@ def kill_runs(
     most_lost = 2 * settings["checkpoint_interval"]
     # --only repeats one run, whose draws depend on its number
     numbers = [part.config.only] if part.config.only >= 0 else itertools.count()
-    seen = Counter()
+    counts = Counter()
     for number in numbers:
-        before = seen["kills"]
+        before = counts["kills"]
         if before >= kills:
             break
         # a folder per run: the files of a failure stay
         out = place / f"run{number}"
         code = finish_killed_run(
-            settings | {"out_dir": out}, lives, kills - before, part.rng(number), seen
+            settings | {"out_dir": out}, lives, kills - before, part.rng(number), counts
         )
         problem = runs.compare_end(code, out, expected)
         # several ranks may also lose the time that they need to start
-        if not problem and seen["lost"] > most_lost and choices == (0,):
-            problem = f"{seen['lost']} steps were lost"
-        part.count(number, problem, cases=seen["kills"] - before)
-        seen["runs"] += 1
+        if not problem and counts["lost"] > most_lost and choices == (0,):
+            problem = f"{counts['lost']} steps were lost"
+        part.count(number, problem, cases=counts["kills"] - before)
+        counts["runs"] += 1
 
     # how often each number of ranks was tried: chance could leave one out
-    starts = ", ".join(f"{seen[ranks]} on {max(1, ranks)}" for ranks in choices)
+    starts = ", ".join(f"{counts[ranks]} on {max(1, ranks)}" for ranks in choices)
     return (
-        f"kills, {seen['a rank']} of a rank, {seen['in a save']} during a write; starts by "
-        f"ranks: {starts}; {seen['runs']} ends compared"
+        f"kills, {counts['a rank']} of a rank, {counts['in a save']} during a write; starts by "
+        f"ranks: {starts}; {counts['runs']} ends compared"
     )
 
 

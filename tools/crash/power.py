@@ -17,14 +17,10 @@ from tools.crash.common import KEEP, PAGE, Part, check_folder, make_bundles
 from tools.crash.saves import FaultyDisk, check_next_save
 from tools.runs import full_state_of
 
-TEARS = (
-    "lost",
-    "kept",
-    "cut",
-    "pages",
-    "zeros",
-)  # what becomes of data without an fsync
-PENDING = 10  # changes of names that may each be lost; older ones have arrived
+# what becomes of data without an fsync
+TEARS = ("lost", "kept", "cut", "pages", "zeros")
+# changes of names that may each be lost; older ones have arrived
+PENDING = 10
 
 
 @dataclass
@@ -51,7 +47,8 @@ class File:
         )
 
 
-Names = dict[str, File | None]  # None: no file
+# None: no file
+Names = dict[str, File | None]
 
 
 class RecordingDisk(FaultyDisk):
@@ -60,6 +57,7 @@ class RecordingDisk(FaultyDisk):
 
     def __init__(self) -> None:
         super().__init__()
+        # the files now, those after a power cut, and the changes in between
         self.names = {}
         self.durable = {}
         self.pending = []
@@ -83,7 +81,7 @@ class RecordingDisk(FaultyDisk):
 
     def record(self, operation: str, args: tuple, result: Any) -> Names:
         """Change the content of a file, or return the change of names that an operation makes."""
-        # an open file is known by its descriptor, others by their path
+        # a descriptor stands for an open file, a path for others
         name = self.opened.get(args[0], args[0]).name
         file = self.names.get(name)
         # operations on names
@@ -166,9 +164,8 @@ def power(part: Part, place: Path) -> str:
     folder = place / "recorded"
     folder.mkdir()
     disk = RecordingDisk()
-    states = [
-        ("", "")
-    ]  # of ckpt.pt and best.pt, before the first save and after each one
+    # of ckpt.pt and best.pt, before the first save and after each one
+    states = [("", "")]
     cuts = []
     for i, bundle in enumerate(bundles):
         first = len(disk.log)
