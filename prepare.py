@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,14 @@ from keepgpt.errors import (
     warn,
 )
 from keepgpt.files import FolderLock, FolderLost, sync_folder, write_atomically
-from keepgpt.text import DATASETS, TEXTS, Shard, describe_files, open_shards, read_block
+from keepgpt.recipe import (
+    Recipe,
+    describe_source,
+    list_recipes,
+    open_shards,
+    read_recipe,
+)
+from keepgpt.text import Shard, read_block
 from keepgpt.tokenizer import Tokenizer, describe_tokenizer, from_meta, train_bpe
 
 BLOCK = 1 << 19  # characters read, and encoded, at a time
@@ -48,6 +55,8 @@ BPE_TEXT = 10**9  # characters of the train text that a BPE is trained on
 MANY = 100  # documents: from this many on, complete ones go to val
 LONG = 1 << 20  # characters: a longer document is split in any case
 OURS = re.compile(r"((train|val)(-\d{5,})?\.bin|meta\.json)(\.tmp)?")
+# flags that change a recipe
+OVERRIDES = ("tokenizer", "val_fraction", "text_key")
 Chunk = tuple[
     int, bool, str
 ]  # (0 for train or 1 for val, a document starts here, text)
@@ -371,36 +380,46 @@ def remove_ours(lock: FolderLock, keep: Iterable[str] = (), ending: str = "") ->
             path.unlink()
 
 
-def prepare(
-    config: PrepareConfig, given: dict[str, Any], paths: list[str], opened: ExitStack
-) -> None:
-    """Prepare the dataset that a command line asks for, unless it exists. `opened` gets its lock.
-    Raises UserError."""
-    started = time.perf_counter()
-    known = paths[0] if len(paths) == 1 and paths[0] in DATASETS else ""
-    name = config.name or known
-    if not paths or not name or os.path.basename(name) != name or name[0] == ".":
+def choose_recipe(
+    config: PrepareConfig, overrides: dict[str, Any], args: list[str]
+) -> tuple[str, Recipe]:
+    """Return the name of the dataset that a command line asks for, and its recipe: that of data/,
+    or one for the files and folders `args`. Raises UserError."""
+    recipes = list_recipes()
+    base = args[0] if len(args) == 1 and args[0] in recipes else ""
+    name = config.name or base
+    if not args or not name or os.path.basename(name) != name or name[0] == ".":
         raise UserError(
-            f"expected {', '.join(DATASETS)}, or files and folders with --name=NAME, "
+            f"expected {', '.join(recipes)}, or files and folders with --name=NAME, "
             f"a new folder in {config.data_dir}. Try: --help"
         )
-    if name in DATASETS and (
-        name != known or given.keys() & {"tokenizer", "val_fraction"}
-    ):
+    settings = {key: overrides[key] for key in OVERRIDES if key in overrides}
+    if name in recipes and (name != base or settings):
         raise UserError(
             f"{name} has its own text, tokenizer and split. Try: --name=NAME for "
             "another dataset"
         )
-    text, tokenizer, val_fraction = DATASETS.get(
-        known, ("", config.tokenizer, config.val_fraction)
-    )
-    wanted = describe_tokenizer(given.get("tokenizer", tokenizer))
-    source = TEXTS[text] if known else describe_files(paths, config.text_key)
+    recipe = read_recipe(base) if base else Recipe(files=args)
+    return name, replace(recipe, **settings)
+
+
+def prepare(
+    config: PrepareConfig,
+    overrides: dict[str, Any],
+    args: list[str],
+    opened: ExitStack,
+) -> None:
+    """Prepare the dataset that a command line asks for, unless it exists. `opened` gets its lock.
+    Raises UserError."""
+    started = time.perf_counter()
+    name, recipe = choose_recipe(config, overrides, args)
+    wanted = describe_tokenizer(recipe.tokenizer)
+    source = describe_source(recipe)
     request = {
         "format": 1,
         "name": name,
         "source": source,
-        "val_fraction": given.get("val_fraction", val_fraction),
+        "val_fraction": recipe.val_fraction,
     }
     folder = dataset_folder(config.data_dir, name)
     folder = Path(min(str(folder), os.path.relpath(folder), key=len))
@@ -421,7 +440,7 @@ def prepare(
                 f"{foreign[0]} has no meta.json: it was not made by prepare.py, or "
                 f"meta.json was lost. Try: another --name, or rm -r {folder}"
             )
-        shards = open_shards(source, request["val_fraction"], folder.parent)
+        shards = open_shards(recipe, source, folder.parent)
         if meta:
             print(
                 f"{folder}: {len(meta['files']['val'])} of {len(shards)} shards are "
@@ -448,10 +467,20 @@ def prepare(
     )
 
 
+def print_recipes() -> None:
+    """Print each recipe in data/ with its description."""
+    for name, description in list_recipes().items():
+        print(f"{name:<18}{description}")
+
+
 if __name__ == "__main__":
-    CONFIG, GIVEN, PATHS = command_line(
+    if sys.argv[1:] == ["--list"]:
+        run_or_exit(print_recipes)
+        sys.exit()
+    CONFIG, OVERRIDDEN, ARGS = command_line(
         PrepareConfig,
-        f"python prepare.py {' | '.join(DATASETS)} | PATH... --name=NAME [--key=value ...]",
+        "python prepare.py NAME | PATH... --name=NAME [--key=value ...]\n"
+        f"NAME: {' | '.join(list_recipes())} (--list describes them)",
     )
     with ExitStack() as OPENED:
-        run_or_exit(lambda: prepare(CONFIG, GIVEN, PATHS, OPENED))
+        run_or_exit(lambda: prepare(CONFIG, OVERRIDDEN, ARGS, OPENED))

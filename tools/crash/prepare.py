@@ -48,7 +48,7 @@ def prepare_texts(
             before(call.__name__)
 
     def work() -> None:
-        script.describe_files = lambda *_args: {"texts": texts}
+        script.describe_source = lambda *_args: {"texts": texts}
         script.open_shards = lambda *_args: [
             script.Shard(lambda text=text: iter([io.StringIO(text)]), 1, 0.25)
             for text in texts
