@@ -67,6 +67,7 @@ from keepgpt.dataset import dataset_folder, read_meta
 from keepgpt.device import pick_device, pick_dtype
 from keepgpt.huggingface import read_weights
 from keepgpt.kernels import pack_linear_layers
+from keepgpt.same_tokens import check_tokenizer
 from keepgpt.signals import raise_interrupts
 from keepgpt.text import open_text, read_block
 from model import GPT, ModelArgs, crop_weights, generate, load_model
@@ -120,7 +121,7 @@ def find_meta(
     elif data.get("dataset"):
         with suppress(UserError):  # it may be on another machine
             meta = read_meta(dataset_folder(config.data_dir, data["dataset"]))
-    tokenizer.check_tokenizer(origin, vocab_size, data, meta)
+    check_tokenizer(origin, vocab_size, data, meta)
     return meta
 
 

@@ -20,8 +20,10 @@ from typing import Any, BinaryIO, NamedTuple, TextIO
 
 from keepgpt.errors import UserError, import_package
 
-ROWS = 1000  # of a Parquet file, in memory at a time
-SUFFIXES = (  # of the files that a folder is searched for
+# of a Parquet file, in memory at a time
+ROWS = 1000
+# the endings of the files that a folder is searched for
+SUFFIXES = (
     ".txt .md .rst .tex .jsonl .parquet .py .c .h .cc .cpp .hpp .cu .rs .go .java .kt .scala .js "
     ".ts .rb .php .pl .lua .jl .hs .swift .cs .sh .sql .html .css .toml .yaml .yml"
 )
@@ -63,58 +65,69 @@ class Shard(NamedTuple):
 
 def describe_files(paths: list[str], text_key: str) -> dict[str, Any]:
     """Return what meta.json says about the text of `paths`: it changes if the text does."""
-    stats = [(path, os.stat(path)) for path in find_files(paths)]
-    state = "".join(
-        f"{path} {stat.st_size} {stat.st_mtime_ns}\n" for path, stat in stats
-    )
+    digest = hashlib.sha256()
+    files = find_files(paths)
+    size = 0
+    # names, sizes and times instead of the content, which may be large
+    for path in files:
+        stat = os.stat(path)
+        size += stat.st_size
+        line = f"{path} {stat.st_size} {stat.st_mtime_ns}\n"
+        digest.update(os.fsencode(line))
     return {
         "paths": paths,
         "text_key": text_key,
-        "files": len(stats),
-        "bytes": sum(stat.st_size for _, stat in stats),
-        "state": hashlib.sha256(os.fsencode(state)).hexdigest(),
+        "files": len(files),
+        "bytes": size,
+        "state": digest.hexdigest(),
     }
 
 
 def find_files(paths: list[str]) -> list[str]:
     """Return the files that paths, folders and globs name, sorted within each of `paths`. A file
-    counts once, however many links lead to it. Raises OSError."""
+    counts once, however many links lead to it. Raises UserError and OSError."""
     files: dict[str, str] = {}  # real path -> path
     for path in paths:
-        found = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
-        found = (
-            list_folder(path)
-            if os.path.isdir(path)
-            else list(filter(os.path.isfile, found))
-        )
+        # a name may hold signs of a glob
+        if os.path.isdir(path):
+            found = list_folder(path)
+        elif os.path.exists(path):
+            found = [path] if os.path.isfile(path) else []
+        else:
+            found = filter(os.path.isfile, glob.glob(path, recursive=True))
+        found = sorted(found)
         if not found:
             raise UserError(
                 f"{path}: expected a file, a folder with files of text ({SUFFIXES}), a "
                 "glob, or a name that prepare.py --list shows"
             )
-        for file in sorted(found):
+        for file in found:
             files.setdefault(os.path.realpath(file), file)
     return list(files.values())
 
 
 def list_folder(path: str) -> list[str]:
-    """Return the files of text in a folder and its subfolders, except hidden ones."""
+    """Return the files of text in a folder and its subfolders, except hidden ones. Raises
+    OSError."""
 
     def stop(error: OSError) -> None:
         raise error
 
-    files, seen = [], set()
-    for folder, folders, names in os.walk(path, onerror=stop, followlinks=True):
-        if os.path.realpath(folder) in seen:  # by a link
-            folders.clear()
+    files = []
+    visited = set()
+    suffixes = tuple(SUFFIXES.split())
+    for folder, subfolders, names in os.walk(path, onerror=stop, followlinks=True):
+        # a link may lead back
+        real = os.path.realpath(folder)
+        if real in visited:
+            subfolders.clear()
             continue
-        seen.add(os.path.realpath(folder))
-        folders[:] = sorted(name for name in folders if name[0] != ".")
-        files += [
-            os.path.join(folder, name)
-            for name in names
-            if name[0] != "." and name.lower().endswith(tuple(SUFFIXES.split()))
-        ]
+        visited.add(real)
+        # os.walk goes on with what is left in the list
+        subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
+        for name in names:
+            if name[0] != "." and name.lower().endswith(suffixes):
+                files.append(os.path.join(folder, name))
     return files
 
 
@@ -134,6 +147,7 @@ class Skipped:
         self.keys |= dict.fromkeys(keys)
 
     def __str__(self) -> str:
+        # a few, as rows may have thousands
         keys = ", ".join(map(str, islice(self.keys, 20))) or "none"
         return (
             f"{self.rows:,} of {self.total:,} rows, the first is {self.first}; the keys in "
@@ -146,19 +160,18 @@ def read_documents(
 ) -> Iterator[TextIO]:
     """Yield the documents: a file, or a row of JSON or Parquet is one; rows without a text are
     `skipped`. Line ends become \\n, and a byte-order mark is removed. Use up one document before
-    the next. Raises UserError if the text has changed."""
+    the next. `source` describes the text; raises UserError if it has changed."""
     text_key = source.get("text_key", "text")
     for path in files:
         if ROW_FILES.search(path):
             for text in read_rows(path, text_key, skipped):
+                # as open_text reads a file
                 yield io.StringIO(text.removeprefix("\ufeff"), newline=None)
         else:
             with open_text(path) as file:
                 yield file
-    if (
-        "paths" in source
-        and describe_files(source["paths"], source["text_key"]) != source
-    ):
+    # files of the hub can't change
+    if "paths" in source and describe_files(source["paths"], text_key) != source:
         raise UserError(
             "the text changed while it was read. Try: the same command on files that "
             "no program writes to"
@@ -179,73 +192,84 @@ def open_text(path: str) -> TextIO:
     """Open a file of text in UTF-8, without a byte-order mark, and with \\n for each line end. See
     `read_block`."""
     document = io.TextIOWrapper(open_bytes(path), encoding="utf-8-sig")
-    document.path = path  # not all kinds of file have a name
+    # for errors: a compressed file has no name
+    document.path = path
     return document
 
 
 def read_block(document: TextIO, size: int) -> str:
     """Return the next `size` characters of a document, fewer at its end; -1 for all. Raises
-    UserError."""
+    UserError, and OSError for an error of the disk."""
     try:
         block = document.read(size)
+        # a row of JSON may have one
         if "\0" in block and isinstance(document, io.TextIOWrapper):
             raise ValueError("a NUL byte, as in a binary file")
         return block
     except (ValueError, EOFError, OSError, zlib.error, lzma.LZMAError) as e:
-        if isinstance(e, OSError) and e.errno:  # of the disk
+        # gzip's and bz2's own have no number
+        if isinstance(e, OSError) and e.errno:
             e.filename = document.path
             raise
+        got = str(e)
         if isinstance(e, UnicodeDecodeError):
-            e = f"byte {document.buffer.tell() - len(e.object) + e.start} of the file"
-        got, fix = describe_format(
-            document.path, (e, "convert the file or leave it out")
-        )
+            # the object is what was read last
+            start = document.buffer.tell() - len(e.object)
+            got = f"byte {start + e.start} of the file"
+        hint = "convert the file or leave it out"
+        got, hint = describe_format(document.path, got, hint)
         raise UserError(
-            f"{document.path}: expected text in UTF-8, got {got}. Try: {fix}"
+            f"{document.path}: expected text in UTF-8, got {got}. Try: {hint}"
         ) from None
 
 
-def describe_format(path: str, unknown: tuple[Any, str]) -> tuple[Any, str]:
-    """Return what a file is that cannot be read, and how to get text from it; `unknown` if none of
-    FORMATS fits."""
+def describe_format(path: str, got: str, hint: str) -> tuple[str, str]:
+    """Return what a file is that cannot be read, and how to get text from it; `got` and `hint` if
+    none of FORMATS fits."""
     try:
         with open_bytes(path) as file:
             first = file.read(512)
-    except (OSError, EOFError, zlib.error, lzma.LZMAError):  # compressed, and corrupt
-        return unknown
-    for pattern, (what, fix) in FORMATS.items():
+    # compressed, and corrupt
+    except (OSError, EOFError, zlib.error, lzma.LZMAError):
+        return got, hint
+    for pattern, (name, command) in FORMATS.items():
         if re.match(pattern, first):
-            return what, fix.replace("FILE", path)
-    return unknown
+            return name, command.replace("FILE", path)
+    return got, hint
 
 
 def read_rows(path: str, text_key: str, skipped: Skipped) -> Iterator[str]:
     """Yield the texts of a .parquet file, or of JSON; other rows go to `skipped`. Raises UserError
     for a corrupt file, and for one with rows but no text."""
-    read = read_parquet if path.lower().endswith(".parquet") else read_json
-    number = texts = 0
+    is_parquet = path.lower().endswith(".parquet")
+    read = read_parquet if is_parquet else read_json
+    rows = 0
+    texts = 0
     try:
         for text, keys in read(path, text_key):
-            number += 1
+            rows += 1
             skipped.total += 1
             if isinstance(text, str):
                 texts += 1
                 # JSON can spell half a surrogate pair: it becomes a "?"
                 yield text.encode(errors="replace").decode()
             else:
-                skipped.add(f"row {number:,} of {path}", keys)
+                skipped.add(f"row {rows:,} of {path}", keys)
     except UserError:  # a package is missing
         raise
     except Exception as e:  # of several packages
-        expected = "Parquet"
-        got = f"{number:,} rows, then {e!r}"
-        fix = "another copy of the file"
-        if read is read_json:
+        got = f"{rows:,} rows, then {e!r}"
+        if is_parquet:
+            expected = "Parquet"
+            hint = "another copy of the file"
+        else:
             expected = "JSON, an object on each line or an array of objects"
-            fix = "correct the file, or name it .txt if all of it is the text"
-            got, fix = describe_format(path, (got, fix))
-        raise UserError(f"{path}: expected {expected}, got {got}. Try: {fix}") from None
-    if number and not texts:
+            hint = "correct the file, or name it .txt if all of it is the text"
+            got, hint = describe_format(path, got, hint)
+        raise UserError(
+            f"{path}: expected {expected}, got {got}. Try: {hint}"
+        ) from None
+    if rows and not texts:
         raise UserError(
             f"{path}: no text under {text_key!r} in {skipped}. Try: --text_key=KEY"
         )
@@ -254,19 +278,23 @@ def read_rows(path: str, text_key: str, skipped: Skipped) -> Iterator[str]:
 def read_parquet(path: str, text_key: str) -> Iterator[tuple[Any, Iterable[str]]]:
     """Yield the value of `text_key`, None if there is none, and the keys of each row."""
     with import_package("pyarrow.parquet").ParquetFile(path) as file:
-        names = file.schema_arrow.names
+        keys = file.schema_arrow.names
         for batch in file.iter_batches(ROWS, columns=[text_key]):
             for row in batch.to_pylist():
-                yield row.get(text_key), names
+                yield row.get(text_key), keys
 
 
 def read_json(path: str, text_key: str) -> Iterator[tuple[Any, Iterable[str]]]:
     """Yield the value of `text_key`, None if there is none, and the keys of each element of an
     array, which is read whole, or of the value on each line. A blank line is an empty text."""
+    blank = {text_key: ""}
     with open_bytes(path) as file:
-        rows = (json.loads(line) if line.strip() else {text_key: ""} for line in file)
+        rows = (json.loads(line) if line.strip() else blank for line in file)
+        # an array; a byte-order mark may stand before it
         if file.peek(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
             rows = json.load(file)
         for row in rows:
-            row = row if isinstance(row, dict) else {}
+            # a line may hold any value
+            if not isinstance(row, dict):
+                row = {}
             yield row.get(text_key), row

@@ -578,7 +578,7 @@ def test_long_words_change_no_merge_of_other_text(shakespeare):
     )
     ours = from_meta({"tokenizer": train_bpe([text], 1000)})
     assert {
-        token: i for token, i in ours.token_ids().items() if i < 999
+        token: i for token, i in ours.ids.items() if i < 999
     } == made.get_vocab()
 
 

@@ -100,7 +100,7 @@ def write_hugging_face(
         "clean_up_tokenization_spaces": False,
     }
     if eot is not None:
-        name = {i: token for token, i in vocabulary.token_ids().items()}[eot]
+        name = {i: token for token, i in vocabulary.ids.items()}[eot]
         tokenizer |= {"bos_token": name, "eos_token": name}
     config = (
         make_config(list_sizes(args))
