@@ -1,4 +1,4 @@
-# TinyStories, 2 million short stories in simple words, in GPT-2's tokens
+# TinyStories, 2 million short stories in simple English, in GPT-2's tokens
 # pip install pyarrow huggingface_hub
 hub = "roneneldan/TinyStories"
 revision = "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"

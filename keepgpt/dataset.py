@@ -40,6 +40,7 @@ def dataset_folder(data_dir: str, dataset: str) -> Path:
 def read_meta(folder: Path) -> dict[str, Any]:
     """Return the description of the dataset in `folder`: prepare.py's meta.json, or one made for
     a dataset that nanoGPT prepared. Raises BadData."""
+    # nanoGPT writes no meta.json
     path = folder / "meta.json"
     if not path.exists():
         if (folder / "train.bin").exists():
@@ -71,6 +72,7 @@ def check_meta(meta: dict[str, Any]) -> None:
 
 def check_identity(folder: Path, meta: dict[str, Any], saved: dict[str, Any]) -> None:
     """Raise BadData unless the dataset in `folder` has the tokens of the description `saved`."""
+    # its name and source may differ
     if any(meta[key] != saved[key] for key in IDENTITY):
         raise BadData(
             f"{folder}: not the {saved['name']} that this run was trained on. Try: "
@@ -80,6 +82,7 @@ def check_identity(folder: Path, meta: dict[str, Any], saved: dict[str, Any]) ->
 
 def split_files(meta: dict[str, Any], split: str) -> dict[str, int]:
     """Return the .bin files of a split, in order, with the number of tokens in each."""
+    # a dataset of several shards
     if "files" in meta:
         return meta["files"][split]
     return {f"{split}.bin": meta["tokens"][split]}
@@ -87,6 +90,7 @@ def split_files(meta: dict[str, Any], split: str) -> dict[str, int]:
 
 def compute_crc32(path: Path) -> str:
     """Return the CRC32 of each BLOCK bytes of a file, in 8 hexadecimal digits. Raises OSError."""
+    # a block at a time, so memory is flat
     with open(path, "rb") as file:
         blocks = iter(lambda: file.read(BLOCK), b"")
         return "".join(f"{zlib.crc32(block):08x}" for block in blocks)
@@ -95,13 +99,14 @@ def compute_crc32(path: Path) -> str:
 def compute_fingerprint(folder: Path, meta: dict[str, Any]) -> str:
     """Return the sha256 of the tokenizer's description, the token counts (as JSON with sorted keys)
     and the bytes of train and val. Raises OSError."""
+    # the files of shards count as one: the same tokens have the same fingerprint
     totals = [meta["tokens"][split] for split in SPLITS]
     described = json.dumps([meta["tokenizer"], totals], sort_keys=True)
     digest = hashlib.sha256(described.encode())
     for split in SPLITS:
         for name in split_files(meta, split):
             with open(folder / name, "rb") as file:
-                # it goes on with the digest so far
+                # adds to the digest so far
                 hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
@@ -155,6 +160,7 @@ def describe_nanogpt_data(folder: Path) -> dict[str, Any]:
         tokens[split] = size // 2
         largest = max(largest, ids.max(initial=0))
 
+    # nanoGPT has these two kinds; only that of characters leaves a file
     tokenizer = {"kind": "gpt2"}
     vocab_size = 50257
     if (folder / "meta.pkl").exists():
@@ -191,6 +197,7 @@ def read_meta_pkl(path: Path) -> str:
     """Return the characters of nanoGPT's meta.pkl in the order of their ids. Raises BadData."""
     try:
         with open(path, "rb") as file:
+            # id -> character
             itos = PlainUnpickler(file).load()["itos"]
         chars = "".join(itos[i] for i in range(len(itos)))
         # one character for each id, and none twice

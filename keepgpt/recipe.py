@@ -11,7 +11,7 @@ import io
 import os
 import urllib.request
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,30 +35,33 @@ SOURCES = {
 class Recipe:
     """The settings of a recipe."""
 
-    base: str = setting("", "another recipe, for the settings that this one leaves out")
-    # a source
-    files: list[str] = setting((), "files, folders and globs, relative to train.py's")
-    read_text: Callable[[], str] | None = setting(None, "a function with the text")
-    url: str = setting("", "the address of a text in UTF-8")
-    hub: str = setting("", "OWNER/NAME of a dataset of the Hugging Face hub")
-    # what a source needs
-    text_key: str = setting(
-        "text", "files, hub: the field with the text, of a row of JSON or Parquet"
-    )
-    text: str = setting(
-        "", "read_text, url: name of the text; data/<text>/input.txt replaces a url"
-    )
-    sha256: str = setting("", "read_text, url: that of the text in UTF-8")
-    hint: str = setting("the same command again", "read_text, url: what to try instead")
-    revision: str = setting("", "hub: the commit")
-    train_files: str = setting("", "hub: a glob of files")
-    val_files: str = setting("", "hub: a glob of files that are all for validation")
-    file_count: int = setting(0, "hub: the number of all these files", least=1)
-    # from text to tokens
-    tokenizer: str = setting("gpt2", "as in prepare.py --tokenizer")
-    val_fraction: float = setting(
-        0.1, "share of the text for validation, val_files aside", least=0, below=1
-    )
+    # another recipe, for the settings that this one leaves out
+    base: str = ""
+
+    # files, folders and globs; relative paths start at the folder of prepare.py
+    files: list[str] = field(default_factory=list)
+    # a function that returns the text
+    read_text: Callable[[], str] | None = None
+    # the address of a text in UTF-8; the file data/<text>/input.txt replaces it
+    url: str = ""
+    # OWNER/NAME of a dataset on the Hugging Face hub
+    hub: str = ""
+
+    # files, hub: the field with the text, of a row of JSON or Parquet
+    text_key: str = "text"
+    # read_text, url: a name for the text, its sha256 in UTF-8, and what to try if it can't be read
+    text: str = ""
+    sha256: str = ""
+    hint: str = "the same command again"
+    # hub: the commit, globs of files, and their number
+    revision: str = ""
+    train_files: str = ""
+    val_files: str = ""
+    file_count: int = setting(0, "", least=1)
+
+    # as --tokenizer and --val_fraction of prepare.py; val_files are for validation in any case
+    tokenizer: str = "gpt2"
+    val_fraction: float = setting(0.1, "", least=0, below=1)
 
 
 KEYS = [f.name for f in fields(Recipe)]
@@ -68,6 +71,7 @@ def list_recipes() -> dict[str, str]:
     """Return the name of each recipe in data/, and its description."""
     recipes = {}
     for path in sorted(RECIPES.glob("*.py")):
+        # its first line; nothing runs, so a faulty recipe hides no other
         with open(path, encoding="utf-8", errors="replace") as file:
             recipes[path.stem] = file.readline().strip("# \n")
     return recipes
@@ -77,6 +81,7 @@ def read_recipe(name: str) -> Recipe:
     """Return the recipe data/NAME.py. Raises UserError."""
     path = RECIPES / f"{name}.py"
     names = run_recipe(path)
+    # the recipe's own settings override those of its base
     if "base" in names:
         names = run_recipe(RECIPES / f"{names['base']}.py") | names
     settings = {}
@@ -92,6 +97,7 @@ def read_recipe(name: str) -> Recipe:
             f"{path}: expected one of {', '.join(SOURCES)}, "
             f"got {' and '.join(sources) or 'none'}"
         )
+    # no default could be right
     for key in SOURCES[sources[0]]:
         if key not in settings:
             raise UserError(f"{path}: missing setting {key!r}")
@@ -104,10 +110,12 @@ def check_setting(key: str, value: Any, where: str) -> Any:
         raise UserError(
             f"{where}: unknown setting {key!r}. Expected some of {', '.join(KEYS)}"
         )
+    # a function; the text that it returns is compared with the sha256
     if key == "read_text":
         return value
     if key != "files":
         return check(Recipe, key, value, where)
+    # a text has characters, which could be names of files
     if not isinstance(value, list):
         raise UserError(f"{where}: files: expected a list, got {value!r}")
     return [str(REPO / check(Recipe, key, file, where)) for file in value]
@@ -119,9 +127,10 @@ def run_recipe(path: Path) -> dict[str, Any]:
     try:
         exec(compile(path.read_bytes(), path, "exec"), names)
     except (Exception, SystemExit) as e:
-        lines = [f.lineno for f in inspect.trace() if f.filename == str(path)]
-        line = lines[-1] if lines else getattr(e, "lineno", 1)
-        raise UserError(f"{path}:{line}: {type(e).__name__}: {e}") from None
+        # the last line of the recipe that was running, or that can't be parsed
+        lines = [getattr(e, "lineno", 1)]
+        lines += [f.lineno for f in inspect.trace() if f.filename == str(path)]
+        raise UserError(f"{path}:{lines[-1]}: {type(e).__name__}: {e}") from None
     return {key: value for key, value in names.items() if key[0] != "_"}
 
 
@@ -136,14 +145,16 @@ def describe_source(recipe: Recipe) -> dict[str, Any]:
         "files": [recipe.train_files, recipe.val_files],
         "revision": recipe.revision,
     }
+    # only if it differs: prepared datasets must stay those of the same source
     if recipe.text_key != "text":
         source["text_key"] = recipe.text_key
     return source
 
 
 def open_shards(recipe: Recipe, source: dict[str, Any], data_dir: Path) -> list[Shard]:
-    """Return the shards of a recipe's text, of which `source` is the description: each of several
-    Parquet files is one, else all of it is. Raises UserError."""
+    """Return the shards of a recipe's text, which `source` describes: each of several Parquet files
+    is one, else all of it is. Raises UserError."""
+    # a text is one document, in memory
     if recipe.text:
         text = read_pinned_text(recipe, data_dir / recipe.text / "input.txt")
         return [Shard(lambda: iter([io.StringIO(text)]), 1, recipe.val_fraction)]
@@ -152,6 +163,7 @@ def open_shards(recipe: Recipe, source: dict[str, Any], data_dir: Path) -> list[
         train_files, val_files = download_files(recipe)
     else:
         train_files = find_files(recipe.files)
+    # rows of a text file are read in one go; a Parquet file may be gigabytes
     files = train_files + val_files
     groups = [files]
     if all(path.lower().endswith(".parquet") for path in files):
@@ -159,6 +171,7 @@ def open_shards(recipe: Recipe, source: dict[str, Any], data_dir: Path) -> list[
     skipped = Skipped()
     shards = []
     for group in groups:
+        # read all of it once: a corrupt file is found before the first shard
         read = partial(read_documents, group, source, Skipped())
         documents = sum(1 for _ in read_documents(group, source, skipped))
         val_fraction = 1.0 if group[0] in val_files else recipe.val_fraction
@@ -187,6 +200,7 @@ def download_files(recipe: Recipe) -> tuple[list[str], list[str]]:
         find_files([os.path.join(glob.escape(folder), pattern)]) if pattern else []
         for pattern in patterns
     ]
+    # without a network, a cache may lack some
     count = len(train_files) + len(val_files)
     if count != recipe.file_count:
         raise UserError(
@@ -198,6 +212,7 @@ def download_files(recipe: Recipe) -> tuple[list[str], list[str]]:
 
 def read_pinned_text(recipe: Recipe, path: Path) -> str:
     """Return the text of read_text(), of `path` if it exists, or of the url. Raises UserError."""
+    # a file is the way out without a network
     hint = recipe.hint
     if recipe.url:
         hint = f"put {recipe.url} at {path}, or {hint}"
@@ -210,6 +225,7 @@ def read_pinned_text(recipe: Recipe, path: Path) -> str:
             data = urllib.request.urlopen(recipe.url, timeout=20).read()
     except Exception as e:  # a connection breaks in many ways
         raise UserError(f"{recipe.text}: {e}. Try: {hint}") from None
+    # the same text on every machine
     sha256 = hashlib.sha256(data).hexdigest()
     if sha256 != recipe.sha256:
         raise UserError(

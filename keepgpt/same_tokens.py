@@ -32,6 +32,7 @@ def check_tokenizer(
         padding = 63
     elif tokenizer["kind"] == "hf" and trained_on:
         padding = vocab_size
+    # without a tokenizer, the size is all there is to compare
     got = ""
     if not 0 <= vocab_size - meta["vocab_size"] <= padding:
         got = f"{vocab_size:,} instead of {meta['vocab_size']:,}"
@@ -58,6 +59,7 @@ def find_difference(expected: Tokenizer, other: Tokenizer) -> str:
         unnamed = other.description | {"name": ""}
         same = expected.description | {"name": ""} == unnamed
         return "" if same else "another vocabulary of that size"
+    # every token of ours has the same id there; it may have others
     names = {i: token for token, i in other.ids.items()}
     for token, i in expected.ids.items():
         if names.get(i) != token:

