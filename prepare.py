@@ -15,10 +15,10 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from itertools import chain, islice, zip_longest
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 from tqdm import tqdm
@@ -29,7 +29,6 @@ from keepgpt.dataset import (
     compute_crc32,
     compute_fingerprint,
     dataset_folder,
-    split_files,
 )
 from keepgpt.errors import (
     EXIT_INTERRUPTED,
@@ -40,17 +39,36 @@ from keepgpt.errors import (
     warn,
 )
 from keepgpt.files import FolderLock, FolderLost, sync_folder, write_atomically
-from keepgpt.text import DATASETS, TEXTS, Shard, describe_files, open_shards, read_block
-from keepgpt.tokenizer import Tokenizer, describe_tokenizer, from_meta, train_bpe
+from keepgpt.recipe import (
+    Recipe,
+    describe_source,
+    list_recipes,
+    open_shards,
+    read_recipe,
+)
+from keepgpt.text import Shard, read_block
+from keepgpt.tokenizer import (
+    HFTokenizer,
+    Tokenizer,
+    describe_tokenizer,
+    from_meta,
+    train_bpe,
+)
 
-BLOCK = 1 << 19  # characters read, and encoded, at a time
-BPE_TEXT = 10**9  # characters of the train text that a BPE is trained on
-MANY = 100  # documents: from this many on, complete ones go to val
-LONG = 1 << 20  # characters: a longer document is split in any case
+# characters read, and encoded, at a time
+BLOCK = 1 << 19
+# characters of the train text that a BPE is trained on: more change few merges
+BPE_TEXT = 10**9
+# documents: from this many on, complete ones go to val
+MANY = 100
+# characters: a longer document is split in any case
+LONG = 1 << 20
+# the files that a preparation writes, and may remove
 OURS = re.compile(r"((train|val)(-\d{5,})?\.bin|meta\.json)(\.tmp)?")
-Chunk = tuple[
-    int, bool, str
-]  # (0 for train or 1 for val, a document starts here, text)
+# a folder in data_dir, and not a hidden one
+FOLDER_NAME = re.compile("[^./][^/]*")
+# flags that change a recipe, and so need a --name
+OVERRIDES = ("tokenizer", "val_fraction", "text_key")
 
 
 @dataclass(frozen=True)
@@ -74,61 +92,183 @@ class PrepareConfig:
     data_dir: str = setting("data", "the folder of all datasets, as in train.py")
 
 
-class LossCheck:
-    """Decode the tokens of a text, to find out whether its tokenizer loses text."""
+class Chunk(NamedTuple):
+    """A part of a document that is encoded at a time."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer, self.difference = tokenizer, ""
-        self.tokens = self.unknown = 0
-        self.unknown_id = self.lengths = None
-        if tokenizer.description["kind"] == "hf":
-            model = json.loads(tokenizer.description["json"])["model"]
-            self.unknown_id = tokenizer.ids.get(
-                model.get("unk_token"), model.get("unk_id")
+    # 0 for train, 1 for val
+    split: int
+    # its part of the document starts here: tokens of another document may stand before it
+    starts: bool
+    text: str
+
+
+def prepare(
+    config: PrepareConfig,
+    overrides: dict[str, Any],
+    args: list[str],
+    opened: ExitStack,
+) -> None:
+    """Prepare the dataset that a command line asks for, unless it exists. `opened` gets its lock.
+    Raises UserError."""
+    started = time.perf_counter()
+    # the request, which meta.json records
+    name, recipe = choose_recipe(config, overrides, args)
+    wanted = describe_tokenizer(recipe.tokenizer)
+    request = {
+        "format": 1,
+        "name": name,
+        "source": describe_source(recipe),
+        "val_fraction": recipe.val_fraction,
+    }
+
+    # a complete dataset is left as it is, and takes no lock
+    folder = dataset_folder(config.data_dir, name)
+    # for messages
+    folder = Path(min(str(folder), os.path.relpath(folder), key=len))
+    meta = read_previous(folder, request, wanted)
+    if "fingerprint" not in meta:
+        lock = FolderLock(folder)
+        opened.callback(lock.release)
+        lock.acquire(patience=86_400)
+        # another preparation may have had the lock, and written it
+        meta = read_previous(folder, request, wanted)
+
+    outcome = "exists already"
+    if "fingerprint" not in meta:
+        check_foreign_files(folder)
+        shards = open_shards(recipe, request["source"], folder.parent)
+        if meta:
+            complete = len(meta["files"]["val"])
+            print(
+                f"{folder}: {complete} of {len(shards)} shards are complete; continuing",
+                flush=True,
             )
+        # what fails up to here leaves an older dataset as it is
         else:
-            # the other kinds can only drop bytes: their number shows it, and takes no time
-            self.lengths = np.array(
-                [len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)]
-            )
+            meta = start_meta(request, complete_tokenizer(wanted, shards))
+        # errors of the disk name the folder; nothing temporary is left
+        with name_path(folder), clean_up_on_signals(lock):
+            meta = write_dataset(lock, meta, shards)
+        outcome = f"took {time.perf_counter() - started:.1f} s"
+    tokens = meta["tokens"]
+    label = wanted.get("name", wanted["kind"])
+    print(
+        f"{folder}: {tokens['train']:,} train and {tokens['val']:,} val tokens of {label}, "
+        f"{meta['vocab_size']:,} in the vocabulary: {outcome}",
+        flush=True,
+    )
 
-    def find_difference(self, text: str, tokens: np.ndarray) -> str:
-        """Return where the decoded `tokens` first differ from `text`, or "". Threads call it."""
-        if self.difference:
-            return ""
-        if self.lengths is not None and self.lengths[tokens].sum() == len(
-            text.encode()
-        ):
-            return ""
-        if self.lengths is not None:
-            decoded = self.tokenizer.decode(tokens.tolist())
-        else:
-            # the one method that releases the GIL
-            (decoded,) = self.tokenizer.tokenizer.decode_batch(
-                [tokens.tolist()], skip_special_tokens=False
-            )
-        if decoded == text:
-            return ""
-        pairs = enumerate(zip_longest(text, decoded))
-        at = next(i for i, (before, after) in pairs if before != after)
-        part = slice(max(at - 10, 0), at + 20)
-        return f"{text[part]!r} became {decoded[part]!r}"
 
-    def add(self, difference: str, tokens: np.ndarray) -> None:
-        """Count a chunk's tokens, and keep the first difference."""
-        self.difference = self.difference or difference
-        self.tokens += len(tokens)
-        if self.unknown_id is not None:
-            self.unknown += int((tokens == self.unknown_id).sum())
+def choose_recipe(
+    config: PrepareConfig, overrides: dict[str, Any], args: list[str]
+) -> tuple[str, Recipe]:
+    """Return the name of the dataset that a command line asks for, and its recipe: that of data/,
+    or one for the files and folders `args`. Raises UserError."""
+    recipes = list_recipes()
+    # the text of a recipe may become another dataset, with a name of its own
+    base = ""
+    if len(args) == 1 and args[0] in recipes:
+        base = args[0]
+    name = config.name or base
+    if not args or not FOLDER_NAME.fullmatch(name):
+        raise UserError(
+            f"expected {', '.join(recipes)}, or files and folders with --name=NAME, "
+            f"a new folder in {config.data_dir}. Try: --help"
+        )
+    # a name stands for one text, tokenizer and split
+    settings = {key: overrides[key] for key in overrides.keys() & OVERRIDES}
+    if name in recipes and (name != base or settings):
+        raise UserError(
+            f"{name} has its own text, tokenizer and split. Try: --name=NAME for "
+            "another dataset"
+        )
+    recipe = Recipe(files=args)
+    if base:
+        recipe = read_recipe(base)
+    return name, replace(recipe, **settings)
 
-    def warn(self, name: str) -> None:
-        """Print a note if text was lost."""
-        if self.difference:
-            share = self.unknown / max(self.tokens, 1)
-            warn(
-                f"{name}: this tokenizer loses text: encoded and decoded, {self.difference}; "
-                f"{share:.2%} of the tokens stand for unknown text"
-            )
+
+def read_previous(
+    folder: Path, request: dict[str, Any], wanted: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the meta.json that a preparation of this request has left, {} if a file is missing or
+    has changed since."""
+    try:
+        meta = json.loads((folder / "meta.json").read_bytes())
+        # a tokenizer that the text completed has more than the wanted description
+        same_tokenizer = wanted.items() <= meta["tokenizer"].items()
+        if request.items() <= meta.items() and same_tokenizer:
+            return meta if is_intact(folder, meta) else {}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        pass  # it may hold anything
+    return {}
+
+
+def is_intact(folder: Path, meta: dict[str, Any]) -> bool:
+    """Return True if the .bin files that `meta` lists are those that were written. Raises OSError
+    for a missing file, and LookupError for a description without a way to tell."""
+    if "fingerprint" not in meta:
+        crc32 = meta["crc32"]
+    elif compute_fingerprint(folder, meta) == meta["fingerprint"]:
+        # training compares them; an older dataset has none
+        crc32 = meta.get("crc32", {})
+    else:
+        return False
+    return all(compute_crc32(folder / file) == crc32[file] for file in crc32)
+
+
+def check_foreign_files(folder: Path) -> None:
+    """Raise UserError if the folder has .bin files that another program may have made."""
+    files = [path for path in folder.glob("*.bin") if OURS.fullmatch(path.name)]
+    if files and not (folder / "meta.json").exists():
+        raise UserError(
+            f"{files[0]} has no meta.json: it was not made by prepare.py, or "
+            f"meta.json was lost. Try: another --name, or rm -r {folder}"
+        )
+
+
+def start_meta(request: dict[str, Any], tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """Return the meta of a requested dataset that has no shard yet."""
+    vocab_size = from_meta({"tokenizer": tokenizer}).vocab_size
+    return request | {
+        "tokenizer": tokenizer,
+        "vocab_size": vocab_size,
+        "dtype": "uint16" if vocab_size <= 1 << 16 else "uint32",
+        "files": {split: {} for split in SPLITS},
+        "crc32": {},
+    }
+
+
+def complete_tokenizer(wanted: dict[str, Any], shards: list[Shard]) -> dict[str, Any]:
+    """Return the description of the wanted tokenizer, with the characters of the text, or with a
+    byte-pair encoding trained on the first gigabyte that goes to train."""
+    # cut as tiktoken may: each kind that is completed here allows that
+    numbers = range(len(shards))
+    chunks = chain.from_iterable(
+        split_documents(shards, k, Tokenizer.cut) for k in numbers
+    )
+    if wanted["kind"] == "char":
+        chars = set(chain.from_iterable(chunk.text for chunk in chunks))
+        # it ends a document, for lack of a token
+        if sum(shard.documents for shard in shards) > 1:
+            chars.add("\n")
+        return {"kind": "char", "chars": "".join(sorted(chars))}
+    # any other tokenizer has its tokens
+    if wanted["kind"] != "bpe" or "tokens" in wanted:
+        return wanted
+    # val must stay unseen
+    vocab_size = int(wanted["name"].removeprefix("bpe:"))
+    train_text = (chunk.text for chunk in chunks if chunk.split == 0)
+    return train_bpe(take_text(train_text, BPE_TEXT), vocab_size)
+
+
+def take_text(texts: Iterable[str], size: int) -> Iterator[str]:
+    """Yield `texts` until they have `size` characters."""
+    for text in texts:
+        yield text
+        size -= len(text)
+        if size <= 0:
+            return
 
 
 @contextmanager
@@ -145,7 +285,9 @@ def clean_up_on_signals(lock: FolderLock) -> Iterator[None]:
             print(f"error: {e}", file=sys.stderr, flush=True)
         os._exit(EXIT_INTERRUPTED)
 
-    numbers = () if in_notebook() else (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    if in_notebook():
+        numbers = ()
     # an ignored signal stays ignored, as SIGHUP is under nohup
     before = {
         number: signal.signal(number, stop)
@@ -160,146 +302,6 @@ def clean_up_on_signals(lock: FolderLock) -> Iterator[None]:
             signal.signal(number, action)
 
 
-def split_documents(
-    shards: list[Shard], k: int, cut: Callable[[str], int]
-) -> Iterator[Chunk]:
-    """Yield the texts of shard k to encode, those of long documents cut where `cut` allows it.
-
-    Few or long documents are split, each at the same point; of many short ones some go to val as a
-    whole.
-    """
-    total, first = (
-        sum(shard.documents for shard in part) for part in (shards, shards[:k])
-    )
-    share = shards[k].val_fraction
-    for i, document in enumerate(shards[k].read(), first):
-        length = 0
-        while block := read_block(document, BLOCK):
-            length += len(block)
-        document.seek(0)
-        at = int(length * (1 - share))
-        if total >= MANY and length <= LONG:
-            at = 0 if int((i + 1) * share) > int(i * share) else length
-        for split, left in ((0, at), (1, length - at)):
-            starts, rest = True, ""
-            while block := read_block(document, min(BLOCK, left)):
-                left -= len(block)
-                # the rest has no place to cut, unless the block completes one at its end
-                searched = max(len(rest) - 2, 0)
-                rest += block
-                end = len(rest)
-                if left:
-                    place = cut(rest[searched:])
-                    end = searched + place if place else 0
-                if end:
-                    yield split, starts, rest[:end]
-                    starts, rest = False, rest[end:]
-
-
-def complete_tokenizer(wanted: dict[str, Any], shards: list[Shard]) -> dict[str, Any]:
-    """Return the description of the wanted tokenizer, with the characters of the text, or with a
-    byte-pair encoding trained on the first gigabyte that goes to train."""
-    chunks = (
-        chunk
-        for k in range(len(shards))
-        for chunk in split_documents(shards, k, Tokenizer.cut)
-    )
-
-    def read_train_text() -> Iterator[str]:
-        left = BPE_TEXT
-        for split, _, text in chunks:
-            if split == 0:
-                yield text
-                left -= len(text)
-            if left <= 0:
-                return
-
-    if wanted["kind"] == "char":
-        chars = set(chain.from_iterable(text for _, _, text in chunks))
-        if sum(shard.documents for shard in shards) > 1:
-            chars.add("\n")  # ends a document, for lack of a token
-        return {"kind": "char", "chars": "".join(sorted(chars))}
-    if wanted["kind"] == "bpe" and "tokens" not in wanted:
-        return train_bpe(read_train_text(), int(wanted["name"].removeprefix("bpe:")))
-    return wanted
-
-
-def write_tokens(
-    paths: list[Path],
-    totals: list[int],
-    chunks: Iterator[Chunk],
-    tokenizer: Tokenizer,
-    dtype: np.dtype,
-    loss: LossCheck,
-) -> None:
-    """Encode `chunks` to a train and a val file, by threads, as encoders release the GIL. `totals`
-    are the tokens of train and val so far."""
-
-    def encode(chunk: Chunk) -> tuple[np.ndarray, str]:
-        tokens = tokenizer.encode_to_numpy(chunk[2])
-        return tokens.astype(dtype), loss.find_difference(chunk[2], tokens)
-
-    threads = os.cpu_count() or 1
-    with (
-        open(paths[0], "wb") as train,
-        open(paths[1], "wb") as val,
-        ThreadPoolExecutor(threads) as pool,
-        tqdm(unit="token", unit_scale=True, disable=None) as bar,
-    ):
-        while batch := list(islice(chunks, 2 * threads)):  # memory is flat
-            for (split, starts, _), (tokens, difference) in zip(
-                batch, pool.map(encode, batch)
-            ):
-                loss.add(difference, tokens)
-                if starts and totals[split] > 0:  # a separator
-                    end = (
-                        tokenizer.encode("\n")
-                        if tokenizer.eot is None
-                        else [tokenizer.eot]
-                    )
-                    tokens = np.append(np.array(end, dtype), tokens)
-                (train, val)[split].write(tokens)
-                totals[split] += len(tokens)
-                bar.update(len(tokens))
-        for file in (train, val):
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def read_previous(
-    folder: Path, request: dict[str, Any], wanted: dict[str, Any]
-) -> dict[str, Any]:
-    """Return the meta.json that a preparation of this request has left, {} if a file is missing or
-    has changed since."""
-    try:
-        meta = json.loads((folder / "meta.json").read_bytes())
-        same = (
-            request.items() <= meta.items()
-            and wanted.items() <= meta["tokenizer"].items()
-        )
-        return meta if same and is_intact(folder, meta) else {}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return {}
-
-
-def is_intact(folder: Path, meta: dict[str, Any]) -> bool:
-    """Return True if the .bin files that `meta` lists are those that were written. Raises OSError
-    for a missing file, and LookupError for a description without a way to tell."""
-    size = np.dtype(meta["dtype"]).itemsize
-    for split in SPLITS:
-        for file, tokens in split_files(meta, split).items():
-            if (folder / file).stat().st_size != size * tokens:
-                return False
-    # a complete dataset has a fingerprint, an older one no CRC32s
-    if (
-        "fingerprint" in meta
-        and compute_fingerprint(folder, meta) != meta["fingerprint"]
-    ):
-        return False
-    known = meta["crc32"] if "fingerprint" not in meta else meta.get("crc32", {})
-    return all(compute_crc32(folder / file) == crc32 for file, crc32 in known.items())
-
-
 def write_dataset(
     lock: FolderLock, meta: dict[str, Any], shards: list[Shard]
 ) -> dict[str, Any]:
@@ -309,29 +311,20 @@ def write_dataset(
     before the first file is replaced: a kill leaves the old dataset, an unfinished one, or the new.
     """
     folder = lock.folder
-
-    def write_meta() -> None:
-        write_atomically(
-            folder / "meta.json", json.dumps(meta, indent=1).encode(), lock
-        )
-
-    tokenizer, dtype, files = from_meta(meta), np.dtype(meta["dtype"]), meta["files"]
-    totals = [sum(files[split].values()) for split in SPLITS]
+    tokenizer = from_meta(meta)
+    dtype = np.dtype(meta["dtype"])
     loss = LossCheck(tokenizer)
-    for k in range(len(files["val"]), len(shards)):
-        names = [
-            f"{split}-{k:05}.bin" if len(shards) > 1 else f"{split}.bin"
-            for split in SPLITS
-        ]
+    totals = [sum(meta["files"][split].values()) for split in SPLITS]
+    # continue with the first incomplete shard
+    for k in range(len(meta["files"]["val"]), len(shards)):
+        number = f"-{k:05}" if len(shards) > 1 else ""
+        names = [f"{split}{number}.bin" for split in SPLITS]
+        paths = [folder / f"{name}.tmp" for name in names]
+        chunks = split_documents(shards, k, tokenizer.cut)
+        # another process may have the folder by now
         lock.check()
-        write_tokens(
-            [folder / f"{name}.tmp" for name in names],
-            totals,
-            split_documents(shards, k, tokenizer.cut),
-            tokenizer,
-            dtype,
-            loss,
-        )
+        write_tokens(paths, totals, chunks, tokenizer, dtype, loss)
+        # before the last shard makes the dataset complete
         if k + 1 == len(shards):
             loss.warn(meta["name"])
             if min(totals) < 2:
@@ -340,22 +333,40 @@ def write_dataset(
                     f"{totals[1]} val tokens. Try: more text, or another "
                     "--val_fraction"
                 )
-        crc32 = {name: compute_crc32(folder / f"{name}.tmp") for name in names}
-        write_meta()
-        for split, name in zip(SPLITS, names):
-            lock.check()
-            os.replace(folder / f"{name}.tmp", folder / name)
-            files[split][name] = (folder / name).stat().st_size // dtype.itemsize
-        sync_folder(folder)
-        meta["crc32"] |= crc32
-        write_meta()
+        commit_shard(lock, meta, names)
+    # those of an older dataset
     remove_ours(lock, keep=["meta.json", *meta["crc32"]])
+    # the fingerprint says that the dataset is complete
     meta["tokens"] = dict(zip(SPLITS, totals))
     meta["fingerprint"] = compute_fingerprint(folder, meta)
+    # one shard is train.bin and val.bin
     if len(shards) == 1:
         del meta["files"]
-    write_meta()
+    write_meta(lock, meta)
     return meta
+
+
+def commit_shard(lock: FolderLock, meta: dict[str, Any], names: list[str]) -> None:
+    """Rename the temporary files of a shard to `names`, and add them to `meta` and meta.json."""
+    folder = lock.folder
+    itemsize = np.dtype(meta["dtype"]).itemsize
+    crc32 = {name: compute_crc32(folder / f"{name}.tmp") for name in names}
+    # from here on an older dataset is unusable
+    write_meta(lock, meta)
+    for split, name in zip(SPLITS, names):
+        lock.check()
+        os.replace(folder / f"{name}.tmp", folder / name)
+        meta["files"][split][name] = (folder / name).stat().st_size // itemsize
+    # names first: meta.json must not list a file that a crash could lose
+    sync_folder(folder)
+    meta["crc32"] |= crc32
+    write_meta(lock, meta)
+
+
+def write_meta(lock: FolderLock, meta: dict[str, Any]) -> None:
+    """Write the locked folder's meta.json."""
+    content = json.dumps(meta, indent=1).encode()
+    write_atomically(lock.folder / "meta.json", content, lock)
 
 
 def remove_ours(lock: FolderLock, keep: Iterable[str] = (), ending: str = "") -> None:
@@ -371,87 +382,182 @@ def remove_ours(lock: FolderLock, keep: Iterable[str] = (), ending: str = "") ->
             path.unlink()
 
 
-def prepare(
-    config: PrepareConfig, given: dict[str, Any], paths: list[str], opened: ExitStack
-) -> None:
-    """Prepare the dataset that a command line asks for, unless it exists. `opened` gets its lock.
-    Raises UserError."""
-    started = time.perf_counter()
-    known = paths[0] if len(paths) == 1 and paths[0] in DATASETS else ""
-    name = config.name or known
-    if not paths or not name or os.path.basename(name) != name or name[0] == ".":
-        raise UserError(
-            f"expected {', '.join(DATASETS)}, or files and folders with --name=NAME, "
-            f"a new folder in {config.data_dir}. Try: --help"
-        )
-    if name in DATASETS and (
-        name != known or given.keys() & {"tokenizer", "val_fraction"}
-    ):
-        raise UserError(
-            f"{name} has its own text, tokenizer and split. Try: --name=NAME for "
-            "another dataset"
-        )
-    text, tokenizer, val_fraction = DATASETS.get(
-        known, ("", config.tokenizer, config.val_fraction)
-    )
-    wanted = describe_tokenizer(given.get("tokenizer", tokenizer))
-    source = TEXTS[text] if known else describe_files(paths, config.text_key)
-    request = {
-        "format": 1,
-        "name": name,
-        "source": source,
-        "val_fraction": given.get("val_fraction", val_fraction),
-    }
-    folder = dataset_folder(config.data_dir, name)
-    folder = Path(min(str(folder), os.path.relpath(folder), key=len))
+def split_documents(
+    shards: list[Shard], k: int, cut: Callable[[str], int]
+) -> Iterator[Chunk]:
+    """Yield the chunks of shard k. Those of long documents are cut where `cut` allows it."""
+    # the number of a document decides its split: it counts those of earlier shards
+    total = sum(shard.documents for shard in shards)
+    first = sum(shard.documents for shard in shards[:k])
+    for i, document in enumerate(shards[k].read(), first):
+        length = count_characters(document)
+        # train first: a document is read once more, in order
+        at = find_split(i, total, length, shards[k].val_fraction)
+        for split, size in enumerate((at, length - at)):
+            for j, text in enumerate(read_chunks(document, size, cut)):
+                yield Chunk(split, j == 0, text)
 
-    meta = read_previous(folder, request, wanted)
-    if "fingerprint" not in meta:
-        lock = FolderLock(folder)
-        opened.callback(lock.release)
-        lock.acquire(patience=86_400)
-        meta = read_previous(
-            folder, request, wanted
-        )  # another preparation had the lock
-    took = "exists already"
-    if "fingerprint" not in meta:
-        foreign = [path for path in folder.glob("*.bin") if OURS.fullmatch(path.name)]
-        if foreign and not (folder / "meta.json").exists():
-            raise UserError(
-                f"{foreign[0]} has no meta.json: it was not made by prepare.py, or "
-                f"meta.json was lost. Try: another --name, or rm -r {folder}"
-            )
-        shards = open_shards(source, request["val_fraction"], folder.parent)
-        if meta:
-            print(
-                f"{folder}: {len(meta['files']['val'])} of {len(shards)} shards are "
-                "complete; continuing",
-                flush=True,
-            )
+
+def count_characters(document: TextIO) -> int:
+    """Return the length of a document, and go back to its start."""
+    # in blocks: a document of any length fits into memory
+    blocks = iter(lambda: read_block(document, BLOCK), "")
+    length = sum(len(block) for block in blocks)
+    document.seek(0)
+    return length
+
+
+def find_split(i: int, total: int, length: int, val_fraction: float) -> int:
+    """Return how many characters of document i, of a `total`, go to train; the rest goes to val."""
+    # few documents, and long ones, are split, each at the same share
+    if total < MANY or length > LONG:
+        return int(length * (1 - val_fraction))
+    # of many short ones, each n-th goes to val as a whole
+    is_val = int((i + 1) * val_fraction) > int(i * val_fraction)
+    return 0 if is_val else length
+
+
+def read_chunks(
+    document: TextIO, size: int, cut: Callable[[str], int]
+) -> Iterator[str]:
+    """Yield the next `size` characters of a document, cut where `cut` allows it."""
+    rest = ""
+    while size > 0:
+        block = read_block(document, min(BLOCK, size))
+        # the file has become shorter
+        if not block:
+            return
+        size -= len(block)
+        # the rest has no place to cut, unless the block completes one at its end
+        start = max(len(rest) - 2, 0)
+        rest += block
+        end = len(rest)
+        if size > 0:
+            place = cut(rest[start:])
+            end = start + place if place else 0
+        if end > 0:
+            yield rest[:end]
+            rest = rest[end:]
+
+
+class LossCheck:
+    """Decode the tokens of a text, to find out whether its tokenizer loses text."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.difference = ""
+        self.tokens = 0
+        self.unknown = 0
+        self.unknown_id = None
+        self.lengths = None
+        # a tokenizer of Hugging Face may normalize a text, or have a token for unknown parts
+        if isinstance(tokenizer, HFTokenizer):
+            self.unknown_id = tokenizer.unknown_id
         else:
-            meta = request | {"tokenizer": complete_tokenizer(wanted, shards)}
-            size = from_meta(meta).vocab_size
-            meta |= {
-                "vocab_size": size,
-                "dtype": "uint16" if size <= 1 << 16 else "uint32",
-                "files": {split: {} for split in SPLITS},
-                "crc32": {},
-            }
-        with name_path(folder), clean_up_on_signals(lock):
-            meta = write_dataset(lock, meta, shards)
-        took = f"took {time.perf_counter() - started:.1f} s"
-    tokens, label = meta["tokens"], wanted.get("name", wanted["kind"])
-    print(
-        f"{folder}: {tokens['train']:,} train and {tokens['val']:,} val tokens of {label}, "
-        f"{meta['vocab_size']:,} in the vocabulary: {took}",
-        flush=True,
-    )
+            # the other kinds can only drop bytes: their number shows it, and takes no time
+            lengths = [
+                len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)
+            ]
+            self.lengths = np.array(lengths)
+
+    def find_difference(self, text: str, tokens: np.ndarray) -> str:
+        """Return where the decoded `tokens` first differ from `text`, or "". Threads call it."""
+        # one difference is enough for a note
+        if self.difference:
+            return ""
+        if self.lengths is None:
+            # the one method that releases the GIL
+            (decoded,) = self.tokenizer.tokenizer.decode_batch(
+                [tokens.tolist()], skip_special_tokens=False
+            )
+        elif self.lengths[tokens].sum() == len(text.encode()):
+            return ""
+        else:
+            decoded = self.tokenizer.decode(tokens.tolist())
+        if decoded == text:
+            return ""
+        # a few characters around the first one that differs
+        at = len(os.path.commonprefix([text, decoded]))
+        part = slice(max(at - 10, 0), at + 20)
+        return f"{text[part]!r} became {decoded[part]!r}"
+
+    def add(self, difference: str, tokens: np.ndarray) -> None:
+        """Count a chunk's tokens, and keep the first difference."""
+        # chunks come in their order, so the first one is that of the text
+        self.difference = self.difference or difference
+        self.tokens += len(tokens)
+        if self.unknown_id is not None:
+            self.unknown += int((tokens == self.unknown_id).sum())
+
+    def warn(self, name: str) -> None:
+        """Print a note if text was lost."""
+        if self.difference:
+            share = self.unknown / max(self.tokens, 1)
+            warn(
+                f"{name}: this tokenizer loses text: encoded and decoded, {self.difference}; "
+                f"{share:.2%} of the tokens stand for unknown text"
+            )
+
+
+def write_tokens(
+    paths: list[Path],
+    totals: list[int],
+    chunks: Iterator[Chunk],
+    tokenizer: Tokenizer,
+    dtype: np.dtype,
+    loss: LossCheck,
+) -> None:
+    """Encode `chunks` to a train and a val file, by threads, as encoders release the GIL. `totals`
+    are the tokens of train and val so far."""
+
+    def encode(chunk: Chunk) -> tuple[np.ndarray, str]:
+        # checked here, in the thread
+        tokens = tokenizer.encode_to_numpy(chunk.text)
+        return tokens.astype(dtype), loss.find_difference(chunk.text, tokens)
+
+    threads = os.cpu_count() or 1
+    with (
+        open(paths[0], "wb") as train,
+        open(paths[1], "wb") as val,
+        ThreadPoolExecutor(threads) as pool,
+        tqdm(unit="token", unit_scale=True, disable=None) as bar,
+    ):
+        files = (train, val)
+        # a few chunks at a time, so memory is flat
+        for batch in iter(lambda: list(islice(chunks, 2 * threads)), []):
+            for chunk, (tokens, difference) in zip(batch, pool.map(encode, batch)):
+                loss.add(difference, tokens)
+                # between two documents
+                if chunk.starts and totals[chunk.split] > 0:
+                    end = [tokenizer.eot]
+                    if tokenizer.eot is None:
+                        end = tokenizer.encode("\n")
+                    tokens = np.append(np.array(end, dtype), tokens)
+                files[chunk.split].write(tokens)
+                totals[chunk.split] += len(tokens)
+                bar.update(len(tokens))
+        # durable before they get their names
+        for file in files:
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def print_recipes() -> None:
+    """Print each recipe in data/ with its description."""
+    for name, description in list_recipes().items():
+        print(f"{name:<18}{description}")
 
 
 if __name__ == "__main__":
-    CONFIG, GIVEN, PATHS = command_line(
+    # no settings are needed for this
+    if sys.argv[1:] == ["--list"]:
+        run_or_exit(print_recipes)
+        sys.exit()
+    CONFIG, OVERRIDDEN, ARGS = command_line(
         PrepareConfig,
-        f"python prepare.py {' | '.join(DATASETS)} | PATH... --name=NAME [--key=value ...]",
+        "python prepare.py NAME | PATH... --name=NAME [--key=value ...]\n"
+        f"NAME: {' | '.join(list_recipes())} (--list describes them)",
     )
+    # the folder stays locked until the last line is printed
     with ExitStack() as OPENED:
-        run_or_exit(lambda: prepare(CONFIG, GIVEN, PATHS, OPENED))
+        run_or_exit(lambda: prepare(CONFIG, OVERRIDDEN, ARGS, OPENED))

@@ -64,6 +64,7 @@ from keepgpt.dataset import dataset_folder, read_meta
 from keepgpt.device import pick_device, pick_dtype
 from keepgpt.huggingface import read_weights
 from keepgpt.kernels import pack_linear_layers
+from keepgpt.same_tokens import check_tokenizer
 from keepgpt.signals import raise_interrupts
 from keepgpt.text import open_text, read_block
 from model import GPT, ModelArgs, crop_weights, generate, load_model
@@ -124,7 +125,7 @@ def find_meta(config: SampleConfig, origin: str, vocab_size: int, data: dict) ->
         with suppress(UserError):
             meta = read_meta(dataset_folder(config.data_dir, data["dataset"]))
     # another vocabulary would give a text, but nonsense
-    tokenizer.check_tokenizer(origin, vocab_size, data, meta)
+    check_tokenizer(origin, vocab_size, data, meta)
     return meta
 
 

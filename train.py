@@ -60,8 +60,9 @@ from keepgpt.loader import Loader, Split, seed_of
 from keepgpt.metrics import Metrics
 from keepgpt.optim import get_lr_factor, make_optimizer, set_rates
 from keepgpt.ranks import SAME_START, Ranks, join_ranks, shared_settings
+from keepgpt.same_tokens import check_tokenizer
 from keepgpt.signals import Signals
-from keepgpt.tokenizer import check_tokenizer, from_meta
+from keepgpt.tokenizer import from_meta
 from model import GPT, ModelArgs, build_model, crop_weights, generate, load_model
 
 

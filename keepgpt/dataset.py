@@ -11,6 +11,7 @@ import numpy as np
 
 from keepgpt.errors import UserError, warn
 
+SPLITS = ("train", "val")
 META_TYPES = {
     "name": str,
     "tokenizer": dict,
@@ -19,13 +20,12 @@ META_TYPES = {
     "tokens": dict,
     "fingerprint": str,
 }
-SPLITS = ("train", "val")
-FIRST = 1 << 19  # tokens of a .bin file without meta.json that identify it
-BLOCK = (
-    1 << 17
-)  # bytes of a .bin file with a CRC32 of their own; Linux reads that many ahead
 # two descriptions with the same values here are of the same tokens
 IDENTITY = ("fingerprint", "tokenizer", "vocab_size", "dtype", "tokens")
+# tokens of a .bin file without meta.json that identify it
+FIRST = 1 << 19
+# bytes of a .bin file with a CRC32 of their own; Linux reads that many ahead
+BLOCK = 1 << 17
 
 
 class BadData(UserError):
@@ -40,6 +40,7 @@ def dataset_folder(data_dir: str, dataset: str) -> Path:
 def read_meta(folder: Path) -> dict[str, Any]:
     """Return the description of the dataset in `folder`: prepare.py's meta.json, or one made for
     a dataset that nanoGPT prepared. Raises BadData."""
+    # nanoGPT writes no meta.json
     path = folder / "meta.json"
     if not path.exists():
         if (folder / "train.bin").exists():
@@ -49,14 +50,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         )
     try:
         meta = json.loads(path.read_bytes())
-        wrong = [
-            key for key, kind in META_TYPES.items() if type(meta.get(key)) is not kind
-        ]
-        if wrong or meta["dtype"] not in ("uint16", "uint32"):
-            raise ValueError(f"{', '.join(wrong) or 'dtype'} missing or wrong")
-        for split in SPLITS:
-            sum((meta["tokens"][split], *split_files(meta, split).values()))
-        "".join(meta.get("crc32", {}).values())
+        check_meta(meta)
         return meta
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise BadData(
@@ -64,8 +58,21 @@ def read_meta(folder: Path) -> dict[str, Any]:
         ) from None
 
 
+def check_meta(meta: dict[str, Any]) -> None:
+    """Raise ValueError, LookupError, TypeError or AttributeError unless `meta` is complete."""
+    # a preparation writes the fingerprint last
+    wrong = [key for key in META_TYPES if type(meta.get(key)) is not META_TYPES[key]]
+    if wrong or meta["dtype"] not in ("uint16", "uint32"):
+        raise ValueError(f"{', '.join(wrong) or 'dtype'} missing or wrong")
+    # numbers of tokens, and texts
+    for split in SPLITS:
+        sum([meta["tokens"][split], *split_files(meta, split).values()])
+    "".join(meta.get("crc32", {}).values())
+
+
 def check_identity(folder: Path, meta: dict[str, Any], saved: dict[str, Any]) -> None:
     """Raise BadData unless the dataset in `folder` has the tokens of the description `saved`."""
+    # its name and source may differ
     if any(meta[key] != saved[key] for key in IDENTITY):
         raise BadData(
             f"{folder}: not the {saved['name']} that this run was trained on. Try: "
@@ -75,31 +82,31 @@ def check_identity(folder: Path, meta: dict[str, Any], saved: dict[str, Any]) ->
 
 def split_files(meta: dict[str, Any], split: str) -> dict[str, int]:
     """Return the .bin files of a split, in order, with the number of tokens in each."""
-    return (
-        meta["files"][split]
-        if "files" in meta
-        else {f"{split}.bin": meta["tokens"][split]}
-    )
+    # a dataset of several shards
+    if "files" in meta:
+        return meta["files"][split]
+    return {f"{split}.bin": meta["tokens"][split]}
 
 
 def compute_crc32(path: Path) -> str:
     """Return the CRC32 of each BLOCK bytes of a file, in 8 hexadecimal digits. Raises OSError."""
+    # a block at a time, so memory is flat
     with open(path, "rb") as file:
-        return "".join(
-            f"{zlib.crc32(block):08x}" for block in iter(lambda: file.read(BLOCK), b"")
-        )
+        blocks = iter(lambda: file.read(BLOCK), b"")
+        return "".join(f"{zlib.crc32(block):08x}" for block in blocks)
 
 
 def compute_fingerprint(folder: Path, meta: dict[str, Any]) -> str:
     """Return the sha256 of the tokenizer's description, the token counts (as JSON with sorted keys)
     and the bytes of train and val. Raises OSError."""
+    # the files of shards count as one: the same tokens have the same fingerprint
     totals = [meta["tokens"][split] for split in SPLITS]
-    digest = hashlib.sha256(
-        json.dumps([meta["tokenizer"], totals], sort_keys=True).encode()
-    )
+    described = json.dumps([meta["tokenizer"], totals], sort_keys=True)
+    digest = hashlib.sha256(described.encode())
     for split in SPLITS:
         for name in split_files(meta, split):
             with open(folder / name, "rb") as file:
+                # adds to the digest so far
                 hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
@@ -114,9 +121,11 @@ def read_crc32(
     them. Then all files are read once. Raises BadData if they are not those that prepare.py wrote.
     """
     files = [name for split in SPLITS for name in split_files(meta, split)]
-    for known in (meta, saved):
-        if set(files) == known.get("crc32", {}).keys():
-            return known["crc32"]
+    for description in (meta, saved):
+        crc32 = description.get("crc32", {})
+        if set(files) == crc32.keys():
+            return crc32
+    # it may take minutes
     gigabytes = sum((folder / name).stat().st_size for name in files) / 1e9
     if gigabytes > 1:
         warn(
@@ -134,38 +143,47 @@ def read_crc32(
 def describe_nanogpt_data(folder: Path) -> dict[str, Any]:
     """Return the description of a dataset that nanoGPT prepared: characters if it has a meta.pkl,
     else GPT-2's tokens. Raises BadData."""
-    digest, tokens, largest = hashlib.sha256(), {}, 0
-    try:
-        for split in SPLITS:
-            path = folder / f"{split}.bin"
-            size, ids = path.stat().st_size, np.fromfile(path, "<u2", FIRST)
-            digest.update(f"{split} {size}".encode() + ids.tobytes())
-            tokens[split] = size // 2
-            largest = max(largest, ids.max(initial=0))
-    except OSError as e:
-        raise BadData(f"{path}: {e.strerror.lower()}. Try: prepare it again") from None
-    meta = {
-        "format": 1,
-        "name": folder.name,
-        "tokenizer": {"kind": "gpt2"},
-        "vocab_size": 50257,
-        "dtype": "uint16",
-        "tokens": tokens,
-    }
+    digest = hashlib.sha256()
+    tokens = {}
+    largest = 0
+    for split in SPLITS:
+        path = folder / f"{split}.bin"
+        try:
+            size = path.stat().st_size
+            ids = np.fromfile(path, "<u2", FIRST)
+        except OSError as e:
+            raise BadData(
+                f"{path}: {e.strerror.lower()}. Try: prepare it again"
+            ) from None
+        # its size and first tokens identify a file of any size without a long wait
+        digest.update(f"{split} {size}".encode() + ids.tobytes())
+        tokens[split] = size // 2
+        largest = max(largest, ids.max(initial=0))
+
+    # nanoGPT has these two kinds; only that of characters leaves a file
+    tokenizer = {"kind": "gpt2"}
+    vocab_size = 50257
     if (folder / "meta.pkl").exists():
         chars = read_meta_pkl(folder / "meta.pkl")
-        meta |= {
-            "tokenizer": {"kind": "char", "chars": chars},
-            "vocab_size": len(chars),
-        }
+        tokenizer = {"kind": "char", "chars": chars}
+        vocab_size = len(chars)
         digest.update(chars.encode())
+    # characters whose meta.pkl was lost
     elif largest < 256:
         raise BadData(
             f"{folder}: expected GPT-2's tokens, got ids below 256. Try: prepare again"
         )
     else:
         warn(f"{folder}: no meta.json or meta.pkl; reading its tokens as GPT-2's")
-    return meta | {"fingerprint": digest.hexdigest()}
+    return {
+        "format": 1,
+        "name": folder.name,
+        "tokenizer": tokenizer,
+        "vocab_size": vocab_size,
+        "dtype": "uint16",
+        "tokens": tokens,
+        "fingerprint": digest.hexdigest(),
+    }
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -179,8 +197,10 @@ def read_meta_pkl(path: Path) -> str:
     """Return the characters of nanoGPT's meta.pkl in the order of their ids. Raises BadData."""
     try:
         with open(path, "rb") as file:
+            # id -> character
             itos = PlainUnpickler(file).load()["itos"]
         chars = "".join(itos[i] for i in range(len(itos)))
+        # one character for each id, and none twice
         if not len(set(chars)) == len(chars) == len(itos):
             raise ValueError("its itos does not map ids to different characters")
         return chars

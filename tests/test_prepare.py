@@ -31,9 +31,9 @@ import pyarrow.parquet
 import pytest
 from conftest import REPO, command, complaint, run, start
 
-from keepgpt import text as corpora
 from keepgpt.dataset import BadData, read_meta
 from keepgpt.errors import UserError
+from keepgpt.recipe import download_files, read_recipe
 from keepgpt.tokenizer import from_meta, train_bpe
 
 GPT2 = from_meta({"tokenizer": {"kind": "gpt2"}})
@@ -72,7 +72,7 @@ def prepare(
 
 @pytest.fixture(scope="module")
 def shakespeare() -> str:
-    return corpora.read_plays()
+    return read_recipe("plays").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -577,9 +577,7 @@ def test_long_words_change_no_merge_of_other_text(shakespeare):
         ),
     )
     ours = from_meta({"tokenizer": train_bpe([text], 1000)})
-    assert {
-        token: i for token, i in ours.token_ids().items() if i < 999
-    } == made.get_vocab()
+    assert {token: i for token, i in ours.ids.items() if i < 999} == made.get_vocab()
 
 
 @pytest.mark.slow
@@ -1177,11 +1175,11 @@ def test_an_incomplete_download_is_refused(hub_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda *_, **__: f"{tmp_path}/cache"
     )
-    source = corpora.TEXTS["tinystories"]
-    assert list(map(len, corpora.download_files(source))) == [4, 1]
+    recipe = read_recipe("tinystories")
+    assert list(map(len, download_files(recipe))) == [4, 1]
     next((tmp_path / "cache/data").glob("train-*")).unlink()
     with pytest.raises(UserError, match="expected 5 files, got 4"):
-        corpora.download_files(source)
+        download_files(recipe)
 
 
 def test_hub_without_a_network_is_one_line(tmp_path):

@@ -11,7 +11,8 @@ from conftest import TINY, complaint, run
 
 import sample
 from keepgpt.errors import UserError
-from keepgpt.tokenizer import check_tokenizer, from_meta
+from keepgpt.same_tokens import check_tokenizer
+from keepgpt.tokenizer import from_meta
 
 ONE_STEP = TINY | {
     "max_iters": 1,

@@ -103,7 +103,7 @@ def write_hugging_face(
     }
     # programs look for the end by its name, too
     if eot is not None:
-        name = {i: token for token, i in vocabulary.token_ids().items()}[eot]
+        name = {i: token for token, i in vocabulary.ids.items()}[eot]
         tokenizer |= {"bos_token": name, "eos_token": name}
     dtype_name = str(dtype).removeprefix("torch.")
     files = {

@@ -64,7 +64,7 @@ def prepare_texts(
             script.Shard(lambda text=text: iter([io.StringIO(text)]), 1, 0.25)
             for text in texts
         ]
-        script.describe_files = lambda *_args: {"texts": texts}
+        script.describe_source = lambda *_args: {"texts": texts}
         script.open_shards = lambda *_args: shards
         os.fsync = fsync
         # each call of a C function, so no operation is missed

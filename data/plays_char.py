@@ -1,0 +1,3 @@
+# Shakespeare's 38 plays, 4.8 MB, by characters; they come with a package
+base = "plays"
+tokenizer = "char"
