@@ -12,9 +12,10 @@ if __name__ == "__main__":  # before torch is loaded: --help and mistakes answer
         TrainConfig, "python train.py [config/x.py] [--key=value ...]"
     )
 
+import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -56,7 +57,7 @@ from keepgpt.errors import (
 )
 from keepgpt.files import FolderLock
 from keepgpt.huggingface import read_weights
-from keepgpt.loader import Loader, Split, seed_of
+from keepgpt.loader import Loader, Split, batch_number, seed_of
 from keepgpt.metrics import Metrics
 from keepgpt.optim import get_lr_factor, make_optimizer, set_rates
 from keepgpt.ranks import SAME_START, Ranks, join_ranks, shared_settings
@@ -64,6 +65,9 @@ from keepgpt.same_tokens import check_tokenizer
 from keepgpt.signals import Signals
 from keepgpt.tokenizer import from_meta
 from model import GPT, ModelArgs, build_model, crop_weights, generate, load_model
+
+# gradient norms whose median tells what a spike is
+SPIKE_WINDOW = 128
 
 
 @dataclass
@@ -78,6 +82,17 @@ class State:
     # the last one: its step and losses
     evaluation: dict[str, Any] = field(default_factory=dict)
     wandb_run_id: str | None = None
+    # the step where the dataset starts: 0, or that of a branch with other data
+    data_start: int = 0
+    # batches that are never trained on: their number before the update after each step
+    skips: dict[int, int] = field(default_factory=dict)
+    # steps that had another result when they were computed again
+    replays: int = 0
+    # the last gradient norms, NaN before there are as many; None without spike_factor
+    norms: Tensor | None = None
+    # the checkpoint that a branch started from, and the step that the run last went back to
+    trunk: dict[str, Any] = field(default_factory=dict)
+    went_back_to: int = 0
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as a dict of plain values and live tensors. Every rank must call it."""
@@ -90,6 +105,13 @@ class State:
             "world_size": self.ranks.world_size,
             "evaluation": self.evaluation,
             "wandb_run_id": self.wandb_run_id,
+            "data_start": self.data_start,
+            # a resumed run finds out again what to skip for its next update
+            "skips": {step: n for step, n in self.skips.items() if step < self.step},
+            "replays": self.replays,
+            "norms": self.norms,
+            "trunk": self.trunk,
+            "went_back_to": self.went_back_to,
         }
 
     def load_state_dict(self, bundle: dict[str, Any]) -> None:
@@ -103,9 +125,19 @@ class State:
         # a rank that the saved run did not have keeps the generators that its seed gave it
         if self.ranks.rank < len(bundle["rng"]):
             restore_rng(bundle["rng"][self.ranks.rank], self.ranks.device)
-        self.step = bundle["step"]
-        self.evaluation = bundle["evaluation"]
-        self.wandb_run_id = bundle["wandb_run_id"]
+        for key in ("step", "evaluation", "wandb_run_id"):
+            setattr(self, key, bundle[key])
+        # older bundles lack these
+        for key in ("data_start", "skips", "replays", "trunk", "went_back_to"):
+            setattr(self, key, bundle.get(key, getattr(self, key)))
+        # a window, unless spike_factor is new or gone
+        if self.norms is not None and bundle.get("norms") is not None:
+            self.norms = bundle["norms"].to(self.ranks.device)
+
+    @property
+    def batch(self) -> int:
+        """Return the number of the batch that the next update reads."""
+        return batch_number(self.step, self.skips, self.data_start)
 
     @property
     def progress(self) -> tuple[int, int | None]:
@@ -133,9 +165,13 @@ class Run:
     saver: checkpoint.Saver | None = None
     metrics: Metrics | None = None
     first_step: int = 0  # of this process
-    # on the device: whether all numbers were finite so far, and the updates made until then
-    is_finite: Tensor | bool = True
+    # on the device: whether all updates were made so far, and how many until then
+    is_good: Tensor | bool = True
     updates: Tensor | int = 0
+    # the loss and the gradient norm of each step since the host last asked for them
+    unchecked: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    # those of a step that is being computed again
+    replayed: tuple[float, float] | None = None
 
 
 def set_up(config: TrainConfig, overrides: dict[str, Any], opened: ExitStack) -> Run:
@@ -184,7 +220,7 @@ def set_up(config: TrainConfig, overrides: dict[str, Any], opened: ExitStack) ->
     start_log(run, bundle, opened)
     if bundle:
         changes |= list_roundings(run, bundle)
-        start = f"resuming {config.out_dir} at step {run.state.step}"
+        start = f"{bundle['start']} at step {run.state.step}"
         run.metrics.say(", ".join([start, *changes.values()]))
     for note in notes:
         warn(note)
@@ -199,17 +235,35 @@ def find_data(
     UserError unless it is the same on all ranks, and the one that the `bundle` was trained on."""
     data = ranks.on_each(lambda: read_meta(folder))
     saved_data = bundle["data"] if bundle else {}
-    if bundle:
+    identity = {key: data[key] for key in IDENTITY}
+    # a branch may start another dataset of the same tokens
+    is_other = any(saved_data.get(key) != value for key, value in identity.items())
+    if bundle and is_other and "dataset" in bundle.get("branch", ()):
+        ranks.on_each(lambda: start_other_data(bundle, data))
+        saved_data = {}
+    elif bundle:
         ranks.on_each(lambda: check_identity(folder, data, saved_data))
     # only its name and place may differ between hosts
-    identity = {key: data[key] for key in IDENTITY}
     ranks.check_equal({"data": identity, **shared_settings(config)}, SAME_START)
     data["crc32"] = ranks.on_first(lambda: read_crc32(folder, data, saved_data))
     return data
 
 
+def start_other_data(bundle: dict[str, Any], data: dict[str, Any]) -> None:
+    """Let a branch's `bundle` start the dataset that `data` describes at its beginning. Raises
+    UserError if it has other tokens."""
+    vocab_size = bundle["model_args"]["vocab_size"]
+    check_tokenizer("the trunk", vocab_size, bundle["data"], data)
+    bundle["start"] += f", with {data['name']} from its beginning,"
+    bundle["data_start"] = bundle["step"]
+    bundle["skips"] = {}
+
+
 def start_log(run: Run, bundle: dict[str, Any] | None, opened: ExitStack) -> None:
     """Start the log, and the saver that continues a checkpoint's `bundle`."""
+    # a branch has a folder of its own, and nothing in it
+    if bundle and "branch" in bundle:
+        bundle = None
     config = run.config
     state = run.state
     is_writer = run.ranks.rank == 0 and not config.eval_only
@@ -229,6 +283,7 @@ def start_log(run: Run, bundle: dict[str, Any] | None, opened: ExitStack) -> Non
         run.metrics.sync,
         run.ranks.device,
         checkpoint.Disk(run.lock),
+        config.keep_every,
     )
     opened.callback(run.saver.wait)
 
@@ -277,6 +332,8 @@ def build_run(
     optimizer = make_optimizer(model, config, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     state = State(ranks, model, optimizer, scaler)
+    if config.spike_factor:
+        state.norms = torch.full((SPIKE_WINDOW,), math.nan, device=device)
     return Run(
         config,
         ranks,
@@ -296,10 +353,12 @@ def build_run(
 def find_checkpoint(
     config: TrainConfig, overrides: dict[str, Any], lock: FolderLock
 ) -> dict[str, Any] | None:
-    """Lock out_dir, unless with eval_only. Return the bundle to resume from, or None to start a
-    run. Raises UserError if init_from does not fit the folder's content."""
+    """Lock out_dir, unless with eval_only. Return the bundle to resume or branch from, with a
+    "start" that says so, or None to start a run. Raises UserError if init_from does not fit the
+    folder's content."""
     out_dir = Path(config.out_dir)
     auto = config.init_from.partition(":")[0] == "auto"
+    source = config.init_from.removeprefix("auto:")
     if not config.eval_only:
         # a restart loop may come back before the ranks of a killed launcher have ended
         lock.acquire(patience=30 if auto else 0)
@@ -309,12 +368,21 @@ def find_checkpoint(
     if config.eval_only and "init_from" not in overrides:
         auto = True
     if config.init_from == "resume" or auto and has_run:
-        return checkpoint.read_newest(out_dir)
+        bundle = checkpoint.go_back(out_dir, config.step)
+        return bundle | {"start": f"resuming {out_dir}"}
     # a new run never overwrites another one
     if has_run and not config.eval_only:
         raise UserError(
             f"{out_dir} already holds a run. Try: --init_from=resume to continue it, or "
             "--out_dir=<new folder>"
+        )
+    if source.startswith("branch:"):
+        path = Path(source.removeprefix("branch:"))
+        bundle = checkpoint.read_trunk(path, config.step)
+        return bundle | {"start": f"branching from {path}", "branch": list(overrides)}
+    if config.step:
+        raise UserError(
+            f"step={config.step} needs --init_from=resume, or branch:PATH with a run's folder"
         )
     return None
 
@@ -327,7 +395,11 @@ def merge_settings(
     if not bundle:
         config, notes = check_settings(config, overrides, resumed=False)
         return config, {}, notes
+    init_from = config.init_from
     config, changes = resume_config(config, overrides, bundle["config"])
+    # a run's first init_from stays recorded
+    if "branch" in bundle:
+        config = replace(config, init_from=init_from)
     config, notes = check_settings(config, changes, resumed=True)
     return config, changes, notes
 
@@ -471,15 +543,39 @@ def describe_run(run: Run) -> None:
     )
     if not run.saver.folder:
         return
-    run.metrics.attempt(
-        f"not writing {config.out_dir}/README.md",
-        lambda: write_card(config, run.data, run.state.step, machine, run.lock),
-    )
+    write_run_card(run, machine)
     if config.wandb_log:
         # a resumed run continues the same curve
         run.state.wandb_run_id = run.metrics.start_wandb(
             asdict(config), run.state.wandb_run_id
         )
+
+
+def write_run_card(run: Run, machine: str = "") -> None:
+    """Write out_dir/README.md, if that works; with a line about this start if `machine` names
+    what it runs on."""
+    if not run.saver.folder:
+        return
+    state = run.state
+    notes = []
+    if state.trunk:
+        notes.append(
+            "Branched from `{path}`, step {step} (sha256 {sha256}).".format(
+                **state.trunk
+            )
+        )
+    if state.skips:
+        skips = ", ".join(
+            f"{n} before step {step + 1}" for step, n in state.skips.items()
+        )
+        notes.append(f"Skipped batches: {skips}.")
+    if state.replays:
+        notes.append(f"Steps with another result when computed again: {state.replays}.")
+    start = f"step {state.step}, {machine}" if machine else ""
+    run.metrics.attempt(
+        f"not writing {run.config.out_dir}/README.md",
+        lambda: write_card(run.config, run.data, notes, start, run.lock),
+    )
 
 
 def train(run: Run, signals: Signals) -> int:
@@ -509,6 +605,10 @@ def train(run: Run, signals: Signals) -> int:
             state.optimizer.zero_grad(set_to_none=True)
             continue
         loss, grad_norm = update(run, losses)
+
+        # an update that was not made: compute it again, or skip its data
+        if is_check_due(run) and not check_updates(run):
+            continue
 
         # once in a while: log
         if state.step % config.log_interval == 0:
@@ -544,7 +644,6 @@ def is_evaluation_due(run: Run) -> bool:
 def evaluate_and_log(run: Run, signals: Signals) -> bool:
     """Evaluate. Return True if the validation loss is lower than best.pt's. If a signal comes, the
     resumed run evaluates at this step."""
-    check_finite(run)
     # a rank that left an evaluation alone would leave the others waiting
     is_alone = run.ranks.world_size == 1
     losses = signals.interrupt(lambda: evaluate(run, signals), is_alone)
@@ -624,16 +723,19 @@ def generate_sample(run: Run) -> str:
 
 
 def is_save_due(run: Run) -> bool:
-    """Return True at each checkpoint_interval, unless a save of this state was started already."""
+    """Return True at each checkpoint_interval and milestone, unless a save of this state was
+    started already."""
+    config = run.config
     step = run.state.step
-    interval = run.config.checkpoint_interval or run.config.eval_interval
-    return step > 0 and step % interval == 0 and run.saver.started != run.state.progress
+    interval = config.checkpoint_interval or config.eval_interval
+    is_milestone = config.keep_every > 0 and step % config.keep_every == 0
+    is_due = step > 0 and (step % interval == 0 or is_milestone)
+    return is_due and run.saver.started != run.state.progress
 
 
 def save(run: Run, best: bool) -> None:
-    """Start to save a checkpoint, also as best.pt if it is the `best`. Raises UserError if a number
-    is not finite, or if the ranks hold different weights."""
-    check_finite(run)
+    """Start to save a checkpoint, also as best.pt if it is the `best`. Raises UserError if the
+    ranks hold different weights."""
     check_ranks(run)
     # a save in progress may change best_val_loss
     run.saver.wait()
@@ -659,6 +761,8 @@ def make_bundle(run: Run, best_val_loss: float) -> dict[str, Any]:
 def save_last(run: Run, best: bool) -> bool:
     """Save this step, unless it is on disk or there is nothing to save. Try twice: a second file
     may succeed where the first one failed. Return True if it is on disk."""
+    if not run.is_good:
+        rewind(run)
     for _ in range(2):
         if is_saved(run):
             return True
@@ -691,14 +795,15 @@ def compute_gradient(run: Run) -> Tensor:
     0 for micro-batches of other ranks."""
     state = run.state
     device = run.ranks.device
+    batch = state.batch
     state.model.train()
     losses = torch.zeros(run.config.gradient_accumulation_steps, device=device)
 
     def add_gradient(m: int, count: int) -> None:
         """Add the gradient of micro-batch m, divided by `count`, to .grad."""
-        x, y = run.loader.get_batch(state.step, m)  # (B, T) each
+        x, y = run.loader.get_batch(batch, m)  # (B, T) each
         # dropout depends on nothing else
-        seed_generator(seed_of(run.config.seed, state.step, m), device)
+        seed_generator(seed_of(run.config.seed, batch, m), device)
         with run.autocast:
             loss = run.train_model(x, y)
         losses[m] = loss.detach()
@@ -720,11 +825,10 @@ def accumulate_gradient(
 
 
 def update(run: Run, losses: Tensor) -> tuple[Tensor, Tensor]:
-    """Take one step of the optimizer, unless a number is not finite. Return the mean loss and the
-    norm of the gradient over all ranks, before clipping. On a CPU, raises NotFinite."""
+    """Take one step of the optimizer, unless a number is not finite or the gradient is a spike.
+    Return the mean loss and the norm of the gradient over all ranks, before clipping."""
     config = run.config
     state = run.state
-    on_cuda = run.ranks.device.type == "cuda"
 
     # the loss and the gradient norm, over all ranks
     loss = run.ranks.sum(losses).mean()
@@ -736,25 +840,29 @@ def update(run: Run, losses: Tensor) -> tuple[Tensor, Tensor]:
 
     # float16 gradients overflow now and then: the scaler skips that update
     in_float16 = state.scaler.is_enabled()
-    numbers = loss if in_float16 else loss + grad_norm
-    run.is_finite = torch.isfinite(numbers) & run.is_finite
-    if not on_cuda:
-        check_finite(run)
-    elif not in_float16:
-        # the host does not wait: on the device, 1 makes the optimizer change nothing
-        state.optimizer.found_inf = 1.0 - run.is_finite.float()
+    is_good = torch.isfinite(loss if in_float16 else loss + grad_norm)
+    if state.norms is not None:
+        # NaN, and so no limit, before the window is full
+        limit = config.spike_factor * state.norms.median()
+        is_good = is_good & ~((grad_norm > limit) & torch.isfinite(grad_norm))
+    run.is_good = is_good & run.is_good
+    run.unchecked.append((loss, grad_norm))
+    if state.norms is not None:
+        window = torch.cat((state.norms[1:], grad_norm.view(1)))
+        is_counted = run.is_good & torch.isfinite(grad_norm)
+        state.norms = torch.where(is_counted, window, state.norms)
 
     # the update, once a save in progress has copied the weights
     set_rates(state.optimizer, state.step, config)
     run.saver.wait_for_copy()
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    if in_float16:
-        # below 1, even unscaled gradients overflow
-        scale = state.scaler.scale(torch.ones_like(loss))
-        run.is_finite = run.is_finite & (scale >= 1)
+    if not must_host_wait(run):
+        # 1 makes the optimizer change nothing, on the device
+        state.optimizer.found_inf = 1.0 - run.is_good.float()
+        state.optimizer.step()
+    elif run.is_good:
+        run.is_good = run.is_good & scale_and_step(state)
     state.optimizer.zero_grad(set_to_none=True)
-    run.updates = run.updates + run.is_finite
+    run.updates = run.updates + run.is_good
     state.step += 1
 
     # ranks that round differently show it at once
@@ -763,29 +871,122 @@ def update(run: Run, losses: Tensor) -> tuple[Tensor, Tensor]:
     return loss, grad_norm
 
 
-def check_finite(run: Run) -> None:
-    """Raise NotFinite if a loss or a gradient was not finite; that update was not made. Waits for
-    the GPU."""
-    if run.is_finite:
-        return
+def must_host_wait(run: Run) -> bool:
+    """Return True where the host learns of each update whether it was made: on a CPU, and in
+    float16, whose scaler would continue after the first one that was not."""
+    return run.ranks.device.type != "cuda" or run.state.scaler.is_enabled()
+
+
+def scale_and_step(state: State) -> bool:
+    """Make the update. Return False if it was not made because even unscaled gradients overflow in
+    float16; the scale is then as before."""
+    scale = state.scaler.get_scale()
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    has_collapsed = state.scaler.get_scale() < min(scale, 1)
+    if has_collapsed:
+        state.scaler.update(scale)
+    return not has_collapsed
+
+
+def is_check_due(run: Run) -> bool:
+    """Return True if the host must know which updates were made: before anything is logged,
+    evaluated or saved. Elsewhere a GPU need not be waited for."""
+    step = run.state.step
+    is_logged = step % run.config.log_interval == 0
+    is_known = must_host_wait(run) or run.replayed is not None
+    return is_known or is_logged or is_evaluation_due(run) or is_save_due(run)
+
+
+def check_updates(run: Run) -> bool:
+    """Return True if all updates were made. Otherwise go back to the first step without one: to
+    compute it again, or if it was the same twice, with the next batch. Raises NotFinite if that
+    changes nothing max_skips times."""
+    state = run.state
+    replayed = run.replayed
+    run.replayed = None
+    if run.is_good:
+        if replayed:
+            # a step that is computed again is checked at once
+            numbers = [number.item() for number in run.unchecked[-1]]
+            log_event(
+                run,
+                state.step,
+                "replay",
+                f"{describe(replayed)}, and from the same data {describe(numbers)}: an error of "
+                "the machine, or code that is not deterministic; continuing",
+            )
+            state.replays += 1
+            write_run_card(run)
+        run.unchecked.clear()
+        return True
+
+    # the machine may be to blame: compute the same once more
+    numbers = rewind(run)
+    if not replayed and run.config.max_skips:
+        run.replayed = numbers
+        return False
+
+    # the data is: take the next batch for this step
+    skipped = state.skips.get(state.step, 0)
+    if skipped >= run.config.max_skips:
+        raise NotFinite(describe_failure(run, numbers))
+    text = f"{describe(numbers)}, twice: skipping its data, batch {state.batch}"
+    log_event(run, state.step + 1, "skip", text)
+    state.skips[state.step] = skipped + 1
+    write_run_card(run)
+    return False
+
+
+def rewind(run: Run) -> tuple[float, float]:
+    """Go back to the first step whose update was not made. Return its loss and gradient norm."""
+    state = run.state
+    step = int(run.updates)
+    loss, grad_norm = run.unchecked[step - state.step]
+    state.step = step
+    # the scaler forgets the gradients of this step
+    state.scaler.update(state.scaler.get_scale())
+    run.is_good = True
+    run.unchecked.clear()
+    return loss.item(), grad_norm.item()
+
+
+def describe(numbers: Sequence[float]) -> str:
+    """Return a loss and a gradient norm as text."""
+    loss, grad_norm = numbers
+    return f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"
+
+
+def describe_failure(run: Run, numbers: Sequence[float]) -> str:
+    """Return an error message about the next step, which has these numbers again and again."""
     # let a save in progress end: the hint depends on it
     run.saver.wait()
-    # the first step that was not finite comes after the last update that was made
-    step = int(run.updates)
+    step = run.state.step
     rate = run.config.learning_rate * get_lr_factor(step, run.config)
     hint = "another --out_dir and a lower --learning_rate"
     if checkpoint.has_run(Path(run.config.out_dir)):
         hint = "--init_from=resume with a lower --learning_rate or --dtype=bfloat16"
-    raise NotFinite(
-        f"step {step + 1}: the loss or the gradient is not finite; that update was not made. "
-        f"Likely causes: too high a learning rate (it was {rate:.2e}), too little warm-up, "
-        f"float16, or corrupt data. Try: {hint}"
+    what = "the gradient is a spike"
+    if not all(math.isfinite(number) for number in numbers):
+        what = "the loss or the gradient is not finite"
+    skipped = run.state.skips.get(step, 0)
+    if skipped:
+        what += f", also after {skipped} skipped batches"
+    return (
+        f"step {step + 1}: {what} ({describe(numbers)}); that update was not made. Likely causes: "
+        f"too high a learning rate (it was {rate:.2e}), too little warm-up, float16, or corrupt "
+        f"data. Try: {hint}"
     )
+
+
+def log_event(run: Run, step: int, event: str, text: str) -> None:
+    """Log what happened at a step besides its update: a row in metrics.jsonl, and a line."""
+    run.metrics.log({"step": step, "event": event, "text": text})
+    run.metrics.say(f"step {step}: {text}")
 
 
 def log_step(run: Run, clock: Clock, loss: Tensor, grad_norm: Tensor) -> None:
     """Log a training step."""
-    check_finite(run)
     config = run.config
     step = run.state.step
     seconds = clock.seconds_per_step(step)

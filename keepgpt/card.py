@@ -28,15 +28,15 @@ settings of the last start, saved as a config file with another `out_dir`, repea
 
 Data: {data}
 
-{starts}- {now:%Y-%m-%d %H:%M:%S} UTC, step {step}: `{command}`; {code}; {machine}; {versions}
-"""
+{notes}{starts}"""
+START = "- {now:%Y-%m-%d %H:%M:%S} UTC, {start}: `{command}`; {code}; {versions}\n"
 
 
 def write_card(
-    config: TrainConfig, data: dict, step: int, machine: str, lock: FolderLock
+    config: TrainConfig, data: dict, notes: list[str], start: str, lock: FolderLock
 ) -> None:
-    """Write out_dir/README.md, with one more line about this start. Raises OSError and
-    FolderLost."""
+    """Write out_dir/README.md, with `notes` on the run, and with one more line about this `start`
+    unless that is "". Raises OSError and FolderLost."""
     path = Path(config.out_dir) / "README.md"
     starts = STARTS
     if path.exists():
@@ -53,19 +53,22 @@ def write_card(
     # checksums of files say nothing to a reader
     shown = facts.keys() - {"files", "crc32"}
     settings = [f"{key} = {value!r}" for key, value in asdict(config).items()]
-    # one line, whatever the arguments hold
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    if start:
+        # one line, whatever the arguments hold
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        starts += START.format(
+            now=datetime.now(UTC),
+            start=start,
+            command=" ".join(command.splitlines()),
+            code=describe_code(),
+            versions=f"Python {platform.python_version()}, torch {torch.__version__}, "
+            f"numpy {np.__version__}",
+        )
     text = CARD.format(
         settings="\n".join(settings),
         data=", ".join(f"{key} {facts[key]}" for key in facts if key in shown),
+        notes="".join(f"{note}\n\n" for note in notes),
         starts=starts,
-        now=datetime.now(UTC),
-        step=step,
-        command=" ".join(command.splitlines()),
-        code=describe_code(),
-        machine=machine,
-        versions=f"Python {platform.python_version()}, torch {torch.__version__}, "
-        f"numpy {np.__version__}",
     )
     # a path may hold bytes that are not UTF-8
     write_atomically(path, text.encode(errors="surrogateescape"), lock)

@@ -6,6 +6,7 @@ it, and renames it to ckpt-<step>.pt. Then best.pt, if it is the best, and ckpt.
 the same file, with an fsync of the folder after each. Only then are old checkpoints removed.
 """
 
+import hashlib
 import io
 import math
 import os
@@ -14,7 +15,7 @@ import re
 import sys
 import threading
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from mmap import MAP_PRIVATE, mmap
 from pathlib import Path
@@ -132,10 +133,16 @@ def link(name: Path, target: Path, disk: Disk) -> None:
 
 
 def commit(
-    bundle: dict[str, Any], folder: Path, keep: int, best: bool, disk: Disk
+    bundle: dict[str, Any],
+    folder: Path,
+    keep: int,
+    best: bool,
+    disk: Disk,
+    keep_every: int = 0,
 ) -> None:
-    """Save `bundle` durably as the newest checkpoint of `folder`, and as best.pt if it is the
-    `best`. Raises OSError or CorruptCheckpoint; the older checkpoints are then as they were."""
+    """Save `bundle` durably as the newest checkpoint of `folder`, as best.pt if it is the `best`,
+    and each `keep_every` steps as a milestone. Raises OSError or CorruptCheckpoint; the older
+    checkpoints are then as they were."""
     path = path_of(folder, bundle["step"])
     temporary = path.with_suffix(".pt.tmp")
     try:
@@ -145,12 +152,15 @@ def commit(
         check_crc(temporary)
         disk.rename(temporary, path)
 
-        # best.pt comes first: a run resumed from ckpt.pt does not evaluate this step again
+        # ckpt.pt comes last: a run resumed from it does not evaluate or save this step again
+        names = [folder / "ckpt.pt"]
         if best:
-            link(folder / "best.pt", path, disk)
+            names.insert(0, folder / "best.pt")
+        if keep_every and bundle["step"] % keep_every == 0:
+            names.insert(0, milestone_of(folder, bundle["step"]))
+        for name in names:
+            link(name, path, disk)
             disk.fsync_folder(folder)
-        link(folder / "ckpt.pt", path, disk)
-        disk.fsync_folder(folder)
     except BaseException:
         remove_leftovers(folder, disk)
         raise
@@ -164,10 +174,10 @@ def commit(
 
 def prune(folder: Path, step: int, keep: int, disk: Disk) -> None:
     """Remove the numbered checkpoints but for that of `step` and the newest before it, `keep` in
-    all. Raises OSError."""
+    all. Milestones before `step` stay. Raises OSError."""
     # a later one is corrupt, or this run was resumed from before it
     paths = numbered(folder)
-    later = [path for path in paths if step_of(path) > step]
+    later = [path for path in paths + milestones(folder) if step_of(path) > step]
     others = [path for path in paths if step_of(path) <= step]
     for path in later + others[keep:]:
         disk.remove(path)
@@ -178,22 +188,33 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"ckpt-{step:08d}.pt"
 
 
+def milestone_of(folder: Path, step: int) -> Path:
+    """Return the milestone of a step, which is kept for good."""
+    return folder / f"step-{step:08d}.pt"
+
+
 def step_of(path: Path) -> int:
-    """Return the step in the name of a numbered checkpoint."""
-    return int(path.stem.removeprefix("ckpt-"))
+    """Return the step in the name of a numbered checkpoint or a milestone."""
+    return int(path.stem.partition("-")[2])
 
 
-def numbered(folder: Path) -> list[Path]:
+def numbered(folder: Path, prefix: str = "ckpt") -> list[Path]:
     """Return the numbered checkpoints of a folder, newest first."""
     # only names that path_of gives
-    name = re.compile(r"ckpt-([0-9]{8}|[1-9][0-9]{8,})\.pt")
-    paths = [path for path in folder.glob("ckpt-*.pt") if name.fullmatch(path.name)]
+    name = re.compile(prefix + r"-([0-9]{8}|[1-9][0-9]{8,})\.pt")
+    paths = [path for path in folder.glob("*-*.pt") if name.fullmatch(path.name)]
     return sorted(paths, key=step_of, reverse=True)
+
+
+def milestones(folder: Path) -> list[Path]:
+    """Return the milestones of a folder, newest first."""
+    return numbered(folder, "step")
 
 
 def mention_renamed(folder: Path) -> None:
     """Print a note about the checkpoints in a folder that are not used because of their names."""
-    used = {folder / "ckpt.pt", folder / "best.pt", *numbered(folder)}
+    used = {folder / "ckpt.pt", folder / "best.pt"}
+    used |= {*numbered(folder), *milestones(folder)}
     others = [path for path in sorted(folder.glob("*")) if path not in used]
     # the next save removes temporary files
     renamed = [
@@ -225,12 +246,12 @@ def remove_leftovers(folder: Path, disk: Disk) -> None:
         disk.remove(path)
 
 
-def is_best(folder: Path, step: int) -> bool:
-    """Return True if best.pt is the intact checkpoint of that step."""
+def step_of_best(folder: Path) -> int | None:
+    """Return the step of best.pt, None if that is not intact."""
     try:
-        return read_bundle(folder / "best.pt")["step"] == step
+        return read_bundle(folder / "best.pt")["step"]
     except (CorruptCheckpoint, OSError):
-        return False
+        return None
 
 
 def progress_of(bundle: dict[str, Any]) -> tuple[int, int | None]:
@@ -242,7 +263,8 @@ def progress_of(bundle: dict[str, Any]) -> tuple[int, int | None]:
 def has_run(folder: Path) -> bool:
     """Return True if a folder holds a checkpoint, intact or not."""
     names = (folder / "ckpt.pt", folder / "best.pt")
-    return any(path.exists() for path in names) or bool(numbered(folder))
+    others = numbered(folder) + milestones(folder)
+    return any(path.exists() for path in names) or bool(others)
 
 
 def check_crc(path: Path) -> None:
@@ -284,35 +306,106 @@ def read_bundle(path: Path) -> dict[str, Any]:
     return bundle
 
 
-def read_newest(folder: Path, prefer_best: bool = False) -> dict[str, Any]:
-    """Return the bundle of the newest intact checkpoint, or with `prefer_best` of best.pt if that
-    is intact. Print which ones are skipped. Raises CorruptCheckpoint if none is left."""
-    # best.pt comes last otherwise: it may be far behind
-    newest = [folder / "ckpt.pt", *numbered(folder)]
-    best = [folder / "best.pt"]
-    candidates = best + newest if prefer_best else newest + best
-
+def read_intact(
+    paths: list[Path], errors: list[Exception]
+) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Yield the path and the bundle of each intact checkpoint among `paths`; several may be names
+    of one file, and some not exist. Print which ones are skipped, and append why to `errors`."""
     tried: list[Path] = []
-    unreadable = None
-    for path in candidates:
-        # ckpt.pt is another name of a numbered checkpoint
+    for path in paths:
         if not path.exists() or any(path.samefile(other) for other in tried):
             continue
         tried.append(path)
         try:
-            return read_bundle(path)
-        except CorruptCheckpoint as e:
+            bundle = read_bundle(path)
+        except (CorruptCheckpoint, OSError) as e:
             print(f"skipping {path}: {e}", file=sys.stderr)
-        except OSError as e:
-            print(f"skipping {path}: {e}", file=sys.stderr)
-            unreadable = e
+            errors.append(e)
+        else:
+            yield path, bundle
+
+
+def find_newest(folder: Path, prefer_best: bool = False) -> tuple[Path, dict[str, Any]]:
+    """Return the newest intact checkpoint and its bundle, or with `prefer_best` best.pt if that is
+    intact. Raises CorruptCheckpoint if none is."""
+    # best.pt and milestones come last otherwise: they may be far behind
+    newest = [folder / "ckpt.pt", *numbered(folder)]
+    best = [folder / "best.pt"]
+    candidates = best + newest if prefer_best else newest + best
+    candidates += milestones(folder)
+    errors: list[Exception] = []
+    for found in read_intact(candidates, errors):
+        return found
 
     # a folder with nothing but a ckpt.pt may be nanoGPT's
     hint = "another --out_dir"
-    if tried == newest[:1]:
-        hint += f", or if another program wrote it --init_from={tried[0]} --out_dir=<new folder>"
+    if [path for path in candidates if path.exists()] == newest[:1]:
+        hint += f", or if another program wrote it --init_from={newest[0]} --out_dir=<new folder>"
+    unreadable = [e for e in errors if isinstance(e, OSError)]
     message = f"no intact checkpoint of keepGPT in {folder}. Try: {hint}"
-    raise CorruptCheckpoint(message) from unreadable
+    raise CorruptCheckpoint(message) from (unreadable[-1] if unreadable else None)
+
+
+def read_newest(folder: Path, prefer_best: bool = False) -> dict[str, Any]:
+    """Return the bundle of `find_newest`."""
+    return find_newest(folder, prefer_best)[1]
+
+
+def find_step(folder: Path, step: int) -> tuple[Path, dict[str, Any]]:
+    """Return the checkpoint of a step and its bundle. Raises UserError if no intact one is left."""
+    paths = [path_of(folder, step), milestone_of(folder, step), folder / "best.pt"]
+    for path, bundle in read_intact(paths, []):
+        if bundle["step"] == step:
+            return path, bundle
+    steps = {step_of(path) for path in numbered(folder) + milestones(folder)} - {step}
+    there = ", ".join(map(str, sorted(steps))) or "none"
+    raise UserError(
+        f"{folder}: no intact checkpoint of step {step}. There are those of steps: {there}"
+    )
+
+
+def go_back(folder: Path, step: int) -> dict[str, Any]:
+    """Return the bundle to resume from: the newest one, or that of `step` unless it is 0. A run
+    goes back to a step only once, as a restart loop repeats the command. Raises UserError."""
+    newest = read_newest(folder)
+    if step in (0, newest["step"]):
+        return newest
+    if step == newest.get("went_back_to"):
+        warn(
+            f"this run went back to step {step} already, and continues from its newest step"
+        )
+        return newest
+    bundle = find_step(folder, step)[1] | {"went_back_to": step}
+    # a later best.pt is not of this history
+    best_step = step_of_best(folder)
+    if best_step is None or best_step > step:
+        bundle["best_val_loss"] = math.inf
+    warn(
+        f"going back to step {step}: the next save removes the checkpoints of later steps. To keep "
+        f"them: --init_from=branch:{folder} --step={step} --out_dir=<new folder>"
+    )
+    return bundle
+
+
+def read_trunk(path: Path, step: int) -> dict[str, Any]:
+    """Return the bundle that a branch starts from: that of a checkpoint file, or in a run's folder
+    that of `step`, or if that is 0 of the newest one. Its "trunk" names the file. Raises
+    UserError."""
+    if path.is_dir() and step:
+        path, bundle = find_step(path, step)
+    elif path.is_dir():
+        path, bundle = find_newest(path)
+    elif step:
+        raise UserError(f"step={step} needs a run's folder, and {path} is none")
+    else:
+        try:
+            bundle = read_bundle(path)
+        except CorruptCheckpoint as e:
+            raise UserError(f"{path}: {e}. Try: another checkpoint") from None
+    with open(path, "rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    trunk = {"path": str(path), "step": bundle["step"], "sha256": sha256}
+    return bundle | {"trunk": trunk, "went_back_to": 0, "wandb_run_id": None}
 
 
 def check_finite(bundle: dict[str, Any]) -> None:
@@ -363,11 +456,13 @@ class Saver:
         before_commit: Callable[[], None],
         device: torch.device,
         disk: Disk | None = None,
+        keep_every: int = 0,
     ) -> None:
         """Save into `folder`; None, on other ranks than the first, saves nothing. `bundle` is what
         the run was resumed from; `before_commit` is called before anything is written."""
         self.folder = folder
         self.keep = keep
+        self.keep_every = keep_every
         self.before_commit = before_commit
         self.disk = disk or Disk()
         self.best_val_loss = bundle["best_val_loss"] if bundle else math.inf
@@ -423,7 +518,7 @@ class Saver:
                 flush=True,
             )
             # a save may fail after best.pt was replaced
-            if not best or not is_best(self.folder, live["step"]):
+            if not best or step_of_best(self.folder) != live["step"]:
                 return
         finally:
             self.copied.set()
@@ -446,7 +541,7 @@ class Saver:
 
         check_finite(bundle)
         self.before_commit()
-        commit(bundle, self.folder, self.keep, best, self.disk)
+        commit(bundle, self.folder, self.keep, best, self.disk, self.keep_every)
         self.saved = progress_of(bundle)
 
     def _copy(self, path: str, tensor: Tensor) -> Tensor:

@@ -52,8 +52,12 @@ class TrainConfig:
     init_from: str = setting(
         "scratch",
         "scratch | resume | auto (resume if there is a run, else scratch) | auto:SOURCE | "
+        "branch:PATH of a run's folder or checkpoint (a new run from its whole state) | "
         "gpt2, gpt2-medium, gpt2-large, gpt2-xl, or OWNER/NAME of a Llama or Qwen3 on the hub | "
         "path of a checkpoint or a Hugging Face folder",
+    )
+    step: int = setting(
+        0, "resume, branch: continue from this step's checkpoint; 0 = from the newest"
     )
     seed: int = setting(1337, "seed of weights, data order and dropout", below=2**63)
     # the data
@@ -110,6 +114,15 @@ class TrainConfig:
     grad_clip: float = setting(
         1.0, "maximum of the global gradient norm; 0 = no clipping"
     )
+    # bad numbers: the step is computed again, then its data is skipped
+    max_skips: int = setting(
+        3, "batches in a row to skip while the loss is not finite; 0 = stop at once"
+    )
+    spike_factor: float = setting(
+        0.0,
+        "also skip the data of a gradient norm above this many times the median of the last 128; "
+        "0 = off",
+    )
     # Muon's own two; it shares the schedule
     muon_lr: float = setting(0.02, "peak learning rate of Muon, at any width")
     muon_momentum: float = setting(0.95, "Muon's decay of the mean gradient", below=1)
@@ -136,6 +149,7 @@ class TrainConfig:
     keep_checkpoints: int = setting(
         2, "newest checkpoints to keep; best.pt is kept too", least=2
     )
+    keep_every: int = setting(0, "keep each N-th step's checkpoint for good; 0 = none")
     always_save_checkpoint: bool = setting(
         True, "no effect: newest and best are always kept"
     )
@@ -221,12 +235,16 @@ def resume_config(
     keys = {f.name for f in fields(TrainConfig)} & saved_config.keys()
     saved = TrainConfig(**{key: saved_config[key] for key in keys})
     # the folder may have moved; the run's first init_from stays recorded
-    kept = {"out_dir": config.out_dir, "init_from": saved.init_from}
+    kept = {
+        "out_dir": config.out_dir,
+        "init_from": saved.init_from,
+        "step": config.step,
+    }
     resumed = replace(saved, **overrides | kept)
     changes = {
         key: f"{key} {getattr(saved, key)} -> {value}"
         for key, value in overrides.items()
-        if key != "init_from" and value != getattr(saved, key)
+        if key not in ("init_from", "step") and value != getattr(saved, key)
     }
 
     fixed = FIXED
@@ -280,6 +298,12 @@ def check_settings(
 
 def find_mistakes(config: TrainConfig) -> Iterator[tuple[set[str], str]]:
     """Yield the keys of settings that contradict each other, and an error message."""
+    if 0 < config.spike_factor <= 1:
+        message = (
+            f"spike_factor={config.spike_factor}: expected more than 1, or 0, or half of all steps "
+            "would be skipped. Try: 10"
+        )
+        yield {"spike_factor"}, message
     if not config.decays:
         return
     if config.min_lr > config.learning_rate:

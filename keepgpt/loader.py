@@ -62,6 +62,12 @@ def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
     return index
 
 
+def batch_number(step: int, skips: dict[int, int], start: int = 0) -> int:
+    """Return the number of the batch that the update after `step` reads: one for each step since
+    `start`, where the data began, and the `skips`: numbers of skipped batches by step."""
+    return step - start + sum(n for at, n in skips.items() if at <= step)
+
+
 class Split:
     """The .bin files of a split, read by position as one sequence of tokens and cut into windows.
     Nothing is mapped into memory."""
@@ -203,7 +209,7 @@ def open_tokens(path: Path, expected: int, itemsize: int) -> FileIO:
 
 @dataclass
 class Loader:
-    """This rank's micro-batches of each step: of `micro_batches` with `batch_size` windows, those
+    """This rank's micro-batches of each batch: of `micro_batches` with `batch_size` windows, those
     numbered in `local`. A thread reads the next one during training."""
 
     split: Split
@@ -214,39 +220,39 @@ class Loader:
 
     def __post_init__(self) -> None:
         self.thread = ThreadPoolExecutor(1)
-        # (step, m) -> the next micro-batch
+        # (batch, m) -> the next micro-batch
         self.prefetched: dict[tuple[int, int], Future] = {}
 
-    def get_batch(self, step: int, m: int) -> tuple[Tensor, Tensor]:
-        """Return the inputs and targets of micro-batch m of `step`, (B, T) each, on the device.
+    def get_batch(self, batch: int, m: int) -> tuple[Tensor, Tensor]:
+        """Return the inputs and targets of micro-batch m of a batch, (B, T) each, on the device.
         Raises BadData."""
-        batch = self.prefetched.pop((step, m), None)
-        if batch is None:
-            batch = self.thread.submit(self._read, step, m)
+        rows = self.prefetched.pop((batch, m), None)
+        if rows is None:
+            rows = self.thread.submit(self._read, batch, m)
 
         # read the next one in this rank's order while this one is computed
-        next_step = step
+        next_batch = batch
         next_m = m + 1
         if next_m not in self.local:
-            next_step = step + 1
+            next_batch = batch + 1
             next_m = self.local[0]
-        next_batch = self.thread.submit(self._read, next_step, next_m)
-        self.prefetched = {(next_step, next_m): next_batch}
+        next_rows = self.thread.submit(self._read, next_batch, next_m)
+        self.prefetched = {(next_batch, next_m): next_rows}
 
-        x, y = batch.result()
+        x, y = rows.result()
         # the host would wait for a copy from memory that is not pinned
         is_pinned = self.device.type == "cuda"
         x = x.to(self.device, non_blocking=is_pinned)
         y = y.to(self.device, non_blocking=is_pinned)
         return x, y
 
-    def _read(self, step: int, m: int) -> list[Tensor]:
-        """Return micro-batch m of `step` in host memory, for CUDA pinned."""
-        # all steps, and all ranks' micro-batches, follow one another in one sequence of windows
-        first = (step * self.micro_batches + m) * self.batch_size
-        batch = self.split.rows(first, self.batch_size)
+    def _read(self, batch: int, m: int) -> list[Tensor]:
+        """Return micro-batch m of a batch in host memory, for CUDA pinned."""
+        # all batches, and all ranks' micro-batches, follow one another in one sequence of windows
+        first = (batch * self.micro_batches + m) * self.batch_size
+        rows = self.split.rows(first, self.batch_size)
         if self.device.type != "cuda":
-            return list(batch)
+            return list(rows)
         # rows of x have gaps between them: a copy to the GPU would first close them, in memory
         # that is not pinned
-        return [t.contiguous().pin_memory() for t in batch]
+        return [t.contiguous().pin_memory() for t in rows]
