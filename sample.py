@@ -18,6 +18,9 @@ class SampleConfig:
         "best | resume (the newest) checkpoint of out_dir | path of a checkpoint or a Hugging Face "
         "folder | gpt2, gpt2-medium, gpt2-large, gpt2-xl",
     )
+    step: int = setting(
+        0, "the checkpoint of this step in out_dir; 0 = as init_from says"
+    )
     dataset: str = setting(
         "",
         "dataset with the vocabulary of a nanoGPT checkpoint; others include their own",
@@ -59,7 +62,7 @@ from pathlib import Path
 import torch
 
 from keepgpt import tokenizer
-from keepgpt.checkpoint import has_run, mention_renamed, read_newest
+from keepgpt.checkpoint import find_step, has_run, mention_renamed, read_newest
 from keepgpt.dataset import dataset_folder, read_meta
 from keepgpt.device import pick_device, pick_dtype
 from keepgpt.huggingface import read_weights
@@ -86,7 +89,10 @@ def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
                 f"{folder}: no checkpoint. Try: --out_dir=<folder of a run>, or "
                 "first: python train.py config/train_plays_cpu.py"
             )
-        bundle = read_newest(folder, prefer_best=origin == "best")
+        if config.step:
+            _, bundle = find_step(folder, config.step)
+        else:
+            bundle = read_newest(folder, prefer_best=origin == "best")
         args = bundle["model_args"]
         state = bundle["model"]
         data = bundle["data"]
@@ -97,6 +103,8 @@ def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
             origin += (
                 f", val loss {evaluation['val_loss']:.4f} at step {evaluation['step']}"
             )
+    elif config.step:
+        raise UserError(f"step={config.step} needs --out_dir, not --init_from={origin}")
     else:
         args, state, data = read_weights(origin)
 

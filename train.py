@@ -13,6 +13,7 @@ if __name__ == "__main__":  # before torch is loaded: --help and mistakes answer
     )
 
 import math
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -397,9 +398,10 @@ def merge_settings(
         return config, {}, notes
     init_from = config.init_from
     config, changes = resume_config(config, overrides, bundle["config"])
-    # a run's first init_from stays recorded
+    # a branch is another run, in another folder
     if "branch" in bundle:
         config = replace(config, init_from=init_from)
+        changes.pop("out_dir", None)
     config, notes = check_settings(config, changes, resumed=True)
     return config, changes, notes
 
@@ -543,11 +545,31 @@ def describe_run(run: Run) -> None:
     )
     if not run.saver.folder:
         return
+    warn_if_full(run, parameters)
     write_run_card(run, machine)
     if config.wandb_log:
         # a resumed run continues the same curve
         run.state.wandb_run_id = run.metrics.start_wandb(
             asdict(config), run.state.wandb_run_id
+        )
+
+
+def warn_if_full(run: Run, parameters: int) -> None:
+    """Warn if the checkpoints to come may need more space than is free."""
+    config = run.config
+    # the newest ones, best.pt and the file in progress, less those on the disk
+    existing = len(checkpoint.numbered(run.saver.folder))
+    count = max(1, config.keep_checkpoints + 2 - existing)
+    if config.keep_every:
+        count += config.max_iters // config.keep_every
+        count -= run.state.step // config.keep_every
+    # weights and two moments, in float32
+    needed = 12 * parameters * count
+    free = shutil.disk_usage(run.saver.folder).free
+    if needed > free:
+        warn(
+            f"{run.saver.folder}: {count} checkpoints to come need about {needed / 1e9:.1f} GB, "
+            f"and {free / 1e9:.1f} GB are free. Try: a larger --keep_every, or another drive"
         )
 
 

@@ -400,8 +400,11 @@ def read_trunk(path: Path, step: int) -> dict[str, Any]:
     else:
         try:
             bundle = read_bundle(path)
-        except CorruptCheckpoint as e:
-            raise UserError(f"{path}: {e}. Try: another checkpoint") from None
+        except (CorruptCheckpoint, OSError) as e:
+            reason = getattr(e, "strerror", None) or e
+            raise UserError(
+                f"init_from=branch:{path}: {reason}. Try: the folder of a run"
+            ) from None
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     trunk = {"path": str(path), "step": bundle["step"], "sha256": sha256}

@@ -52,6 +52,9 @@ class ExportConfig:
         "best",
         "best | resume (the newest) checkpoint of out_dir | path of a checkpoint",
     )
+    step: int = setting(
+        0, "the checkpoint of this step in out_dir; 0 = as init_from says"
+    )
     dataset: str = setting(
         "",
         "the dataset with the vocabulary of a nanoGPT checkpoint, in data/ "
@@ -308,7 +311,10 @@ def main(config: ExportConfig, args: list[str]) -> None:
     target = check_target(config, args)
     model, vocabulary, origin = load(
         SampleConfig(
-            out_dir=config.out_dir, init_from=config.init_from, dataset=config.dataset
+            out_dir=config.out_dir,
+            init_from=config.init_from,
+            step=config.step,
+            dataset=config.dataset,
         )
     )
     # the lock says whether the folder is that of a killed export
