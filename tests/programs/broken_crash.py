@@ -83,7 +83,8 @@ def replace_the_checks():
     """Run the checks in forks, with short runs, and add checks that fail."""
     start = runs.start
     runs.start = lambda settings, ranks=0: start(settings, 0)
-    checks.RUN |= {"max_iters": 60, "eval_interval": 30, "eval_iters": 2}
+    checks.RUN |= {"n_layer": 1, "block_size": 16, "batch_size": 2, "compile": False}
+    checks.RUN |= {"max_iters": 30, "eval_interval": 15, "eval_iters": 2}
 
     def differ(rounds, device, folder):
         ends = iter(range(2))
