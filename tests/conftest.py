@@ -115,7 +115,11 @@ def run_forks(
             "cwd": str(cwd),
             "env": env,
             "timeout": 600,
-            "imports": IMPORTS.get(script, OTHER_IMPORTS),
+            "imports": [
+                *IMPORTS.get(script, OTHER_IMPORTS),
+                # DDP imports the compiler, which takes longer than such a run
+                *(["torch._dynamo"] if ranks > 1 else []),
+            ],
             "stdout": stdout or f"{folder}/stdout",
             "stderr": f"{folder}/stderr",
         }
