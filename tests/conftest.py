@@ -51,6 +51,8 @@ IMPORTS = {
     "tools.export": ["tools.export"],
     "tools.same": ["tools.same"],
     "tools.plot": ["tools.plot", "matplotlib.pyplot"],
+    "tools.bench": ["tools.bench.__main__"],
+    "tools.gpu": ["tools.gpu"],
 }
 OTHER_IMPORTS = ["tools.crash.__main__"]  # train.py and all of the package with it
 
