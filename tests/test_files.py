@@ -69,8 +69,9 @@ def link_to_another(out: Path) -> None:
 
 def start_run(dataset: Path, out: Path, ranks: int = 1):
     """Start a run without an end, and wait for its first checkpoint."""
-    flags = TINY | {"dataset": dataset, "out_dir": out, "max_iters": 10**6}
-    process = start("train.py", ranks=ranks, **flags | {"eval_interval": 3})
+    flags = TINY | {"dataset": dataset, "out_dir": out, "eval_interval": 3}
+    flags |= {"max_iters": 10**6, "lr_decay_iters": 10**6}
+    process = start("train.py", ranks=ranks, **flags)
     while not (out / "ckpt.pt").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
