@@ -272,9 +272,7 @@ def test_hugging_face_folder_prepares_trains_and_samples(qwen, play, tmp_path):
     assert done.stdout.startswith("To be") and len(done.stdout) > 12
     run("tools.export", out_dir=tmp_path / "out", to=tmp_path / "exported")
     exported = AutoTokenizer.from_pretrained(tmp_path / "exported")
-    assert (
-        exported.get_vocab() == ours.ids and exported.eos_token_id == ours.eot
-    )
+    assert exported.get_vocab() == ours.ids and exported.eos_token_id == ours.eot
 
 
 def compare(folder: Path, meta: dict) -> str:
