@@ -1,4 +1,4 @@
-"""prepare.py and keepgpt/text.py: the known texts, your own, and what can go wrong on the way."""
+"""prepare.py and keepgpt/text.py: the recipes' texts, your own, and what can go wrong."""
 
 import bz2
 import gzip
@@ -87,7 +87,7 @@ def long_text(shakespeare: str) -> str:
     return paragraphs + other + shakespeare[:1_000_000]
 
 
-# --- the known texts -----------------------------------------------------------------------------
+# --- the plays and tinyshakespeare ----------------------------------------------------------------
 
 
 def test_plays_are_plain_dialogue(shakespeare):
@@ -109,8 +109,8 @@ def test_plays_are_plain_dialogue(shakespeare):
 
 
 @pytest.fixture(scope="module")
-def known_datasets(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("known")
+def prepared_plays(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("plays")
     for name in ("plays_char", "plays"):
         run("prepare.py", name, data_dir=folder)
     return folder
@@ -979,8 +979,8 @@ def dataset_files(folder: Path) -> dict[str, bytes]:
     [("plays_char", 70, (4_301_851, 477_984)), ("plays", 50_257, (1_305_687, 148_236))],
     ids=["characters", "gpt2"],
 )
-def test_known_datasets(known_datasets, shakespeare, name, vocab_size, counts):
-    meta, train, val = read_dataset(known_datasets / name)
+def test_plays(prepared_plays, shakespeare, name, vocab_size, counts):
+    meta, train, val = read_dataset(prepared_plays / name)
     assert (meta["format"], meta["name"], meta["dtype"]) == (1, name, "uint16")
     assert meta["vocab_size"] == vocab_size and max(train + val) < vocab_size
     assert tuple(meta["tokens"].values()) == (len(train), len(val)) == counts
@@ -990,22 +990,22 @@ def test_known_datasets(known_datasets, shakespeare, name, vocab_size, counts):
     assert val == tokenizer.encode(shakespeare[at:])
     described = [meta["tokenizer"], list(meta["tokens"].values())]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
-    files = dataset_files(known_datasets / name)
+    files = dataset_files(prepared_plays / name)
     digest.update(files["train.bin"] + files["val.bin"])
     assert meta["fingerprint"] == digest.hexdigest()
     assert sorted(files) == ["meta.json", "train.bin", "val.bin"]
 
 
-def test_existing_dataset_is_left_alone(known_datasets):
+def test_existing_dataset_is_left_alone(prepared_plays):
     def stats() -> list:
         return [
             (path.stat().st_ino, path.stat().st_mtime_ns)
-            for path in sorted((known_datasets / "plays").iterdir())
+            for path in sorted((prepared_plays / "plays").iterdir())
         ]
 
     before = stats()
     assert (
-        "exists already" in run("prepare.py", "plays", data_dir=known_datasets).stdout
+        "exists already" in run("prepare.py", "plays", data_dir=prepared_plays).stdout
     )
     assert stats() == before
 
@@ -1094,7 +1094,7 @@ def test_bin_files_of_another_program_are_kept(tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)
     folder = tmp_path / "data" / "x"
     folder.mkdir(parents=True)
-    (folder / "val.bin").write_bytes(b"theirs")
+    (folder / "val.bin").write_bytes(b"foreign")
     complaint(
         run(
             "prepare.py",
@@ -1104,7 +1104,7 @@ def test_bin_files_of_another_program_are_kept(tmp_path):
             code=2,
         )
     )
-    assert dataset_files(folder) == {"val.bin": b"theirs"}
+    assert dataset_files(folder) == {"val.bin": b"foreign"}
 
 
 def test_hub_dataset_is_downloaded_once(hub, hub_folder, tmp_path):
