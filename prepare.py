@@ -76,7 +76,7 @@ class PrepareConfig:
     """The settings of prepare.py."""
 
     name: str = setting(
-        "", "the dataset goes to data/<name>; a known dataset has its own name"
+        "", "the dataset goes to data/<name>; a recipe has its own name"
     )
     tokenizer: str = setting(
         "gpt2",
