@@ -48,6 +48,7 @@ class Disk:
     fsync = staticmethod(os.fsync)
     close = staticmethod(os.close)
     fsync_folder = staticmethod(sync_folder)
+    _lock: FolderLock | None = None
 
     def __init__(self, lock: FolderLock | None = None) -> None:
         self._lock = lock
