@@ -1064,13 +1064,27 @@ def test_changed_or_corrupt_dataset_is_prepared_again(tmp_path):
         done = run("prepare.py", text, **{"tokenizer": "char", **place, **flags})
         return "exists already" in done.stdout
 
+    def reverse_tokens() -> None:
+        tokens = (folder / "val.bin").read_bytes()
+        (folder / "val.bin").write_bytes(tokens[::-1])
+
+    def reverse_tokens_of_an_older_dataset() -> None:
+        meta = {key: first[0][key] for key in first[0] if key != "crc32"}
+        (folder / "meta.json").write_text(json.dumps(meta))
+        reverse_tokens()
+
+    def change_a_checksum() -> None:
+        text = (folder / "meta.json").read_text()
+        crc32 = first[0]["crc32"]["val.bin"]
+        (folder / "meta.json").write_text(text.replace(crc32, crc32[::-1]))
+
     assert again()
     for damage in (
         lambda: os.truncate(folder / "val.bin", 6),
         (folder / "train.bin").unlink,
-        lambda: (folder / "val.bin").write_bytes(
-            (folder / "val.bin").read_bytes()[::-1]
-        ),
+        reverse_tokens,
+        reverse_tokens_of_an_older_dataset,
+        change_a_checksum,
         lambda: (folder / "meta.json").write_text(""),
         lambda: (folder / "meta.json").write_text('{"tokens": 5}'),
     ):
