@@ -255,6 +255,7 @@ def test_a_run_goes_back_once_and_drops_what_came_later(copy):
     assert names(copy, "ckpt-*.pt") == ["ckpt-00000009.pt"]
     assert load(copy / "best.pt")["step"] <= 9
     assert max(row["step"] for row in rows(copy, "loss")) <= 9
+    assert (copy / "metrics-00000020.jsonl").exists()
     # a restart loop repeats the command
     done = run("train.py", max_iters=12, **flags)
     assert "at step 9" in done.stdout
