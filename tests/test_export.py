@@ -515,7 +515,7 @@ def test_a_qwen3_goes_in_is_fine_tuned_and_comes_out(own_tokenizer, play, tmp_pa
 
 
 @pytest.mark.slow
-def test_transformers_continues_a_trained_model_as_sample_py_does(train, tmp_path):
+def test_transformers_continues_a_text_as_sample_py_does(train, tmp_path):
     train(block_size=64)
     out, folder = tmp_path / "out", tmp_path / "exported"
     told = run("tools.export", out_dir=out, to=folder).stdout
