@@ -251,7 +251,7 @@ sys.exit(train.main(*parse(TrainConfig, "", sys.argv[1:])[:2]))""")
             "out_dir": tmp_path / str(failures),
         }
         done = run(tmp_path / "failing.py", code=code, last=str(failures), **flags)
-        assert said in done.stdout.splitlines()[-1], done.stderr
+        assert said in done.stdout.splitlines()[-2], done.stderr
         assert done.stderr.count("FAILED: [Errno 5]") == failures
         assert not list(tmp_path.glob(f"{failures}/*.tmp"))
     train(out="whole", max_iters=4)
