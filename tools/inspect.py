@@ -323,8 +323,8 @@ def rows_around(log: Log, step: int) -> list[dict]:
     after = [row["step"] for row in log.steps if row["step"] > step]
     first = min([step, *before[-2:]])
     last = max([step, *after[:2]])
-    rows = log.events + log.evaluations + log.steps
-    # an event comes before the step that was made after it
+    rows = log.events + log.steps + log.evaluations
+    # of one step: what was skipped, the update, and the evaluation after it
     return sorted(
         (row for row in rows if first <= row["step"] <= last),
         key=lambda row: row["step"],
