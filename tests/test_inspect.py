@@ -1,4 +1,4 @@
-"""tools.inspect shows what a run did, and exactly what each step read."""
+"""tools.inspect shows the history of a run, and exactly the batches of each step."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ SMALL = TINY | {
     "eval_interval": 4,
     "keep_every": 4,
 }
-# train.py with batches whose loss is not finite, which writes down what each step reads
+# train.py with batches whose loss is not finite, which writes down the tokens that each step reads
 RECORDER = f"""
 import json, sys
 sys.path.insert(0, {str(REPO)!r})
@@ -31,7 +31,7 @@ import train
 from keepgpt.config import TrainConfig, parse
 path, poisoned, flaky = json.loads(sys.argv.pop())
 compute, get_batch = train.compute_gradient, train.Loader.get_batch
-attempts = []  # of each update: its step, its batch, and what it read
+attempts = []  # of each update: its step, its batch, and the tokens
 
 def record_batch(self, batch, m):
     x, y = get_batch(self, batch, m)
@@ -67,7 +67,7 @@ def runs(
     dataset: Path, play: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> SimpleNamespace:
     """Train a run that skips batches and is resumed, a branch of it, and one with another dataset.
-    Record what they read."""
+    Record the tokens that they read."""
     place = tmp_path_factory.mktemp("inspect")
     program = place / "recorder.py"
     program.write_text(RECORDER)
@@ -178,7 +178,7 @@ def test_a_step_is_shown_as_text(runs, play):
     for step in (2, 4, 12):
         line = inspect(runs.trunk, step=step).stdout.splitlines()[0]
         assert line == f"{runs.trunk}: step {step}, lr {logged[step]:.2e}"
-    # what the log has around it
+    # the rows of the log around it
     rows = [line.split(":")[0] for line in lines if line.startswith("  step")]
     assert rows == [f"  step {step}" for step in (2, 3, 3, 4, 4, 5, 6, 6, 6)]
     assert "not made yet" in inspect(runs.trunk, step=13).stdout

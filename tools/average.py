@@ -60,8 +60,8 @@ def read_last(folder: Path, count: int) -> Iterator[Checkpoint]:
 
 
 def describe_network(bundle: dict[str, Any]) -> tuple[dict, dict]:
-    """Return what the checkpoints of an average have in common: the sizes of the network and the
-    tokenizer. A resumed run may change its dropout."""
+    """Return the sizes of the network and the tokenizer, which are equal in all checkpoints of an
+    average. A resumed run may change its dropout."""
     return bundle["model_args"] | {"dropout": 0.0}, bundle["data"]["tokenizer"]
 
 

@@ -1,4 +1,4 @@
-"""What all tools share: the command line, how far a run is, and what its README.md records."""
+"""What all tools share: the command line, how far a run is, and the facts in its README.md."""
 
 import ast
 import json
@@ -66,8 +66,7 @@ class Start:
 
 @dataclass
 class Card:
-    """What a run's README.md records: its settings, its starts, and the checkpoint that a branch
-    started from."""
+    """The facts in a run's README.md: its settings, its starts, and the trunk of a branch."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     starts: list[Start] = field(default_factory=list)
@@ -75,12 +74,12 @@ class Card:
 
 
 def read_card(out: Path) -> Card:
-    """Return what README.md records; nothing if there is none, or if someone else wrote it."""
+    """Return the facts in README.md: none if it does not exist or someone else wrote it."""
     card = Card()
     path = out / "README.md"
     if not path.is_file():
         return card
-    # a path may hold bytes that are not UTF-8
+    # a path in it may hold bytes that are not UTF-8
     about, _, starts = path.read_text("utf-8", "replace").partition("## Starts\n")
     for time, step, command in START.findall(starts):
         card.starts.append(Start(time, int(step), command))

@@ -1,7 +1,7 @@
-"""Say what a run did: `python -m tools.inspect OUT` shows its settings, progress, checkpoints and
-history on one screen, and with `--step=N` what step N read.
+"""Explain a run: `python -m tools.inspect OUT` shows its settings, progress, checkpoints and
+history on one screen; with `--step=N` it shows the text that step N read.
 
-It only reads, and takes no lock: the run may be running, and the folder corrupt.
+It only reads, and takes no lock: the run may be running, or its folder damaged.
 """
 
 import json
@@ -43,7 +43,7 @@ MOST = 8
 class InspectConfig:
     """The settings of tools.inspect."""
 
-    step: int = setting(0, "show what this step (the first is 1) read; 0 = the run")
+    step: int = setting(0, "show the batch of this step (1 = the first); 0 = the run")
     chars: int = setting(100, "with step: characters of each sequence; 0 = all")
     verify: bool = setting(True, "read every checkpoint and compare its checksum")
 
@@ -86,10 +86,9 @@ def sort_log(folder: Path) -> Log:
 
 def classify(row: dict, log: Log) -> list[dict]:
     """Return the list of `log` that a row belongs to. Raises ValueError, TypeError or
-    AttributeError for what is no row."""
-    numbers = {key: row[key] for key in row.keys() - {"event", "text"}}
-    # raises for a number that is none
-    sum(numbers.values())
+    AttributeError unless it is a row of a run."""
+    # everything else is a number; a sum raises otherwise
+    sum(row[key] for key in row.keys() - {"event", "text"})
     if row.keys() >= {"step", "event", "text"}:
         return log.events
     if row.keys() >= {"step", "train_loss", "val_loss"}:
@@ -99,36 +98,43 @@ def classify(row: dict, log: Log) -> list[dict]:
     raise ValueError("unknown keys")
 
 
+def list_files(folder: Path) -> list[list[Path]]:
+    """Return the names of each checkpoint file, the newest file first."""
+    # the order in which a resume tries them
+    names = sorted(numbered(folder) + milestones(folder), key=step_of, reverse=True)
+    files: dict[int, list[Path]] = {}
+    for path in [folder / "ckpt.pt", *names, folder / "best.pt"]:
+        # a running run may remove it at any instant
+        with suppress(FileNotFoundError):
+            # several names are hard links of one file
+            files.setdefault(path.stat().st_ino, []).append(path)
+    return list(files.values())
+
+
 def read_checkpoints(folder: Path, verify: bool) -> tuple[list[str], dict[str, Any]]:
     """Return a line about each checkpoint file, and the bundle of the newest intact one, {} if
     there is none. Older ones are compared with their checksums if `verify`."""
-    newest_first = sorted(
-        numbered(folder) + milestones(folder), key=step_of, reverse=True
-    )
-    # several names may be hard links of one file
-    names: dict[int, list[Path]] = {}
-    for path in [folder / "ckpt.pt", *newest_first, folder / "best.pt"]:
-        # a running run may remove it at any instant
-        with suppress(FileNotFoundError):
-            names.setdefault(path.stat().st_ino, []).append(path)
-
-    lines = []
+    unfinished = sorted(path.name for path in folder.glob("*.pt.tmp"))
+    lines = [f"{name}: a save in progress, or a killed one" for name in unfinished]
     bundle: dict[str, Any] = {}
-    for paths in names.values():
-        status = "intact" if verify or not bundle else "not verified"
+    for paths in list_files(folder):
+        names = ", ".join(sorted(path.name for path in paths))
+        status = "not verified"
         try:
-            status = f"{paths[0].stat().st_size / 1e6:,.1f} MB, {status}"
+            size = paths[0].stat().st_size
+            # reading it verifies it
             if not bundle:
                 bundle = read_bundle(paths[0])
+                status = "intact"
             elif verify:
                 check_crc(paths[0])
+                status = "intact"
+            lines.append(f"{names}: {size / 1e6:,.1f} MB, {status}")
+        # removed since the folder was listed
         except FileNotFoundError:
             continue
         except (CorruptCheckpoint, OSError) as e:
-            status = f"CORRUPT: {e}"
-        lines.append(f"{', '.join(sorted(path.name for path in paths))}: {status}")
-    for path in sorted(folder.glob("*.pt.tmp")):
-        lines.append(f"{path.name}: a save in progress, or one that was killed")
+            lines.append(f"{names}: CORRUPT: {e}")
     return lines, bundle
 
 
@@ -136,12 +142,18 @@ def merge_skips(bundle: dict[str, Any], log: Log) -> dict[int, int]:
     """Return the numbers of skipped batches by step: those of a checkpoint, and the later ones in
     the log."""
     skips = dict(bundle.get("skips", {}))
-    for row in log.events:
-        # an event names the update, which comes after the step of the same number less one
+    for row in list_later_events(bundle, log, "skip"):
+        # an event names the update that comes next
         step = row["step"] - 1
-        if row["event"] == "skip" and step >= bundle.get("step", 0):
-            skips[step] = skips.get(step, 0) + 1
+        skips[step] = skips.get(step, 0) + 1
     return skips
+
+
+def list_later_events(bundle: dict[str, Any], log: Log, kind: str) -> list[dict]:
+    """Return the events of a kind that a checkpoint does not count yet."""
+    saved = bundle.get("step", 0)
+    rows = [row for row in log.events if row["step"] > saved]
+    return [row for row in rows if row["event"] == kind]
 
 
 def read_config(settings: dict[str, Any]) -> TrainConfig:
@@ -174,7 +186,7 @@ def describe_progress(
     tokens = step * config.tokens_per_step
     text = f"progress: step {step:,} of {config.max_iters:,}, {tokens:,} tokens"
     if bundle:
-        # a branch may have begun another dataset
+        # a branch may have started another dataset
         tokens -= bundle.get("data_start", 0) * config.tokens_per_step
         epochs = tokens / bundle["data"]["tokens"]["train"]
         text += f" ({epochs:.2f} epochs of {bundle['data']['name']})"
@@ -217,9 +229,8 @@ def describe_history(bundle: dict[str, Any], log: Log, card: Card) -> Iterator[s
     skips = merge_skips(bundle, log)
     listed = ", ".join(f"{n} before step {step + 1}" for step, n in skips.items())
     yield f"skipped batches: {listed or 'none'}"
-    replays = bundle.get("replays", 0)
-    for row in log.events:
-        replays += row["event"] == "replay" and row["step"] > bundle.get("step", 0)
+    later = list_later_events(bundle, log, "replay")
+    replays = bundle.get("replays", 0) + len(later)
     yield f"steps with another result when computed again: {replays or 'none'}"
     for row in log.events[-MOST:]:
         yield f"  {describe_row(row)}"
@@ -250,7 +261,7 @@ def cut_list(title: str, lines: list[str]) -> Iterator[str]:
 
 def describe_run(folder: Path, verify: bool) -> Iterator[str]:
     """Yield the lines about a run."""
-    # a running run writes on: what is read later is newer
+    # the run may write meanwhile: the log, read later, is never behind the checkpoint
     checkpoints, bundle = read_checkpoints(folder, verify)
     log = sort_log(folder)
     card = read_card(folder)
@@ -324,7 +335,7 @@ def rows_around(log: Log, step: int) -> list[dict]:
     first = min([step, *before[-2:]])
     last = max([step, *after[:2]])
     rows = log.events + log.steps + log.evaluations
-    # of one step: what was skipped, the update, and the evaluation after it
+    # rows of one step: its skips, the update, the evaluation after it
     return sorted(
         (row for row in rows if first <= row["step"] <= last),
         key=lambda row: row["step"],
@@ -374,8 +385,8 @@ def main(config: InspectConfig, args: list[str]) -> None:
         lines = describe_step(folder, config.step, config.chars)
     else:
         lines = describe_run(folder, config.verify)
-    # all at once: an error is the only line
-    print("\n".join(list(lines)), flush=True)
+    # all at once, as an error is the only line
+    print("\n".join(lines), flush=True)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ TITLES = {
 STEP_KEYS = ("step", "tokens", *TITLES)
 EVALUATION_KEYS = ("step", "val_loss")
 Columns = dict[str, np.ndarray]
-# the steps where something happened, by what it was
+# steps by the kind of event there
 Marks = dict[str, list[float]]
 # how to mark what happened to a run
 LINES = {"restart": "dotted", "branch": "dashdot"}
@@ -92,7 +92,7 @@ def read_run(folder: str | Path, axis: str) -> tuple[Columns, Columns, Marks]:
 def read_marks(folder: str) -> Marks:
     """Return the steps of a run's restarts and of its branch, which README.md lists."""
     card = read_card(Path(folder))
-    # the first start is no restart
+    # without the first start, which is not a restart
     restarts = [start.step for start in card.starts[1:]]
     branch = [card.trunk["step"]] if card.trunk else []
     return {"restart": restarts, "branch": branch}
