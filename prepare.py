@@ -76,7 +76,7 @@ class PrepareConfig:
     """The settings of prepare.py."""
 
     name: str = setting(
-        "", "the dataset goes to data/<name>; a known dataset has its own name"
+        "", "the dataset goes to data/<name>; a recipe has its own name"
     )
     tokenizer: str = setting(
         "gpt2",
@@ -556,7 +556,8 @@ if __name__ == "__main__":
     CONFIG, OVERRIDDEN, ARGS = command_line(
         PrepareConfig,
         "python prepare.py NAME | PATH... --name=NAME [--key=value ...]\n"
-        f"NAME: {' | '.join(list_recipes())} (--list describes them)",
+        f"NAME: {' | '.join(list_recipes())}\n"
+        "--list describes them, and CONTRIBUTING.md says how to add one",
     )
     # the folder stays locked until the last line is printed
     with ExitStack() as OPENED:

@@ -175,6 +175,7 @@ def main(config: SampleConfig) -> None:
     model, vocabulary, origin = load(config)
     prepare_model(model, device, config.dtype)
     prompt = read_prompt(config.start, vocabulary)
+    # it would stop nowhere
     if config.stop_at_eot and vocabulary.eot is None:
         raise UserError("--stop_at_eot=True: this vocabulary has no end-of-text token")
     # stdout is only for the text

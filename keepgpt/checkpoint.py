@@ -12,6 +12,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import sys
 import threading
 import zlib
@@ -48,6 +49,7 @@ class Disk:
     fsync = staticmethod(os.fsync)
     close = staticmethod(os.close)
     fsync_folder = staticmethod(sync_folder)
+    _lock: FolderLock | None = None
 
     def __init__(self, lock: FolderLock | None = None) -> None:
         self._lock = lock
@@ -380,9 +382,15 @@ def go_back(folder: Path, step: int) -> dict[str, Any]:
     best_step = step_of_best(folder)
     if best_step is None or best_step > step:
         bundle["best_val_loss"] = math.inf
+    # the log continues after that step
+    log = folder / "metrics.jsonl"
+    old_log = folder / f"metrics-{newest['step']:08d}.jsonl"
+    if log.exists():
+        shutil.copyfile(log, old_log)
     warn(
-        f"going back to step {step}: the next save removes the checkpoints of later steps. To keep "
-        f"them: --init_from=branch:{folder} --step={step} --out_dir=<new folder>"
+        f"going back to step {step}: the next save removes the checkpoints of later steps; their "
+        f"log is in {old_log}. To keep them: --init_from=branch:{folder} --step={step} "
+        "--out_dir=<new folder>"
     )
     return bundle
 

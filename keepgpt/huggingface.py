@@ -204,6 +204,7 @@ def read_weights(source: str) -> Weights:
             f"{', '.join(NAMES)}, or OWNER/NAME of a Llama or Qwen3"
         )
     if (path / "ckpt.pt").exists():
+        # a run has several checkpoints
         raise UserError(
             f"init_from={source}: expected a file, got a run's folder. "
             f"Try: --init_from={path / 'ckpt.pt'}"
@@ -317,6 +318,7 @@ def find_weight_files(folder: Path) -> dict[Path, set[str]]:
     files += sorted(folder.glob("pytorch_model*.bin"))
     used = choose_weight_files(folder, files)
     if not used:
+        # several files without an index may be of several models
         got = ", ".join(file.name for file in files) or "none of them"
         raise UserError(
             f"{folder}: expected model.safetensors, pytorch_model.bin, an index of "

@@ -123,6 +123,7 @@ class Ranks:
 
     def sum(self, x: Tensor) -> Tensor:
         """Return the sum of `x` over all ranks, computed in place."""
+        # over the main group: the tensor may be on a GPU
         if self.world_size > 1:
             dist.all_reduce(x)
         return x
@@ -218,6 +219,7 @@ def shared_settings(config: TrainConfig) -> dict:
 
 def hash_source() -> dict[str, str]:
     """Return the sha256 of each source file of a run, by its path."""
+    # the files that decide the numbers of a run
     root = Path(__file__).parents[1]
     files = [root / "train.py", root / "model.py", *sorted(root.glob("keepgpt/*.py"))]
     hashes = {}
@@ -263,6 +265,7 @@ def join_ranks(config: TrainConfig) -> Ranks:
     if "RANK" not in os.environ:
         return Ranks(0, 1, device)
 
+    # gloo also works on a CPU
     cuda = device.type == "cuda"
     backend = config.backend
     if backend == "auto":

@@ -20,11 +20,13 @@ import torch
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPO = Path(__file__).resolve().parent.parent
+PROGRAMS = REPO / "tests" / "programs"  # broken versions of the scripts
 sys.path.insert(0, str(REPO))
 from tools.runs import read_rows, state_of
 
+# a run of half a second: what costs time is the number of steps and of layers, not their width
 TINY = {
-    "n_layer": 2,
+    "n_layer": 1,
     "n_head": 2,
     "n_embd": 32,
     "block_size": 32,
@@ -33,10 +35,10 @@ TINY = {
     "dropout": 0.1,
     "learning_rate": 3e-3,
     "warmup_iters": 4,
-    "lr_decay_iters": 40,
-    "max_iters": 40,
-    "eval_interval": 20,
-    "eval_iters": 3,
+    "lr_decay_iters": 20,
+    "max_iters": 20,
+    "eval_interval": 10,
+    "eval_iters": 2,
     "log_interval": 5,
 }
 
@@ -49,6 +51,8 @@ IMPORTS = {
     "tools.export": ["tools.export"],
     "tools.same": ["tools.same"],
     "tools.plot": ["tools.plot", "matplotlib.pyplot"],
+    "tools.bench": ["tools.bench.__main__"],
+    "tools.gpu": ["tools.gpu"],
 }
 OTHER_IMPORTS = ["tools.crash.__main__"]  # train.py and all of the package with it
 
@@ -88,7 +92,12 @@ def fork_server() -> subprocess.Popen:
 
 
 def run_forks(
-    script: str, args: list[str], ranks: int, cwd: Path, env: dict[str, str]
+    script: str,
+    args: list[str],
+    ranks: int,
+    cwd: Path,
+    env: dict[str, str],
+    stdout: str = "",
 ) -> subprocess.CompletedProcess:
     """Run a script in forks of a process that has imported torch, one for each rank."""
     with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
@@ -108,8 +117,12 @@ def run_forks(
             "cwd": str(cwd),
             "env": env,
             "timeout": 600,
-            "imports": IMPORTS.get(script, OTHER_IMPORTS),
-            "stdout": f"{folder}/stdout",
+            "imports": [
+                *IMPORTS.get(script, OTHER_IMPORTS),
+                # DDP imports the compiler, which takes longer than such a run
+                *(["torch._dynamo"] if ranks > 1 else []),
+            ],
+            "stdout": stdout or f"{folder}/stdout",
             "stderr": f"{folder}/stderr",
         }
         server = fork_server()
@@ -118,7 +131,7 @@ def run_forks(
         return subprocess.CompletedProcess(
             args,
             code,
-            Path(folder, "stdout").read_text(),
+            "" if stdout else Path(folder, "stdout").read_text(),
             Path(folder, "stderr").read_text(),
         )
 
@@ -131,15 +144,18 @@ def run(
     cwd: Path = REPO,
     env: dict[str, str] | None = None,
     fresh: bool = False,
+    stdout: str = "",
     **flags: Any,
 ) -> subprocess.CompletedProcess:
     """Run a script to its end and check its exit code.
 
     Its processes are forks, which start in no time, unless `env` has what only a new interpreter
-    reads. `fresh` starts new ones, behind torchrun if there are several ranks.
+    reads. `fresh` starts new ones, behind torchrun if there are several ranks. `stdout` is a file
+    such as /dev/full.
     """
     full_env = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
-    fresh = fresh or any(key.startswith(("PYTHON", "OMP_")) for key in env or {})
+    only_at_start = ("PYTHONIOENCODING", "OMP_NUM_THREADS")
+    fresh = fresh or any(key in only_at_start for key in env or {})
     if fresh or sys.platform != "linux":
         done = subprocess.run(
             command(script, *args, ranks=ranks, **flags),
@@ -151,7 +167,7 @@ def run(
         )
     else:
         _, *argv = command(script, *args, **flags)
-        done = run_forks(script, argv[argv[0] == "-m" :], ranks, cwd, full_env)
+        done = run_forks(script, argv[argv[0] == "-m" :], ranks, cwd, full_env, stdout)
     assert code is None or done.returncode == code, (
         f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     )
@@ -205,10 +221,39 @@ def train(dataset: Path, tmp_path: Path):
     return train
 
 
+@pytest.fixture(scope="session")
+def whole(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of an uninterrupted run of 20 steps. Tests only read it."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    run("train.py", out_dir=out, dataset=dataset, **TINY)
+    return out
+
+
+@pytest.fixture(scope="session")
+def first_half(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of that run after 10 steps. Tests only read it."""
+    out = tmp_path_factory.mktemp("runs") / "half"
+    run("train.py", out_dir=out, dataset=dataset, **TINY | {"max_iters": 10})
+    return out
+
+
+@pytest.fixture
+def half(first_half: Path, tmp_path: Path) -> Path:
+    """Return tmp_path/out, a copy of that folder for `train(init_from="resume")`."""
+    # shutil would turn hard links into copies, and ckpt.pt is one
+    subprocess.run(["cp", "-a", first_half, tmp_path / "out"], check=True)
+    return tmp_path / "out"
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Return the bundle in a checkpoint."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def bits(path: Path) -> str:
     """Return the sha256 of the parts of a bundle that training depends on. Runs with equal hashes
     are in the same state."""
-    return state_of(torch.load(path, map_location="cpu", weights_only=True))
+    return state_of(load(path))
 
 
 # rows(out_dir, *keys): the rows of metrics.jsonl that have all of `keys`

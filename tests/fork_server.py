@@ -67,6 +67,8 @@ def become(request: dict[str, Any]) -> None:
     signal.alarm(request["timeout"])
     np.random.seed()  # Python's own generator is seeded at each fork
     sys.modules.pop(request["imports"][0])  # the script itself, which runs as __main__
+    if "PYTHONPATH" in os.environ:
+        sys.path[1:1] = os.environ["PYTHONPATH"].split(":")
     sys.argv = request["argv"]
 
 

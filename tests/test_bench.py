@@ -77,10 +77,10 @@ def test_a_record_replaces_its_row_only(tmp_path):
         "a\n<!-- measured: train -->\nold\n<!-- end -->\nb\n", records
     )
     assert page.split("\n")[2:6] == [
-        "| train | x, ms | machine |",
+        "| train | machine | x, ms |",
         "|---|---|---|",
-        "| a | 3 | a CPU |",
-        "| b | 1,000 | a CPU |",
+        "| a | a CPU | 3 |",
+        "| b | a CPU | 1,000 |",
     ]
 
 

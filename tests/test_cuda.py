@@ -17,7 +17,6 @@ from torch.overrides import TorchFunctionMode
 from keepgpt import device as runtime
 from keepgpt.checkpoint import Disk, Saver, read_bundle
 from keepgpt.config import TrainConfig
-from keepgpt.errors import NotFinite
 from keepgpt.kernels import LinearCrossEntropy
 from keepgpt.loader import Loader, Split
 from keepgpt.optim import AdamW
@@ -25,10 +24,10 @@ from keepgpt.ranks import Ranks, map_tensors
 from model import ModelArgs, build_model, generate
 from train import (
     build_run,
-    check_finite,
     compute_gradient,
     evaluate,
     make_bundle,
+    rewind,
     update,
 )
 
@@ -197,21 +196,6 @@ def test_deterministic_sums_over_gpus_leave_the_switch_out(monkeypatch):
 # numbers that are not finite
 
 
-def test_float16_that_overflows_at_every_scale_ends_the_run(tiny_run):
-    run = tiny_run()
-    run.state.scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    update(run, compute_gradient(run))
-    before = copy.deepcopy(run.state.model.state_dict())
-    with pytest.raises(NotFinite, match="step 4: "):
-        for _ in range(5):  # 4, 2, 1, 0.5: the third is one too many
-            losses = compute_gradient(run)
-            run.state.model.transformer.wte.weight.grad[0, 0] = math.inf
-            update(run, losses)
-    assert all(
-        torch.equal(p, before[name]) for name, p in run.state.model.state_dict().items()
-    )
-
-
 def test_float16_that_overflows_now_and_then_goes_on(tiny_run):
     run = tiny_run()
     run.state.scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1)
@@ -220,7 +204,7 @@ def test_float16_that_overflows_now_and_then_goes_on(tiny_run):
         if i % 2:
             run.state.model.transformer.wte.weight.grad[0, 0] = math.inf
         update(run, losses)
-    check_finite(run)
+    assert run.is_good
     assert run.state.step == run.updates == 8
 
 
@@ -233,14 +217,13 @@ def test_mps_makes_no_update_that_is_not_finite(tiny_run):
     losses = gradient_on_cpu(run)
     before = copy.deepcopy(run.state.model.state_dict())
     run.state.model.transformer.wte.weight.grad[0, 0] = math.nan
-    with pytest.raises(NotFinite):
-        update(run, losses)
+    update(run, losses)
+    assert not run.is_good
     assert run.updates == 0
     assert all(
         torch.equal(p, before[name]) for name, p in run.state.model.state_dict().items()
     )
-    run.is_finite = True
-    run.state.optimizer.zero_grad()
+    rewind(run)
     update(run, gradient_on_cpu(run))
     assert any(
         (p != before[name]).any() for name, p in run.state.model.state_dict().items()

@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import TINY, command, complaint, rows, run
+from conftest import TINY, command, complaint, load, rows, run
 
 from tools.runs import STATE, state_of
 
@@ -18,8 +17,8 @@ FLAGS = {
     "gradient_accumulation_steps": 12,
     "batch_size": 2,
     "block_size": 16,
-    "max_iters": 20,
-    "eval_interval": 10,
+    "max_iters": 12,
+    "eval_interval": 6,
     "log_interval": 1,
     "init_from": "auto",
 }
@@ -28,7 +27,7 @@ FLAGS = {
 def outcome(out: Path) -> tuple[str, list[dict]]:
     """Return the sha256 of a run's weights, moments and last evaluation, and its metrics without
     the evaluations at the ends of shorter runs."""
-    bundle = torch.load(out / "ckpt.pt", weights_only=True)
+    bundle = load(out / "ckpt.pt")
     state = state_of(bundle, {*STATE, "evaluation"} - {"rng"})
     return state, [
         row
@@ -42,7 +41,7 @@ def alone_out(dataset, tmp_path_factory) -> Path:
     """Return the folder of a run on one rank."""
     out = tmp_path_factory.mktemp("runs") / "alone"
     run("train.py", out_dir=out, dataset=dataset, elastic=True, **TINY | FLAGS)
-    assert len(rows(out, "loss")) == 20
+    assert len(rows(out, "loss")) == 12
     return out
 
 
@@ -52,10 +51,9 @@ def alone(alone_out) -> tuple[str, list[dict]]:
     return outcome(alone_out)
 
 
-def test_1_2_and_4_ranks_are_bit_identical(train, tmp_path, alone):
-    for ranks in (2, 4):
-        train(out=str(ranks), ranks=ranks, elastic=True, **FLAGS)
-        assert outcome(tmp_path / str(ranks)) == alone
+def test_two_ranks_are_bit_identical_to_one(train, tmp_path, alone):
+    train(ranks=2, elastic=True, **FLAGS)
+    assert outcome(tmp_path / "out") == alone
 
 
 def test_tools_same_compares_the_states_of_runs(train, tmp_path, alone_out):
@@ -69,11 +67,10 @@ def test_tools_same_compares_the_states_of_runs(train, tmp_path, alone_out):
     complaint(run("tools.same", alone_out, code=2))
 
 
-@pytest.mark.slow
 def test_a_run_may_change_ranks_bit_identical(train, tmp_path, alone):
-    for ranks, steps in ((4, 5), (1, 10), (2, 15), (4, 20)):
+    for ranks, steps in ((4, 3), (1, 6), (2, 9), (4, 12)):
         done = train(ranks=ranks, elastic=True, **FLAGS | {"max_iters": steps})
-        if steps > 5:
+        if steps > 3:
             assert f"-> {ranks}" in done.stdout and "rounding" not in done.stdout
     assert outcome(tmp_path / "out") == alone
 
@@ -114,7 +111,6 @@ def test_resuming_a_ddp_run_does_not_promise_equal_bits(train):
     assert "1 -> 2: " in done.stdout and "rounding" in done.stdout
 
 
-@pytest.mark.slow
 def test_plain_ddp_rounds_differently_on_two_ranks(train, tmp_path):
     """Without a difference here the tests above would show nothing."""
     for ranks in (1, 2):

@@ -157,7 +157,7 @@ def loaded(source, vocab_size=101, block_size=32):
     return load_model(*crop_weights(args, state, vocab_size, block_size)).eval()
 
 
-def test_logits_loss_and_every_gradient_are_those_of_transformers(theirs):
+def test_gpt2_is_that_of_transformers(theirs):
     hf, folder = theirs
     ours, idx = loaded(folder), tokens(4, 32, below=101)
     agree(ours(idx), hf(idx).logits, 1e-5)
@@ -299,25 +299,6 @@ def test_a_llama_without_optional_sizes_is_read(tmp_path):
     assert torch.equal(loaded(folder)(idx), loaded(tmp_path / "llama")(idx))
 
 
-@pytest.mark.parametrize(
-    "key, value",
-    [
-        ("hidden_act", "gelu"),
-        ("attention_bias", True),
-        ("use_sliding_window", True),
-        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
-        ("model_type", "qwen3_moe"),
-        ("rope_parameters", {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}),
-    ],
-)
-def test_a_qwen3_that_cannot_be_represented_is_refused(tmp_path, key, value):
-    make_qwen3(tmp_path / "qwen3")
-    folder = copy_folder(tmp_path / "qwen3", tmp_path / "folder", **{key: value})
-    with pytest.raises(UserError, match=key) as refused:
-        read_weights(str(folder))
-    assert "\n" not in str(refused.value)
-
-
 def test_rope_theta_is_read_where_either_version_writes_it(tmp_path):
     make_qwen3(tmp_path / "qwen3")
     path = tmp_path / "qwen3/config.json"
@@ -348,9 +329,7 @@ def test_a_shorter_block_changes_nothing_for_short_inputs(theirs):
     agree(ours(idx), hf(idx).logits, 1e-5)
 
 
-def test_the_hub_s_files_without_prefix_and_with_causal_masks_are_read(
-    theirs, tmp_path
-):
+def test_the_hubs_files_with_causal_masks_are_read(theirs, tmp_path):
     state = load_file(theirs[1] / "model.safetensors")
     state = {
         name.removeprefix("transformer."): tensor for name, tensor in state.items()
@@ -366,30 +345,6 @@ def test_the_hub_s_files_without_prefix_and_with_causal_masks_are_read(
     assert got.keys() == expected.keys() and all(
         torch.equal(got[k], expected[k]) for k in got
     )
-
-
-@pytest.mark.parametrize(
-    "key, value",
-    [
-        ("model_type", "mamba"),
-        ("activation_function", "gelu"),
-        ("layer_norm_epsilon", 1e-6),
-        ("scale_attn_by_inverse_layer_idx", True),
-        ("scale_attn_weights", False),
-        ("tie_word_embeddings", False),
-        ("add_cross_attention", True),
-    ],
-)
-def test_another_architecture_is_refused_by_the_key_that_says_so(
-    theirs, tmp_path, key, value
-):
-    config = json.loads((theirs[1] / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
-    (tmp_path / "model.safetensors").write_bytes(
-        (theirs[1] / "model.safetensors").read_bytes()
-    )
-    with pytest.raises(UserError, match=f"{key} is {value!r}"):
-        read_weights(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -419,20 +374,13 @@ def test_a_folder_that_lacks_or_spoils_a_file_is_refused(
     "settings",
     [
         {"n_head": 3},
-        {"n_head": 0},
-        {"n_head": -4},
         {"n_head": "four"},
-        {"n_head": [4]},
         {"n_head": None},
         {"n_head": True},
-        {"n_head": 4.0},
-        {"n_embd": None},
         {"n_embd": "64", "n_inner": 256},
         {"n_layer": 2},
-        {"n_layer": 30},
         {"n_positions": 1000},
         {"vocab_size": 1000},
-        {"n_head": 128},
     ],
     ids=str,
 )
@@ -616,7 +564,7 @@ def test_a_checkpoint_of_ours_brings_the_description_of_its_data(tmp_path):
         "no-names",
     ],
 )
-def test_what_is_no_checkpoint_is_refused_in_one_line_that_names_it(tmp_path, content):
+def test_what_is_no_checkpoint_is_named_in_one_line(tmp_path, content):
     path = tmp_path / "ckpt.pt"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -647,7 +595,7 @@ def test_a_checkpoint_never_runs_code(tmp_path):
 # the network
 
 
-def test_the_parameters_have_gpt2_s_names_and_no_output_layer_besides_the_embedding(
+def test_the_parameters_have_gpt2s_names(
     theirs,
 ):
     names = [name for name, _ in theirs[0].named_parameters()]
@@ -737,7 +685,7 @@ def test_the_weights_begin_as_gpt2_s():
 
 
 @each
-def test_a_token_sees_those_before_it_and_not_those_after_it(args):
+def test_a_token_sees_those_before_it_only(args):
     model, idx = wild(args), tokens(1, 16)
     for changed in range(16):
         other = idx.clone()
@@ -819,7 +767,7 @@ def padded_output(model):
 
 
 @each
-def test_padding_the_vocabulary_changes_neither_loss_nor_gradients(args, monkeypatch):
+def test_padding_the_vocabulary_changes_nothing(args, monkeypatch):
     plain, x, y = wild(args), tokens(4, 16), tokens(4, 16, seed=2)
     padded = copy.deepcopy(plain)
     loss = plain(x, y)
@@ -830,27 +778,6 @@ def test_padding_the_vocabulary_changes_neither_loss_nor_gradients(args, monkeyp
     padded(x, y).backward()
     for p, q in zip(padded.parameters(), plain.parameters()):
         agree(p.grad, q.grad, 1e-5)
-
-
-# the optimizer
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_optimizer_updates_every_parameter_once_and_decays_no_bias_or_norm(bias):
-    model = build_model(replace(ARGS, bias=bias))
-    config = TrainConfig(
-        learning_rate=3e-4, beta1=0.8, beta2=0.9, weight_decay=0.1, decay_lr=False
-    )
-    optimizer = make_optimizer(model, config)
-    groups = optimizer.param_groups
-    decay = [
-        (id(p), group["weight_decay"]) for group in groups for p in group["params"]
-    ]
-    assert sorted(decay) == sorted(
-        (id(p), 0.0 if name.endswith("bias") or "ln_" in name else 0.1)
-        for name, p in model.named_parameters()
-    )
-    assert all(group["lr"] == 3e-4 and group["betas"] == (0.8, 0.9) for group in groups)
 
 
 @each
@@ -914,17 +841,16 @@ def test_the_cache_gives_the_logits_of_the_whole(args):
 
 
 @both
-@pytest.mark.parametrize("length", [1, 5, 16, 30])
+@pytest.mark.parametrize("length", [1, 16, 30])
 @pytest.mark.parametrize(
     "how",
     [
         {"temperature": 0},
-        {"temperature": 1.0, "seed": 3},
-        {"temperature": 0.7, "top_k": 20, "top_p": 0.9},
+        {"temperature": 0.7, "top_k": 20, "top_p": 0.9, "seed": 3},
     ],
-    ids=str,
+    ids=["greedy", "sampled"],
 )
-def test_cached_generation_equals_uncached_also_past_the_block(args, length, how):
+def test_cached_generation_equals_uncached(args, length, how):
     model, prompt = talker(args), tokens(length, seed=length).tolist()
     expected = made_without_cache(model, prompt, 50, **how)
     assert made(model, [prompt], 50, **how) == [expected]
@@ -952,7 +878,7 @@ def test_packed_weights_generate_the_same(args):
 
 
 @both
-def test_prompts_of_different_lengths_in_a_batch_are_continued_as_each_alone(args):
+def test_prompts_in_a_batch_are_continued_as_each_alone(args):
     model = talker(args)
     prompts = [tokens(length, seed=length).tolist() for length in (7, 1, 4, 4)]
     alone = [made(model, [prompt], 40, temperature=0)[0] for prompt in prompts]
@@ -960,7 +886,7 @@ def test_prompts_of_different_lengths_in_a_batch_are_continued_as_each_alone(arg
     assert all(len(text) == 40 for text in alone)
 
 
-def test_each_sequence_gets_max_new_tokens_and_is_silent_while_its_prompt_is_read():
+def test_each_sequence_gets_max_new_tokens_after_its_prompt():
     for n in (0, 1, 7):
         assert [len(text) for text in made(talker(), [[1, 2, 3], [4]], n)] == [n, n]
     silent = [
@@ -970,7 +896,7 @@ def test_each_sequence_gets_max_new_tokens_and_is_silent_while_its_prompt_is_rea
     assert silent == [[True, False], [True, False], [False, True], [False, True]]
 
 
-def test_a_sequence_ends_before_its_stop_token_and_the_others_go_on():
+def test_a_sequence_ends_before_its_stop_token():
     model, prompts = talker(), [[1], [2], [3, 4]]
     free = made(model, prompts, 30, seed=5)
     stop = free[0][12]
@@ -999,7 +925,7 @@ def test_generation_leaves_the_random_numbers_of_training_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_temperature_0_and_top_k_1_and_a_tiny_top_p_take_the_likeliest():
+def test_cold_or_narrow_sampling_takes_the_likeliest():
     model, text = talker(), [1]
     while len(text) < 16:
         text.append(int(model(torch.tensor([text]))[0, -1].argmax()))
@@ -1037,7 +963,7 @@ def same(shares, expected, n=20000):
     )
 
 
-def test_tokens_are_drawn_by_their_probability_and_temperature_bends_it():
+def test_tokens_are_drawn_by_their_probability():
     assert same(drawn(), SHARES)
     assert same(drawn(temperature=0.5), SHARES**2) and same(
         drawn(temperature=2.0), SHARES**0.5

@@ -63,8 +63,8 @@ def test_both_datasets_train_identically(place, checkpoint, dataset):
 
 
 def test_dataset_supplies_a_checkpoints_vocabulary(place, checkpoint):
-    told = complaint(run("sample.py", code=None, init_from=checkpoint))
-    assert "--dataset" in told
+    line = complaint(run("sample.py", code=None, init_from=checkpoint))
+    assert "--dataset" in line
     flags = {"init_from": checkpoint, "dataset": place / "tutorial"}
     sample = {"start": "HAM", "temperature": 0, "num_samples": 1, "max_new_tokens": 20}
     ours = run("sample.py", out_dir=place / "out", **sample)
@@ -165,11 +165,10 @@ def started(request, tmp_path_factory):
 )
 def test_a_resume_on_changed_data_is_refused(started, file, damage, ranks):
     kind, folder = started
-    path, saved = folder / "x" / file, (folder / "out/ckpt.pt").read_bytes()
-    intact, times = (
-        path.read_bytes(),
-        (path.stat().st_atime_ns, path.stat().st_mtime_ns),
-    )
+    path = folder / "x" / file
+    saved = (folder / "out/ckpt.pt").read_bytes()
+    intact = path.read_bytes()
+    times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
     path.write_bytes(DAMAGE[damage](intact))
     os.utime(path, ns=times)
     try:

@@ -1,7 +1,7 @@
 """The scripts run in a notebook: several times in one kernel, which survives them."""
 
 import pytest
-from conftest import REPO, TINY, bits, run
+from conftest import REPO, TINY, bits
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
 
@@ -42,7 +42,7 @@ def to_line(script: str, *args: object, **flags: object) -> str:
 
 
 def test_one_kernel_prepares_trains_resumes_and_samples(
-    execute, play, dataset, tmp_path
+    execute, play, dataset, whole, tmp_path
 ):
     for _ in range(2):  # the lock is free again
         execute(
@@ -58,20 +58,21 @@ def test_one_kernel_prepares_trains_resumes_and_samples(
         "out_dir": tmp_path / "out",
         "init_from": "auto",
     }
-    assert "done at step 20" in execute(
-        to_line("train.py", **flags | {"max_iters": 20})
+    assert "done at step 10" in execute(
+        to_line("train.py", **flags | {"max_iters": 10})
     )
     assert "n_layer" in execute(
         to_line("train.py", **flags | {"n_layer": 3})
     )  # refused
-    assert "done at step 40" in execute(to_line("train.py", **flags))
+    assert "done at step 20" in execute(to_line("train.py", **flags))
     text = execute(to_line("sample.py", out_dir=tmp_path / "out", max_new_tokens=5))
     assert text.count("\n---------------\n") == 2  # between three samples
-    run("train.py", **flags | {"out_dir": tmp_path / "whole"})
-    assert bits(tmp_path / "out/ckpt.pt") == bits(tmp_path / "whole/ckpt.pt")
+    assert bits(tmp_path / "out/ckpt.pt") == bits(whole / "ckpt.pt")
 
 
-def test_an_interrupt_saves_and_gives_the_prompt_back(execute, dataset, tmp_path):
+def test_an_interrupt_saves_and_gives_the_prompt_back(
+    execute, dataset, whole, tmp_path
+):
     flags = TINY | {
         "dataset": dataset,
         "out_dir": tmp_path / "out",
@@ -88,12 +89,11 @@ def interrupt(step):
         time.sleep(0.02)
     os.kill(os.getpid(), signal.SIGINT)
 {handlers}""")
-    for step in (10, 20):
+    for step in (5, 10):
         execute(f"threading.Thread(target=interrupt, args=({step},)).start()")
         assert "saved in" in execute(
             to_line("train.py", **flags | {"max_iters": 10**6})
         )
     assert execute(handlers) == before
-    assert "done at step 40" in execute(to_line("train.py", **flags))
-    run("train.py", **flags | {"out_dir": tmp_path / "whole"})
-    assert bits(tmp_path / "out/ckpt.pt") == bits(tmp_path / "whole/ckpt.pt")
+    assert "done at step 20" in execute(to_line("train.py", **flags))
+    assert bits(tmp_path / "out/ckpt.pt") == bits(whole / "ckpt.pt")

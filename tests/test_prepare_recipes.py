@@ -91,7 +91,9 @@ def test_a_faulty_recipe_is_one_line(repository):
         pytest.param(FILES + URL, "got files and url", id="two sources"),
         pytest.param(URL + "text = 'a'", "missing setting 'sha256'", id="no sha256"),
         pytest.param("hub = 'a/b'", "missing setting 'revision'", id="no revision"),
-        pytest.param(FILES + "tokenzer = 'char'", "'tokenzer'", id="unknown setting"),
+        pytest.param(
+            FILES + "tokenzer = 'char'", "did you mean tokenizer?", id="unknown setting"
+        ),
         pytest.param(FILES + "val_fraction = 2", "below 1, got 2", id="range"),
         pytest.param(FILES + "tokenizer = 5", "expected str, got 5", id="type"),
         pytest.param("files = 'a.txt'", "expected a list", id="files is a text"),

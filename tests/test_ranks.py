@@ -10,7 +10,7 @@ from conftest import REPO, TINY, bits, run
 
 from keepgpt.ranks import CHUNK, checksum, find_difference, flatten
 
-SHORT = TINY | {"max_iters": 6, "eval_interval": 3, "eval_iters": 1}
+SHORT = TINY | {"max_iters": 4, "eval_interval": 2, "eval_iters": 1}
 # rank 1 rounds as on an older processor
 OLD_CPU = """
 os.environ["ATEN_CPU_CAPABILITY"] = "default"
@@ -65,21 +65,19 @@ def difference(hosts):
     "key, value",
     [
         ("learning_rate", "1e-3"),
-        ("seed", "2"),
         ("elastic", "True"),
         ("dtype", "'bfloat16'"),
-        ("max_iters", "7"),
         ("eval_only", "True"),
     ],
+    ids=lambda text: text.strip("'"),
 )
 def test_a_setting_of_one_rank_alone_is_named(difference, tmp_path, key, value):
     assert f"error: {key}: rank 0 has" in difference(f"{key} = {value}")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.slow
 def test_a_default_given_on_one_rank_counts_in_a_resume(difference, hosts):
-    hosts("", weight_decay=0.3, max_iters=3)
+    hosts("", weight_decay=0.3, max_iters=2)
     line = difference("weight_decay = 0.1", init_from="resume")
     assert "weight_decay: rank 0 has 0.3, rank 1 has 0.1" in line
 
@@ -111,7 +109,7 @@ def test_other_weights_in_a_file_are_named(difference, hosts, train, tmp_path):
     hosts(f"init_from = '{tmp_path / 'copy.pt'}'", init_from=source)
 
 
-@pytest.mark.parametrize("name", ["train.py", "keepgpt/loader.py", "keepgpt/new.py"])
+@pytest.mark.parametrize("name", ["train.py", "keepgpt/new.py"])
 def test_another_version_of_the_code_is_named(difference, tmp_path, name):
     for path in ("train.py", "model.py"):
         shutil.copy(REPO / path, tmp_path)
@@ -139,7 +137,6 @@ _device.has_fast_bfloat16 = lambda has=_device.has_fast_bfloat16: not has()
     assert "error: dtype: rank 0 has" in difference(other, dtype="auto")
 
 
-@pytest.mark.slow
 def test_names_and_places_may_differ_between_hosts(hosts, dataset, tmp_path):
     shutil.copytree(dataset, tmp_path / "elsewhere/other")
     hosts(f"""
@@ -157,7 +154,6 @@ wandb_run_name = "b"
 # what they compute
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -172,9 +168,8 @@ def test_ranks_that_round_differently_end_unsaved(difference, tmp_path, flags):
     assert not list(tmp_path.glob("out/*.pt"))
 
 
-@pytest.mark.slow
 def test_a_drift_after_a_save_keeps_that_checkpoint(hosts, difference, tmp_path):
-    hosts("", optimizer="muon", max_iters=3)
+    hosts("", optimizer="muon", max_iters=2)
     before = (tmp_path / "out/ckpt.pt").read_bytes()
     difference(OLD_CPU, optimizer="muon", init_from="resume")
     assert (tmp_path / "out/ckpt.pt").read_bytes() == before
@@ -185,7 +180,6 @@ def test_random_weights_are_rank_0s(hosts):
     hosts(OLD_CPU, elastic=True, eval_only=True)
 
 
-@pytest.mark.slow
 def test_all_ranks_of_ddp_use_rank_0s_threads(hosts, dataset, tmp_path):
     hosts("import torch; torch.set_num_threads(2)", n_embd=128)
     run(
@@ -229,8 +223,6 @@ def test_the_first_rank_and_key_that_differ_are_named():
     assert find_difference(facts) == ""
     facts[2] = flatten({"a": 1, "b": {"c": "y" * 50}, "d": None})
     line = find_difference(facts)
-    assert (
-        line.startswith("b/c: rank 0 has sha256 ")
-        and "rank 2" in line
-        and "1 more" in line
-    )
+    assert line.startswith("b/c: rank 0 has sha256 ")
+    assert "rank 2" in line
+    assert "1 more" in line

@@ -12,17 +12,16 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import REPO, TINY, bits, command, rows, run
+from conftest import PROGRAMS, REPO, TINY, bits, command, load, rows, run
 
 from tools.common import last_step
 from tools.runs import list_descendants
 
 pytestmark = pytest.mark.slow
 FLAGS = TINY | {
-    "max_iters": 200,
-    "lr_decay_iters": 200,
-    "eval_interval": 30,
+    "max_iters": 80,
+    "lr_decay_iters": 80,
+    "eval_interval": 15,
     "log_interval": 1,
     "init_from": "auto",
 }
@@ -51,7 +50,7 @@ def ranks_of(process: subprocess.Popen) -> list[int]:
 
 def until(reached, process: subprocess.Popen) -> None:
     """Wait for `reached()`; fail if the process ends before."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not reached():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
@@ -69,32 +68,33 @@ def test_the_loop_finishes_a_killed_run(dataset, tmp_path, whole):
         stderr=subprocess.PIPE,
         text=True,
     )
-    for step in (40, 100):
+    for step in (20, 50):
         until(lambda step=step: last_step(out) >= step and ranks_of(loop), loop)
         os.kill(ranks_of(loop)[0], signal.SIGKILL)
-    assert loop.wait(timeout=120) == 0 and " 137" in loop.stderr.read()
+    assert loop.wait(timeout=300) == 0 and " 137" in loop.stderr.read()
     assert bits(out / "ckpt.pt") == bits(whole / "ckpt.pt") and rows(out) == rows(whole)
 
 
 def test_the_loop_ends_on_a_signal_and_on_a_mistake(dataset, tmp_path):
     out = tmp_path / "out"
-    loop = [
-        REPO / "runs/loop.sh",
-        *command("train.py", out_dir=out, dataset=dataset, **FLAGS),
-    ]
+    flags = FLAGS | {"max_iters": 10**6, "out_dir": out, "dataset": dataset}
+    loop = [REPO / "runs/loop.sh", *command("train.py", **flags)]
     process = subprocess.Popen(loop, env=ONE_THREAD)
     until(lambda: last_step(out) >= 10, process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 75
+    assert process.wait(timeout=180) == 75
+    stopped = last_step(out)
     process = subprocess.Popen(loop, env=ONE_THREAD, start_new_session=True)
-    until(lambda: last_step(out) >= 100, process)
+    until(lambda: last_step(out) >= stopped + 2, process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    assert process.wait(timeout=60) == 75 and (out / "ckpt.pt").exists()
+    assert process.wait(timeout=180) == 75 and (out / "ckpt.pt").exists()
     done = subprocess.run([*loop, "--n_layer=3"], capture_output=True, text=True)
     assert done.returncode == 2 and "again" not in done.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU])
+@pytest.mark.parametrize(
+    "number", [signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU], ids=lambda n: n.name
+)
 def test_the_loop_passes_a_signal_on(number):
     """The command stands for a run: it exits with 75 at SIGTERM."""
     stops = [
@@ -105,20 +105,22 @@ def test_the_loop_passes_a_signal_on(number):
     process = subprocess.Popen([REPO / "runs/loop.sh", *stops], stdout=subprocess.PIPE)
     process.stdout.readline()
     process.send_signal(number)
-    assert process.wait(timeout=30) == 75
+    assert process.wait(timeout=180) == 75
 
 
 @pytest.mark.parametrize(
     "prefix, ranks, code",
-    [([], 1, 75), (["nohup"], 2, 1), ([REPO / "runs/loop.sh"], 1, 75)],
+    [([], 1, 75), (["nohup"], 2, 1)],
+    ids=["alone", "torchrun with nohup"],
 )
 def test_a_closed_terminal_saves_the_run(dataset, tmp_path, prefix, ranks, code):
     """torchrun ends at a SIGHUP, with nohup, too. It passes it on to its ranks."""
-    out, (ours, theirs) = tmp_path / "out", pty.openpty()
+    out = tmp_path / "out"
+    terminal, its_side = pty.openpty()
 
     def take_terminal() -> None:
         os.setsid()
-        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+        fcntl.ioctl(its_side, termios.TIOCSCTTY, 0)
 
     flags = FLAGS | {"max_iters": 10**6, "eval_interval": 10**5}
     process = subprocess.Popen(
@@ -128,26 +130,25 @@ def test_a_closed_terminal_saves_the_run(dataset, tmp_path, prefix, ranks, code)
         ],
         env=ONE_THREAD,
         cwd=tmp_path,
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
+        stdin=its_side,
+        stdout=its_side,
+        stderr=its_side,
         preexec_fn=take_terminal,
     )
-    os.close(theirs)
+    os.close(its_side)
     until(lambda: last_step(out) >= 10, process)
-    os.close(ours)
-    assert process.wait(timeout=60) == code
-    assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == last_step(out)
+    os.close(terminal)
+    assert process.wait(timeout=180) == code
+    assert load(out / "ckpt.pt")["step"] == last_step(out)
 
 
-@pytest.mark.parametrize("closed", ["<&- >&- 2>&-", ">/dev/full 2>/dev/full"])
-def test_a_run_needs_no_streams(dataset, tmp_path, closed):
+def test_a_run_needs_no_streams(dataset, tmp_path):
     """A closed stream's number must not become a checkpoint's: C code would write to it."""
     out = tmp_path / "out"
     line = shlex.join(command("train.py", out_dir=out, dataset=dataset, **TINY))
-    done = subprocess.run(["bash", "-c", f"exec {line} {closed}"], env=ONE_THREAD)
-    assert done.returncode == 0 and rows(out)[-1]["step"] == 40
-    assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == 40
+    closed = f"exec {line} <&- >&- 2>&-"
+    assert subprocess.run(["bash", "-c", closed], env=ONE_THREAD).returncode == 0
+    assert load(out / "ckpt.pt")["step"] == rows(out)[-1]["step"] == 20
 
 
 def test_the_loop_without_a_command_exits_2():
@@ -155,22 +156,16 @@ def test_the_loop_without_a_command_exits_2():
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
 
 
-def test_torchrun_restarts_a_killed_rank(dataset, tmp_path, whole):
-    out, flags = (
-        tmp_path / "out",
-        FLAGS | {"gradient_accumulation_steps": 2, "dataset": dataset},
-    )
+def test_torchrun_restarts_a_killed_rank(dataset, tmp_path):
+    out = tmp_path / "out"
+    flags = FLAGS | {"dataset": dataset}
     run("train.py", ranks=2, out_dir=tmp_path / "whole", **flags)
     args = command("train.py", ranks=2, out_dir=out, **flags)
     args.insert(args.index("--standalone"), "--max-restarts=3")
     process = subprocess.Popen(args, env=ONE_THREAD, stderr=subprocess.DEVNULL)
-    for step, rank in ((40, 0), (100, 1)):
-        until(
-            lambda step=step: last_step(out) >= step and len(ranks_of(process)) == 2,
-            process,
-        )
-        os.kill(ranks_of(process)[rank], signal.SIGKILL)
-    assert process.wait(timeout=120) == 0
+    until(lambda: last_step(out) >= 20 and len(ranks_of(process)) == 2, process)
+    os.kill(ranks_of(process)[0], signal.SIGKILL)
+    assert process.wait(timeout=300) == 0
     assert bits(out / "ckpt.pt") == bits(tmp_path / "whole/ckpt.pt")
     assert rows(out) == rows(tmp_path / "whole")
 
@@ -185,25 +180,16 @@ def test_ranks_do_not_outlive_torchrun(dataset, tmp_path):
     ranks = ranks_of(process)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while any(map(is_rank, ranks)) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert len(ranks) == 2 and not any(map(is_rank, ranks))
-    run("train.py", ranks=2, out_dir=out, **flags | {"max_iters": 100})
+    run("train.py", ranks=2, out_dir=out, **flags | {"max_iters": last_step(out) + 1})
 
 
 def test_a_signalled_rank_waits_for_the_last_save(dataset, tmp_path):
     """torchrun kills the other ranks half a minute after the first one ends."""
-    slow, out = tmp_path / "slow.py", tmp_path / "out"
-    slow.write_text(
-        "import sys, time\n"
-        f"sys.path.insert(0, {str(REPO)!r})\n"
-        "import train\nfrom keepgpt import checkpoint\n"
-        "from keepgpt.config import TrainConfig, parse\n"
-        "fsync = checkpoint.Disk.fsync\n"
-        "checkpoint.Disk.fsync = lambda self, file: (time.sleep(4), fsync(file))\n"
-        "sys.exit(train.main(*parse(TrainConfig, '', sys.argv[1:])[:2]))\n"
-    )
+    out = tmp_path / "out"
     flags = FLAGS | {
         "dataset": dataset,
         "out_dir": out,
@@ -211,15 +197,17 @@ def test_a_signalled_rank_waits_for_the_last_save(dataset, tmp_path):
         "eval_interval": 10**5,
     }
     process = subprocess.Popen(
-        command(slow, ranks=2, **flags), stderr=subprocess.DEVNULL, env=ONE_THREAD
+        command(PROGRAMS / "slow_fsync.py", ranks=2, **flags),
+        stderr=subprocess.DEVNULL,
+        env=ONE_THREAD,
     )
     until(lambda: last_step(out) >= 10 and len(ranks_of(process)) == 2, process)
     os.kill(ranks_of(process)[1], signal.SIGUSR1)
     while not (out / "ckpt.pt").exists():
         assert process.poll() is None and len(ranks_of(process)) == 2
         time.sleep(0.02)
-    assert process.wait(timeout=60) == 1
-    assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == last_step(out)
+    assert process.wait(timeout=180) == 1
+    assert load(out / "ckpt.pt")["step"] == last_step(out)
 
 
 def test_usr1_to_torchrun_and_ranks_saves(dataset, tmp_path):
@@ -243,24 +231,16 @@ def test_usr1_to_torchrun_and_ranks_saves(dataset, tmp_path):
     until(lambda: last_step(out) >= 10, process)
     for pid in [process.pid, *ranks_of(process)]:
         os.kill(pid, signal.SIGUSR1)
-    assert process.wait(timeout=60) == 1  # torchrun's answer to ranks that end with 75
-    assert (
-        torch.load(out / "ckpt.pt", weights_only=True)["step"] == last_step(out) >= 10
-    )
+    assert process.wait(timeout=180) == 1  # torchrun's answer to ranks that end with 75
+    assert load(out / "ckpt.pt")["step"] == last_step(out) >= 10
 
 
 def test_a_rank_ends_without_destroying_its_groups(dataset, tmp_path):
-    hangs, out = tmp_path / "hangs.py", tmp_path / "out"
-    hangs.write_text(
-        "import sys, threading\n"
-        f"sys.path.insert(0, {str(REPO)!r})\n"
-        "import torch.distributed, train\n"
-        "from keepgpt.config import TrainConfig, parse\n"
-        "torch.distributed.destroy_process_group = threading.Event().wait\n"
-        "sys.exit(train.main(*parse(TrainConfig, '', sys.argv[1:])[:2]))\n"
-    )
-    done = run(hangs, ranks=2, out_dir=out, dataset=dataset, **FLAGS | {"max_iters": 2})
-    assert "done at step 2" in done.stdout and (out / "ckpt.pt").exists()
+    out = tmp_path / "out"
+    flags = FLAGS | {"dataset": dataset, "max_iters": 2}
+    done = run(PROGRAMS / "hanging_groups.py", ranks=2, out_dir=out, **flags)
+    assert "done at step 2" in done.stdout
+    assert (out / "ckpt.pt").exists()
 
 
 def test_the_slurm_script_saves_and_requeues(dataset, tmp_path, whole):
@@ -298,13 +278,13 @@ trap 'kill -9 $!' TERM; "$@" & echo $! > {tmp_path}/step; wait $!""",
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    until(lambda: last_step(out) >= 40, process)
+    until(lambda: last_step(out) >= 20, process)
     process.send_signal(signal.SIGUSR1)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=180) == 0
     assert "requeue 17" in (tmp_path / "scontrol").read_text()
     assert (tmp_path / "cores").read_text() == "32\n"
     stopped = rows(out)[-1]["step"]
-    assert 40 <= stopped < 200
-    assert torch.load(out / "ckpt.pt", weights_only=True)["step"] == stopped
+    assert 20 <= stopped < 80
+    assert load(out / "ckpt.pt")["step"] == stopped
     assert subprocess.run(job, cwd=REPO, env=env, capture_output=True).returncode == 0
     assert bits(out / "ckpt.pt") == bits(whole / "ckpt.pt") and rows(out) == rows(whole)

@@ -24,7 +24,7 @@ ONE_STEP = TINY | {
 
 @pytest.fixture(scope="module")
 def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one step on characters."""
+    """Return the folder of a run of one step on characters."""
     folder = tmp_path_factory.mktemp("tokens") / "out"
     run("train.py", out_dir=folder, dataset=dataset, **ONE_STEP)
     return folder
@@ -32,7 +32,7 @@ def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(trained: Path) -> Path:
-    """Its weights as somebody else's folder in Hugging Face's format, tokenizer.json included."""
+    """Return its weights as a foreign folder in Hugging Face's format, with a tokenizer.json."""
     folder = trained.parent / "exported"
     run("tools.export", out_dir=trained, to=folder)
     (folder / "keepgpt.json").unlink()
@@ -41,7 +41,7 @@ def exported(trained: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def nanogpt(trained: Path, dataset: Path) -> Path:
-    """Its weights as nanoGPT leaves them in its out_dir, of a compiled model."""
+    """Return its weights as nanoGPT leaves them in its out_dir, of a compiled model."""
     bundle = torch.load(trained / "ckpt.pt", weights_only=True)
     state = {f"_orig_mod.{name}": tensor for name, tensor in bundle["model"].items()}
     state["_orig_mod.lm_head.weight"] = state["_orig_mod.transformer.wte.weight"]
@@ -63,7 +63,7 @@ def nanogpt(trained: Path, dataset: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def ciphered(play: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same text in other letters: a set of as many characters, none of them with its id."""
+    """Return a dataset of that text in other letters: as many characters, each with another id."""
     folder, text = tmp_path_factory.mktemp("cipher"), play.read_text(encoding="utf-8")
     (folder / "text.txt").write_text(
         "".join(c if c.isspace() else chr(ord(c) + 0x400) for c in text),
@@ -76,7 +76,7 @@ def ciphered(play: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def swap_two_ids(folder: Path, to: Path, name: str) -> Path:
-    """A copy of an exported folder whose tokenizer is another one of that size, in a file called
+    """Return a copy of an exported folder with another tokenizer of that size, in a file called
     `name`."""
     shutil.copytree(folder, to)
     tokenizer = json.loads((to / "tokenizer.json").read_text())
@@ -90,7 +90,7 @@ def swap_two_ids(folder: Path, to: Path, name: str) -> Path:
 
 
 def train(source: Path, dataset: Path, out_dir: Path, **flags):
-    """One step from the weights of `source`."""
+    """Train one step from the weights of `source`."""
     return run(
         "train.py",
         init_from=source,
@@ -110,11 +110,11 @@ def test_a_folder_with_the_dataset_s_tokenizer_is_trained_on(
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json"])
 def test_a_folder_with_another_tokenizer_is_refused(name, exported, dataset, tmp_path):
     other = swap_two_ids(exported, tmp_path / "other", name)
-    told = "'b' as token" if name == "tokenizer.json" else "merges.txt"
+    expected = "'b' as token" if name == "tokenizer.json" else "merges.txt"
     line = complaint(train(other, dataset, tmp_path / "out", code=None))
-    assert told in line
+    assert expected in line
     line = complaint(run("sample.py", init_from=other, dataset=dataset, code=None))
-    assert told in line
+    assert expected in line
 
 
 def test_a_folder_without_a_tokenizer_is_noted(exported, dataset, tmp_path):
@@ -170,7 +170,9 @@ def test_as_many_other_characters_are_refused(trained, dataset, ciphered, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "size, passes", [(50257, True), (50304, True), (50256, False), (50321, False)]
+    "size, passes",
+    [(50257, True), (50304, True), (50256, False), (50321, False)],
+    ids=["equal", "padded", "a row less", "a row too much"],
 )
 def test_gpt_2_s_padded_vocabulary_is_gpt_2_s(size, passes, capsys):
     meta = {"name": "x", "vocab_size": 50257, "tokenizer": {"kind": "gpt2"}}
@@ -185,14 +187,13 @@ def test_gpt_2_s_padded_vocabulary_is_gpt_2_s(size, passes, capsys):
 # nanoGPT's folder
 
 
-@pytest.mark.parametrize("flags", [{"init_from": "resume"}, {"init_from": "auto"}])
+@pytest.mark.parametrize("init_from", ["resume", "auto"])
 def test_nanogpt_s_folder_is_answered_with_the_command(
-    flags, nanogpt, dataset, tmp_path
+    init_from, nanogpt, dataset, tmp_path
 ):
     before = (nanogpt / "ckpt.pt").read_bytes()
-    done = run(
-        "train.py", out_dir=nanogpt, dataset=dataset, code=2, **ONE_STEP, **flags
-    )
+    flags = ONE_STEP | {"init_from": init_from}
+    done = run("train.py", out_dir=nanogpt, dataset=dataset, code=2, **flags)
     assert f"--init_from={nanogpt}/ckpt.pt --out_dir=" in done.stderr.splitlines()[-1]
     assert (nanogpt / "ckpt.pt").read_bytes() == before
 

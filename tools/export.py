@@ -332,7 +332,7 @@ def main(config: ExportConfig, args: list[str]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         write(folder, model, vocabulary, origin, getattr(torch, config.dtype))
-        # another process may have replaced what is renamed
+        # the folder may be another process's by now
         lock.check()
         written.replace(target)
     # libraries raise many types for a full disk

@@ -118,7 +118,7 @@ def update_page(text: str, records: Records) -> str:
         opening, part = match.groups()
         # rows of one table may be of several machines
         rows = {
-            name: record["numbers"] | {"machine": record["machine"]}
+            name: {"machine": record["machine"]} | record["numbers"]
             for name, record in records[part].items()
         }
         return "\n".join([opening, *format_table(part, rows), "<!-- end -->"])

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,15 @@ Bundle = dict[str, Any]
 TIME_LIMIT = 300
 # the state of a run: the parts of a checkpoint on which its next steps depend
 STATE = ("model", "optimizer", "scaler", "rng", "step", "best_val_loss")
+# files that are always there, without a download
+SOURCE = (REPO / "train.py", REPO / "model.py")
 # what two equal runs may log differently
 SPEEDS = ("tokens_per_s", "mfu")
 
 
-def prepare_source(place: Path) -> Path:
-    """Prepare a small real text, the source of this program, as a dataset of characters. Return its
-    folder."""
-    # these files are always there, and no download is needed
-    texts = [REPO / "train.py", REPO / "model.py"]
+def prepare_source(place: Path, texts: Sequence[Path] = SOURCE) -> Path:
+    """Prepare a small real text, by default the source of this program, as a dataset of characters.
+    Return its folder."""
     flags = to_flags({"name": "source", "tokenizer": "char", "data_dir": place})
     subprocess.run(
         [sys.executable, REPO / "prepare.py", *texts, *flags],

@@ -16,7 +16,7 @@ def main(_config: NoSettings, folders: list[str]) -> int:
     """Compare; return the exit code. Raises UserError."""
     if len(folders) < 2:
         raise UserError("expected the out_dirs of two runs or more")
-    # the weights and what the next update depends on
+    # a step and its state: the same state at another step is another run
     states = set()
     for folder in folders:
         bundle = read_newest(Path(folder))

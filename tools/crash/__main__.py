@@ -6,6 +6,7 @@
     rot      flipped bits, zeroed pages and cuts in the newest checkpoint
     full     no room for a checkpoint, whatever part of it would still fit
     elastic  kill -9 of a run that comes back on another number of ranks
+    skip     kill -9 of a run that skips batches which give NaN
     prepare  prepare.py dies before each of its file operations, and again in the next attempt
     hosts    two hosts without a common disk: one is killed, comes back, is cut off
     checks   is a killed run bit-identical on --device? tools.gpu runs the same checks
@@ -26,7 +27,7 @@ from keepgpt.errors import UserError
 from tools.common import run_tool
 from tools.crash.checks import checks
 from tools.crash.common import CrashConfig, Part
-from tools.crash.jobs import elastic, full, hosts, kill
+from tools.crash.jobs import elastic, full, hosts, kill, skip
 from tools.crash.power import power
 from tools.crash.prepare import prepare
 from tools.crash.saves import nth, rot
@@ -39,6 +40,7 @@ QUICK = {
     "rot": rot,
     "full": full,
     "elastic": elastic,
+    "skip": skip,
     "prepare": prepare,
 }
 # hosts takes minutes, and checks wait for compilers

@@ -1,4 +1,4 @@
-"""The parts with real runs: kill, elastic, full and hosts. Each fault must leave what an
+"""The parts with real runs: kill, elastic, skip, full and hosts. Each fault must leave what an
 uninterrupted run leaves, bit for bit."""
 
 import itertools
@@ -10,17 +10,25 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
-from keepgpt.checkpoint import numbered
+import torch
+
+from keepgpt.checkpoint import numbered, read_bundle
+from keepgpt.dataset import read_meta
 from keepgpt.errors import EXIT_FAILED, UserError
+from model import ModelArgs, build_model
 from tools import runs
-from tools.common import last_step
+from tools.common import REPO, last_step
 from tools.crash.common import RUN, Part, clone
 from tools.runs import Settings
 
 # a checkpoint over a megabyte
 WIDE = RUN | {"n_embd": 64, "eval_interval": 6, "max_iters": 42}
+# a character that no program holds, and how often a text gets it
+POISON = "\u00a4"
+POISONED = 8
 # bytes between two limits
 ROOM = 1 << 16
 HOSTS = RUN | {
@@ -158,6 +166,60 @@ def elastic(part: Part, place: Path) -> str:
         "warmup_iters": 160,
     }
     return kill_runs(part, settings, place, (0, 2, 4), part.config.cases or 6)
+
+
+def poison(place: Path) -> Settings:
+    """Prepare a text with a token in a few places that gives NaN. Return the settings of a run that
+    trains on it. Its weights have an embedding of this token that nearly overflows: dropout, which
+    multiplies it by 1 / 0.9, makes it infinite."""
+    rng = random.Random(1)
+    text = "".join((REPO / name).read_text() for name in ("train.py", "model.py"))
+    for _ in range(POISONED):
+        at = rng.randrange(len(text))
+        text = text[:at] + POISON + text[at:]
+    source = place / "poisoned.txt"
+    source.write_text(text)
+    dataset = runs.prepare_source(place, [source])
+    data = read_meta(dataset)
+
+    # an embedding of its own, or the output layer would overflow for all tokens
+    sizes = {key: RUN[key] for key in ("n_layer", "n_head", "n_embd", "block_size")}
+    shape = {"architecture": "llama", "tie_embeddings": False}
+    args = ModelArgs(vocab_size=data["vocab_size"], **sizes, **shape)
+    torch.manual_seed(1)
+    model = build_model(args)
+    token = data["tokenizer"]["chars"].index(POISON)
+    model.embedding.weight.data[token] = torch.finfo(torch.float32).max
+    weights = place / "poisoned.pt"
+    torch.save(
+        {"model": model.state_dict(), "model_args": asdict(args), "data": data}, weights
+    )
+    # decay would make that embedding smaller
+    return shape | {
+        "dataset": dataset,
+        "init_from": f"auto:{weights}",
+        "learning_rate": 0.3,
+        "weight_decay": 0.0,
+        "spike_factor": 20.0,
+    }
+
+
+def skip(part: Part, place: Path) -> str:
+    """Kill runs on 1 or 2 ranks whose data has batches that give NaN: all must skip the same."""
+    settings = RUN | {
+        "elastic": True,
+        "gradient_accumulation_steps": 4,
+        "max_iters": 160,
+        "warmup_iters": 160,
+        "keep_every": 50,
+    }
+    done = kill_runs(
+        part, settings | poison(place), place, (0, 2), part.config.cases or 6
+    )
+    skips = read_bundle(place / "whole0/ckpt.pt")["skips"]
+    if not skips:
+        part.count(-1, "the uninterrupted run skipped nothing", cases=0)
+    return f"{done}; {sum(skips.values())} batches skipped in each"
 
 
 def check_full_disk(settings: Settings, older: Path, limit: int, expected: dict) -> str:

@@ -33,11 +33,11 @@ CHANGES = [
     (SINGLE, SHARDS),
     (SHARDS, SINGLE),
 ]
-# what changes the disk, besides the methods of files
+# functions that change the disk, as methods of files also do
 CALLS = {open, os.open, os.close, os.replace, os.remove, os.unlink, os.mkdir, os.rmdir}
 # the exit code of a preparation that dies
 DIED = 9
-# what is called before an operation, with its name
+# a function that gets the name of the next operation
 Before = Callable[[str], None]
 
 
@@ -182,7 +182,7 @@ def prepare(part: Part, place: Path) -> str:
             folder.mkdir()
             if texts:
                 prepare_texts(folder, texts)
-        # what a preparation does depends on what it replaces
+        # the operations also depend on the dataset that is replaced
         restore(i)
         names = list_operations(data_dir, new)
         cases += [(i, n, name) for n, name in enumerate(["", *names[:-1]], 1)]

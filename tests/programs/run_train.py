@@ -1,0 +1,15 @@
+"""What a broken or slow train.py does after a test's change of it: import this, change something,
+call `run_train`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import train
+from keepgpt.config import TrainConfig, parse
+
+
+def run_train() -> None:
+    """Train with the flags of the command line and exit."""
+    config, given, _ = parse(TrainConfig, "", sys.argv[1:])
+    sys.exit(train.main(config, given))
