@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, complaint, run
-
-SMALL = TINY | {"n_layer": 1, "device": "cpu", "compile": False, "dropout": 0.0}
+from conftest import TINY, complaint, load, run
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +14,7 @@ def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train a tiny run with checkpoints at steps 6 and 8 and milestones at 4 and 8."""
     out = tmp_path_factory.mktemp("average") / "out"
     settings = {"max_iters": 8, "checkpoint_interval": 2, "keep_every": 4}
-    run("train.py", **SMALL | settings, dataset=dataset, out_dir=out)
+    run("train.py", **TINY | settings, dataset=dataset, out_dir=out)
     return out
 
 
@@ -25,10 +23,6 @@ def average(*args: object, code: int | None = 0, **flags: object):
     # `run` has another meaning for `last`
     options = [f"--{key}={value}" for key, value in flags.items()]
     return run("tools.average", *args, *options, code=code)
-
-
-def load(path: Path) -> dict:
-    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def corrupt(path: Path) -> None:
@@ -66,7 +60,7 @@ def test_sample_export_and_train_read_it(trained, dataset, tmp_path):
     assert origin in run("sample.py", **few).stderr
     done = run("tools.export", init_from=path, to=tmp_path / "exported")
     assert origin in done.stdout
-    settings = SMALL | {"dataset": dataset, "out_dir": tmp_path / "out"}
+    settings = TINY | {"dataset": dataset, "out_dir": tmp_path / "out"}
     run("train.py", **settings | {"init_from": path, "max_iters": 1})
     assert (tmp_path / "out/ckpt.pt").exists()
 
@@ -74,7 +68,7 @@ def test_sample_export_and_train_read_it(trained, dataset, tmp_path):
 def test_it_is_no_checkpoint_to_resume(trained, dataset, tmp_path):
     (tmp_path / "out").mkdir()
     average(trained, last=2, to=tmp_path / "out/ckpt.pt")
-    settings = SMALL | {"dataset": dataset, "out_dir": tmp_path / "out"}
+    settings = TINY | {"dataset": dataset, "out_dir": tmp_path / "out"}
     done = run("train.py", **settings, init_from="resume", code=2)
     assert f"--init_from={tmp_path / 'out/ckpt.pt'}" in done.stderr
     path = tmp_path / "out/ckpt.pt"
@@ -115,7 +109,7 @@ def test_a_mistake_exits_2_with_one_line(trained, dataset, tmp_path):
         complaint(average(*args, code=None, **flags))
 
     # a checkpoint of another network that was copied here
-    other = SMALL | {"dataset": dataset, "out_dir": tmp_path / "other", "n_layer": 2}
+    other = TINY | {"dataset": dataset, "out_dir": tmp_path / "other", "n_layer": 2}
     run("train.py", **other | {"max_iters": 10, "eval_interval": 10})
     folder = tmp_path / "mixed"
     shutil.copytree(trained, folder)

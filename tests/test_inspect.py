@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import REPO, TINY, complaint, run
+from conftest import PROGRAMS, TINY, complaint, run
 
 from keepgpt.checkpoint import find_newest
 from keepgpt.files import FolderLock
@@ -15,46 +15,10 @@ from tools.common import read_card
 from tools.inspect import list_batches, open_loader, read_micro_batch, sort_log
 
 SMALL = TINY | {
-    "n_layer": 1,
-    "device": "cpu",
-    "compile": False,
-    "dropout": 0.0,
     "log_interval": 2,
     "eval_interval": 4,
     "keep_every": 4,
 }
-# train.py with batches whose loss is not finite, which writes down the tokens that each step reads
-RECORDER = f"""
-import json, sys
-sys.path.insert(0, {str(REPO)!r})
-import train
-from keepgpt.config import TrainConfig, parse
-path, poisoned, flaky = json.loads(sys.argv.pop())
-compute, get_batch = train.compute_gradient, train.Loader.get_batch
-attempts = []  # of each update: its step, its batch, and the tokens
-
-def record_batch(self, batch, m):
-    x, y = get_batch(self, batch, m)
-    attempts[-1]["read"].append(x.tolist())
-    return x, y
-
-def compute_gradient(run):
-    step = run.state.step + 1
-    attempts.append({{"step": step, "batch": run.state.batch, "read": []}})
-    losses = compute(run)
-    if run.state.batch in poisoned:
-        losses += float("nan")
-    if step in flaky:
-        flaky.remove(step)
-        losses += float("nan")
-    return losses
-
-train.compute_gradient, train.Loader.get_batch = compute_gradient, record_batch
-code = train.main(*parse(TrainConfig, "", sys.argv[1:])[:2])
-with open(path, "a") as file:
-    file.writelines(json.dumps(attempt) + "\\n" for attempt in attempts)
-sys.exit(code)
-"""
 
 
 def inspect(folder: Path, code: int | None = 0, **flags: object):
@@ -69,17 +33,17 @@ def runs(
     """Train a run that skips batches and is resumed, a branch of it, and one with another dataset.
     Record the tokens that they read."""
     place = tmp_path_factory.mktemp("inspect")
-    program = place / "recorder.py"
-    program.write_text(RECORDER)
 
     def record(
-        name: str,
-        poisoned: tuple[int, ...],
-        flaky: tuple[int, ...] = (),
-        **flags: object,
+        name: str, poisoned: list[int], flaky: tuple[int, ...] = (), **flags: object
     ) -> None:
-        last = json.dumps([str(place / f"{name}.jsonl"), poisoned, flaky])
-        run(program, last=last, out_dir=place / name, **flags)
+        env = {
+            "RECORD": str(place / f"{name}.jsonl"),
+            "POISONED": json.dumps(poisoned),
+            "FLAKY": json.dumps(flaky),
+        }
+        program = PROGRAMS / "recorded_batches.py"
+        run(program, out_dir=place / name, env=env, **flags)
 
     # the same characters in another order
     text = play.read_text(encoding="utf-8")
@@ -90,12 +54,12 @@ def runs(
     # step 3 skips two batches, step 8 one, and step 5 one, right after a checkpoint; step 6 has
     # another result when it is computed again
     settings = SMALL | {"dataset": dataset, "max_iters": 6}
-    record("trunk", (2, 3, 6, 10), (6,), **settings)
-    record("trunk", (2, 3, 6, 10), init_from="resume", max_iters=12)
+    record("trunk", [2, 3, 6, 10], (6,), **settings)
+    record("trunk", [2, 3, 6, 10], init_from="resume", max_iters=12)
     trunk = {"init_from": f"branch:{place / 'trunk'}", "step": 8}
-    record("branch", (13,), **trunk, max_iters=12)
+    record("branch", [13], **trunk, max_iters=12)
     # batches of the other data count from 0
-    record("turned", (1,), **trunk, max_iters=12, dataset=place / "other")
+    record("turned", [1], **trunk, max_iters=12, dataset=place / "other")
     return SimpleNamespace(
         trunk=place / "trunk",
         branch=place / "branch",
