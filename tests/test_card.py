@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import PROGRAMS, REPO, TINY, bits, load, run
 
-START = r"- 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC, step (\d+), 1 x cpu, \w+: `(.*)`; (.*); (Python .*)"
+TIME = r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\d UTC"
+START = rf"- {TIME}, step (\d+), 1 x cpu, \w+: `(.*)`; (.*); (Python .*)"
 
 
 def test_the_card_lists_each_start_and_reproduces_the_run(train, tmp_path):

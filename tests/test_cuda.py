@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import load
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -168,7 +169,7 @@ def test_the_compiled_loss_keeps_no_float32_logits():
     assert buffers and not [line for line in buffers if "float32" in line], buffers
 
 
-def test_deterministic_is_compiled_only_where_the_compiler_repeats(monkeypatch, capsys):
+def test_deterministic_code_is_compiled_where_it_repeats(monkeypatch, capsys):
     monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda _: True)  # triton
     for version, device, deterministic, can in (
         ("2.9.1+cu128", CUDA, True, False),
@@ -334,9 +335,7 @@ class WatchedDisk(Disk):
         return super().create(path)
 
 
-def test_a_snapshot_is_ordered_between_two_updates_and_before_its_write(
-    tiny_run, tmp_path, monkeypatch
-):
+def test_a_snapshot_is_between_two_updates(tiny_run, tmp_path, monkeypatch):
     run = tiny_run()
     update(run, compute_gradient(run))
     cuda = Streams(monkeypatch)
@@ -358,16 +357,9 @@ def test_a_snapshot_is_ordered_between_two_updates_and_before_its_write(
     )
 
 
-def test_a_checkpoint_stores_no_more_than_its_tensors(tiny_run, tmp_path):
-    run = tiny_run()
-    update(run, compute_gradient(run))
-    saver = Saver(tmp_path, 2, None, lambda: None, CPU)
-    saver.save(make_bundle(run, 9.0), best=False)
-    assert saver.wait()
-    saved = read_bundle(tmp_path / "ckpt.pt")
-    assert all(
-        t.untyped_storage().nbytes() == t.nbytes for t in saved["model"].values()
-    )
+def test_a_checkpoint_stores_no_more_than_its_tensors(whole):
+    tensors = load(whole / "ckpt.pt")["model"].values()
+    assert all(t.untyped_storage().nbytes() == t.nbytes for t in tensors)
 
 
 # fake CUDA tensors
@@ -519,22 +511,15 @@ def test_auto_takes_bfloat16_only_where_pytorch_uses_it(
     [
         ("NVIDIA H100 80GB HBM3", 989),
         ("NVIDIA H100 PCIe", 756),
-        ("NVIDIA H100 NVL", 835),
-        ("NVIDIA H200", 989),
         ("NVIDIA GH200 480GB", 989),
         ("NVIDIA H20", 148),
-        ("NVIDIA B200", 2250),
         ("NVIDIA GB200", 2500),
         ("NVIDIA A100-SXM4-80GB", 312),
-        ("NVIDIA A100 80GB PCIe", 312),
         ("NVIDIA A10G", 70),
         ("NVIDIA A10", 125),
-        ("NVIDIA L4", 121),
         ("NVIDIA L40", 181),
         ("NVIDIA L40S", 362),
         ("NVIDIA GeForce RTX 4090", 165),
-        ("NVIDIA GeForce RTX 3090", 71),
-        ("Tesla V100-SXM2-16GB", 125),
         ("Tesla T4", 65),
         ("NVIDIA GeForce GTX 1080", None),
     ],

@@ -131,7 +131,7 @@ def cl100k(monkeypatch, text: str) -> dict:
     "kind, bias, qwen3",
     [
         ("gpt2", True, {}),
-        ("cl100k", False, {}),
+        ("cl100k", True, {}),
         ("bpe", False, QWEN3),
         ("char", False, {"architecture": "qwen3"}),
         ("bpe", False, LLAMA),
@@ -193,9 +193,10 @@ def test_transformers_reads_the_same_model_and_tokenizer(
         ("gpt2", {}, "bfloat16"),
         ("bpe", QWEN3, "float32"),
         ("char", {"architecture": "qwen3"}, "bfloat16"),
-        ("char", LLAMA, "float16"),
+        ("bpe", LLAMA, "float32"),
+        ("char", {"architecture": "llama"}, "float16"),
     ],
-    ids=["gpt2 bpe", "gpt2", "qwen3 bpe", "qwen3 tied char", "llama char"],
+    ids=["gpt2 bpe", "gpt2", "qwen3", "qwen3 tied", "llama", "llama tied"],
 )
 def test_llama_cpp_reads_the_same_model_and_tokenizer(
     kind, settings, dtype, text, tmp_path
@@ -515,7 +516,7 @@ def test_a_qwen3_goes_in_is_fine_tuned_and_comes_out(own_tokenizer, play, tmp_pa
 
 
 @pytest.mark.slow
-def test_transformers_continues_a_trained_model_as_sample_py_does(train, tmp_path):
+def test_transformers_continues_a_text_as_sample_py_does(train, tmp_path):
     train(block_size=64)
     out, folder = tmp_path / "out", tmp_path / "exported"
     told = run("tools.export", out_dir=out, to=folder).stdout

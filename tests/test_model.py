@@ -528,7 +528,7 @@ def test_a_checkpoint_of_nanogpt_with_causal_masks_is_read(tmp_path):
     assert torch.equal(loaded(path, 61, 16)(tokens(2, 16)), model(tokens(2, 16)))
 
 
-def test_a_checkpoint_of_ours_brings_the_description_of_its_data(tmp_path):
+def test_a_checkpoint_describes_its_data(tmp_path):
     model, path = wild(), tmp_path / "ckpt.pt"
     weights, description = model.state_dict(), {"name": "x"}
     torch.save(
@@ -695,7 +695,7 @@ def test_a_token_sees_those_before_it_only(args):
 
 
 @both
-def test_dropout_acts_in_training_only_and_repeats_with_its_seed(args):
+def test_dropout_acts_in_training_and_repeats_with_its_seed(args):
     model, idx = wild(replace(args, dropout=0.5)), tokens(4, 16)
     assert torch.equal(model(idx), wild(args)(idx)) and torch.equal(
         model(idx), model(idx)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import TINY, command, rows, run, start
+from conftest import TINY, command, rows, start
 
 pytestmark = pytest.mark.slow
 
@@ -100,26 +100,15 @@ def test_a_stopped_run_with_a_hanging_finish_exits_75(fake, dataset, tmp_path):
     assert terminate_until_exit(process) == 75
 
 
-def test_a_hanging_finish_has_a_limit(fake, dataset, tmp_path):
+def test_a_hanging_finish_has_a_limit(fake, train):
     fake(finish=HANG)
-    done = run(
-        "train.py",
-        code=3,
-        dataset=dataset,
-        out_dir=tmp_path / "out",
-        **TINY | {"wandb_log": True, "learning_rate": 1e30, "grad_clip": 0},
-    )
+    done = train(wandb_log=True, code=3, learning_rate=1e30, grad_clip=0)
     assert "wandb sync wandb/run-1" in done.stdout.splitlines()[-1]
 
 
-def test_a_failing_log_is_one_warning(fake, dataset, tmp_path):
+def test_a_failing_log_is_one_warning(fake, train, tmp_path):
     fake(log="raise SystemExit(1)")
-    done = run(
-        "train.py",
-        dataset=dataset,
-        out_dir=tmp_path / "out",
-        **TINY | {"wandb_log": True},
-    )
+    done = train(wandb_log=True)
     assert done.stdout.count("warning: ") == 1 and done.stderr == ""
     assert rows(tmp_path / "out")[-1]["step"] == 20
 
@@ -131,24 +120,23 @@ def test_a_hanging_log_does_not_stop_training(fake, dataset, tmp_path):
     assert terminate_until_exit(process) == 0
 
 
-def test_without_its_server_wandb_logs_offline(fake, dataset, tmp_path):
+def test_without_its_server_wandb_logs_offline(fake, train, tmp_path):
     sent = fake(init="assert mode == 'offline', 'no route to host'")
-    done = run(
-        "train.py",
-        dataset=dataset,
-        out_dir=tmp_path / "out",
-        **TINY | {"wandb_log": True},
-    )
+    done = train(wandb_log=True)
     assert done.stdout.count("warning: ") == 1 and "no route to host" in done.stdout
     assert sent_steps(sent) == [row["step"] for row in rows(tmp_path / "out")]
 
 
-def test_rows_that_wandb_has_are_not_sent_again(fake, dataset, tmp_path):
+def test_rows_that_wandb_has_are_not_sent_again(fake, half, train):
     sent = fake(first_step=12)
-    flags = TINY | {"dataset": dataset, "out_dir": tmp_path / "out", "wandb_log": True}
-    run("train.py", **flags | {"max_iters": 10, "wandb_log": False})
-    run("train.py", **flags | {"init_from": "resume"})
+    train(wandb_log=True, init_from="resume")
     assert sent_steps(sent) == [15, 20, 20]
+
+
+def test_training_continues_when_wandb_fails(fake, train, tmp_path):
+    fake(init="raise RuntimeError('no key')")
+    assert "no key" in train(wandb_log=True).stdout
+    assert rows(tmp_path / "out")[-1]["step"] == 20
 
 
 def test_a_signal_while_wandb_starts_exits_75(fake, dataset, tmp_path):
@@ -161,7 +149,7 @@ def test_a_signal_while_wandb_starts_exits_75(fake, dataset, tmp_path):
 
 def test_no_menu_waits_for_a_login(dataset, tmp_path):
     """The real wandb, on a terminal, without an account."""
-    ours, theirs = pty.openpty()
+    terminal, its_side = pty.openpty()
     env = {
         key: value for key, value in os.environ.items() if not key.startswith("WANDB")
     }
@@ -179,16 +167,16 @@ def test_no_menu_waits_for_a_login(dataset, tmp_path):
             wandb_log=True,
             **TINY,
         ),
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
+        stdin=its_side,
+        stdout=its_side,
+        stderr=its_side,
         env=env,
     )
-    os.close(theirs)
+    os.close(its_side)
 
     def read_all() -> None:
         try:
-            while os.read(ours, 1 << 16):
+            while os.read(terminal, 1 << 16):
                 pass
         except OSError:  # Linux: the other side is closed
             pass

@@ -9,9 +9,9 @@ from keepgpt import checkpoint
 fsync = checkpoint.Disk.fsync
 
 
-def fsync_slowly(disk, file):
+def fsync_slowly(_disk, file):
     time.sleep(4)
-    fsync(disk, file)
+    fsync(file)
 
 
 checkpoint.Disk.fsync = fsync_slowly
