@@ -68,6 +68,7 @@ def describe_network(bundle: dict[str, Any]) -> tuple[dict, dict]:
 def average(checkpoints: Iterator[Checkpoint], folder: Path) -> dict[str, Any]:
     """Return a bundle with the mean of the checkpoints' weights, which says where they come from.
     Raises UserError if they are of different networks."""
+    # one checkpoint at a time is in memory
     newest: dict[str, Any] = {}
     sums: dict[str, torch.Tensor] = {}
     hashes: dict[int, str] = {}
@@ -81,9 +82,11 @@ def average(checkpoints: Iterator[Checkpoint], folder: Path) -> dict[str, Any]:
         # in float64 the order of the sum changes nothing that float32 shows
         for name, weight in bundle["model"].items():
             sums[name] = sums.get(name, 0) + weight.double()
+        # identifies it also after the run has removed it
         with open(path, "rb") as file:
             hashes[bundle["step"]] = hashlib.file_digest(file, "sha256").hexdigest()
 
+    # as a checkpoint has them; without an optimizer, and without a step
     steps = sorted(hashes)
     sha256 = [hashes[step] for step in steps]
     return {
@@ -102,6 +105,7 @@ def main(config: AverageConfig, args: list[str]) -> None:
             "expected the out_dir of a run, and --to=FILE. Try: python -m tools.average out "
             "--last=8 --to=avg.pt"
         )
+    # one folder: the run
     folder = Path(args[0])
     target = Path(config.to)
     # an average replaces nothing

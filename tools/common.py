@@ -81,10 +81,12 @@ def read_card(out: Path) -> Card:
         return card
     # a path in it may hold bytes that are not UTF-8
     about, _, starts = path.read_text("utf-8", "replace").partition("## Starts\n")
+    # one line for each start
     for time, step, command in START.findall(starts):
         card.starts.append(Start(time, int(step), command))
     for trunk, step in TRUNK.findall(about):
         card.trunk = {"path": trunk, "step": int(step)}
+    # the first block; notes below it may hold others
     for block in SETTINGS.findall(about)[:1]:
         card.settings = parse_settings(block)
     return card

@@ -43,8 +43,10 @@ MOST = 8
 class InspectConfig:
     """The settings of tools.inspect."""
 
+    # about one step instead of the run
     step: int = setting(0, "show the batch of this step (1 = the first); 0 = the run")
     chars: int = setting(100, "with step: characters of each sequence; 0 = all")
+    # it reads all of each file
     verify: bool = setting(True, "read every checkpoint and compare its checksum")
 
 
@@ -89,6 +91,7 @@ def classify(row: dict, log: Log) -> list[dict]:
     AttributeError unless it is a row of a run."""
     # everything else is a number; a sum raises otherwise
     sum(row[key] for key in row.keys() - {"event", "text"})
+    # by all keys that are read below
     if row.keys() >= {"step", "event", "text"}:
         return log.events
     if row.keys() >= {"step", "train_loss", "val_loss"}:
@@ -162,8 +165,9 @@ def read_config(settings: dict[str, Any]) -> TrainConfig:
     return TrainConfig(**{key: settings[key] for key in keys})
 
 
-def last_step(bundle: dict[str, Any], log: Log) -> int:
+def count_steps(bundle: dict[str, Any], log: Log) -> int:
     """Return the number of steps that a run has made, as far as the folder says."""
+    # the log is ahead of the checkpoint, or it may be lost
     rows = log.steps[-1:] + log.evaluations[-1:]
     return max([bundle.get("step", 0), *(row["step"] for row in rows)])
 
@@ -182,7 +186,7 @@ def describe_progress(
     folder: Path, config: TrainConfig, bundle: dict[str, Any], log: Log
 ) -> str:
     """Return how far the run is, and how fast."""
-    step = last_step(bundle, log)
+    step = count_steps(bundle, log)
     tokens = step * config.tokens_per_step
     text = f"progress: step {step:,} of {config.max_iters:,}, {tokens:,} tokens"
     if bundle:
@@ -190,8 +194,10 @@ def describe_progress(
         tokens -= bundle.get("data_start", 0) * config.tokens_per_step
         epochs = tokens / bundle["data"]["tokens"]["train"]
         text += f" ({epochs:.2f} epochs of {bundle['data']['name']})"
+    # as in the lines on the terminal
     if log.steps:
         speed = log.steps[-1]["tokens_per_s"]
+        # max_iters may have been lowered
         left = max(0, config.max_iters - step) * config.tokens_per_step / speed
         text += f", {speed:,.0f} tokens/s, {timedelta(seconds=round(left))} left"
         age = time.time() - (folder / "metrics.jsonl").stat().st_mtime
@@ -202,6 +208,7 @@ def describe_progress(
 def describe_losses(bundle: dict[str, Any], log: Log) -> str:
     """Return the last losses and the best validation loss."""
     losses = []
+    # before the first logged step there is none
     if log.steps:
         losses.append("train {loss:.4f} at step {step}".format(**log.steps[-1]))
     # a log may be lost
@@ -217,6 +224,7 @@ def describe_losses(bundle: dict[str, Any], log: Log) -> str:
 
 def describe_history(bundle: dict[str, Any], log: Log, card: Card) -> Iterator[str]:
     """Yield lines about the trunk of a branch, skipped batches and steps with two results."""
+    # before the first save only README.md names the trunk
     trunk = bundle.get("trunk") or card.trunk
     if trunk:
         text = "branched from {path}, step {step}".format(**trunk)
@@ -226,6 +234,7 @@ def describe_history(bundle: dict[str, Any], log: Log, card: Card) -> Iterator[s
     if bundle.get("went_back_to"):
         yield f"went back to step {bundle['went_back_to']}"
 
+    # in total; the rows of the log say why
     skips = merge_skips(bundle, log)
     listed = ", ".join(f"{n} before step {step + 1}" for step, n in skips.items())
     yield f"skipped batches: {listed or 'none'}"
@@ -238,6 +247,7 @@ def describe_history(bundle: dict[str, Any], log: Log, card: Card) -> Iterator[s
 
 def describe_row(row: dict) -> str:
     """Return a row of metrics.jsonl as text."""
+    # the three kinds, see `classify`
     if "event" in row:
         text = "{text}"
     elif "val_loss" in row:
@@ -288,11 +298,13 @@ def open_loader(bundle: dict[str, Any]) -> Loader:
     """Return the loader of a checkpoint's run. Raises UserError if its data is missing or was
     changed."""
     config = read_config(bundle["config"])
+    # the same checks as at a start
     folder = dataset_folder(config.data_dir, config.dataset)
     meta = read_meta(folder)
     check_identity(folder, meta, bundle["data"])
     meta["crc32"] = read_crc32(folder, meta, bundle["data"])
     split = Split(folder, "train", meta, config.block_size, config.seed, shift=True)
+    # all micro-batches, whatever rank computed them
     micro_batches = config.gradient_accumulation_steps
     local = range(micro_batches)
     return Loader(split, config.batch_size, micro_batches, local, torch.device("cpu"))
@@ -305,6 +317,7 @@ def read_micro_batch(loader: Loader, batch: int, m: int) -> list[Sequence]:
     x, _ = split.rows(first, loader.batch_size)
     sequences = []
     for start, tokens in zip(split.starts(first, loader.batch_size), x.tolist()):
+        # the file that holds the first token, as in Split.read
         i = bisect_right(split.ends, start) - 1
         name = Path(split.files[i].name).name
         sequences.append(Sequence(name, start - split.ends[i], tokens))
@@ -322,6 +335,7 @@ def list_batches(bundle: dict[str, Any], log: Log, step: int) -> range:
                 **bundle["trunk"]
             )
         )
+    # each skip moved on by one batch
     skips = merge_skips(bundle, log)
     batch = batch_number(step - 1, skips, data_start)
     return range(batch - skips.get(step - 1, 0), batch + 1)
@@ -330,6 +344,7 @@ def list_batches(bundle: dict[str, Any], log: Log, step: int) -> range:
 def rows_around(log: Log, step: int) -> list[dict]:
     """Return the rows of the log about a step: two logged steps before it, two after it, and what
     is between them."""
+    # log_interval may be anything
     before = [row["step"] for row in log.steps if row["step"] < step]
     after = [row["step"] for row in log.steps if row["step"] > step]
     first = min([step, *before[-2:]])
@@ -344,6 +359,7 @@ def rows_around(log: Log, step: int) -> list[dict]:
 
 def describe_step(folder: Path, step: int, chars: int) -> Iterator[str]:
     """Yield the lines about a step. Raises UserError."""
+    # any checkpoint of this run would do, the newest knows most skips
     _, bundle = find_newest(folder)
     log = sort_log(folder)
     config = read_config(bundle["config"])
@@ -351,11 +367,12 @@ def describe_step(folder: Path, step: int, chars: int) -> Iterator[str]:
     loader = open_loader(bundle)
     decode = from_meta(bundle["data"]).decode
 
+    # the rate by the schedule, then the log
     factor = get_lr_factor(step - 1, config)
     text = f"{folder}: step {step}, lr {config.learning_rate * factor:.2e}"
     if config.optimizer == "muon":
         text += f", Muon's {config.muon_lr * factor:.2e}"
-    if step > last_step(bundle, log):
+    if step > count_steps(bundle, log):
         text += ", not made yet"
     yield text
     for row in rows_around(log, step):
@@ -381,6 +398,7 @@ def main(config: InspectConfig, args: list[str]) -> None:
     folder = Path(args[0])
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder. Try: the out_dir of a run")
+    # one step, or the run
     if config.step:
         lines = describe_step(folder, config.step, config.chars)
     else:
