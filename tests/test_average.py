@@ -8,6 +8,8 @@ import pytest
 import torch
 from conftest import TINY, complaint, load, run
 
+from tools.runs import digest
+
 
 @pytest.fixture(scope="module")
 def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -79,10 +81,15 @@ def test_it_is_no_checkpoint_to_resume(trained, dataset, tmp_path):
 def test_corrupt_checkpoints_are_named_and_skipped(trained, tmp_path):
     folder = tmp_path / "out"
     shutil.copytree(trained, folder)
+    # the milestone of step 8 is a copy there, and counts once
+    average(folder, last=3, to=tmp_path / "copied.pt")
+    average(trained, last=3, to=tmp_path / "linked.pt")
+    copied, linked = [load(tmp_path / f"{name}.pt") for name in ("copied", "linked")]
+    assert digest(copied["model"]) == digest(linked["model"])
     corrupt(folder / "ckpt-00000008.pt")
     done = average(folder, last=3, to=tmp_path / "avg.pt")
     assert "ckpt-00000008.pt: wrong checksum" in done.stderr
-    # the milestone of that step is a copy here
+    # the copy is used instead
     assert load(tmp_path / "avg.pt")["origin"]["steps"] == [4, 6, 8]
     corrupt(folder / "step-00000008.pt")
     done = average(folder, last=3, to=tmp_path / "few.pt", code=2)
