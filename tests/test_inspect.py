@@ -11,7 +11,7 @@ from conftest import PROGRAMS, TINY, complaint, run
 
 from keepgpt.checkpoint import find_newest
 from keepgpt.files import FolderLock
-from tools.common import read_card
+from tools.common import last_step, read_card
 from tools.inspect import list_batches, open_loader, read_micro_batch, sort_log
 
 SMALL = TINY | {
@@ -36,14 +36,14 @@ def runs(
 
     def record(
         name: str, poisoned: list[int], flaky: tuple[int, ...] = (), **flags: object
-    ) -> None:
+    ) -> str:
         env = {
             "RECORD": str(place / f"{name}.jsonl"),
             "POISONED": json.dumps(poisoned),
             "FLAKY": json.dumps(flaky),
         }
         program = PROGRAMS / "recorded_batches.py"
-        run(program, out_dir=place / name, env=env, **flags)
+        return run(program, out_dir=place / name, env=env, **flags).stdout
 
     # the same characters in another order
     text = play.read_text(encoding="utf-8")
@@ -59,12 +59,13 @@ def runs(
     trunk = {"init_from": f"branch:{place / 'trunk'}", "step": 8}
     record("branch", [13], **trunk, max_iters=12)
     # batches of the other data count from 0
-    record("turned", [1], **trunk, max_iters=12, dataset=place / "other")
+    printed = record("turned", [1], **trunk, max_iters=12, dataset=place / "other")
     return SimpleNamespace(
         trunk=place / "trunk",
         branch=place / "branch",
         turned=place / "turned",
         place=place,
+        printed=printed,
     )
 
 
@@ -177,6 +178,22 @@ def test_the_run_is_shown_on_one_screen(runs):
     assert f"branched from {runs.trunk}/" in shown and "step 8, with other" in shown
     card = read_card(runs.turned)
     assert card.trunk["step"] == 8 and card.settings["max_iters"] == 12
+
+
+def test_the_end_of_a_run_says_where_to_look(runs):
+    # both commands work as they are
+    *_, tools = runs.printed.splitlines()
+    assert tools == (
+        f"look at it: python -m tools.inspect {runs.turned}, "
+        f"python -m tools.plot {runs.turned}"
+    )
+
+
+def test_an_event_is_no_step(tmp_path):
+    rows = [{"step": 4, "loss": 2.0}, {"step": 5, "event": "skip", "text": "loss nan"}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    assert last_step(tmp_path) == 4
 
 
 def test_a_running_run_is_shown_without_its_lock(runs):
