@@ -107,6 +107,9 @@ def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
         raise UserError(f"step={config.step} needs --out_dir, not --init_from={origin}")
     else:
         args, state, data = read_weights(origin)
+        # an average of checkpoints
+        if "origin" in data:
+            origin += f": {data['origin']}"
 
     # raises UserError for impossible sizes
     ModelArgs(**args)

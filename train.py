@@ -1052,6 +1052,11 @@ def finish(run: Run, signals: Signals, is_stopped: bool, is_saved: bool) -> int:
     if is_stopped:
         line += "; continue with --init_from=auto"
     run.metrics.say(line)
+    if run.state.step:
+        out = run.config.out_dir
+        run.metrics.say(
+            f"look at it: python -m tools.inspect {out}, python -m tools.plot {out}"
+        )
     close(run, signals, code)
     return code
 

@@ -233,6 +233,10 @@ def read_checkpoint(path: Path) -> Weights:
     data = saved.get("data")
     if not data:
         data = {"dataset": saved.get("config", {}).get("dataset")}
+    # tools.average records which checkpoints it read
+    if "origin" in saved:
+        origin = "mean of steps {steps} of {path}".format(**saved["origin"])
+        data = data | {"origin": origin}
     return args, drop_masks(state), data
 
 

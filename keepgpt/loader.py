@@ -174,18 +174,22 @@ class Split:
                 )
             self.intact[i][block] = 1
 
-    def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """Return windows first ... first + count - 1 of the endless sequence of epochs: inputs and
-        targets, (count, T) int64 each."""
+    def starts(self, first: int, count: int) -> list[int]:
+        """Return the first token of each of the windows first ... first + count - 1 of the endless
+        sequence of epochs."""
         # each epoch has a permutation and an offset of its own
         numbers = np.arange(first, first + count, dtype=np.uint64)
         epoch, index = np.divmod(numbers, np.uint64(self.windows))
         key = mix(epoch ^ self.key)
         offset = key % np.uint64(self.offsets)
         window = permute(index, self.windows, key)
-        start = window * np.uint64(self.block_size) + offset
+        return (window * np.uint64(self.block_size) + offset).tolist()
 
-        rows = b"".join(self.read(s, self.block_size + 1) for s in start.tolist())
+    def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Return windows first ... first + count - 1, see `starts`: inputs and targets, (count, T)
+        int64 each."""
+        starts = self.starts(first, count)
+        rows = b"".join(self.read(start, self.block_size + 1) for start in starts)
         # targets are the inputs one token later
         window = torch.from_numpy(np.frombuffer(rows, self.dtype).astype(np.int64))
         window = window.view(count, self.block_size + 1)  # (count, T + 1)
@@ -246,11 +250,14 @@ class Loader:
         y = y.to(self.device, non_blocking=is_pinned)
         return x, y
 
+    def first_window(self, batch: int, m: int) -> int:
+        """Return the number of the first window of micro-batch m of a batch."""
+        # all batches, and all ranks' micro-batches, follow one another in one sequence of windows
+        return (batch * self.micro_batches + m) * self.batch_size
+
     def _read(self, batch: int, m: int) -> list[Tensor]:
         """Return micro-batch m of a batch in host memory, for CUDA pinned."""
-        # all batches, and all ranks' micro-batches, follow one another in one sequence of windows
-        first = (batch * self.micro_batches + m) * self.batch_size
-        rows = self.split.rows(first, self.batch_size)
+        rows = self.split.rows(self.first_window(batch, m), self.batch_size)
         if self.device.type != "cuda":
             return list(rows)
         # rows of x have gaps between them: a copy to the GPU would first close them, in memory

@@ -69,7 +69,7 @@ def size(path: Path) -> tuple[int, int]:
 
 
 def test_a_log_is_read_exactly(tmp_path):
-    logged, evaluated = read_run(written(tmp_path / "run", ROWS), "minutes")
+    logged, evaluated, _ = read_run(written(tmp_path / "run", ROWS), "minutes")
     for key in STEPS[0]:
         assert logged[key].tolist() == [row[key] for row in STEPS]
     assert evaluated["step"].tolist() == [0, 4, 8]
@@ -79,8 +79,8 @@ def test_a_log_is_read_exactly(tmp_path):
 
 
 def test_a_truncated_last_line_is_skipped(tmp_path):
-    whole, _ = read_run(written(tmp_path / "whole", ROWS), "minutes")
-    cut, _ = read_run(written(tmp_path / "cut", ROWS, '{"step": 9, "tok'), "minutes")
+    whole, *_ = read_run(written(tmp_path / "whole", ROWS), "minutes")
+    cut, *_ = read_run(written(tmp_path / "cut", ROWS, '{"step": 9, "tok'), "minutes")
     assert cut["x"].tolist() == whole["x"].tolist()
 
 
@@ -94,6 +94,50 @@ def test_the_curves_show_the_logged_values(tmp_path):
     for panel, key in ((lr, "lr"), (norm, "grad_norm"), (speed, "tokens_per_s")):
         assert panel.lines[0].get_ydata().tolist() == [row[key] for row in STEPS]
     assert loss.get_ylim()[0] < 2 and loss.get_ylim()[1] > 5.5  # nothing is cut off
+
+
+CARD = """# A run of keepGPT
+
+```python
+max_iters = 8
+```
+
+Data: name x
+
+Branched from `out/step-00000001.pt`, step 1 (sha256 12ab).
+
+## Starts
+
+- 2026-11-28 16:55:10 UTC, step 1, 1 x cpu, float32: `train.py`; commit 1; Python 3
+- 2026-11-28 16:56:10 UTC, step 4: `train.py "`; x"`; commit 1; Python 3
+- 2026-11-28 16:57:10 UTC, step 6, 1 x cpu, float32: `train.py`; commit 1; Python 3
+"""
+
+
+def test_events_restarts_and_branches_are_marked(tmp_path):
+    events = [
+        {"step": 3, "event": "skip", "text": "loss nan"},
+        {"step": 6, "event": "replay", "text": "loss nan, and then 2"},
+    ]
+    # before the first logged step, between two, and after all
+    rows = [events[0] | {"step": 1}, *ROWS[:2], events[0], *ROWS[2:5], events[1]]
+    folder = written(tmp_path / "run", rows)
+    (folder / "README.md").write_text(CARD)
+    loss = draw([folder], "tokens").axes[0]
+    marks = {
+        mark.get_label().removeprefix(f"{folder}: "): mark for mark in loss.collections
+    }
+    assert marks.keys() == {"restart (2)", "branch (1)", "skip (2)", "replay (1)"}
+    for kind, places in (("restart (2)", [400, 600]), ("branch (1)", [100])):
+        assert [x for (x, _), _ in marks[kind].get_segments()] == places
+    # on the line between the logged losses around it
+    assert marks["skip (2)"].get_offsets().tolist() == [[100, 4], [300, 3.5]]
+    assert marks["replay (1)"].get_offsets().tolist() == [[600, 2.5]]
+    # the curves are those without the events
+    plain = draw([written(tmp_path / "plain", ROWS[:5])], "tokens").axes[0]
+    for line, other in zip(loss.lines, plain.lines, strict=True):
+        assert line.get_xydata().tolist() == other.get_xydata().tolist()
+    assert loss.get_ylim()[0] > 1
 
 
 def test_a_long_curve_is_smoothed(tmp_path):
@@ -124,7 +168,13 @@ def test_a_mistake_exits_2_with_one_line(tmp_path):
     complaint(plot(to))
     complaint(plot(tmp_path / "nothing", to))
     for number, line in enumerate(
-        ("}", '{"step": 1}', "7", json.dumps(STEPS[0] | {"lr": "x"}))
+        (
+            "}",
+            '{"step": 1}',
+            "7",
+            '{"event": "skip"}',
+            json.dumps(STEPS[0] | {"lr": "x"}),
+        )
     ):
         corrupt = written(tmp_path / f"corrupt{number}", ROWS, f"{line}\n")
         assert line[:40] in complaint(plot(corrupt, to))

@@ -10,7 +10,7 @@ import numpy as np
 
 from keepgpt.config import setting
 from keepgpt.errors import UserError, import_package
-from tools.common import run_tool
+from tools.common import read_card, run_tool
 
 # a panel for each key of the log
 TITLES = {
@@ -22,6 +22,11 @@ TITLES = {
 STEP_KEYS = ("step", "tokens", *TITLES)
 EVALUATION_KEYS = ("step", "val_loss")
 Columns = dict[str, np.ndarray]
+# steps by the kind of event there
+Marks = dict[str, list[float]]
+# how to mark what happened to a run
+LINES = {"restart": "dotted", "branch": "dashdot"}
+SYMBOLS = {"skip": "x", "replay": "^"}
 
 
 @dataclass(frozen=True)
@@ -41,19 +46,23 @@ def to_columns(rows: list[list[float]], keys: tuple[str, ...]) -> Columns:
     return dict(zip(keys, table.T))
 
 
-def read_run(folder: str | Path, axis: str) -> tuple[Columns, Columns]:
+def read_run(folder: str | Path, axis: str) -> tuple[Columns, Columns, Marks]:
     """Return the columns of a run's logged steps and of its evaluations, each with its place "x" on
-    the axis. Raises UserError if metrics.jsonl is missing or corrupt."""
+    the axis, and the steps of its events. Raises UserError if metrics.jsonl is missing or corrupt.
+    """
     path = Path(folder) / "metrics.jsonl"
     steps = []
     evaluations = []
+    events: Marks = {}
     line = b""
     try:
         # the last line may still be being written
         for line in path.read_bytes().split(b"\n")[:-1]:
             row = json.loads(line)
-            # a row is a logged step or an evaluation, never both
-            if "val_loss" in row:
+            # a row is a logged step, an evaluation or an event
+            if "event" in row:
+                events.setdefault(row["event"], []).append(float(row["step"]))
+            elif "val_loss" in row:
                 evaluations.append([float(row[key]) for key in EVALUATION_KEYS])
             else:
                 steps.append([float(row[key]) for key in STEP_KEYS])
@@ -77,12 +86,41 @@ def read_run(folder: str | Path, axis: str) -> tuple[Columns, Columns]:
     evaluated["x"] = np.interp(
         evaluated["step"], [0, *logged["step"]], [0, *logged["x"]]
     )
-    return logged, evaluated
+    return logged, evaluated, events
+
+
+def read_marks(folder: str) -> Marks:
+    """Return the steps of a run's restarts and of its branch, which README.md lists."""
+    card = read_card(Path(folder))
+    # without the first start, which is not a restart
+    restarts = [start.step for start in card.starts[1:]]
+    branch = [card.trunk["step"]] if card.trunk else []
+    return {"restart": restarts, "branch": branch}
+
+
+def draw_marks(
+    panel: Any, folder: str, logged: Columns, marks: Marks, color: str
+) -> None:
+    """Draw a vertical line for each branch and restart, and a symbol on the curve of the losses for
+    each event."""
+    for kind, steps in marks.items():
+        if not steps:
+            continue
+        # their steps may not be logged
+        x = np.interp(steps, [0, *logged["step"]], [0, *logged["x"]])
+        style = {"color": color, "label": f"{folder}: {kind} ({len(steps)})"}
+        if kind in LINES:
+            # from the bottom to the top, whatever the losses are
+            top = {"transform": panel.get_xaxis_transform()}
+            panel.vlines(x, 0, 1, linestyle=LINES[kind], **top, **style)
+        elif len(logged["x"]):
+            losses = np.interp(x, logged["x"], logged["loss"])
+            panel.scatter(x, losses, marker=SYMBOLS.get(kind, "o"), zorder=3, **style)
 
 
 def draw_run(panels: dict, folder: str, axis: str, color: str) -> None:
     """Draw the curves of one run: each logged value faintly, their moving mean on top."""
-    logged, evaluated = read_run(folder, axis)
+    logged, evaluated, events = read_run(folder, axis)
     # a fiftieth of the curve, so long runs are smoothed more
     width = len(logged["x"]) // 50 + 1
     for key, panel in panels.items():
@@ -102,6 +140,8 @@ def draw_run(panels: dict, folder: str, axis: str, color: str) -> None:
         linewidth=2.2,
         label=f"{folder}: val loss, best {best:.4f}",
     )
+    marks = read_marks(folder) | events
+    draw_marks(panels["loss"], folder, logged, marks, color)
 
 
 def draw(folders: list[str], axis: str) -> Any:

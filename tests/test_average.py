@@ -1,0 +1,125 @@
+"""tools.average writes the mean of a run's weights, which every --init_from reads."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, complaint, load, run
+
+from tools.runs import digest
+
+
+@pytest.fixture(scope="module")
+def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train a tiny run with checkpoints at steps 6 and 8 and milestones at 4 and 8."""
+    out = tmp_path_factory.mktemp("average") / "out"
+    settings = {"max_iters": 8, "checkpoint_interval": 2, "keep_every": 4}
+    run("train.py", **TINY | settings, dataset=dataset, out_dir=out)
+    return out
+
+
+def average(*args: object, code: int | None = 0, **flags: object):
+    """Run `python -m tools.average`."""
+    # `run` has another meaning for `last`
+    options = [f"--{key}={value}" for key, value in flags.items()]
+    return run("tools.average", *args, *options, code=code)
+
+
+def corrupt(path: Path) -> None:
+    """Change a byte in the middle of a file that may have other names."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.unlink()
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("choice", [{"last": 3}, {"steps": "8,4,6,4"}])
+def test_the_mean_is_exact_and_names_its_checkpoints(trained, tmp_path, choice):
+    average(trained, **choice, to=tmp_path / "avg.pt")
+    paths = [trained / f"{name}.pt" for name in ("step-00000004", "ckpt-00000006")]
+    paths.append(trained / "ckpt-00000008.pt")
+    bundles = [load(path) for path in paths]
+    result = load(tmp_path / "avg.pt")
+    for name, weight in result["model"].items():
+        exact = torch.stack([b["model"][name].double() for b in bundles]).mean(0)
+        assert weight.dtype == torch.float32 and torch.equal(weight, exact.float())
+    assert result["model"].keys() == bundles[0]["model"].keys()
+    assert result["origin"] == {
+        "path": str(trained),
+        "steps": [4, 6, 8],
+        "sha256": [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths],
+    }
+    assert [path.name for path in tmp_path.iterdir()] == ["avg.pt"]
+
+
+def test_sample_export_and_train_read_it(trained, dataset, tmp_path):
+    path = tmp_path / "avg.pt"
+    average(trained, last=2, to=path)
+    origin = f"{path}: mean of steps [6, 8] of {trained}"
+    few = {"init_from": path, "num_samples": 1, "max_new_tokens": 2}
+    assert origin in run("sample.py", **few).stderr
+    done = run("tools.export", init_from=path, to=tmp_path / "exported")
+    assert origin in done.stdout
+    settings = TINY | {"dataset": dataset, "out_dir": tmp_path / "out"}
+    run("train.py", **settings | {"init_from": path, "max_iters": 1})
+    assert (tmp_path / "out/ckpt.pt").exists()
+
+
+def test_it_is_no_checkpoint_to_resume(trained, dataset, tmp_path):
+    (tmp_path / "out").mkdir()
+    average(trained, last=2, to=tmp_path / "out/ckpt.pt")
+    settings = TINY | {"dataset": dataset, "out_dir": tmp_path / "out"}
+    done = run("train.py", **settings, init_from="resume", code=2)
+    assert f"--init_from={tmp_path / 'out/ckpt.pt'}" in done.stderr
+    path = tmp_path / "out/ckpt.pt"
+    branch = settings | {"init_from": f"branch:{path}", "out_dir": tmp_path / "new"}
+    assert "not a checkpoint" in complaint(run("train.py", **branch, code=None))
+
+
+def test_corrupt_checkpoints_are_named_and_skipped(trained, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(trained, folder)
+    # the milestone of step 8 is a copy there, and counts once
+    average(folder, last=3, to=tmp_path / "copied.pt")
+    average(trained, last=3, to=tmp_path / "linked.pt")
+    copied, linked = [load(tmp_path / f"{name}.pt") for name in ("copied", "linked")]
+    assert digest(copied["model"]) == digest(linked["model"])
+    corrupt(folder / "ckpt-00000008.pt")
+    done = average(folder, last=3, to=tmp_path / "avg.pt")
+    assert "ckpt-00000008.pt: wrong checksum" in done.stderr
+    # the copy is used instead
+    assert load(tmp_path / "avg.pt")["origin"]["steps"] == [4, 6, 8]
+    corrupt(folder / "step-00000008.pt")
+    done = average(folder, last=3, to=tmp_path / "few.pt", code=2)
+    assert "expected 3 intact checkpoints, got 2" in done.stderr
+    corrupt(folder / "best.pt")
+    done = average(folder, steps="4,8", to=tmp_path / "few.pt", code=2)
+    assert "no intact checkpoint of step 8" in done.stderr
+    assert not (tmp_path / "few.pt").exists()
+
+
+def test_a_mistake_exits_2_with_one_line(trained, dataset, tmp_path):
+    to = tmp_path / "avg.pt"
+    for args, flags in (
+        ((), {"to": to}),
+        ((trained,), {}),
+        ((trained,), {"to": trained / "ckpt.pt"}),
+        ((trained,), {"to": tmp_path / "no/avg.pt", "last": 1}),
+        ((trained,), {"to": to, "last": 4}),
+        ((trained,), {"to": to, "last": 0}),
+        ((trained,), {"to": to, "steps": "4;6"}),
+        ((trained,), {"to": to, "steps": "5"}),
+        ((tmp_path / "nothing",), {"to": to}),
+    ):
+        complaint(average(*args, code=None, **flags))
+
+    # a checkpoint of another network that was copied here
+    other = TINY | {"dataset": dataset, "out_dir": tmp_path / "other", "n_layer": 2}
+    run("train.py", **other | {"max_iters": 10, "eval_interval": 10})
+    folder = tmp_path / "mixed"
+    shutil.copytree(trained, folder)
+    shutil.copy(tmp_path / "other/ckpt-00000010.pt", folder)
+    line = complaint(average(folder, last=2, to=to, code=None))
+    assert "model_args" in line and not to.exists()

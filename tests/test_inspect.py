@@ -1,0 +1,276 @@
+"""tools.inspect shows the history of a run, and exactly the batches of each step."""
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import PROGRAMS, TINY, complaint, run
+
+from keepgpt.checkpoint import find_newest
+from keepgpt.files import FolderLock
+from tools.common import last_step, read_card
+from tools.inspect import list_batches, open_loader, read_micro_batch, sort_log
+
+SMALL = TINY | {
+    "log_interval": 2,
+    "eval_interval": 4,
+    "keep_every": 4,
+}
+
+
+def inspect(folder: Path, code: int | None = 0, **flags: object):
+    """Run `python -m tools.inspect`."""
+    return run("tools.inspect", folder, code=code, **flags)
+
+
+@pytest.fixture(scope="module")
+def runs(
+    dataset: Path, play: Path, tmp_path_factory: pytest.TempPathFactory
+) -> SimpleNamespace:
+    """Train a run that skips batches and is resumed, a branch of it, and one with another dataset.
+    Record the tokens that they read."""
+    place = tmp_path_factory.mktemp("inspect")
+
+    def record(
+        name: str, poisoned: list[int], flaky: tuple[int, ...] = (), **flags: object
+    ) -> str:
+        env = {
+            "RECORD": str(place / f"{name}.jsonl"),
+            "POISONED": json.dumps(poisoned),
+            "FLAKY": json.dumps(flaky),
+        }
+        program = PROGRAMS / "recorded_batches.py"
+        return run(program, out_dir=place / name, env=env, **flags).stdout
+
+    # the same characters in another order
+    text = play.read_text(encoding="utf-8")
+    other = place / "other.txt"
+    other.write_text(text[30_000:] + text[:30_000], encoding="utf-8")
+    run("prepare.py", other, name="other", tokenizer="char", data_dir=place)
+
+    # step 3 skips two batches, step 8 one, and step 5 one, right after a checkpoint; step 6 has
+    # another result when it is computed again
+    settings = SMALL | {"dataset": dataset, "max_iters": 6}
+    record("trunk", [2, 3, 6, 10], (6,), **settings)
+    record("trunk", [2, 3, 6, 10], init_from="resume", max_iters=12)
+    trunk = {"init_from": f"branch:{place / 'trunk'}", "step": 8}
+    record("branch", [13], **trunk, max_iters=12)
+    # batches of the other data count from 0
+    printed = record("turned", [1], **trunk, max_iters=12, dataset=place / "other")
+    return SimpleNamespace(
+        trunk=place / "trunk",
+        branch=place / "branch",
+        turned=place / "turned",
+        place=place,
+        printed=printed,
+    )
+
+
+def recorded(folder: Path, step: int) -> list[tuple[int, list]]:
+    """Return the batches that a run read in a step: their numbers and tokens, each once."""
+    lines = folder.with_suffix(".jsonl").read_text().splitlines()
+    attempts = [json.loads(line) for line in lines]
+    batches = {a["batch"]: a["read"] for a in attempts if a["step"] == step}
+    return list(batches.items())
+
+
+def explained(folder: Path, step: int) -> list[tuple[int, list]]:
+    """Return the same as tools.inspect finds it. Check that each sequence is at its place."""
+    _, bundle = find_newest(folder)
+    loader = open_loader(bundle)
+    data = np.fromfile(loader.split.files[0].name, np.uint16).tolist()
+    batches = []
+    for batch in list_batches(bundle, sort_log(folder), step):
+        read = []
+        for m in range(loader.micro_batches):
+            sequences = read_micro_batch(loader, batch, m)
+            read.append([sequence.tokens for sequence in sequences])
+            for s in sequences:
+                assert data[s.offset : s.offset + len(s.tokens)] == s.tokens
+                assert s.file == "train.bin"
+        batches.append((batch, read))
+    return batches
+
+
+def test_each_step_is_explained_exactly(runs):
+    for folder, steps in (
+        (runs.trunk, range(1, 13)),
+        (runs.branch, range(9, 13)),
+        (runs.turned, range(9, 13)),
+    ):
+        for step in steps:
+            assert explained(folder, step) == recorded(folder, step), step
+    assert [batch for batch, _ in explained(runs.trunk, 3)] == [2, 3, 4]
+    assert [batch for batch, _ in explained(runs.trunk, 5)] == [6, 7]
+    assert [batch for batch, _ in explained(runs.trunk, 8)] == [10, 11]
+    assert [batch for batch, _ in explained(runs.branch, 10)] == [13, 14]
+    assert [batch for batch, _ in explained(runs.turned, 10)] == [1, 2]
+    # a branch knows what its trunk read
+    assert explained(runs.branch, 3) == recorded(runs.trunk, 3)
+
+
+def test_an_older_checkpoint_and_the_log_explain_later_steps(runs, tmp_path):
+    folder = tmp_path / "trunk"
+    folder.mkdir()
+    # as after a kill -9 before a save: step 8 skips a batch
+    shutil.copy(runs.trunk / "step-00000004.pt", folder)
+    shutil.copy(runs.trunk / "metrics.jsonl", folder)
+    for step in (3, 5, 8, 12):
+        assert explained(folder, step) == recorded(runs.trunk, step)
+
+
+def test_a_step_is_shown_as_text(runs, play):
+    text = play.read_text(encoding="utf-8")
+    lines = inspect(runs.trunk, step=3, chars=0).stdout.splitlines()
+    batches = [line for line in lines if line.startswith("batch ")]
+    assert [line.split(":")[0] for line in batches] == [
+        "batch 2, skipped",
+        "batch 3, skipped",
+        "batch 4",
+    ]
+    sequences = [line for line in lines if ", token " in line]
+    assert len(sequences) == 3 * 2 * 4
+    for line in sequences:
+        place, _, shown = line.partition(": ")
+        offset = int(place.split()[-1].replace(",", ""))
+        # the training text starts where the file does
+        assert eval(shown) == text[offset : offset + 32]
+    # the rate is the one that was logged
+    logged = {row["step"]: row["lr"] for row in sort_log(runs.trunk).steps}
+    for step in (2, 4, 12):
+        line = inspect(runs.trunk, step=step).stdout.splitlines()[0]
+        assert line == f"{runs.trunk}: step {step}, lr {logged[step]:.2e}"
+    # the rows of the log around it
+    rows = [line.split(":")[0] for line in lines if line.startswith("  step")]
+    assert rows == [f"  step {step}" for step in (2, 3, 3, 4, 4, 5, 6, 6, 6)]
+    assert "not made yet" in inspect(runs.trunk, step=13).stdout
+    assert "not made yet" not in inspect(runs.trunk, step=12).stdout
+
+
+def test_the_run_is_shown_on_one_screen(runs):
+    shown = inspect(runs.trunk).stdout
+    for part in (
+        "block_size=32",
+        "step 12 of 12",
+        "val ",
+        "best val ",
+        "skipped batches: 2 before step 3, 1 before step 5, 1 before step 8",
+        "computed again: 1",
+        "step 3: loss nan",
+        "UTC, step 0: ",
+        "UTC, step 6: ",
+        "ckpt-00000012.pt, ckpt.pt",
+        "step-00000004.pt",
+        " MB, intact",
+    ):
+        assert part in shown, part
+    assert "n_layer=12" not in shown and "CORRUPT" not in shown
+    assert len(shown.splitlines()) < 40
+    # all weights are in the table once, whatever their names
+    assert shown.count("MB") == len({p.stat().st_ino for p in runs.trunk.glob("*.pt")})
+
+    # without the skips of the trunk that its data did not have
+    shown = inspect(runs.turned).stdout
+    assert "skipped batches: 1 before step 10" in shown
+    assert f"branched from {runs.trunk}/" in shown and "step 8, with other" in shown
+    card = read_card(runs.turned)
+    assert card.trunk["step"] == 8 and card.settings["max_iters"] == 12
+
+
+def test_the_end_of_a_run_says_where_to_look(runs):
+    # both commands work as they are
+    *_, tools = runs.printed.splitlines()
+    assert tools == (
+        f"look at it: python -m tools.inspect {runs.turned}, "
+        f"python -m tools.plot {runs.turned}"
+    )
+
+
+def test_an_event_is_no_step(tmp_path):
+    rows = [{"step": 4, "loss": 2.0}, {"step": 5, "event": "skip", "text": "loss nan"}]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    assert last_step(tmp_path) == 4
+
+
+def test_a_running_run_is_shown_without_its_lock(runs):
+    lock = FolderLock(runs.trunk)
+    lock.acquire(patience=0)
+    try:
+        before = sorted((p.name, p.stat().st_mtime_ns) for p in runs.trunk.iterdir())
+        assert "step 12 of 12" in inspect(runs.trunk).stdout
+        assert "batch 4" in inspect(runs.trunk, step=3).stdout
+        assert before == sorted(
+            (p.name, p.stat().st_mtime_ns) for p in runs.trunk.iterdir()
+        )
+    finally:
+        lock.release()
+
+
+def test_damaged_folders_are_shown(runs, tmp_path):
+    folder = tmp_path / "trunk"
+    shutil.copytree(runs.trunk, folder)
+    # before the first save: README.md has the settings
+    for path in folder.glob("*.pt"):
+        path.unlink()
+    shown = inspect(folder).stdout
+    assert "block_size=32" in shown and "checkpoints, the newest last: none" in shown
+    assert "skipped batches: 2 before step 3, 1 before step 5, 1 before step 8" in shown
+    complaint(inspect(folder, code=None, step=3))
+
+    # nothing but a part of a checkpoint
+    whole = (runs.trunk / "ckpt.pt").read_bytes()
+    (folder / "ckpt.pt").write_bytes(whole[:-100])
+    (folder / "ckpt-00000016.pt.tmp").write_bytes(b"")
+    (folder / "metrics.jsonl").write_bytes(b'{}\n7\n"a"\n{"step": "x"}\n\xff\n{"st')
+    (folder / "README.md").write_bytes(b"\xff my own")
+    shown = inspect(folder).stdout
+    assert "settings: unknown" in shown and "CORRUPT: " in shown
+    assert "5 corrupt lines" in shown and "ckpt-00000016.pt.tmp" in shown
+
+    # an older one explains the run
+    shutil.copy(runs.trunk / "step-00000008.pt", folder)
+    (folder / "metrics.jsonl").unlink()
+    (folder / "README.md").unlink()
+    shown = inspect(folder, verify=False).stdout
+    assert "step 8 of 12" in shown and "block_size=32" in shown and "at step 8" in shown
+    assert "batch 4" in inspect(folder, step=3).stdout
+    # an empty one has nothing to explain
+    (tmp_path / "empty").mkdir()
+    assert "settings: unknown" in inspect(tmp_path / "empty").stdout
+
+
+def test_missing_or_changed_data_is_one_line(runs, dataset, tmp_path):
+    # the branch's own data starts at step 8
+    assert str(runs.trunk) in complaint(inspect(runs.turned, code=None, step=8))
+    complaint(inspect(tmp_path / "nothing", code=None))
+    complaint(inspect(runs.trunk, code=None, step=-1))
+
+    data = runs.place / "other"
+    content = (data / "train.bin").read_bytes()
+    backup = tmp_path / "backup"
+    shutil.copytree(data, backup)
+    try:
+        # another token of the vocabulary at each place
+        (data / "train.bin").write_bytes(
+            bytes(b ^ (i % 2 == 0) for i, b in enumerate(content))
+        )
+        assert "has changed" in complaint(inspect(runs.turned, code=None, step=9))
+        (data / "train.bin").write_bytes(content[:-2])
+        assert "train.bin" in complaint(inspect(runs.turned, code=None, step=9))
+        (data / "train.bin").unlink()
+        assert "train.bin" in complaint(inspect(runs.turned, code=None, step=9))
+        # another dataset at this place
+        shutil.rmtree(data)
+        shutil.copytree(dataset, data)
+        assert "not the other" in complaint(inspect(runs.turned, code=None, step=9))
+        shutil.rmtree(data)
+        complaint(inspect(runs.turned, code=None, step=9))
+        # the run itself is shown without its data
+        assert "step 12 of 12" in inspect(runs.turned).stdout
+    finally:
+        shutil.rmtree(data, ignore_errors=True)
+        shutil.copytree(backup, data)
