@@ -306,11 +306,16 @@ def test_a_compiled_run_resumes_bit_identical(train, tmp_path):
         "eval_interval": 5,
     }
     train(out="whole", max_iters=10, **flags)
-    train(out="parts", max_iters=5, **flags)
+    # as if the run had been killed after step 5
+    whole = tmp_path / "whole"
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    for name, target in (("ckpt-00000005.pt", "ckpt.pt"), ("metrics.jsonl",) * 2):
+        shutil.copy(whole / name, parts / target)
     done = train(out="parts", max_iters=10, init_from="resume", **flags)
-    assert ", compiled" in done.stdout
-    assert bits(tmp_path / "whole/ckpt.pt") == bits(tmp_path / "parts/ckpt.pt")
-    assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
+    assert "at step 5" in done.stdout and ", compiled" in done.stdout
+    assert bits(whole / "ckpt.pt") == bits(parts / "ckpt.pt")
+    assert rows(whole) == rows(parts)
 
 
 class Payload:

@@ -52,9 +52,12 @@ def omit_fsync():
 
 def omit_fsync_of_the_folder():
     commit = checkpoint.commit
-    checkpoint.commit = lambda *args: commit(
-        *args[:-1], DiskWithout(args[-1], "fsync_folder")
-    )
+
+    def commit_without(bundle, folder, keep, best, disk, *rest):
+        disk = DiskWithout(disk, "fsync_folder")
+        commit(bundle, folder, keep, best, disk, *rest)
+
+    checkpoint.commit = commit_without
 
 
 def accept_any_checksum():
