@@ -18,7 +18,7 @@ FEW = {
     "prepare": 30,
 }
 # a fault shows in few of the states after a power cut
-MANY = FEW | {"power": 200}
+MANY = FEW | {"power": 100}
 BROKEN = [
     ("kill", "forget_the_optimizer"),
     ("nth", "leave_temporary_files"),

@@ -162,8 +162,8 @@ def elastic(part: Part, place: Path) -> str:
         "dataset": runs.prepare_source(place),
         "elastic": True,
         "gradient_accumulation_steps": 4,
-        "max_iters": 160,
-        "warmup_iters": 160,
+        "max_iters": 100,
+        "warmup_iters": 100,
     }
     return kill_runs(part, settings, place, (0, 2, 4), part.config.cases or 6)
 
@@ -209,8 +209,8 @@ def skip(part: Part, place: Path) -> str:
     settings = RUN | {
         "elastic": True,
         "gradient_accumulation_steps": 4,
-        "max_iters": 160,
-        "warmup_iters": 160,
+        "max_iters": 100,
+        "warmup_iters": 100,
         "keep_every": 50,
     }
     done = kill_runs(
