@@ -67,7 +67,7 @@ from keepgpt.signals import Signals
 from keepgpt.tokenizer import from_meta
 from model import GPT, ModelArgs, build_model, crop_weights, generate, load_model
 
-# gradient norms whose median tells what a spike is
+# gradient norms whose median a spike is compared with
 SPIKE_WINDOW = 128
 
 
@@ -488,7 +488,7 @@ def load_pretrained(
 
 
 def describe_machine(run: Run) -> dict[str, Any]:
-    """Return what decides how this process rounds, besides the settings."""
+    """Return the facts that decide how this process rounds, settings aside."""
     return {
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),
@@ -505,7 +505,7 @@ def list_roundings(run: Run, bundle: dict[str, Any]) -> dict[str, str]:
     saved_config = bundle["config"]
     on_cpu = run.ranks.device.type == "cpu"
 
-    # what was, and what is now; older bundles lack world_size
+    # the values before and now; older bundles lack world_size
     settings = ("batch_size", "elastic", "deterministic")
     before = bundle | {key: saved_config.get(key) for key in settings}
     before["ranks"] = bundle.get("world_size", len(bundle["rng"]))

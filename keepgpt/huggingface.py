@@ -152,7 +152,7 @@ FIXED_IN_ROPE = {
     "partial_rotary_factor": (1,),
 }
 # Keys that change no logit of this network: names, dropout and initialization, other heads, dtype,
-# outputs, and settings of generation. sliding_window and max_window_layers count only with
+# outputs, and settings of sampling. sliding_window and max_window_layers count only with
 # use_sliding_window.
 HARMLESS_TEXT = """
     model_type architectures transformers_version name_or_path _name_or_path _commit_hash

@@ -64,7 +64,7 @@ def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
 
 def batch_number(step: int, skips: dict[int, int], start: int = 0) -> int:
     """Return the number of the batch that the update after `step` reads: one for each step since
-    `start`, where the data began, and the `skips`: numbers of skipped batches by step."""
+    `start`, the first step with this data, and the `skips`: numbers of skipped batches by step."""
     return step - start + sum(n for at, n in skips.items() if at <= step)
 
 

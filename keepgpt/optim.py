@@ -122,7 +122,7 @@ def update_equal_shapes(
     update = update.mul_(-lr * max(1, R / C) ** 0.5)
     decay = 1 - lr * group["weight_decay"]
 
-    # on CUDA the host does not know `skip`: then write what is there already
+    # on CUDA the host does not know `skip`: then write the values of before
     if skip is not None:
         mean = mean.where(~skip, old_mean)
         # adding -0 changes no bit, adding 0 would change -0
@@ -265,7 +265,7 @@ def get_lr_factor(step: int, config: TrainConfig) -> float:
         )
     if not config.decay_lr:
         return 1.0
-    # the warm-up does not begin with 0, which would waste a step
+    # the warm-up starts above 0, which would waste a step
     if step < config.warmup_iters:
         return (step + 1) / (config.warmup_iters + 1)
 

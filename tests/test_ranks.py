@@ -1,4 +1,4 @@
-"""keepgpt/ranks.py: ranks compare what they were started with and what they computed."""
+"""keepgpt/ranks.py: ranks compare their settings and their results."""
 
 import shutil
 import subprocess
@@ -58,7 +58,7 @@ def difference(hosts):
     return difference
 
 
-# what they are started with
+# settings
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ wandb_run_name = "b"
     assert bits(tmp_path / "out/ckpt.pt") == bits(tmp_path / "same/ckpt.pt")
 
 
-# what they compute
+# results
 
 
 @pytest.mark.parametrize(

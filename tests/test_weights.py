@@ -330,7 +330,7 @@ def test_a_key_that_changes_the_network_is_refused(kind, changes, tmp_path):
     with pytest.raises(UserError) as e:
         read_weights(str(change_config(folder, changes)))
     assert str(folder / "config.json") in str(e.value)
-    # of a size that is no number only its type is named
+    # of a size that is not a number only its type is named
     if None not in changes.values():
         assert next(iter(changes)) in str(e.value)
 

@@ -1,4 +1,4 @@
-"""tools.export that gets the signal $NUMBER before it renames what it wrote."""
+"""tools.export that gets the signal $NUMBER before it renames its files."""
 
 import os
 import sys
