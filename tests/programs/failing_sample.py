@@ -1,4 +1,4 @@
-"""train.py whose samples fail with an error that is not an Exception, as those of Rust libraries."""
+"""train.py whose samples fail with an error that is not an Exception, as of Rust libraries."""
 
 from run_train import run_train, train
 
