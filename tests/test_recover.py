@@ -3,6 +3,7 @@ branches."""
 
 import hashlib
 import math
+import signal
 import subprocess
 
 import pytest
@@ -115,6 +116,23 @@ def test_more_bad_batches_in_a_row_than_max_skips_end_the_run(train_tiny):
         train_tiny(spoil, max_skips=2)
     with pytest.raises(NotFinite, match=r"step 5: .*not finite \(loss inf"):
         train_tiny(spoil, max_skips=0)
+
+
+def test_a_stop_goes_back_to_the_last_update_that_was_made(train_tiny):
+    def spoil(run, losses, count):
+        if run.state.batch == 8:
+            signal.raise_signal(signal.SIGTERM)
+        return losses + math.nan if run.state.batch >= 5 else losses
+
+    result = train_tiny(spoil, log_interval=100, max_skips=100)
+    assert result.state.step == result.updates == 5
+
+
+def test_a_checkpoint_leaves_out_the_skips_of_its_next_update(tiny_run):  # noqa: F811
+    state = tiny_run().state
+    state.step = 5
+    state.skips = {3: 1, 5: 2}
+    assert state.state_dict()["skips"] == {3: 1}
 
 
 def test_a_spike_skips_its_data(train_tiny, monkeypatch):
