@@ -1,10 +1,12 @@
 """What tools.export writes is the same model and tokenizer in Transformers and llama.cpp."""
 
+import functools
 import json
 import os
 import random
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,28 +67,41 @@ def strings(alphabet: str | None) -> list[str]:
     return texts
 
 
-def read_elsewhere(program: str, source: Path, work: dict, result: Path) -> Path:
-    """Run a program of tests/programs in a process and a folder where nothing of this repository is
-    to be found. Return the file that it writes."""
-    work_file = result.with_name("work.json")
-    work_file.write_text(json.dumps(work))
-    args = [sys.executable, "-I", PROGRAMS / program, source, work_file, result]
-    subprocess.run(args, cwd=result.parent, check=True, capture_output=True)
-    return result
+# -I: a process that finds nothing of this repository
+ELSEWHERE = [sys.executable, "-I"]
+
+
+@functools.cache
+def transformers_server() -> subprocess.Popen:
+    """Start a process with Transformers, which ends with this one."""
+    return subprocess.Popen(
+        [*ELSEWHERE, PROGRAMS / "read_folder.py"],
+        text=True,
+        cwd=tempfile.gettempdir(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
 
 
 def by_transformers(folder: Path, work: dict, tmp_path: Path) -> dict:
     """Return what Transformers makes of an exported folder."""
-    return torch.load(
-        read_elsewhere("read_folder.py", folder, work, tmp_path / "read.pt")
-    )
+    work_file = tmp_path / "work.json"
+    work_file.write_text(json.dumps(work))
+    result = tmp_path / "read.pt"
+    server = transformers_server()
+    print(folder, work_file, result, sep="\t", file=server.stdin, flush=True)
+    assert server.stdout.readline() == "done\n"
+    return torch.load(result)
 
 
 def by_llama_cpp(file: Path, work: dict, tmp_path: Path) -> dict:
     """Return what llama.cpp makes of an exported file."""
     pytest.importorskip("xllamacpp", reason="it has wheels for Linux on x86-64 only")
-    work = {"ignore_eos": True} | work
-    result = read_elsewhere("read_gguf.py", file, work, tmp_path / "read.json")
+    work_file = tmp_path / "work.json"
+    work_file.write_text(json.dumps({"ignore_eos": True} | work))
+    result = tmp_path / "read.json"
+    args = [*ELSEWHERE, PROGRAMS / "read_gguf.py", file, work_file, result]
+    subprocess.run(args, cwd=tmp_path, check=True, capture_output=True)
     return json.loads(result.read_text())
 
 
