@@ -258,6 +258,8 @@ def start_other_data(bundle: dict[str, Any], data: dict[str, Any]) -> None:
     bundle["start"] += f", with {data['name']} from its beginning,"
     bundle["data_start"] = bundle["step"]
     bundle["skips"] = {}
+    # its losses are of the other data
+    bundle["evaluation"] = {}
 
 
 def start_log(run: Run, bundle: dict[str, Any] | None, opened: ExitStack) -> None:
@@ -369,7 +371,12 @@ def find_checkpoint(
     if config.eval_only and "init_from" not in overrides:
         auto = True
     if config.init_from == "resume" or auto and has_run:
-        bundle = checkpoint.go_back(out_dir, config.step)
+        # the step of a branch is its trunk's
+        step = 0 if source.startswith("branch:") else config.step
+        if step and config.eval_only:
+            _, bundle = checkpoint.find_step(out_dir, step)
+        else:
+            bundle = checkpoint.go_back(out_dir, step)
         return bundle | {"start": f"resuming {out_dir}"}
     # a new run never overwrites another one
     if has_run and not config.eval_only:
@@ -396,11 +403,11 @@ def merge_settings(
     if not bundle:
         config, notes = check_settings(config, overrides, resumed=False)
         return config, {}, notes
-    init_from = config.init_from
+    start = {"init_from": config.init_from, "step": config.step}
     config, changes = resume_config(config, overrides, bundle["config"])
     # a branch is another run, in another folder
     if "branch" in bundle:
-        config = replace(config, init_from=init_from)
+        config = replace(config, **start)
         changes.pop("out_dir", None)
     config, notes = check_settings(config, changes, resumed=True)
     return config, changes, notes

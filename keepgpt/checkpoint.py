@@ -330,11 +330,10 @@ def read_intact(
 def find_newest(folder: Path, prefer_best: bool = False) -> tuple[Path, dict[str, Any]]:
     """Return the newest intact checkpoint and its bundle, or with `prefer_best` best.pt if that is
     intact. Raises CorruptCheckpoint if none is."""
-    # best.pt and milestones come last otherwise: they may be far behind
-    newest = [folder / "ckpt.pt", *numbered(folder)]
+    # milestones and best.pt come last otherwise: they may be far behind
+    newest = [folder / "ckpt.pt", *numbered(folder), *milestones(folder)]
     best = [folder / "best.pt"]
     candidates = best + newest if prefer_best else newest + best
-    candidates += milestones(folder)
     errors: list[Exception] = []
     for found in read_intact(candidates, errors):
         return found
@@ -355,7 +354,8 @@ def read_newest(folder: Path, prefer_best: bool = False) -> dict[str, Any]:
 
 def find_step(folder: Path, step: int) -> tuple[Path, dict[str, Any]]:
     """Return the checkpoint of a step and its bundle. Raises UserError if no intact one is left."""
-    paths = [path_of(folder, step), milestone_of(folder, step), folder / "best.pt"]
+    paths = [path_of(folder, step), milestone_of(folder, step)]
+    paths += [folder / "best.pt", folder / "ckpt.pt"]
     for path, bundle in read_intact(paths, []):
         if bundle["step"] == step:
             return path, bundle
@@ -371,7 +371,7 @@ def go_back(folder: Path, step: int) -> dict[str, Any]:
     goes back to a step only once, as a restart loop repeats the command. Raises UserError."""
     newest = read_newest(folder)
     if step in (0, newest["step"]):
-        return newest
+        return newest | ({"went_back_to": step} if step else {})
     if step == newest.get("went_back_to"):
         warn(
             f"this run went back to step {step} already, and continues from its newest step"
@@ -385,7 +385,8 @@ def go_back(folder: Path, step: int) -> dict[str, Any]:
     # the log continues after that step
     log = folder / "metrics.jsonl"
     old_log = folder / f"metrics-{newest['step']:08d}.jsonl"
-    if log.exists():
+    # another start may have gone back before, and cut the log
+    if log.exists() and not old_log.exists():
         shutil.copyfile(log, old_log)
     warn(
         f"going back to step {step}: the next save removes the checkpoints of later steps; their "

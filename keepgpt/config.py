@@ -234,11 +234,11 @@ def resume_config(
     # a key that this version lacks is dropped; one that the saved version lacks has its default
     keys = {f.name for f in fields(TrainConfig)} & saved_config.keys()
     saved = TrainConfig(**{key: saved_config[key] for key in keys})
-    # the folder may have moved; the run's first init_from stays recorded
+    # the folder may have moved; the run's first init_from and step stay recorded
     kept = {
         "out_dir": config.out_dir,
         "init_from": saved.init_from,
-        "step": config.step,
+        "step": saved.step,
     }
     resumed = replace(saved, **overrides | kept)
     changes = {

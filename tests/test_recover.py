@@ -327,6 +327,11 @@ def test_a_branch_names_its_trunk(trunk, tmp_path):
     assert load(out / "ckpt.pt")["trunk"] == expected
     assert sha256 in (out / "README.md").read_text()
     assert load(out / "ckpt.pt")["config"]["learning_rate"] == 1e-4
+    # a restart loop repeats the command, also with a step of the trunk
+    step = {"init_from": f"auto:branch:{trunk}", "step": 12, "out_dir": tmp_path / "b"}
+    run("train.py", max_iters=14, **step)
+    done = run("train.py", max_iters=15, **step)
+    assert "resuming" in done.stdout and "at step 14" in done.stdout
     # a restart continues the branch
     done = run("train.py", max_iters=9, **flags)
     assert "resuming" in done.stdout and "at step 8" in done.stdout
@@ -346,6 +351,7 @@ def test_a_branch_starts_other_data_at_its_beginning(trunk, play, tmp_path):
     bundle = load(tmp_path / "branch/ckpt.pt")
     assert (bundle["data_start"], bundle["skips"]) == (20, {})
     assert bundle["data"]["name"] == "other"
+    assert bundle["evaluation"]["step"] == 22
 
 
 @pytest.mark.parametrize(
