@@ -95,6 +95,7 @@ def test_corrupt_checkpoints_are_named_and_skipped(trained, tmp_path):
     done = average(folder, last=3, to=tmp_path / "few.pt", code=2)
     assert "expected 3 intact checkpoints, got 2" in done.stderr
     corrupt(folder / "best.pt")
+    corrupt(folder / "ckpt.pt")
     done = average(folder, steps="4,8", to=tmp_path / "few.pt", code=2)
     assert "no intact checkpoint of step 8" in done.stderr
     assert not (tmp_path / "few.pt").exists()
