@@ -264,13 +264,16 @@ def start_other_data(bundle: dict[str, Any], data: dict[str, Any]) -> None:
 
 def start_log(run: Run, bundle: dict[str, Any] | None, opened: ExitStack) -> None:
     """Start the log, and the saver that continues a checkpoint's `bundle`."""
-    # a branch has a folder of its own, and nothing in it
-    if bundle and "branch" in bundle:
+    # a branch continues no file of its folder, not even the log of a run that never saved
+    is_branch = bundle is not None and "branch" in bundle
+    if is_branch:
         bundle = None
     config = run.config
     state = run.state
     is_writer = run.ranks.rank == 0 and not config.eval_only
     out_dir = Path(config.out_dir) if is_writer else None
+    if out_dir and is_branch:
+        (out_dir / "metrics.jsonl").unlink(missing_ok=True)
 
     # the log drops the rows after this step, which will come again
     is_evaluated = state.evaluation.get("step") == state.step
@@ -371,13 +374,7 @@ def find_checkpoint(
     if config.eval_only and "init_from" not in overrides:
         auto = True
     if config.init_from == "resume" or auto and has_run:
-        # the step of a branch is its trunk's
-        step = 0 if source.startswith("branch:") else config.step
-        if step and config.eval_only:
-            _, bundle = checkpoint.find_step(out_dir, step)
-        else:
-            bundle = checkpoint.go_back(out_dir, step)
-        return bundle | {"start": f"resuming {out_dir}"}
+        return read_run(config, lock) | {"start": f"resuming {out_dir}"}
     # a new run never overwrites another one
     if has_run and not config.eval_only:
         raise UserError(
@@ -393,6 +390,18 @@ def find_checkpoint(
             f"step={config.step} needs --init_from=resume, or branch:PATH with a run's folder"
         )
     return None
+
+
+def read_run(config: TrainConfig, lock: FolderLock) -> dict[str, Any]:
+    """Return the bundle of the run in out_dir to resume from. Raises UserError."""
+    out_dir = Path(config.out_dir)
+    # auto:branch: has the step of its trunk
+    if "branch:" in config.init_from:
+        return checkpoint.read_newest(out_dir)
+    # an evaluation changes nothing
+    if config.eval_only and config.step:
+        return checkpoint.find_step(out_dir, config.step)[1]
+    return checkpoint.go_back(out_dir, config.step, lock)
 
 
 def merge_settings(
@@ -581,8 +590,8 @@ def warn_if_full(run: Run, parameters: int) -> None:
 
 
 def write_run_card(run: Run, machine: str = "") -> None:
-    """Write out_dir/README.md, if that works; with a line about this start if `machine` names
-    what it runs on."""
+    """Write out_dir/README.md, if that works; with a line about this start if `machine`
+    is named."""
     if not run.saver.folder:
         return
     state = run.state
@@ -960,7 +969,11 @@ def check_updates(run: Run) -> bool:
     skipped = state.skips.get(state.step, 0)
     if skipped >= run.config.max_skips:
         raise NotFinite(describe_failure(run, numbers))
-    text = f"{describe(numbers)}, twice: skipping its data, batch {state.batch}"
+    cause = f"{describe_cause(run, numbers)}, twice"
+    if replayed and describe(replayed) != describe(numbers):
+        cause += f" (first {describe(replayed)})"
+        state.replays += 1
+    text = f"{cause}; skipping its data, batch {state.batch}"
     log_event(run, state.step + 1, "skip", text)
     state.skips[state.step] = skipped + 1
     write_run_card(run)
@@ -986,30 +999,44 @@ def describe(numbers: Sequence[float]) -> str:
     return f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"
 
 
+def describe_cause(run: Run, numbers: Sequence[float]) -> str:
+    """Return why an update with these numbers was not made."""
+    if not all(math.isfinite(number) for number in numbers):
+        return f"{describe(numbers)}: not finite"
+    factor = run.config.spike_factor
+    median = run.state.norms.median().item()
+    return f"{describe(numbers)}: a spike, above {factor:g} x the median {median:.4g}"
+
+
 def describe_failure(run: Run, numbers: Sequence[float]) -> str:
     """Return an error message about the next step, which has these numbers again and again."""
     # let a save in progress end: the hint depends on it
     run.saver.wait()
+    config = run.config
     step = run.state.step
-    rate = run.config.learning_rate * get_lr_factor(step, run.config)
-    hint = "another --out_dir and a lower --learning_rate"
-    if checkpoint.has_run(Path(run.config.out_dir)):
-        hint = "--init_from=resume with a lower --learning_rate or --dtype=bfloat16"
-    what = "the gradient is a spike"
-    if not all(math.isfinite(number) for number in numbers):
-        what = "the loss or the gradient is not finite"
+    rate = config.learning_rate * get_lr_factor(step, config)
+    cause = describe_cause(run, numbers)
     skipped = run.state.skips.get(step, 0)
     if skipped:
-        what += f", also after {skipped} skipped batches"
+        cause += f", also after {skipped} skipped batches"
+
+    # without a checkpoint the run can only start again
+    hint = "another --out_dir and a lower --learning_rate"
+    if checkpoint.has_run(Path(config.out_dir)):
+        hint = "--init_from=resume with a lower --learning_rate or a larger --max_skips"
+    if "spike" in cause:
+        hint += ", or a larger --spike_factor"
+    if run.state.scaler.is_enabled():
+        hint += ", or --dtype=bfloat16"
     return (
-        f"step {step + 1}: {what} ({describe(numbers)}); that update was not made. Likely causes: "
-        f"too high a learning rate (it was {rate:.2e}), too little warm-up, float16, or corrupt "
-        f"data. Try: {hint}"
+        f"step {step + 1}: {cause}; that update was not made. Likely causes: too high a learning "
+        f"rate (it was {rate:.2e}), too little warm-up, float16, or corrupt data (python -m "
+        f"tools.inspect {config.out_dir} --step={step + 1} shows it). Try: {hint}"
     )
 
 
 def log_event(run: Run, step: int, event: str, text: str) -> None:
-    """Log what happened at a step besides its update: a row in metrics.jsonl, and a line."""
+    """Log an event of a step: a row in metrics.jsonl, and a line."""
     run.metrics.log({"step": step, "event": event, "text": text})
     run.metrics.say(f"step {step}: {text}")
 
@@ -1091,7 +1118,7 @@ def run_training(
     before = run.state.evaluation
     evaluate_and_log(run, signals)
     code = 0
-    # a signal came, if there is no new evaluation
+    # without a new evaluation, a signal came
     if run.state.evaluation is before:
         run.metrics.say("stopped before the evaluation was complete")
         code = EXIT_STOPPED

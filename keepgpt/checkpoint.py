@@ -176,10 +176,10 @@ def commit(
 
 def prune(folder: Path, step: int, keep: int, disk: Disk) -> None:
     """Remove the numbered checkpoints but for that of `step` and the newest before it, `keep` in
-    all. Milestones before `step` stay. Raises OSError."""
+    all. Raises OSError."""
     # a later one is corrupt, or this run was resumed from before it
     paths = numbered(folder)
-    later = [path for path in paths + milestones(folder) if step_of(path) > step]
+    later = [path for path in paths if step_of(path) > step]
     others = [path for path in paths if step_of(path) <= step]
     for path in later + others[keep:]:
         disk.remove(path)
@@ -366,40 +366,70 @@ def find_step(folder: Path, step: int) -> tuple[Path, dict[str, Any]]:
     )
 
 
-def go_back(folder: Path, step: int) -> dict[str, Any]:
-    """Return the bundle to resume from: the newest one, or that of `step` unless it is 0. A run
-    goes back to a step only once, as a restart loop repeats the command. Raises UserError."""
+def go_back(folder: Path, step: int, lock: FolderLock) -> dict[str, Any]:
+    """Return the bundle to resume from: the newest one, or that of `step` unless it is 0; then
+    later files are moved aside. A run goes back to a step only once, as a restart loop repeats the
+    command. Raises UserError."""
     newest = read_newest(folder)
-    if step in (0, newest["step"]):
-        return newest | ({"went_back_to": step} if step else {})
+    if not step:
+        return newest
     if step == newest.get("went_back_to"):
         warn(
-            f"this run went back to step {step} already, and continues from its newest step"
+            f"this run went back to step {step} already, and continues from its newest step. To "
+            f"start there again: --init_from=branch:{folder} --step={step} --out_dir=<new folder>"
         )
         return newest
-    bundle = find_step(folder, step)[1] | {"went_back_to": step}
-    # a later best.pt is not of this history
-    best_step = step_of_best(folder)
-    if best_step is None or best_step > step:
-        bundle["best_val_loss"] = math.inf
-    # the log continues after that step
+    bundle = newest
+    if step != newest["step"]:
+        path, bundle = find_step(folder, step)
+        # a later best.pt is not of this history
+        best_step = step_of_best(folder)
+        if best_step is None or best_step > step:
+            bundle["best_val_loss"] = math.inf
+        aside = move_aside(folder, path, bundle, newest["step"], Disk(lock))
+        warn(f"going back to step {step}: the files of later steps are in {aside}")
+    return bundle | {"went_back_to": step}
+
+
+def move_aside(
+    folder: Path, path: Path, bundle: dict[str, Any], newest_step: int, disk: Disk
+) -> Path:
+    """Make `path`, which holds `bundle`, the newest checkpoint of a folder: move the later ones to
+    a new folder in it, with a copy of the log. Return that one. After a crash on the way, the
+    newest checkpoint is the old or the new one. Raises OSError and FolderLost."""
+    disk.check(folder)
+    aside = folder / f"aside-{newest_step:08d}"
+    while aside.exists():
+        aside = aside.with_name(f"{aside.name}-again")
+    aside.mkdir()
     log = folder / "metrics.jsonl"
-    old_log = folder / f"metrics-{newest['step']:08d}.jsonl"
-    # another start may have gone back before, and cut the log
-    if log.exists() and not old_log.exists():
-        shutil.copyfile(log, old_log)
-    warn(
-        f"going back to step {step}: the next save removes the checkpoints of later steps; their "
-        f"log is in {old_log}. To keep them: --init_from=branch:{folder} --step={step} "
-        "--out_dir=<new folder>"
-    )
-    return bundle
+    if log.exists():
+        shutil.copyfile(log, aside / log.name)
+    later = [
+        other
+        for other in numbered(folder) + milestones(folder)
+        if step_of(other) > bundle["step"]
+    ]
+    best = folder / "best.pt"
+    if best.exists() and bundle["best_val_loss"] == math.inf:
+        later.append(best)
+    for other in later:
+        disk.rename(other, aside / other.name)
+    disk.fsync_folder(aside)
+    # last: until then ckpt.pt names the file that was the newest
+    link(folder / "ckpt.pt", path, disk)
+    disk.fsync_folder(folder)
+    return aside
 
 
 def read_trunk(path: Path, step: int) -> dict[str, Any]:
     """Return the bundle that a branch starts from: that of a checkpoint file, or in a run's folder
     that of `step`, or if that is 0 of the newest one. Its "trunk" names the file. Raises
     UserError."""
+    if path.is_dir() and not has_run(path):
+        raise UserError(
+            f"init_from=branch:{path}: no checkpoint in this folder. Try: the folder of a run"
+        )
     if path.is_dir() and step:
         path, bundle = find_step(path, step)
     elif path.is_dir():

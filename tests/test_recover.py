@@ -12,7 +12,7 @@ from conftest import TINY, complaint, load, rows, run
 from test_cuda import tiny_run  # noqa: F401
 
 import train as script
-from keepgpt.checkpoint import numbered
+from keepgpt.checkpoint import numbered, read_bundle
 from keepgpt.errors import NotFinite
 from keepgpt.files import FolderLock
 from keepgpt.loader import batch_number
@@ -114,7 +114,7 @@ def test_more_bad_batches_in_a_row_than_max_skips_end_the_run(train_tiny):
 
     with pytest.raises(NotFinite, match=r"step 5: .* after 2 skipped batches"):
         train_tiny(spoil, max_skips=2)
-    with pytest.raises(NotFinite, match=r"step 5: .*not finite \(loss inf"):
+    with pytest.raises(NotFinite, match=r"step 5: loss inf.*not finite"):
         train_tiny(spoil, max_skips=0)
 
 
@@ -267,16 +267,57 @@ def test_a_run_goes_back_once_and_drops_what_came_later(copy):
     before = names(copy)
     complaint(run("train.py", code=2, **flags | {"step": 5}))
     assert names(copy) == before
+    assert not list(copy.glob("aside-*"))
+    log = (copy / "metrics.jsonl").read_text()
     # the rate is another one, and so is the end
     run("train.py", learning_rate=1e-3, max_iters=9, **flags)
     assert names(copy, "step-*.pt") == ["step-00000006.pt"]
     assert names(copy, "ckpt-*.pt") == ["ckpt-00000009.pt"]
     assert load(copy / "best.pt")["step"] <= 9
     assert max(row["step"] for row in rows(copy, "loss")) <= 9
-    assert (copy / "metrics-00000020.jsonl").exists()
+    # the later files are intact, and beside the run
+    aside = copy / "aside-00000020"
+    moved = ["ckpt-00000018.pt", "ckpt-00000020.pt"]
+    moved += ["step-00000012.pt", "step-00000018.pt"]
+    assert names(aside, "*-*.pt") == moved
+    assert all(read_bundle(path) for path in aside.glob("*.pt"))
+    assert (aside / "metrics.jsonl").read_text() == log
     # a restart loop repeats the command
     done = run("train.py", max_iters=12, **flags)
     assert "at step 9" in done.stdout
+
+
+def test_a_kill_after_going_back_leaves_one_history(copy):
+    flags = {"init_from": "resume", "out_dir": copy, "checkpoint_interval": 1000}
+    run("train.py", step=6, max_iters=6, **flags)
+    assert load(copy / "ckpt.pt")["step"] == 6
+    done = run("train.py", max_iters=8, **flags)
+    assert "at step 6" in done.stdout
+
+
+def test_an_evaluation_of_a_step_moves_nothing(copy):
+    before = sorted(copy.rglob("*"))
+    done = run("train.py", eval_only=True, step=6, out_dir=copy)
+    assert "step 6: " in done.stdout and "going back" not in done.stderr
+    assert sorted(copy.rglob("*")) == before
+
+
+def test_two_different_bad_results_are_both_shown(train_tiny, capsys):
+    def spoil(run, losses, count):
+        bad = (math.inf, math.nan)[count] if run.state.batch == 3 else 0.0
+        return losses + bad
+
+    result = train_tiny(spoil)
+    assert (result.state.skips, result.state.replays) == ({3: 1}, 1)
+    assert "first loss inf" in capsys.readouterr().out
+
+
+def test_a_branch_drops_the_log_of_a_run_that_never_saved(trunk, tmp_path):
+    out = tmp_path / "branch"
+    out.mkdir()
+    (out / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n')
+    run("train.py", init_from=f"branch:{trunk}", step=12, out_dir=out, max_iters=15)
+    assert [row["step"] for row in rows(out, "loss")] == [15]
 
 
 def test_going_back_without_a_change_ends_the_same(copy, trunk):
