@@ -4,6 +4,7 @@ conftest.py writes one request per line to stdin and reads one exit code per lin
 server imports and never computes, because a fork keeps only the thread that called it.
 """
 
+import atexit
 import gc
 import importlib
 import json
@@ -11,6 +12,7 @@ import os
 import runpy
 import signal
 import sys
+import threading
 import time
 from math import inf
 from pathlib import Path
@@ -72,12 +74,48 @@ def become(request: dict[str, Any]) -> None:
     sys.argv = request["argv"]
 
 
+def run_script() -> None:
+    """Run the script or module in sys.argv."""
+    if sys.argv[0].endswith(".py"):
+        sys.path[0] = os.path.dirname(sys.argv[0])
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    else:
+        sys.path[0] = os.getcwd()
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+
+
+def run_and_exit() -> None:
+    """Run the script, then what the interpreter does at its end, except that it frees no memory:
+    with torch that takes longer than most of the tests."""
+    code = 0
+    try:
+        run_script()
+    except KeyboardInterrupt:
+        # the interpreter's own end, by a signal
+        raise
+    except SystemExit as e:
+        code = e.code
+        if code is None:
+            code = 0
+        elif not isinstance(code, int):
+            print(code, file=sys.stderr)
+            code = 1
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        # a script may have closed it
+        if stream is None or stream.closed:
+            continue
+        try:
+            stream.flush()
+        except OSError:
+            code = 120
+    os._exit(code)
+
+
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 become(wait_for_request())
-# at the top level: the interpreter itself handles sys.exit, exceptions and atexit
-if sys.argv[0].endswith(".py"):
-    sys.path[0] = os.path.dirname(sys.argv[0])
-    runpy.run_path(sys.argv[0], run_name="__main__")
-else:
-    sys.path[0] = os.getcwd()
-    runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+run_and_exit()
