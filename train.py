@@ -418,6 +418,12 @@ def merge_settings(
     if "branch" in bundle:
         config = replace(config, **start)
         changes.pop("out_dir", None)
+        step = bundle["step"]
+        if step >= config.max_iters and not config.eval_only:
+            raise UserError(
+                f"the trunk is at step {step}, and max_iters={config.max_iters} leaves nothing to "
+                "train. Try: a larger --max_iters, or --step of an earlier checkpoint"
+            )
     config, notes = check_settings(config, changes, resumed=True)
     return config, changes, notes
 

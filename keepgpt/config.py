@@ -255,7 +255,7 @@ def resume_config(
         if key in changes:
             raise UserError(
                 f"{changes[key]} would make this another run. Try: leave --{key} out, "
-                "or another --out_dir"
+                "or --init_from=scratch with another --out_dir"
             )
     # an evaluation makes no step, so it may use other batches
     if resumed.tokens_per_step != saved.tokens_per_step and not resumed.eval_only:

@@ -122,7 +122,7 @@ def test_an_older_checkpoint_and_the_log_explain_later_steps(runs, tmp_path):
         assert explained(folder, step) == recorded(runs.trunk, step)
 
 
-def test_a_step_is_shown_as_text(runs, play):
+def test_a_step_is_shown_as_text(runs, play, tmp_path):
     text = play.read_text(encoding="utf-8")
     lines = inspect(runs.trunk, step=3, chars=0).stdout.splitlines()
     batches = [line for line in lines if line.startswith("batch ")]
@@ -143,6 +143,12 @@ def test_a_step_is_shown_as_text(runs, play):
     for step in (2, 4, 12):
         line = inspect(runs.trunk, step=step).stdout.splitlines()[0]
         assert line == f"{runs.trunk}: step {step}, lr {logged[step]:.2e}"
+    # also after a resume with another schedule, which the checkpoint has
+    copy = shutil.copytree(runs.trunk, tmp_path / "copy")
+    log = (copy / "metrics.jsonl").read_text()
+    changed = log.replace(f'"lr": {logged[4]}', '"lr": 0.75')
+    (copy / "metrics.jsonl").write_text(changed)
+    assert "step 4, lr 7.50e-01" in inspect(copy, step=4).stdout
     # the rows of the log around it
     rows = [line.split(":")[0] for line in lines if line.startswith("  step")]
     assert rows == [f"  step {step}" for step in (2, 3, 3, 4, 4, 5, 6, 6, 6)]

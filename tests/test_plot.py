@@ -78,6 +78,16 @@ def test_a_log_is_read_exactly(tmp_path):
     assert np.allclose(evaluated["x"] * 60, [0, 6, 7])  # an evaluation takes no time
 
 
+def test_the_minutes_of_a_branch_start_at_its_trunk(tmp_path):
+    folder = written(tmp_path / "run", ROWS[1:])
+    (folder / "README.md").write_text(CARD)
+    # step 1 is the trunk's: the first row, of step 2, has 100 tokens of this run
+    logged, evaluated, marks = read_run(folder, "minutes")
+    assert np.allclose(logged["x"] * 60, [1, 5, 6])
+    assert np.allclose(evaluated["x"] * 60, [5, 6])
+    assert marks["branch"].tolist() == [0]
+
+
 def test_a_truncated_last_line_is_skipped(tmp_path):
     whole, *_ = read_run(written(tmp_path / "whole", ROWS), "minutes")
     cut, *_ = read_run(written(tmp_path / "cut", ROWS, '{"step": 9, "tok'), "minutes")
@@ -120,7 +130,7 @@ def test_events_restarts_and_branches_are_marked(tmp_path):
         {"step": 6, "event": "replay", "text": "loss nan, and then 2"},
     ]
     # before the first logged step, between two, and after all
-    rows = [events[0] | {"step": 1}, *ROWS[:2], events[0], *ROWS[2:5], events[1]]
+    rows = [events[0] | {"step": 1}, ROWS[1], events[0], *ROWS[2:5], events[1]]
     folder = written(tmp_path / "run", rows)
     (folder / "README.md").write_text(CARD)
     loss = draw([folder], "tokens").axes[0]
@@ -134,7 +144,7 @@ def test_events_restarts_and_branches_are_marked(tmp_path):
     assert marks["skip (2)"].get_offsets().tolist() == [[100, 4], [300, 3.5]]
     assert marks["replay (1)"].get_offsets().tolist() == [[600, 2.5]]
     # the curves are those without the events
-    plain = draw([written(tmp_path / "plain", ROWS[:5])], "tokens").axes[0]
+    plain = draw([written(tmp_path / "plain", ROWS[1:5])], "tokens").axes[0]
     for line, other in zip(loss.lines, plain.lines, strict=True):
         assert line.get_xydata().tolist() == other.get_xydata().tolist()
     assert loss.get_ylim()[0] > 1

@@ -410,6 +410,12 @@ def test_a_wrong_trunk_is_one_line(trunk, tmp_path, source, step, word):
     assert word in complaint(run("train.py", step=step, code=2, **flags))
 
 
+def test_a_branch_has_steps_left_to_train(trunk, tmp_path):
+    flags = {"init_from": f"branch:{trunk}", "step": 12, "out_dir": tmp_path / "out"}
+    assert "max_iters=12" in complaint(run("train.py", max_iters=12, code=2, **flags))
+    run("train.py", max_iters=13, **flags)
+
+
 def test_a_branch_does_not_replace_a_run(copy, trunk):
     flags = {"init_from": f"branch:{trunk}", "out_dir": copy}
     assert "already holds a run" in complaint(run("train.py", code=2, **flags))

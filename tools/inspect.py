@@ -367,11 +367,12 @@ def describe_step(folder: Path, step: int, chars: int) -> Iterator[str]:
     loader = open_loader(bundle)
     decode = from_meta(bundle["data"]).decode
 
-    # the rate by the schedule, then the log
-    factor = get_lr_factor(step - 1, config)
-    text = f"{folder}: step {step}, lr {config.learning_rate * factor:.2e}"
-    if config.optimizer == "muon":
-        text += f", Muon's {config.muon_lr * factor:.2e}"
+    # the rate by the log: a resume may have changed the schedule since
+    rate = config.learning_rate * get_lr_factor(step - 1, config)
+    for row in log.steps:
+        if row["step"] == step:
+            rate = row["lr"]
+    text = f"{folder}: step {step}, lr {rate:.2e}"
     if step > count_steps(bundle, log):
         text += ", not made yet"
     yield text

@@ -22,8 +22,8 @@ TITLES = {
 STEP_KEYS = ("step", "tokens", *TITLES)
 EVALUATION_KEYS = ("step", "val_loss")
 Columns = dict[str, np.ndarray]
-# steps by the kind of event there
-Marks = dict[str, list[float]]
+# places on the axis by the kind of event there
+Marks = dict[str, np.ndarray]
 # how to mark what happened to a run
 LINES = {"restart": "dotted", "branch": "dashdot"}
 SYMBOLS = {"skip": "x", "replay": "^"}
@@ -48,12 +48,12 @@ def to_columns(rows: list[list[float]], keys: tuple[str, ...]) -> Columns:
 
 def read_run(folder: str | Path, axis: str) -> tuple[Columns, Columns, Marks]:
     """Return the columns of a run's logged steps and of its evaluations, each with its place "x" on
-    the axis, and the steps of its events. Raises UserError if metrics.jsonl is missing or corrupt.
-    """
+    the axis, and the places of its events, restarts and branch. Raises UserError if metrics.jsonl
+    is missing or corrupt."""
     path = Path(folder) / "metrics.jsonl"
     steps = []
     evaluations = []
-    events: Marks = {}
+    events: dict[str, list[float]] = {}
     line = b""
     try:
         # the last line may still be being written
@@ -74,28 +74,31 @@ def read_run(folder: str | Path, axis: str) -> tuple[Columns, Columns, Marks]:
     logged = to_columns(steps, STEP_KEYS)
     evaluated = to_columns(evaluations, EVALUATION_KEYS)
 
-    # the log has speeds and no times, so a resumed run has no gap
-    seconds = np.diff(logged["tokens"], prepend=0) / logged["tokens_per_s"]
-    places = {
-        "steps": logged["step"],
-        "tokens": logged["tokens"],
-        "minutes": np.cumsum(seconds) / 60,
-    }
-    logged["x"] = places[axis]
-    # an evaluation stands at its step's place, which may not be logged
-    evaluated["x"] = np.interp(
-        evaluated["step"], [0, *logged["step"]], [0, *logged["x"]]
-    )
-    return logged, evaluated, events
-
-
-def read_marks(folder: str) -> Marks:
-    """Return the steps of a run's restarts and of its branch, which README.md lists."""
+    # README.md lists the starts, of which the first is no restart, and the trunk of a branch
     card = read_card(Path(folder))
-    # without the first start, which is not a restart
-    restarts = [start.step for start in card.starts[1:]]
-    branch = [card.trunk["step"]] if card.trunk else []
-    return {"restart": restarts, "branch": branch}
+    events["restart"] = [start.step for start in card.starts[1:]]
+    events["branch"] = [card.trunk["step"]] if card.trunk else []
+
+    # a branch's log begins at the step of its trunk
+    first_step = sum(events["branch"])
+    first_tokens = first_step * (logged["tokens"] / logged["step"])[:1].sum()
+    # the log has speeds and no times, so a resumed run has no gap
+    tokens = np.diff(logged["tokens"], prepend=first_tokens)
+    minutes = np.cumsum(tokens / logged["tokens_per_s"]) / 60
+    places = {
+        "steps": (first_step, logged["step"]),
+        "tokens": (first_tokens, logged["tokens"]),
+        "minutes": (0, minutes),
+    }
+    first, logged["x"] = places[axis]
+
+    # what else happened stands at its step's place, which may not be logged
+    def find_places(steps: Any) -> np.ndarray:
+        return np.interp(steps, [first_step, *logged["step"]], [first, *logged["x"]])
+
+    evaluated["x"] = find_places(evaluated["step"])
+    marks = {kind: find_places(steps) for kind, steps in events.items() if steps}
+    return logged, evaluated, marks
 
 
 def draw_marks(
@@ -103,12 +106,8 @@ def draw_marks(
 ) -> None:
     """Draw a vertical line for each branch and restart, and a symbol on the curve of the losses for
     each event."""
-    for kind, steps in marks.items():
-        if not steps:
-            continue
-        # their steps may not be logged
-        x = np.interp(steps, [0, *logged["step"]], [0, *logged["x"]])
-        style = {"color": color, "label": f"{folder}: {kind} ({len(steps)})"}
+    for kind, x in marks.items():
+        style = {"color": color, "label": f"{folder}: {kind} ({len(x)})"}
         if kind in LINES:
             # from the bottom to the top, whatever the losses are
             top = {"transform": panel.get_xaxis_transform()}
@@ -120,7 +119,7 @@ def draw_marks(
 
 def draw_run(panels: dict, folder: str, axis: str, color: str) -> None:
     """Draw the curves of one run: each logged value faintly, their moving mean on top."""
-    logged, evaluated, events = read_run(folder, axis)
+    logged, evaluated, marks = read_run(folder, axis)
     # a fiftieth of the curve, so long runs are smoothed more
     width = len(logged["x"]) // 50 + 1
     for key, panel in panels.items():
@@ -140,7 +139,6 @@ def draw_run(panels: dict, folder: str, axis: str, color: str) -> None:
         linewidth=2.2,
         label=f"{folder}: val loss, best {best:.4f}",
     )
-    marks = read_marks(folder) | events
     draw_marks(panels["loss"], folder, logged, marks, color)
 
 

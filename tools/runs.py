@@ -5,6 +5,7 @@ import hashlib
 import os
 import resource
 import select
+import socket
 import subprocess
 import sys
 import time
@@ -76,15 +77,46 @@ def fork(work: Callable[[], int | None], log: Path) -> int:
         os._exit(code)
 
 
+def fork_ranks(work: Callable[[], int | None], ranks: int, log: Path) -> int:
+    """Run `work` on several ranks: forks of a process that ends them all when one fails, as
+    torchrun does. Return the process id of that one."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+
+    def launch() -> int:
+        os.environ |= {
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "GROUP_WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+        pids = set()
+        for rank in range(ranks):
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            pids.add(fork(work, log))
+        while pids:
+            pid, status = os.wait()
+            pids.remove(pid)
+            if status:
+                # the others die with this process
+                return 1
+        return 0
+
+    return fork(launch, log)
+
+
 def start(
     settings: Settings,
     ranks: int = 0,
     torchrun: tuple[str, ...] = (),
     largest_file: int = 0,
+    forked: bool = False,
 ) -> int:
     """Start train.py, its output appended to <out_dir>.log. Return the process id. With 0 `ranks`
     it is a fork, which finds torch imported; otherwise the real command, behind torchrun for
-    several ranks, or with the flags `torchrun`. `largest_file` limits the bytes of a file."""
+    several ranks, or with the flags `torchrun`; with `forked` each rank is a fork. `largest_file`
+    limits the bytes of a file."""
     if ranks > 1 and not torchrun:
         torchrun = ("--standalone", f"--nproc_per_node={ranks}")
     command = [sys.executable]
@@ -98,13 +130,16 @@ def start(
         # the limit is set in the child alone
         if largest_file:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-        if ranks:
+        if ranks and not forked:
             os.execv(sys.executable, command)
         # what train.py does after its imports, which the fork has made already
         config, overrides, _ = parse(TrainConfig, "", flags)
         return train.main(config, overrides)
 
-    return fork(work, Path(f"{settings['out_dir']}.log"))
+    log = Path(f"{settings['out_dir']}.log")
+    if forked and ranks:
+        return fork_ranks(work, ranks, log)
+    return fork(work, log)
 
 
 def wait_for_exit(pid: int, seconds: float | None = None) -> int | None:
@@ -132,12 +167,14 @@ def list_descendants(pid: int) -> list[int]:
     return found
 
 
-def run(settings: Settings, ranks: int = 0, code: int = 0) -> float:
+def run(
+    settings: Settings, ranks: int = 0, code: int = 0, forked: bool = False
+) -> float:
     """Run train.py to its end and return its seconds. Raises UserError if it hangs or ends with
     another exit code."""
     # the time of the whole command, to choose instants within it
     started = time.perf_counter()
-    found = wait_for_exit(start(settings, ranks))
+    found = wait_for_exit(start(settings, ranks, forked=forked))
     if found != code:
         raise UserError(
             f"an uninterrupted run: expected exit code {code}, got {found} (None: it "

@@ -6,7 +6,7 @@
     rot      flipped bits, zeroed pages and cuts in the newest checkpoint
     full     no room for a checkpoint, whatever part of it would still fit
     elastic  kill -9 of a run that comes back on another number of ranks
-    skip     kill -9 of a run that skips batches which give NaN
+    skip     kill -9 of runs that skip batches which give NaN, elastic or with DDP
     prepare  prepare.py dies before each of its file operations, and again in the next attempt
     hosts    two hosts without a common disk: one is killed, comes back, is cut off
     checks   is a killed run bit-identical on --device? tools.gpu runs the same checks

@@ -1,6 +1,7 @@
 """The parts with real runs: kill, elastic, skip, full and hosts. Each fault must leave what an
 uninterrupted run leaves, bit for bit."""
 
+import importlib
 import itertools
 import os
 import random
@@ -49,17 +50,19 @@ def finish_killed_run(
     kills: int,
     rng: random.Random,
     counts: Counter,
+    forked: bool,
 ) -> int | None:
     """Start a run again until it ends, each time on one of the numbers of ranks in `lives`, and
     kill it up to `kills` times, at instants that are uniform over the seconds `lives` gives for an
-    uninterrupted run. Return its exit code, or None if it hangs."""
+    uninterrupted run. Return its exit code, or None if it hangs. Ranks are `forked`, or torchrun
+    starts them."""
     # `step` is where the last start got to
     out = settings["out_dir"]
     step = -1
     while True:
         # the draws in this order: a seed and a number give the same kills again
         ranks = rng.choice(list(lives))
-        pid = runs.start(settings, ranks)
+        pid = runs.start(settings, ranks, forked=forked)
         counts[ranks] += 1
         delay = rng.uniform(0, lives[ranks]) if kills else None
         code = runs.wait_for_exit(pid, delay)
@@ -69,16 +72,16 @@ def finish_killed_run(
 
         kills -= 1
         counts["kills"] += 1
-        # a torchrun, with which its ranks die, or one of its ranks
+        # the one that started the ranks, with which they die, or one of them
         victim = rng.choice([pid, *runs.list_descendants(pid)]) if ranks else pid
         # a rank may have just ended
         with suppress(ProcessLookupError):
             os.kill(victim, signal.SIGKILL)
-        if victim != pid:
-            # torchrun starts all ranks again
-            counts["a rank"] += 1
-            return runs.wait_for_exit(pid)
-        runs.wait_for_exit(pid)
+        counts["a rank"] += victim != pid
+        code = runs.wait_for_exit(pid)
+        # torchrun starts all ranks again
+        if victim != pid and not forked:
+            return code
 
         # a temporary file is left only by a kill inside a save
         if runs.list_temporary(out):
@@ -93,7 +96,7 @@ def finish_killed_run(
 
 
 def finish_whole_runs(
-    part: Part, settings: Settings, place: Path, choices: tuple[int, ...]
+    part: Part, settings: Settings, place: Path, choices: tuple[int, ...], forked: bool
 ) -> tuple[dict[int, float], dict]:
     """Finish an uninterrupted run on each number of ranks. Return their seconds by ranks, and how
     they end, which must be alike."""
@@ -102,7 +105,7 @@ def finish_whole_runs(
     ends = []
     for ranks in choices:
         out = place / f"whole{ranks}"
-        lives[ranks] = runs.run(settings | {"out_dir": out}, ranks)
+        lives[ranks] = runs.run(settings | {"out_dir": out}, ranks, forked=forked)
         ends.append(runs.read_end(out))
     expected = ends[0]
     if any(end != expected for end in ends):
@@ -116,11 +119,16 @@ def finish_whole_runs(
 
 
 def kill_runs(
-    part: Part, settings: Settings, place: Path, choices: tuple[int, ...], kills: int
+    part: Part,
+    settings: Settings,
+    place: Path,
+    choices: tuple[int, ...],
+    kills: int,
+    forked: bool = False,
 ) -> str:
     """Kill run after run, `kills` times in all, each start on one of the numbers of ranks in
     `choices` (0 is a fork). Each must end as an uninterrupted run does, on whichever of them."""
-    lives, expected = finish_whole_runs(part, settings, place, choices)
+    lives, expected = finish_whole_runs(part, settings, place, choices, forked)
     # since the last save, and while that was written: here, that takes longer than a step
     most_lost = 2 * settings["checkpoint_interval"]
     # --only repeats one run, whose draws depend on its number
@@ -133,7 +141,12 @@ def kill_runs(
         # a folder per run: the files of a failure stay
         out = place / f"run{number}"
         code = finish_killed_run(
-            settings | {"out_dir": out}, lives, kills - before, part.rng(number), counts
+            settings | {"out_dir": out},
+            lives,
+            kills - before,
+            part.rng(number),
+            counts,
+            forked,
         )
         problem = runs.compare_end(code, out, expected)
         # several ranks may also lose the time that they need to start
@@ -205,21 +218,33 @@ def poison(place: Path) -> Settings:
 
 
 def skip(part: Part, place: Path) -> str:
-    """Kill runs on 1 or 2 ranks whose data has batches that give NaN: all must skip the same."""
+    """Kill runs whose data has batches that give NaN: all must skip the same. Three kills of four
+    are of elastic runs on 1, 2 or 4 ranks, the others of runs on two ranks with DDP."""
+    # DDP imports it, which takes longer than such a run
+    importlib.import_module("torch._dynamo")
+
     settings = RUN | {
-        "elastic": True,
         "gradient_accumulation_steps": 4,
         "max_iters": 100,
         "warmup_iters": 100,
         "keep_every": 50,
     }
-    done = kill_runs(
-        part, settings | poison(place), place, (0, 2), part.config.cases or 6
-    )
-    skips = read_bundle(place / "whole0/ckpt.pt")["skips"]
-    if not skips:
-        part.count(-1, "the uninterrupted run skipped nothing", cases=0)
-    return f"{done}; {sum(skips.values())} batches skipped in each"
+    settings |= poison(place)
+    # DDP adds in another order on each number of ranks
+    kinds = {"elastic": (0, 2, 4), "ddp": (2,)}
+    kills = part.config.cases or 8
+    shares = {"elastic": kills - kills // 4, "ddp": kills // 4}
+    lines = []
+    for kind, choices in kinds.items():
+        folder = place / kind
+        folder.mkdir()
+        flags = settings | {"elastic": kind == "elastic"}
+        done = kill_runs(part, flags, folder, choices, shares[kind], forked=True)
+        skips = read_bundle(folder / f"whole{choices[0]}/ckpt.pt")["skips"]
+        if not skips:
+            part.count(-1, "the uninterrupted run skipped nothing", cases=0)
+        lines.append(f"{done}, {sum(skips.values())} batches skipped in each")
+    return f"{lines[0]}; with DDP: {lines[1]}"
 
 
 def check_full_disk(settings: Settings, older: Path, limit: int, expected: dict) -> str:
