@@ -86,6 +86,18 @@ class Tokenizer:
         """Return the bytes of one token, maybe a part of a character, or b"" for an unused id."""
         return self.tokens.get(i, b"")
 
+    def count_bytes(self) -> np.ndarray:
+        """Return the bytes of text that each id stands for, (vocab_size,) int64. A special token
+        stands for none, nor does the one for unknown characters."""
+        special = self.special_ids()
+        ids = range(self.vocab_size)
+        counts = [0 if i in special else len(self.token_bytes(i)) for i in ids]
+        return np.array(counts, np.int64)
+
+    def special_ids(self) -> set[int]:
+        """Return the ids of tokens that stand for no text."""
+        return set()
+
 
 def spell_bytes(token: str) -> bytes:
     """Return the bytes of a token in GPT-2's spelling, of any other token its UTF-8."""
@@ -157,6 +169,10 @@ class BPETokenizer(Tokenizer):
         """Return the ids as a uint32 array, (T,), which tiktoken fills without the GIL."""
         return self.encoding.encode_to_numpy(text, disallowed_special=())
 
+    def special_ids(self) -> set[int]:
+        """Return the ids of tokens that stand for no text."""
+        return set(self.special_tokens.values())
+
 
 class HFTokenizer(Tokenizer):
     """Wrap a tokenizers.Tokenizer."""
@@ -190,6 +206,29 @@ class HFTokenizer(Tokenizer):
         """Return the ids as a uint32 array, (T,), by the one method that releases the GIL."""
         (encoding,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return np.array(encoding.ids, np.uint32)
+
+    def special_ids(self) -> set[int]:
+        """Return the ids of tokens that stand for no text."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        return {i for i, token in added.items() if token.special}
+
+    def count_bytes(self) -> np.ndarray:
+        """Return the bytes of text that each id stands for, (vocab_size,) int64: those that it adds
+        to the text of a word before it, where the decoder takes no bytes."""
+        counts = super().count_bytes()
+        if self.decoders == ["ByteLevel"]:
+            return counts
+        # at the start of a text a decoder may remove a space
+        word = next((i for t, i in self.ids.items() if t.isalpha() and t.isascii()), 0)
+        before = self.tokenizer.decode([word], skip_special_tokens=False)
+        others = set(self.ids.values()) - self.tokens.keys() - self.special_ids()
+        for i in others:
+            text = self.tokenizer.decode([word, i], skip_special_tokens=False)
+            counts[i] = len(text[len(before) :].encode())
+            # a part of a character
+            if "\ufffd" in text:
+                counts[i] = len(spell_bytes(self.tokenizer.id_to_token(i)))
+        return counts
 
     def find_bytes(self) -> dict[int, bytes]:
         """Return the bytes of the tokens that stand for bytes: all if the decoder is ByteLevel,

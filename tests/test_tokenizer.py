@@ -492,3 +492,32 @@ def test_folder_without_a_tokenizer_is_refused(tmp_path, play):
                 data_dir=tmp_path,
             )
         )
+
+
+@pytest.mark.parametrize("make", [byte_level, sentencepiece, wordpiece, unigram])
+def test_the_bytes_of_the_tokens_are_those_of_the_text(make, text, tmp_path):
+    ours = from_meta(describe(save(make(text), tmp_path / "own")))
+    sample = " ".join(text[:3000].split())
+    # words and unigrams have one token for all unknown characters
+    if make in (byte_level, sentencepiece):
+        sample += " é 日本 \u0301 é"
+    ids = ours.encode(sample)
+    # in the middle of a text a decoder of words puts a space before the first one
+    extra = ours.count_bytes()[ids].sum() - len(ours.decode(ids).encode())
+    assert extra == (0 if make is byte_level else 1)
+
+
+@pytest.mark.parametrize("kind", ["char", "gpt2", "bpe"])
+def test_special_tokens_have_no_bytes(kind, text):
+    description = {"kind": kind}
+    if kind == "char":
+        description["chars"] = "".join(sorted(set(text)))
+    if kind == "bpe":
+        description = train_bpe([text], 300)
+    ours = from_meta({"tokenizer": description})
+    ids = ours.encode(text)
+    counts = ours.count_bytes()
+    assert counts.shape == (ours.vocab_size,)
+    assert counts[ids].sum() == len(text.encode())
+    if ours.eot is not None:
+        assert counts[ours.eot] == 0
