@@ -81,7 +81,7 @@ class PrepareConfig:
     tokenizer: str = setting(
         "gpt2",
         "gpt2 | char: every character is a token | bpe:N: at most N tokens, trained on the text "
-        "itself | a folder with a tokenizer.json | the name of one of tiktoken's encodings",
+        "itself | a folder with a tokenizer.json, or of a prepared dataset | the name of one of tiktoken's encodings",
     )
     val_fraction: float = setting(
         0.1, "the share of the text for validation", least=1e-9, below=1
@@ -247,7 +247,7 @@ def complete_tokenizer(wanted: dict[str, Any], shards: list[Shard]) -> dict[str,
     chunks = chain.from_iterable(
         split_documents(shards, k, Tokenizer.cut) for k in numbers
     )
-    if wanted["kind"] == "char":
+    if wanted["kind"] == "char" and "chars" not in wanted:
         chars = set(chain.from_iterable(chunk.text for chunk in chunks))
         # it ends a document, for lack of a token
         if sum(shard.documents for shard in shards) > 1:

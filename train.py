@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,13 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from keepgpt import checkpoint, elastic
 from keepgpt.card import write_card
 from keepgpt.config import ARCHITECTURE, check_settings, resume_config
-from keepgpt.dataset import (
-    IDENTITY,
-    check_identity,
-    dataset_folder,
-    read_crc32,
-    read_meta,
-)
+from keepgpt.dataset import IDENTITY, check_identity
 from keepgpt.device import (
     device_name,
     peak_flops,
@@ -56,10 +51,24 @@ from keepgpt.errors import (
     run_or_exit,
     warn,
 )
+from keepgpt.evaluation import (
+    Text,
+    combine_losses,
+    count_token_bytes,
+    describe_evaluation,
+)
 from keepgpt.files import FolderLock
 from keepgpt.huggingface import read_weights
 from keepgpt.loader import Loader, Split, batch_number, seed_of
 from keepgpt.metrics import Metrics
+from keepgpt.mixture import (
+    Mixture,
+    Source,
+    describe_sources,
+    find_sources,
+    open_split,
+    read_checksums,
+)
 from keepgpt.optim import get_lr_factor, make_optimizer, set_rates
 from keepgpt.ranks import SAME_START, Ranks, join_ranks, shared_settings
 from keepgpt.same_tokens import check_tokenizer
@@ -155,13 +164,14 @@ class Run:
     lock: FolderLock  # on out_dir, held by rank 0
     data: dict[str, Any]  # the dataset's description, see dataset.read_meta
     loader: Loader
-    splits: dict[str, Split]
+    splits: dict[str, Split | Mixture | Text]  # see open_data
     compiled_model: Any  # the model itself where it is not compiled
     train_model: Any  # that one in DDP, if there are several ranks
     accumulate: Callable[[Callable[[int, int], None]], None]  # see compute_gradient
     dtype: torch.dtype  # of the matrix products
     autocast: Any
     state: State
+    token_bytes: Tensor | None  # see count_token_bytes
     # set_up makes these last
     saver: checkpoint.Saver | None = None
     metrics: Metrics | None = None
@@ -194,8 +204,7 @@ def set_up(config: TrainConfig, overrides: dict[str, Any], opened: ExitStack) ->
     elastic.check_elastic(config, ranks)
 
     # find the data: the same on all ranks, and the same as before
-    folder = dataset_folder(config.data_dir, config.dataset)
-    data = find_data(folder, config, bundle, ranks)
+    sources, data = find_data(config, bundle, ranks)
 
     # build the model: with the checkpoint's weights, those that init_from names, or random ones
     # (an elastic run keeps its number of threads: sums over threads round differently)
@@ -209,7 +218,7 @@ def set_up(config: TrainConfig, overrides: dict[str, Any], opened: ExitStack) ->
     config = replace(config, **{key: getattr(model.args, key) for key in ARCHITECTURE})
 
     # open the data, in windows of the model's block_size
-    loader, splits = ranks.on_each(lambda: open_data(folder, config, data, ranks))
+    loader, splits = ranks.on_each(lambda: open_data(sources, config, ranks))
 
     # compile the model, wrap it in DDP, make the optimizer, and restore the state
     run = build_run(config, ranks, lock, data, loader, splits, model)
@@ -230,11 +239,12 @@ def set_up(config: TrainConfig, overrides: dict[str, Any], opened: ExitStack) ->
 
 
 def find_data(
-    folder: Path, config: TrainConfig, bundle: dict[str, Any] | None, ranks: Ranks
-) -> dict[str, Any]:
-    """Return the description of the dataset in `folder`, with the checksums of its blocks. Raises
-    UserError unless it is the same on all ranks, and the one that the `bundle` was trained on."""
-    data = ranks.on_each(lambda: read_meta(folder))
+    config: TrainConfig, bundle: dict[str, Any] | None, ranks: Ranks
+) -> tuple[list[Source], dict[str, Any]]:
+    """Return the sources of the data, with the checksums of their blocks, and its description.
+    Raises UserError unless it is the same on all ranks, and what the `bundle` was trained on."""
+    sources = ranks.on_each(lambda: find_sources(config.data_dir, config.dataset))
+    data = describe_sources(sources)
     saved_data = bundle["data"] if bundle else {}
     identity = {key: data[key] for key in IDENTITY}
     # a branch may start another dataset of the same tokens
@@ -243,11 +253,13 @@ def find_data(
         ranks.on_each(lambda: start_other_data(bundle, data))
         saved_data = {}
     elif bundle:
-        ranks.on_each(lambda: check_identity(folder, data, saved_data))
+        ranks.on_each(lambda: check_identity(config.dataset, data, saved_data))
     # only its name and place may differ between hosts
     ranks.check_equal({"data": identity, **shared_settings(config)}, SAME_START)
-    data["crc32"] = ranks.on_first(lambda: read_crc32(folder, data, saved_data))
-    return data
+    ranks.on_first(lambda: read_checksums(sources, saved_data))
+    for source in sources:
+        source.meta["crc32"] = ranks.from_first(source.meta.get("crc32"))
+    return sources, describe_sources(sources)
 
 
 def start_other_data(bundle: dict[str, Any], data: dict[str, Any]) -> None:
@@ -353,6 +365,7 @@ def build_run(
         dtype,
         autocast,
         state,
+        ranks.on_first(lambda: count_token_bytes(data)),
     )
 
 
@@ -429,9 +442,10 @@ def merge_settings(
 
 
 def open_data(
-    folder: Path, config: TrainConfig, data: dict[str, Any], ranks: Ranks
-) -> tuple[Loader, dict[str, Split]]:
-    """Return this rank's share of the training batches, and both splits for evaluations. Raises
+    sources: list[Source], config: TrainConfig, ranks: Ranks
+) -> tuple[Loader, dict[str, Split | Mixture]]:
+    """Return this rank's share of the training batches, and the splits for evaluations: "train",
+    "val" or for each source of a mixture "val/NAME", and "text", see eval_text. Raises
     UserError."""
     # this rank computes a contiguous range of each step's micro-batches
     micro_batches = config.gradient_accumulation_steps
@@ -444,15 +458,15 @@ def open_data(
     local = range(ranks.rank * per_rank, (ranks.rank + 1) * per_rank)
 
     # training cuts each epoch at another offset; an evaluation always reads the same windows
-    open_split = partial(
-        Split, folder, meta=data, block_size=config.block_size, seed=config.seed
-    )
-    shifted = open_split("train", shift=True)
+    cut = partial(open_split, block_size=config.block_size, seed=config.seed)
+    shifted = cut(sources, "train", shift=True)
     loader = Loader(shifted, config.batch_size, micro_batches, local, ranks.device)
-    splits = {
-        "train": open_split("train", shift=False),
-        "val": open_split("val", shift=False),
-    }
+    splits = {"train": cut(sources, "train", shift=False)}
+    for source in sources:
+        name = "val" if len(sources) == 1 else f"val/{source.meta['name']}"
+        splits[name] = cut([source], "val", shift=False)
+    if config.eval_text:
+        splits["text"] = Text(config.eval_text, sources[0].meta, config.block_size)
     return loader, splits
 
 
@@ -565,6 +579,9 @@ def describe_run(run: Run) -> None:
         f"{parameters / 1e6:.2f}M parameters, {config.tokens_per_step:,} tokens/step, "
         f"{run.data['tokens']['train']:,} of {run.data['name']}; {machine}"
     )
+    if isinstance(run.loader.split, Mixture):
+        batch = run.state.batch + config.max_iters - run.state.step
+        run.metrics.say(f"by step {config.max_iters}: {describe_mixture(run, batch)}")
     if not run.saver.folder:
         return
     warn_if_full(run, parameters)
@@ -574,6 +591,17 @@ def describe_run(run: Run) -> None:
         run.state.wandb_run_id = run.metrics.start_wandb(
             asdict(config), run.state.wandb_run_id
         )
+
+
+def describe_mixture(run: Run, batch: int) -> str:
+    """Return the share of each source of a mixture, and its epochs in the first `batch` batches."""
+    mixture = run.loader.split
+    counts = mixture.count_windows(run.loader.first_window(batch, 0))
+    parts = []
+    for part, split, count in zip(run.data["sources"], mixture.splits, counts):
+        share = float(Fraction(part["share"]))
+        parts.append(f"{part['name']} {share:.1%}, {count / split.windows:.2f} epochs")
+    return "; ".join(parts)
 
 
 def warn_if_full(run: Run, parameters: int) -> None:
@@ -602,6 +630,11 @@ def write_run_card(run: Run, machine: str = "") -> None:
         return
     state = run.state
     notes = []
+    if state.evaluation:
+        losses = describe_evaluation(state.evaluation)
+        notes.append(f"Step {state.evaluation['step']}: {losses}.")
+    if isinstance(run.loader.split, Mixture):
+        notes.append(f"Mixture: {describe_mixture(run, state.batch)}.")
     if state.trunk:
         notes.append(
             "Branched from `{path}`, step {step} (sha256 {sha256}).".format(
@@ -694,6 +727,7 @@ def evaluate_and_log(run: Run, signals: Signals) -> bool:
     if losses is None:
         return False
     best = record_evaluation(run, losses)
+    write_run_card(run)
     best_val_loss = min(run.saver.best_val_loss, losses["val_loss"])
     run.metrics.log_evaluation(run.state.evaluation, best, best_val_loss)
     if run.config.sample_tokens and run.ranks.rank == 0:
@@ -713,36 +747,53 @@ def record_evaluation(run: Run, losses: dict[str, float]) -> bool:
 
 @torch.no_grad()
 def evaluate(run: Run, signals: Signals) -> dict[str, float] | None:
-    """Return each split's mean loss, computed by all ranks together; None if a signal came."""
-    ranks = run.ranks
-    batch_size = run.config.batch_size
+    """Return the losses and the bits per byte of each split, see combine_losses, computed by all
+    ranks together; None if a signal came."""
     run.state.model.eval()
     losses = {}
-    for name, split in run.splits.items():
-        # the same windows at each evaluation; the last batch may be smaller
-        count = min(run.config.eval_iters * batch_size, split.windows)
-        starts = range(0, count, batch_size)
-        sizes = [min(batch_size, count - start) for start in starts]
+    bytes_per_token = {}
+    for name in run.splits:
+        means = evaluate_split(run, name, signals)
+        if means is None:
+            return None
+        losses[name], bytes_per_token[name] = means
+    return combine_losses(losses, bytes_per_token, run.data)
 
-        # each entry is filled by one rank
-        means = torch.zeros(len(sizes), device=ranks.device)
-        for i, size in enumerate(sizes):
-            rank = i % ranks.world_size
-            # all ranks stop at the same batch
-            if rank == 0 and ranks.any(signals.received):
-                return None
-            if rank != ranks.rank:
-                continue
-            x, y = split.rows(starts[i], size)
-            # a smaller batch would need another compiled graph
-            model = run.compiled_model if size == batch_size else run.state.model
-            with run.autocast:
-                means[i] = model(x.to(ranks.device), y.to(ranks.device))
 
-        # the mean over windows, not over batches
-        means = ranks.sum(means).cpu().double()
-        losses[f"{name}_loss"] = (means * torch.tensor(sizes)).sum().item() / count
-    return losses
+def evaluate_split(run: Run, name: str, signals: Signals) -> list[float] | None:
+    """Return the mean loss of a split's windows, and their bytes per token, 0 if those are unknown;
+    None if a signal came."""
+    ranks = run.ranks
+    batch_size = run.config.batch_size
+    split = run.splits[name]
+    # the same windows at each evaluation, of a text all; the last batch may be smaller
+    count = min(run.config.eval_iters * batch_size, split.windows)
+    if name == "text":
+        count = split.windows
+    starts = range(0, count, batch_size)
+    sizes = [min(batch_size, count - start) for start in starts]
+
+    # for each batch the mean loss, and the bytes per token; each column is filled by one rank
+    means = torch.zeros(2, len(sizes), device=ranks.device)
+    for i, size in enumerate(sizes):
+        rank = i % ranks.world_size
+        # all ranks stop at the same batch
+        if rank == 0 and ranks.any(signals.received):
+            return None
+        if rank != ranks.rank:
+            continue
+        x, y = split.rows(starts[i], size)
+        # a batch of another shape would need another compiled graph
+        is_usual = x.shape == (batch_size, run.config.block_size)
+        model = run.compiled_model if is_usual else run.state.model
+        with run.autocast:
+            means[0, i] = model(x.to(ranks.device), y.to(ranks.device))
+        if run.token_bytes is not None:
+            means[1, i] = run.token_bytes[y].double().mean()
+
+    # the mean over windows, not over batches
+    means = ranks.sum(means).cpu().double()
+    return ((means * torch.tensor(sizes)).sum(1) / count).tolist()
 
 
 def show_sample(run: Run) -> None:

@@ -51,7 +51,7 @@ def write_card(
     tokenizer = data["tokenizer"].get("name", data["tokenizer"]["kind"])
     facts = {**data, "tokenizer": tokenizer}
     # checksums of files say nothing to a reader
-    shown = facts.keys() - {"files", "crc32"}
+    shown = facts.keys() - {"files", "crc32", "sources"}
     settings = [f"{key} = {value!r}" for key, value in asdict(config).items()]
     if start:
         # one line, whatever the arguments hold

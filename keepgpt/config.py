@@ -62,7 +62,9 @@ class TrainConfig:
     seed: int = setting(1337, "seed of weights, data order and dropout", below=2**63)
     # the data
     dataset: str = setting(
-        "openwebtext", "folder in data_dir, made by prepare.py or nanoGPT"
+        "openwebtext",
+        "folder in data_dir, made by prepare.py or nanoGPT, or with shards of llm.c | a mixture: "
+        "NAME:WEIGHT+NAME:WEIGHT, e.g. web:0.7+code:0.3",
     )
     data_dir: str = setting(
         "data", "folder of all datasets; relative paths start at train.py's"
@@ -141,6 +143,9 @@ class TrainConfig:
     # evaluating, logging and saving
     eval_interval: int = setting(2000, "steps between evaluations", least=1)
     eval_iters: int = setting(200, "micro-batches to evaluate of each split", least=1)
+    eval_text: str = setting(
+        "", "a text file: its bits per byte are part of each evaluation"
+    )
     eval_only: bool = setting(False, "evaluate once and exit")
     log_interval: int = setting(1, "steps between log lines", least=1)
     sample_tokens: int = setting(0, "tokens of a sample to show at each evaluation")

@@ -26,6 +26,9 @@ IDENTITY = ("fingerprint", "tokenizer", "vocab_size", "dtype", "tokens")
 FIRST = 1 << 19
 # bytes of a .bin file with a CRC32 of their own; Linux reads that many ahead
 BLOCK = 1 << 17
+# of the shards of llm.c and modded-nanogpt: bytes of the header, and the number that starts it
+SHARD_HEADER = 1024
+SHARD_MAGIC = 20240520
 
 
 class BadData(UserError):
@@ -40,11 +43,13 @@ def dataset_folder(data_dir: str, dataset: str) -> Path:
 def read_meta(folder: Path) -> dict[str, Any]:
     """Return the description of the dataset in `folder`: prepare.py's meta.json, or one made for
     a dataset that nanoGPT prepared. Raises BadData."""
-    # nanoGPT writes no meta.json
+    # other programs write no meta.json
     path = folder / "meta.json"
     if not path.exists():
         if (folder / "train.bin").exists():
             return describe_nanogpt_data(folder)
+        if any(folder.glob("*_train_*.bin")):
+            return describe_shards(folder)
         raise BadData(
             f"no prepared dataset in {folder}. Try: python prepare.py {folder.name}"
         )
@@ -70,13 +75,16 @@ def check_meta(meta: dict[str, Any]) -> None:
     "".join(meta.get("crc32", {}).values())
 
 
-def check_identity(folder: Path, meta: dict[str, Any], saved: dict[str, Any]) -> None:
-    """Raise BadData unless the dataset in `folder` has the tokens of the description `saved`."""
+def check_identity(
+    folder: Path | str, meta: dict[str, Any], saved: dict[str, Any]
+) -> None:
+    """Raise BadData unless the data called `folder` has the tokens of the description `saved`."""
     # its name and source may differ
     if any(meta[key] != saved[key] for key in IDENTITY):
         raise BadData(
             f"{folder}: not the {saved['name']} that this run was trained on. Try: "
-            "prepare the same text again"
+            "prepare the same text again, or go on with other data in another run: "
+            "--init_from=branch:<this run's folder> --out_dir=<new folder>"
         )
 
 
@@ -184,6 +192,58 @@ def describe_nanogpt_data(folder: Path) -> dict[str, Any]:
         "tokens": tokens,
         "fingerprint": digest.hexdigest(),
     }
+
+
+def describe_shards(folder: Path) -> dict[str, Any]:
+    """Return the description of a folder with the shards of llm.c or modded-nanogpt,
+    NAME_train_NUMBER.bin and NAME_val_NUMBER.bin, in GPT-2's tokens. Raises BadData."""
+    digest = hashlib.sha256()
+    files: dict[str, dict[str, int]] = {}
+    for split in SPLITS:
+        files[split] = {}
+        for path in sorted(folder.glob(f"*_{split}_*.bin")):
+            files[split][path.name] = read_shard_header(path)
+            # its size and first tokens identify a shard without a long wait
+            with open(path, "rb") as file:
+                digest.update(path.name.encode() + file.read(BLOCK))
+        if not files[split]:
+            raise BadData(
+                f"{folder}: no file *_{split}_*.bin. Try: download the shards of both splits"
+            )
+    return {
+        "format": 1,
+        "name": folder.name,
+        "tokenizer": {"kind": "gpt2"},
+        "vocab_size": 50257,
+        "dtype": "uint16",
+        "tokens": {split: sum(files[split].values()) for split in SPLITS},
+        "files": files,
+        "header": SHARD_HEADER,
+        "fingerprint": digest.hexdigest(),
+    }
+
+
+def read_shard_header(path: Path) -> int:
+    """Return the number of tokens of a shard by its header: 256 int32, of which the first are
+    SHARD_MAGIC, the version and that number. Raises BadData unless the file has its size."""
+    try:
+        header = np.fromfile(path, "<i4", SHARD_HEADER // 4)
+        size = path.stat().st_size
+    except OSError as e:
+        raise BadData(f"{path}: {e.strerror.lower()}. Try: download it again") from None
+    if len(header) < SHARD_HEADER // 4 or (header[:2] != [SHARD_MAGIC, 1]).any():
+        raise BadData(
+            f"{path}: expected a header of llm.c's shards with 16 bits per token ({SHARD_MAGIC}, "
+            f"1), got {header[:2].tolist()}. Try: shards in GPT-2's tokens"
+        )
+    tokens = int(header[2])
+    expected = SHARD_HEADER + 2 * tokens
+    if size != expected:
+        raise BadData(
+            f"{path}: expected {expected:,} bytes for the {tokens:,} tokens of its header, got "
+            f"{size:,}. Try: download it again"
+        )
+    return tokens
 
 
 class PlainUnpickler(pickle.Unpickler):

@@ -86,6 +86,8 @@ class Split:
         Raises BadData for a missing or truncated file, and for too few tokens."""
         self.dtype = np.dtype(meta["dtype"])
         self.vocab_size = meta["vocab_size"]
+        # bytes before the tokens of each file
+        self.header = meta.get("header", 0)
         self.block_size = block_size
         self.key = np.uint64(seed_of(seed))
 
@@ -96,14 +98,14 @@ class Split:
         self.crc32: list[str] = []
         self.intact: list[bytearray] = []
         for name, expected in split_files(meta, split).items():
-            file = open_tokens(folder / name, expected, self.dtype.itemsize)
+            path = folder / name
+            file = open_tokens(path, expected, self.dtype.itemsize, self.header)
             self.files.append(file)
             self.ends.append(self.ends[-1] + expected)
             if "crc32" in meta:
                 self.crc32.append(meta["crc32"].get(name, ""))
-                self.intact.append(
-                    bytearray(expected * self.dtype.itemsize // BLOCK + 1)
-                )
+                size = self.header + expected * self.dtype.itemsize
+                self.intact.append(bytearray(size // BLOCK + 1))
 
         tokens = self.ends[-1]
         if tokens <= block_size:
@@ -137,7 +139,7 @@ class Split:
     def read_file(self, i: int, start: int, count: int) -> bytes:
         """Return tokens start ... start + count - 1 of file i; see `read`."""
         file = self.files[i]
-        first = start * self.dtype.itemsize
+        first = self.header + start * self.dtype.itemsize
         size = count * self.dtype.itemsize
         with name_path(file.name):
             content = os.pread(file.fileno(), size, first)
@@ -174,35 +176,44 @@ class Split:
                 )
             self.intact[i][block] = 1
 
-    def starts(self, first: int, count: int) -> list[int]:
-        """Return the first token of each of the windows first ... first + count - 1 of the endless
-        sequence of epochs."""
+    def locate(self, first: int, count: int) -> list[tuple["Split", int]]:
+        """Return the split and the first token of each of the windows first ... first + count - 1
+        of the endless sequence of epochs."""
         # each epoch has a permutation and an offset of its own
         numbers = np.arange(first, first + count, dtype=np.uint64)
         epoch, index = np.divmod(numbers, np.uint64(self.windows))
         key = mix(epoch ^ self.key)
         offset = key % np.uint64(self.offsets)
         window = permute(index, self.windows, key)
-        return (window * np.uint64(self.block_size) + offset).tolist()
+        starts = (window * np.uint64(self.block_size) + offset).tolist()
+        return [(self, start) for start in starts]
 
     def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """Return windows first ... first + count - 1, see `starts`: inputs and targets, (count, T)
+        """Return windows first ... first + count - 1, see `locate`: inputs and targets, (count, T)
         int64 each."""
-        starts = self.starts(first, count)
-        rows = b"".join(self.read(start, self.block_size + 1) for start in starts)
-        # targets are the inputs one token later
-        window = torch.from_numpy(np.frombuffer(rows, self.dtype).astype(np.int64))
-        window = window.view(count, self.block_size + 1)  # (count, T + 1)
-        return window[:, :-1], window[:, 1:]
+        return read_rows(self.locate(first, count))
 
 
-def open_tokens(path: Path, expected: int, itemsize: int) -> FileIO:
-    """Open a file that must hold `expected` tokens of `itemsize` bytes. Raises BadData."""
+def read_rows(places: list[tuple[Split, int]]) -> tuple[Tensor, Tensor]:
+    """Return the windows that start at those tokens of splits: inputs and targets, (count, T) int64
+    each. Raises BadData."""
+    windows = []
+    for split, start in places:
+        content = split.read(start, split.block_size + 1)
+        windows.append(np.frombuffer(content, split.dtype))
+    # targets are the inputs one token later
+    tokens = torch.from_numpy(np.stack(windows).astype(np.int64))  # (count, T + 1)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def open_tokens(path: Path, expected: int, itemsize: int, header: int) -> FileIO:
+    """Open a file that must hold `expected` tokens of `itemsize` bytes behind a header of that many
+    bytes. Raises BadData."""
     try:
         file = open(path, "rb", buffering=0)
     except OSError as e:
         raise BadData(f"{path}: {e.strerror.lower()}. Try: prepare.py again") from e
-    tokens = os.fstat(file.fileno()).st_size // itemsize
+    tokens = (os.fstat(file.fileno()).st_size - header) // itemsize
     if tokens != expected:
         raise BadData(
             f"{path}: expected {expected:,} tokens as in meta.json, got "

@@ -22,6 +22,7 @@ from keepgpt.errors import (
     say,
     warn,
 )
+from keepgpt.evaluation import describe_evaluation
 from keepgpt.files import FolderLock, FolderLost, check_lock, write_atomically
 
 # for wandb to send the rest; torchrun and Slurm kill 30 seconds after a signal
@@ -215,10 +216,7 @@ class Metrics:
     ) -> None:
         """Log the losses of an evaluation, the `best` so far or not."""
         self.log(evaluation, best_val_loss=best_val_loss)
-        text = (
-            f"step {evaluation['step']}: train loss {evaluation['train_loss']:.4f}, "
-            f"val loss {evaluation['val_loss']:.4f}"
-        )
+        text = f"step {evaluation['step']}: {describe_evaluation(evaluation)}"
         if best:
             text += ", the best so far"
         self.say(text)

@@ -19,6 +19,7 @@ import numpy as np
 import tiktoken.registry
 from tiktoken_ext import openai_public
 
+from keepgpt.dataset import read_meta
 from keepgpt.errors import UserError, import_package
 
 EOT = "<|endoftext|>"
@@ -355,8 +356,11 @@ def describe_encoding(
 
 
 def describe_folder(folder: Path) -> dict[str, Any]:
-    """Return the description of the tokenizer in a Hugging Face folder: its tokenizer.json, or that
-    of its vocab.json and merges.txt, and the id of its end-of-text token. Raises UserError."""
+    """Return the description of the tokenizer of a prepared dataset, or of a Hugging Face folder:
+    its tokenizer.json, or that of its vocab.json and merges.txt, and the id of its end-of-text
+    token. Raises UserError."""
+    if (folder / "meta.json").exists():
+        return read_meta(folder)["tokenizer"]
     try:
         config = read_json(folder / "tokenizer_config.json")
         content = read_json(folder / "tokenizer.json")

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from datetime import timedelta
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,15 @@ from keepgpt.checkpoint import (
     step_of,
 )
 from keepgpt.config import TrainConfig, setting
-from keepgpt.dataset import check_identity, dataset_folder, read_crc32, read_meta
+from keepgpt.dataset import check_identity
 from keepgpt.errors import UserError
-from keepgpt.loader import Loader, Split, batch_number
+from keepgpt.loader import Loader, batch_number, read_rows
+from keepgpt.mixture import (
+    describe_sources,
+    find_sources,
+    open_split,
+    read_checksums,
+)
 from keepgpt.optim import get_lr_factor
 from keepgpt.tokenizer import from_meta
 from tools.common import Card, read_card, run_tool
@@ -192,8 +199,13 @@ def describe_progress(
     if bundle:
         # a branch may have started another dataset
         tokens -= bundle.get("data_start", 0) * config.tokens_per_step
-        epochs = tokens / bundle["data"]["tokens"]["train"]
-        text += f" ({epochs:.2f} epochs of {bundle['data']['name']})"
+        # the whole data, or the sources of a mixture
+        parts = []
+        for part in bundle["data"].get("sources", [bundle["data"]]):
+            read = tokens * float(Fraction(part.get("share", 1)))
+            epochs = read / part["tokens"]["train"]
+            parts.append(f"{epochs:.2f} epochs of {part['name']}")
+        text += f" ({', '.join(parts)})"
     # as in the lines on the terminal
     if log.steps:
         speed = log.steps[-1]["tokens_per_s"]
@@ -299,11 +311,10 @@ def open_loader(bundle: dict[str, Any]) -> Loader:
     changed."""
     config = read_config(bundle["config"])
     # the same checks as at a start
-    folder = dataset_folder(config.data_dir, config.dataset)
-    meta = read_meta(folder)
-    check_identity(folder, meta, bundle["data"])
-    meta["crc32"] = read_crc32(folder, meta, bundle["data"])
-    split = Split(folder, "train", meta, config.block_size, config.seed, shift=True)
+    sources = find_sources(config.data_dir, config.dataset)
+    check_identity(config.dataset, describe_sources(sources), bundle["data"])
+    read_checksums(sources, bundle["data"])
+    split = open_split(sources, "train", config.block_size, config.seed, shift=True)
     # all micro-batches, whatever rank computed them
     micro_batches = config.gradient_accumulation_steps
     local = range(micro_batches)
@@ -312,14 +323,16 @@ def open_loader(bundle: dict[str, Any]) -> Loader:
 
 def read_micro_batch(loader: Loader, batch: int, m: int) -> list[Sequence]:
     """Return the sequences of micro-batch m of a batch. Raises BadData."""
-    split = loader.split
     first = loader.first_window(batch, m)
-    x, _ = split.rows(first, loader.batch_size)
+    places = loader.split.locate(first, loader.batch_size)
+    x, _ = read_rows(places)
     sequences = []
-    for start, tokens in zip(split.starts(first, loader.batch_size), x.tolist()):
+    for (split, start), tokens in zip(places, x.tolist()):
         # the file that holds the first token, as in Split.read
         i = bisect_right(split.ends, start) - 1
-        name = Path(split.files[i].name).name
+        path = Path(split.files[i].name)
+        # the folder too: a mixture has several files of one name
+        name = f"{path.parent.name}/{path.name}"
         sequences.append(Sequence(name, start - split.ends[i], tokens))
     return sequences
 

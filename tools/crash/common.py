@@ -56,6 +56,9 @@ class CrashConfig:
     )
     seed: int = setting(1, "seed of the cases")
     only: int = setting(-1, "the number of the one case (kill: run) to try", least=-1)
+    torchrun: bool = setting(
+        False, "elastic, skip: ranks started by torchrun, which takes seconds"
+    )
     device: str = setting("auto", "checks: auto | cpu | cuda")
 
 

@@ -29,7 +29,7 @@ from tools.runs import Settings
 WIDE = RUN | {"n_embd": 64, "eval_interval": 6, "max_iters": 42}
 # a character that no program holds, and how often a text gets it
 POISON = "\u00a4"
-POISONED = 8
+POISONED = 16
 # bytes between two limits
 ROOM = 1 << 16
 HOSTS = RUN | {
@@ -96,7 +96,7 @@ def finish_killed_run(
 
 
 def finish_whole_runs(
-    part: Part, settings: Settings, place: Path, choices: tuple[int, ...], forked: bool
+    part: Part, settings: Settings, place: Path, choices: tuple[int, ...]
 ) -> tuple[dict[int, float], dict]:
     """Finish an uninterrupted run on each number of ranks. Return their seconds by ranks, and how
     they end, which must be alike."""
@@ -105,6 +105,7 @@ def finish_whole_runs(
     ends = []
     for ranks in choices:
         out = place / f"whole{ranks}"
+        forked = not part.config.torchrun
         lives[ranks] = runs.run(settings | {"out_dir": out}, ranks, forked=forked)
         ends.append(runs.read_end(out))
     expected = ends[0]
@@ -124,11 +125,10 @@ def kill_runs(
     place: Path,
     choices: tuple[int, ...],
     kills: int,
-    forked: bool = False,
 ) -> str:
     """Kill run after run, `kills` times in all, each start on one of the numbers of ranks in
     `choices` (0 is a fork). Each must end as an uninterrupted run does, on whichever of them."""
-    lives, expected = finish_whole_runs(part, settings, place, choices, forked)
+    lives, expected = finish_whole_runs(part, settings, place, choices)
     # since the last save, and while that was written: here, that takes longer than a step
     most_lost = 2 * settings["checkpoint_interval"]
     # --only repeats one run, whose draws depend on its number
@@ -146,7 +146,7 @@ def kill_runs(
             kills - before,
             part.rng(number),
             counts,
-            forked,
+            forked=not part.config.torchrun,
         )
         problem = runs.compare_end(code, out, expected)
         # several ranks may also lose the time that they need to start
@@ -211,7 +211,7 @@ def poison(place: Path) -> Settings:
     return shape | {
         "dataset": dataset,
         "init_from": f"auto:{weights}",
-        "learning_rate": 0.3,
+        "learning_rate": 1.0,
         "weight_decay": 0.0,
         "spike_factor": 20.0,
     }
@@ -225,9 +225,9 @@ def skip(part: Part, place: Path) -> str:
 
     settings = RUN | {
         "gradient_accumulation_steps": 4,
-        "max_iters": 100,
-        "warmup_iters": 100,
-        "keep_every": 50,
+        "max_iters": 50,
+        "warmup_iters": 50,
+        "keep_every": 20,
     }
     settings |= poison(place)
     # DDP adds in another order on each number of ranks
@@ -239,7 +239,7 @@ def skip(part: Part, place: Path) -> str:
         folder = place / kind
         folder.mkdir()
         flags = settings | {"elastic": kind == "elastic"}
-        done = kill_runs(part, flags, folder, choices, shares[kind], forked=True)
+        done = kill_runs(part, flags, folder, choices, shares[kind])
         skips = read_bundle(folder / f"whole{choices[0]}/ckpt.pt")["skips"]
         if not skips:
             part.count(-1, "the uninterrupted run skipped nothing", cases=0)

@@ -1,0 +1,108 @@
+"""What an evaluation reads beside the dataset, and how its losses become bits per byte."""
+
+import math
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from keepgpt.errors import UserError, warn
+from keepgpt.text import open_text, read_block
+from keepgpt.tokenizer import from_meta
+
+
+class Text:
+    """The windows of a text, which have one length of at most block_size, so that they cover it:
+    fewer tokens than there are windows are left out at its end."""
+
+    def __init__(self, path: str, data: dict[str, Any], block_size: int) -> None:
+        """Encode the file `path` with the tokenizer of the description `data`. Raises UserError."""
+        try:
+            text = read_block(open_text(path), -1)
+            tokens = from_meta(data).encode_to_numpy(text)
+        # no file, not UTF-8, or a character without a token
+        except (OSError, ValueError, UserError) as e:
+            raise UserError(f"eval_text={path}: {e}") from None
+        targets = len(tokens) - 1
+        if targets < 1:
+            raise UserError(f"eval_text={path}: expected two tokens, got {len(tokens)}")
+        self.windows = math.ceil(targets / block_size)
+        self.length = targets // self.windows
+        self.tokens = torch.from_numpy(tokens.astype(np.int64))
+
+    def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Return windows first ... first + count - 1: inputs and targets, (count, length) int64
+        each."""
+        start = first * self.length
+        shape = (count, self.length)
+        x = self.tokens[start : start + count * self.length].view(shape)
+        y = self.tokens[start + 1 : start + 1 + count * self.length].view(shape)
+        return x, y
+
+
+def count_token_bytes(data: dict[str, Any]) -> Tensor | None:
+    """Return the bytes of text that each id stands for, (vocab_size,) float32; None, with a
+    warning, if the tokenizer can't be loaded."""
+    try:
+        counts = from_meta(data).count_bytes()[: data["vocab_size"]]
+    except UserError as e:
+        warn(f"no bits per byte: {e}")
+        return None
+    # a vocabulary may be padded
+    table = torch.zeros(data["vocab_size"])
+    table[: len(counts)] = torch.from_numpy(counts)
+    return table
+
+
+def bits_per_byte(loss: float, bytes_per_token: float) -> float:
+    """Return a loss in nats per token as bits per byte of text."""
+    return loss / math.log(2) / bytes_per_token
+
+
+def combine_losses(
+    losses: dict[str, float], bytes_per_token: dict[str, float], data: dict[str, Any]
+) -> dict[str, float]:
+    """Return the numbers of an evaluation for the log: those of each split, and of a mixture's
+    sources together, at their shares. `losses` are nats per token by the names of train.open_data;
+    `bytes_per_token` are 0 where the tokenizer is unknown."""
+    shares = {"val": 1.0}
+    if "sources" in data:
+        shares = {
+            f"val/{part['name']}": float(Fraction(part["share"]))
+            for part in data["sources"]
+        }
+    numbers = {"train_loss": losses["train"]}
+    numbers["val_loss"] = sum(shares[name] * losses[name] for name in shares)
+    mean_bytes = sum(shares[name] * bytes_per_token[name] for name in shares)
+    if mean_bytes:
+        numbers["val_bpb"] = bits_per_byte(numbers["val_loss"], mean_bytes)
+    # each part, and a text of the user's own
+    for name in losses:
+        if name in ("train", "val"):
+            continue
+        kind, _, source = name.partition("/")
+        suffix = f"/{source}" if source else ""
+        numbers[f"{kind}_loss{suffix}"] = losses[name]
+        if bytes_per_token[name]:
+            bpb = bits_per_byte(losses[name], bytes_per_token[name])
+            numbers[f"{kind}_bpb{suffix}"] = bpb
+    return dict(sorted(numbers.items(), key=lambda item: "/" in item[0]))
+
+
+def describe_evaluation(numbers: dict[str, float]) -> str:
+    """Return the numbers of an evaluation as text."""
+    text = "train loss {train_loss:.4f}, val loss {val_loss:.4f}".format(**numbers)
+    if "val_bpb" in numbers:
+        text += f" ({numbers['val_bpb']:.4f} bits per byte)"
+    parts = [
+        f"{key.removeprefix('val_loss/')} {numbers[key]:.4f}"
+        for key in numbers
+        if key.startswith("val_loss/")
+    ]
+    if parts:
+        text += f": {', '.join(parts)}"
+    if "text_bpb" in numbers:
+        text += f"; eval_text {numbers['text_bpb']:.4f} bits per byte"
+    return text

@@ -1,0 +1,174 @@
+"""Read several datasets in fixed proportions: `--dataset=web:0.7+code:0.3`.
+
+Which source a window comes from, and which of its windows it is, are functions of the seed and the
+window's number in the whole run. So a mixture survives a crash or another number of ranks as one
+dataset does.
+"""
+
+import hashlib
+import json
+from bisect import bisect_right
+from collections import Counter
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from keepgpt.dataset import SPLITS, BadData, dataset_folder, read_crc32, read_meta
+from keepgpt.loader import Split, mix, permute, read_rows, seed_of
+
+# windows in which the proportions are exact, but for one window of each source
+CYCLE = 256
+
+
+@dataclass
+class Source:
+    """A dataset, and its share of the windows: the shares of all sources add up to 1."""
+
+    folder: Path
+    meta: dict[str, Any]  # see dataset.read_meta
+    share: Fraction
+
+
+def find_sources(data_dir: str, dataset: str) -> list[Source]:
+    """Return the datasets that a setting names: NAME, or NAME:WEIGHT+NAME:WEIGHT. Raises
+    UserError."""
+    # the name of one dataset may have such signs
+    folder = dataset_folder(data_dir, dataset)
+    if folder.exists() or not set("+:") & set(dataset):
+        return [Source(folder, read_meta(folder), Fraction(1))]
+    weights = parse_mixture(dataset)
+    total = sum(weights.values())
+    sources = []
+    for name, weight in weights.items():
+        folder = dataset_folder(data_dir, name)
+        sources.append(Source(folder, read_meta(folder), weight / total))
+    check_sources(sources)
+    # whatever the order of the names, and wherever the folders lie
+    return sorted(sources, key=lambda s: (-s.share, s.meta["fingerprint"]))
+
+
+def parse_mixture(dataset: str) -> dict[str, Fraction]:
+    """Return the weights of the sources by name. Raises BadData."""
+    weights = {}
+    for part in dataset.split("+"):
+        name, _, weight = part.rpartition(":")
+        try:
+            weights[name] = Fraction(weight)
+        except (ValueError, ZeroDivisionError):
+            weights[name] = Fraction(0)
+        if not name or weights[name] <= 0:
+            raise BadData(
+                f"dataset={dataset}: expected a dataset, or NAME:WEIGHT+NAME:WEIGHT with weights "
+                f"above 0, got {part!r}. Try: --dataset=web:0.7+code:0.3"
+            )
+    if len(weights) < len(dataset.split("+")):
+        raise BadData(f"dataset={dataset}: expected each name once")
+    return weights
+
+
+def check_sources(sources: list[Source]) -> None:
+    """Raise BadData unless the sources have one tokenizer, and differ."""
+    first = sources[0].meta
+    for source in sources:
+        keys = ("tokenizer", "vocab_size")
+        if any(source.meta[key] != first[key] for key in keys):
+            raise BadData(
+                f"{sources[0].folder} and {source.folder} have different tokenizers. Try: prepare "
+                f"one of them again with --tokenizer={sources[0].folder}, the other's"
+            )
+    for key in ("name", "fingerprint"):
+        counts = Counter(source.meta[key] for source in sources)
+        value, count = counts.most_common(1)[0]
+        if count > 1:
+            raise BadData(
+                f"expected sources that differ, got two with the {key} {value}. Try: prepare.py "
+                "with another --name"
+            )
+
+
+def describe_sources(sources: list[Source]) -> dict[str, Any]:
+    """Return the description of the data as read_meta does; that of a mixture has its "sources",
+    each with its "share"."""
+    if len(sources) == 1:
+        return sources[0].meta
+    parts = [source.meta | {"share": str(source.share)} for source in sources]
+    # the same sources in other shares are other data
+    identity = json.dumps([[part["fingerprint"], part["share"]] for part in parts])
+    names = [f"{part['name']}:{float(Fraction(part['share'])):.4g}" for part in parts]
+    return {
+        "format": 1,
+        "name": "+".join(names),
+        "tokenizer": parts[0]["tokenizer"],
+        "vocab_size": parts[0]["vocab_size"],
+        "dtype": "+".join(sorted({part["dtype"] for part in parts})),
+        "tokens": {
+            split: sum(part["tokens"][split] for part in parts) for split in SPLITS
+        },
+        "fingerprint": hashlib.sha256(identity.encode()).hexdigest(),
+        "sources": parts,
+    }
+
+
+class Mixture:
+    """The windows of several splits in one sequence without an end, each split at its share."""
+
+    def __init__(self, splits: list[Split], shares: list[Fraction], seed: int) -> None:
+        """Mix `splits`, each at its share of the windows; the shares add up to 1."""
+        self.splits = splits
+        # the sum of the shares of the splits before each one, and 1
+        self.bounds = [Fraction(0), *accumulate(shares)]
+        self.key = np.uint64(seed_of(seed, len(splits)))
+        self.windows = sum(split.windows for split in splits)
+
+    def count_windows(self, n: int) -> list[int]:
+        """Return how many of the first n windows each split has; n is a multiple of CYCLE, or what
+        is between two multiples may differ."""
+        ends = [n * bound.numerator // bound.denominator for bound in self.bounds]
+        return [end - start for start, end in pairwise(ends)]
+
+    def locate(self, first: int, count: int) -> list[tuple[Split, int]]:
+        """Return the split and the first token of the windows first ... first + count - 1."""
+        # each cycle has the windows of split 0, then those of split 1, ..., in a permutation
+        numbers = np.arange(first, first + count, dtype=np.uint64)
+        cycles, index = np.divmod(numbers, np.uint64(CYCLE))
+        slots = permute(index, CYCLE, mix(cycles ^ self.key)).tolist()
+        places = []
+        for cycle, slot in zip(cycles.tolist(), slots):
+            before = self.count_windows(cycle * CYCLE)
+            after = self.count_windows((cycle + 1) * CYCLE)
+            ends = list(accumulate(b - a for a, b in zip(before, after)))
+            k = bisect_right(ends, slot)
+            window = before[k] + slot - (ends[k - 1] if k else 0)
+            places += self.splits[k].locate(window, 1)
+        return places
+
+    def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Return windows first ... first + count - 1: inputs and targets, (count, T) int64 each."""
+        return read_rows(self.locate(first, count))
+
+
+def read_checksums(sources: list[Source], saved: dict[str, Any]) -> None:
+    """Give each source's description the checksums of its blocks, see dataset.read_crc32. `saved`
+    is the description in a checkpoint, or {}. Raises BadData."""
+    # a checkpoint that fits has the same sources in the same order
+    parts = saved.get("sources", [saved] * len(sources))
+    for source, part in zip(sources, parts):
+        source.meta["crc32"] = read_crc32(source.folder, source.meta, part)
+
+
+def open_split(
+    sources: list[Source], split: str, block_size: int, seed: int, shift: bool
+) -> Split | Mixture:
+    """Open a split of the data, see Split; of several sources as a Mixture. Raises BadData."""
+    splits = [
+        Split(source.folder, split, source.meta, block_size, seed, shift)
+        for source in sources
+    ]
+    if len(splits) == 1:
+        return splits[0]
+    return Mixture(splits, [source.share for source in sources], seed)
