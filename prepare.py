@@ -81,7 +81,8 @@ class PrepareConfig:
     tokenizer: str = setting(
         "gpt2",
         "gpt2 | char: every character is a token | bpe:N: at most N tokens, trained on the text "
-        "itself | a folder with a tokenizer.json, or of a prepared dataset | the name of one of tiktoken's encodings",
+        "itself | a folder with a tokenizer.json, or of a prepared dataset | one of tiktoken's "
+        "encodings",
     )
     val_fraction: float = setting(
         0.1, "the share of the text for validation", least=1e-9, below=1

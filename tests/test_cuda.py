@@ -3,6 +3,7 @@ the order of streams, and decisions of the host."""
 
 import copy
 import math
+import string
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -58,6 +59,7 @@ def tiny_run(tmp_path):
         tokens.tofile(tmp_path / "train.bin")
         meta = {
             "dtype": "uint16",
+            "tokenizer": {"kind": "char", "chars": string.printable[: ARGS.vocab_size]},
             "vocab_size": ARGS.vocab_size,
             "tokens": {"train": len(tokens)},
         }
@@ -70,7 +72,7 @@ def tiny_run(tmp_path):
             config,
             Ranks(0, 1, CPU),
             None,
-            {},
+            meta,
             loader,
             {"train": fixed, "val": fixed},
             build_model(ARGS),

@@ -219,3 +219,69 @@ def test_checksums_are_computed_once(train, dataset, tmp_path):
         assert (
             bundle["data"]["crc32"] == crc32 and bundle["data"].items() >= meta.items()
         )
+
+
+# shards of llm.c and modded-nanogpt
+
+
+def write_shard(path, tokens, magic=20240520, version=1, count=None):
+    """Write a shard as llm.c does: a header of 256 int32, then uint16."""
+    header = np.zeros(256, "<i4")
+    header[:3] = (magic, version, len(tokens) if count is None else count)
+    path.write_bytes(header.tobytes() + np.array(tokens, "<u2").tobytes())
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Return a folder with three shards, and a dataset of prepare.py with the same tokens."""
+    folder = tmp_path / "fineweb"
+    folder.mkdir()
+    ids = np.random.default_rng(0).integers(50257, size=5000).astype(np.uint16)
+    write_shard(folder / "fineweb_train_000001.bin", ids[:3000])
+    write_shard(folder / "fineweb_train_000002.bin", ids[3000:4500])
+    write_shard(folder / "fineweb_val_000000.bin", ids[4500:])
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    ids[:4500].tofile(plain / "train.bin")
+    ids[4500:].tofile(plain / "val.bin")
+    return tmp_path
+
+
+SMALL = TINY | {"max_iters": 3, "eval_interval": 3, "block_size": 16}
+
+
+def test_shards_train_as_their_tokens_do(shards):
+    for name in ("fineweb", "plain"):
+        flags = SMALL | {"data_dir": shards, "dataset": name}
+        run("train.py", out_dir=shards / f"out-{name}", **flags)
+    assert rows(shards / "out-fineweb") == rows(shards / "out-plain")
+    # a byte that changes later is noticed
+    path = shards / "fineweb/fineweb_train_000001.bin"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    again = {"out_dir": shards / "out-fineweb", "init_from": "resume", "max_iters": 6}
+    assert "not the fineweb" in complaint(run("train.py", code=2, **again))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"magic": 20240801}, ["20240520", "20240801"]),
+        ({"version": 7}, ["20240520"]),
+        ({"count": 2999}, ["7,022 bytes", "7,024"]),
+    ],
+    ids=["another kind", "another version", "another size"],
+)
+def test_a_wrong_shard_is_one_line(shards, change, words):
+    write_shard(shards / "fineweb/fineweb_train_000001.bin", range(3000), **change)
+    flags = SMALL | {"data_dir": shards, "dataset": "fineweb"}
+    error = complaint(run("train.py", code=2, out_dir=shards / "out", **flags))
+    assert all(word in error for word in words)
+
+
+def test_shards_of_one_split_are_one_line(shards):
+    (shards / "fineweb/fineweb_val_000000.bin").unlink()
+    flags = SMALL | {"data_dir": shards, "dataset": "fineweb"}
+    error = complaint(run("train.py", code=2, out_dir=shards / "out", **flags))
+    assert "*_val_*.bin" in error
