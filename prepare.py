@@ -29,6 +29,7 @@ from keepgpt.dataset import (
     compute_crc32,
     compute_fingerprint,
     dataset_folder,
+    read_meta,
 )
 from keepgpt.errors import (
     EXIT_INTERRUPTED,
@@ -42,6 +43,7 @@ from keepgpt.files import FolderLock, FolderLost, sync_folder, write_atomically
 from keepgpt.recipe import (
     Recipe,
     describe_source,
+    download_files,
     list_recipes,
     open_shards,
     read_recipe,
@@ -112,8 +114,48 @@ def prepare(
     """Prepare the dataset that a command line asks for, unless it exists. `opened` gets its lock.
     Raises UserError."""
     started = time.perf_counter()
-    # the request, which meta.json records
     name, recipe = choose_recipe(config, overrides, args)
+    folder = dataset_folder(config.data_dir, name)
+    # for messages
+    folder = Path(min(str(folder), os.path.relpath(folder), key=len))
+
+    work = prepare_shards if recipe.is_ready else prepare_text
+    meta, is_new = work(name, recipe, folder, opened)
+    outcome = "exists already"
+    if is_new:
+        outcome = f"took {time.perf_counter() - started:.1f} s"
+    tokens = meta["tokens"]
+    label = meta["tokenizer"].get("name", meta["tokenizer"]["kind"])
+    print(
+        f"{folder}: {tokens['train']:,} train and {tokens['val']:,} val tokens of {label}, "
+        f"{meta['vocab_size']:,} in the vocabulary: {outcome}",
+        flush=True,
+    )
+
+
+def prepare_shards(
+    name: str, recipe: Recipe, folder: Path, opened: ExitStack
+) -> tuple[dict[str, Any], bool]:
+    """Download the shards of a recipe whose text is encoded already, unless they are there. Return
+    their description, and whether they are new. Raises UserError."""
+    patterns = (recipe.train_files, recipe.val_files)
+    found = [path for pattern in patterns for path in folder.glob(pattern)]
+    is_new = len(found) != recipe.file_count
+    if is_new:
+        lock = FolderLock(folder)
+        opened.callback(lock.release)
+        lock.acquire(patience=86_400)
+        download_files(recipe, folder)
+    # compares their sizes with their headers
+    return read_meta(folder), is_new
+
+
+def prepare_text(
+    name: str, recipe: Recipe, folder: Path, opened: ExitStack
+) -> tuple[dict[str, Any], bool]:
+    """Encode the text of a recipe, unless that is done. Return the content of meta.json, and
+    whether it is new. Raises UserError."""
+    # the request, which meta.json records
     wanted = describe_tokenizer(recipe.tokenizer)
     request = {
         "format": 1,
@@ -123,9 +165,6 @@ def prepare(
     }
 
     # a complete dataset is left as it is, and takes no lock
-    folder = dataset_folder(config.data_dir, name)
-    # for messages
-    folder = Path(min(str(folder), os.path.relpath(folder), key=len))
     meta = read_previous(folder, request, wanted)
     if "fingerprint" not in meta:
         lock = FolderLock(folder)
@@ -134,8 +173,8 @@ def prepare(
         # another preparation may have had the lock, and written it
         meta = read_previous(folder, request, wanted)
 
-    outcome = "exists already"
-    if "fingerprint" not in meta:
+    is_new = "fingerprint" not in meta
+    if is_new:
         check_foreign_files(folder)
         shards = open_shards(recipe, request["source"], folder.parent)
         if meta:
@@ -150,14 +189,7 @@ def prepare(
         # errors of the disk name the folder; nothing temporary is left
         with name_path(folder), clean_up_on_signals(lock):
             meta = write_dataset(lock, meta, shards)
-        outcome = f"took {time.perf_counter() - started:.1f} s"
-    tokens = meta["tokens"]
-    label = wanted.get("name", wanted["kind"])
-    print(
-        f"{folder}: {tokens['train']:,} train and {tokens['val']:,} val tokens of {label}, "
-        f"{meta['vocab_size']:,} in the vocabulary: {outcome}",
-        flush=True,
-    )
+    return meta, is_new
 
 
 def choose_recipe(
@@ -186,6 +218,11 @@ def choose_recipe(
     recipe = Recipe(files=args)
     if base:
         recipe = read_recipe(base)
+    if recipe.is_ready and settings:
+        raise UserError(
+            f"{base} is encoded already, with its own tokenizer and split. Try: without "
+            f"--{min(settings)}"
+        )
     return name, replace(recipe, **settings)
 
 

@@ -63,6 +63,11 @@ class Recipe:
     tokenizer: str = "gpt2"
     val_fraction: float = setting(0.1, "", least=0, below=1)
 
+    @property
+    def is_ready(self) -> bool:
+        """Return True if the files on the hub are shards of tokens, see dataset.describe_shards."""
+        return self.train_files.endswith(".bin")
+
 
 def list_recipes() -> dict[str, str]:
     """Return the name of each recipe in data/, and its description."""
@@ -173,8 +178,11 @@ def open_shards(recipe: Recipe, source: dict[str, Any], data_dir: Path) -> list[
     return shards
 
 
-def download_files(recipe: Recipe) -> tuple[list[str], list[str]]:
-    """Download a dataset of the hub. Return its files of train and of val. Raises UserError."""
+def download_files(
+    recipe: Recipe, folder: Path | None = None
+) -> tuple[list[str], list[str]]:
+    """Download a dataset of the hub, into its cache or into `folder`. Return its files of train and
+    of val. Raises UserError."""
     patterns = [recipe.train_files, recipe.val_files]
     download = import_package("huggingface_hub").snapshot_download
     try:
@@ -183,6 +191,7 @@ def download_files(recipe: Recipe) -> tuple[list[str], list[str]]:
             repo_type="dataset",
             revision=recipe.revision,
             allow_patterns=patterns,
+            local_dir=folder,
         )
     except Exception as e:  # of several packages
         raise UserError(

@@ -28,7 +28,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import REPO, command, complaint, run, start
+from conftest import REPO, TINY, command, complaint, run, start
 
 from keepgpt.dataset import BadData, read_meta
 from keepgpt.errors import UserError
@@ -1144,6 +1144,56 @@ def test_hub_dataset_is_downloaded_once(hub, hub_folder, tmp_path):
     assert joined(tmp_path / "again/tinystories") == (meta, *splits)
     next((tmp_path / "home").rglob("train-00002*")).unlink()
     run("prepare.py", "tinystories", data_dir=tmp_path / "less", env=offline, code=2)
+
+
+def test_ready_shards_are_downloaded_and_trained_on(hub, tmp_path):
+    hub.folder = tmp_path / "shards"
+    hub.folder.mkdir()
+    rng = np.random.default_rng(0)
+    content = {}
+    for number in range(104):
+        split = "val" if number == 0 else "train"
+        name = f"fineweb_{split}_{number:06d}.bin"
+        header = np.zeros(256, "<i4")
+        header[:3] = (20240520, 1, 100)
+        content[name] = (
+            header.tobytes() + rng.integers(50257, size=100, dtype="<u2").tobytes()
+        )
+        (hub.folder / name).write_bytes(content[name])
+    said = run("prepare.py", "fineweb10B", data_dir=tmp_path, env=hub.env).stdout
+    assert "10,300 train and 100 val tokens of gpt2" in said
+    shards = (tmp_path / "fineweb10B").glob("*.bin")
+    assert {path.name: path.read_bytes() for path in shards} == content
+    assert any("/resolve/889765ea1f903759787add" in path for path in hub.asked)
+    # again, without a network
+    offline = hub.env | {"HF_HUB_OFFLINE": "1"}
+    again = run("prepare.py", "fineweb10B", data_dir=tmp_path, env=offline).stdout
+    assert "exists already" in again
+    flags = TINY | {"data_dir": tmp_path, "dataset": "fineweb10B", "max_iters": 2}
+    run("train.py", out_dir=tmp_path / "out", **flags)
+    # a download that was cut
+    path = tmp_path / "fineweb10B/fineweb_train_000007.bin"
+    path.write_bytes(content[path.name][:-2])
+    done = run("prepare.py", "fineweb10B", data_dir=tmp_path, env=offline, code=2)
+    assert "1,224 bytes" in complaint(done)
+    flags = {"name": "other", "tokenizer": "char", "data_dir": tmp_path}
+    assert "--tokenizer" in complaint(run("prepare.py", "fineweb10B", code=2, **flags))
+
+
+def test_climbmix_is_its_first_shards(hub, play, tmp_path):
+    hub.folder = tmp_path / "shards"
+    lines = play.read_text(encoding="utf-8").splitlines()
+    numbers = [*range(100), 6542]
+    for number in numbers:
+        texts = [f"{line} {number}" for line in lines[number % 50 :: 50][:5]]
+        write_parquet(hub.folder / f"shard_{number:05d}.parquet", texts)
+    write_parquet(hub.folder / "shard_00100.parquet", ["not among the first"])
+    said = run("prepare.py", "climbmix", data_dir=tmp_path, env=hub.env).stdout
+    meta = json.loads((tmp_path / "climbmix/meta.json").read_text())
+    assert len(meta["files"]["train"]) == 101 and " of gpt2" in said
+    sizes = [count for count in meta["files"]["val"].values() if count]
+    assert len(sizes) == 1
+    assert any("/resolve/915333b4f8b8684f39ae" in path for path in hub.asked)
 
 
 def test_an_incomplete_download_is_refused(hub_folder, tmp_path, monkeypatch):
