@@ -150,6 +150,18 @@ def test_events_restarts_and_branches_are_marked(tmp_path):
     assert loss.get_ylim()[0] > 1
 
 
+def test_bits_per_byte_and_the_sources_of_a_mixture_are_drawn(tmp_path):
+    more = {"val_bpb": 1.5, "val_loss/web": 2.5, "val_loss/code": 2.8}
+    folder = written(tmp_path / "run", [STEPS[0], EVALUATIONS[1] | more, *STEPS[1:]])
+    loss = draw([folder], "steps").axes[0]
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in loss.lines[2:]}
+    assert drawn == {
+        f"{folder}: val loss, best 2.6000 (1.5000 bits per byte)": [[4, 2.6]],
+        f"{folder}: val loss of code": [[4, 2.8]],
+        f"{folder}: val loss of web": [[4, 2.5]],
+    }
+
+
 def test_a_long_curve_is_smoothed(tmp_path):
     rows = [
         STEPS[0] | {"step": i + 1, "loss": i**2} for i in range(100)

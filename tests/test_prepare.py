@@ -1146,6 +1146,7 @@ def test_hub_dataset_is_downloaded_once(hub, hub_folder, tmp_path):
     run("prepare.py", "tinystories", data_dir=tmp_path / "less", env=offline, code=2)
 
 
+@pytest.mark.slow
 def test_ready_shards_are_downloaded_and_trained_on(hub, tmp_path):
     hub.folder = tmp_path / "shards"
     hub.folder.mkdir()
@@ -1180,6 +1181,7 @@ def test_ready_shards_are_downloaded_and_trained_on(hub, tmp_path):
     assert "--tokenizer" in complaint(run("prepare.py", "fineweb10B", code=2, **flags))
 
 
+@pytest.mark.slow
 def test_climbmix_is_its_first_shards(hub, play, tmp_path):
     hub.folder = tmp_path / "shards"
     lines = play.read_text(encoding="utf-8").splitlines()

@@ -20,7 +20,9 @@ TITLES = {
     "tokens_per_s": "tokens per second",
 }
 STEP_KEYS = ("step", "tokens", *TITLES)
-EVALUATION_KEYS = ("step", "val_loss")
+# an evaluation also has those of each source of a mixture, val_loss/NAME
+EVALUATION_KEYS = ("step", "val_loss", "val_bpb")
+SOURCE = "val_loss/"
 Columns = dict[str, np.ndarray]
 # places on the axis by the kind of event there
 Marks = dict[str, np.ndarray]
@@ -63,7 +65,7 @@ def read_run(folder: str | Path, axis: str) -> tuple[Columns, Columns, Marks]:
             if "event" in row:
                 events.setdefault(row["event"], []).append(float(row["step"]))
             elif "val_loss" in row:
-                evaluations.append([float(row[key]) for key in EVALUATION_KEYS])
+                evaluations.append({key: float(row[key]) for key in row})
             else:
                 steps.append([float(row[key]) for key in STEP_KEYS])
     except (OSError, ValueError, KeyError, TypeError) as e:
@@ -72,7 +74,11 @@ def read_run(folder: str | Path, axis: str) -> tuple[Columns, Columns, Marks]:
             "of a run"
         ) from None
     logged = to_columns(steps, STEP_KEYS)
-    evaluated = to_columns(evaluations, EVALUATION_KEYS)
+    sources = {key for row in evaluations for key in row if key.startswith(SOURCE)}
+    keys = (*EVALUATION_KEYS, *sorted(sources))
+    # an older log lacks some
+    table = [[row.get(key, np.nan) for key in keys] for row in evaluations]
+    evaluated = to_columns(table, keys)
 
     # README.md lists the starts, of which the first is no restart, and the trunk of a branch
     card = read_card(Path(folder))
@@ -130,15 +136,24 @@ def draw_run(panels: dict, folder: str, axis: str, color: str) -> None:
         panel.plot(logged["x"][width - 1 :], mean, color=color)
 
     # a run that was not evaluated yet has no best one
-    best = min(evaluated["val_loss"], default=np.nan)
-    panels["loss"].plot(
-        evaluated["x"],
-        evaluated["val_loss"],
-        color=color,
-        marker="o",
-        linewidth=2.2,
-        label=f"{folder}: val loss, best {best:.4f}",
-    )
+    losses = evaluated["val_loss"]
+    label = f"{folder}: val loss, best {min(losses, default=np.nan):.4f}"
+    if np.isfinite(evaluated["val_bpb"]).any():
+        label += f" ({np.nanmin(evaluated['val_bpb']):.4f} bits per byte)"
+    style = {"color": color, "marker": "o"}
+    panels["loss"].plot(evaluated["x"], losses, linewidth=2.2, label=label, **style)
+    # the sources of a mixture, each by another style of line
+    for number, key in enumerate(key for key in evaluated if key.startswith(SOURCE)):
+        dashes = (0, (4, 1 + number))
+        name = f"{folder}: val loss of {key.removeprefix(SOURCE)}"
+        panels["loss"].plot(
+            evaluated["x"],
+            evaluated[key],
+            linestyle=dashes,
+            color=color,
+            alpha=0.7,
+            label=name,
+        )
     draw_marks(panels["loss"], folder, logged, marks, color)
 
 
