@@ -175,8 +175,6 @@ def elastic(part: Part, place: Path) -> str:
         "dataset": runs.prepare_source(place),
         "elastic": True,
         "gradient_accumulation_steps": 4,
-        "max_iters": 100,
-        "warmup_iters": 100,
     }
     return kill_runs(part, settings, place, (0, 2, 4), part.config.cases or 6)
 
