@@ -36,16 +36,30 @@ SOURCE = (REPO / "train.py", REPO / "model.py")
 SPEEDS = ("tokens_per_s", "mfu")
 
 
-def prepare_source(place: Path, texts: Sequence[Path] = SOURCE) -> Path:
-    """Prepare a small real text, by default the source of this program, as a dataset of characters.
-    Return its folder."""
-    flags = to_flags({"name": "source", "tokenizer": "char", "data_dir": place})
+def prepare_source(
+    place: Path,
+    texts: Sequence[Path] = SOURCE,
+    name: str = "source",
+    tokenizer: str = "char",
+) -> Path:
+    """Prepare a small real text, by default the source of this program, as a dataset `name`, by
+    default of characters. Return its folder."""
+    flags = to_flags({"name": name, "tokenizer": tokenizer, "data_dir": place})
     subprocess.run(
         [sys.executable, REPO / "prepare.py", *texts, *flags],
         check=True,
         stdout=subprocess.DEVNULL,
     )
-    return place / "source"
+    return place / name
+
+
+def prepare_mixture(place: Path) -> str:
+    """Prepare three texts with one tokenizer. Return the setting `dataset` that mixes them."""
+    both = prepare_source(place)
+    parts = [
+        prepare_source(place, [text], text.stem, tokenizer=str(both)) for text in SOURCE
+    ]
+    return f"{both}:0.5+{parts[0]}:0.3+{parts[1]}:0.2"
 
 
 def to_flags(settings: Settings) -> list[str]:

@@ -170,9 +170,10 @@ def kill(part: Part, place: Path) -> str:
 
 
 def elastic(part: Part, place: Path) -> str:
-    """Kill jobs, or one of their ranks, that come back on 1, 2 or 4 ranks at random."""
+    """Kill jobs on a mixture of three datasets, or one of their ranks, that come back on 1, 2 or 4
+    ranks at random."""
     settings = part.run | {
-        "dataset": runs.prepare_source(place),
+        "dataset": runs.prepare_mixture(place),
         "elastic": True,
         "gradient_accumulation_steps": 4,
     }
