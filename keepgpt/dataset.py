@@ -83,7 +83,7 @@ def check_identity(
     if any(meta[key] != saved[key] for key in IDENTITY):
         raise BadData(
             f"{folder}: not the {saved['name']} that this run was trained on. Try: "
-            "prepare the same text again, or go on with other data in another run: "
+            "prepare the same text again, or continue with other data in another run: "
             "--init_from=branch:<this run's folder> --out_dir=<new folder>"
         )
 
@@ -224,8 +224,8 @@ def describe_shards(folder: Path) -> dict[str, Any]:
 
 
 def read_shard_header(path: Path) -> int:
-    """Return the number of tokens of a shard by its header: 256 int32, of which the first are
-    SHARD_MAGIC, the version and that number. Raises BadData unless the file has its size."""
+    """Return the number of tokens of a shard by its header: 256 int32, which start with
+    SHARD_MAGIC, the version and that number. Raises BadData unless the file has that size."""
     try:
         header = np.fromfile(path, "<i4", SHARD_HEADER // 4)
         size = path.stat().st_size

@@ -14,8 +14,8 @@ from keepgpt.tokenizer import from_meta
 
 
 class Text:
-    """The windows of a text, which have one length of at most block_size, so that they cover it:
-    fewer tokens than there are windows are left out at its end."""
+    """The windows of a text. They have one length of at most block_size and cover the text: at its
+    end fewer tokens are left out than there are windows."""
 
     def __init__(self, path: str, data: dict[str, Any], block_size: int) -> None:
         """Encode the file `path` with the tokenizer of the description `data`. Raises UserError."""
@@ -25,6 +25,7 @@ class Text:
         # no file, not UTF-8, or a character without a token
         except (OSError, ValueError, UserError) as e:
             raise UserError(f"eval_text={path}: {e}") from None
+        # each token but the first is a target
         targets = len(tokens) - 1
         if targets < 1:
             raise UserError(f"eval_text={path}: expected two tokens, got {len(tokens)}")
@@ -67,6 +68,7 @@ def combine_losses(
     """Return the numbers of an evaluation for the log: those of each split, and of a mixture's
     sources together, at their shares. `losses` are nats per token by the names of train.open_data;
     `bytes_per_token` are 0 where the tokenizer is unknown."""
+    # one dataset, or the sources of a mixture
     shares = {"val": 1.0}
     if "sources" in data:
         shares = {
@@ -75,6 +77,7 @@ def combine_losses(
         }
     numbers = {"train_loss": losses["train"]}
     numbers["val_loss"] = sum(shares[name] * losses[name] for name in shares)
+    # bits and bytes are summed before they are divided
     mean_bytes = sum(shares[name] * bytes_per_token[name] for name in shares)
     if mean_bytes:
         numbers["val_bpb"] = bits_per_byte(numbers["val_loss"], mean_bytes)

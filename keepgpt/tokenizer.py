@@ -89,7 +89,7 @@ class Tokenizer:
 
     def count_bytes(self) -> np.ndarray:
         """Return the bytes of text that each id stands for, (vocab_size,) int64. A special token
-        stands for none, nor does the one for unknown characters."""
+        stands for none, the token for unknown characters too."""
         special = self.special_ids()
         ids = range(self.vocab_size)
         counts = [0 if i in special else len(self.token_bytes(i)) for i in ids]

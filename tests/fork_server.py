@@ -85,8 +85,8 @@ def run_script() -> None:
 
 
 def run_and_exit() -> None:
-    """Run the script, then what the interpreter does at its end, except that it frees no memory:
-    with torch that takes longer than most of the tests."""
+    """Run the script, then end as the interpreter does, but without freeing memory: with torch that
+    takes longer than most of the tests."""
     code = 0
     try:
         run_script()

@@ -29,6 +29,7 @@ from keepgpt.checkpoint import (
 from keepgpt.config import TrainConfig, setting
 from keepgpt.dataset import check_identity
 from keepgpt.errors import UserError
+from keepgpt.evaluation import describe_evaluation
 from keepgpt.loader import Loader, batch_number, read_rows
 from keepgpt.mixture import (
     describe_sources,
@@ -261,12 +262,14 @@ def describe_row(row: dict) -> str:
     """Return a row of metrics.jsonl as text."""
     # the three kinds, see `classify`
     if "event" in row:
-        text = "{text}"
+        text = row["text"]
     elif "val_loss" in row:
-        text = "train loss {train_loss:.4f}, val loss {val_loss:.4f}"
+        text = describe_evaluation(row)
     else:
-        text = "loss {loss:.4f}, lr {lr:.2e}, gradient norm {grad_norm:.4g}"
-    return f"step {row['step']}: {text.format(**row)}"
+        text = "loss {loss:.4f}, lr {lr:.2e}, gradient norm {grad_norm:.4g}".format(
+            **row
+        )
+    return f"step {row['step']}: {text}"
 
 
 def cut_list(title: str, lines: list[str]) -> Iterator[str]:

@@ -80,7 +80,7 @@ def read_run(folder: str | Path, axis: str) -> tuple[Columns, Columns, Marks]:
     table = [[row.get(key, np.nan) for key in keys] for row in evaluations]
     evaluated = to_columns(table, keys)
 
-    # README.md lists the starts, of which the first is no restart, and the trunk of a branch
+    # README.md lists the starts (all but the first are restarts) and the trunk of a branch
     card = read_card(Path(folder))
     events["restart"] = [start.step for start in card.starts[1:]]
     events["branch"] = [card.trunk["step"]] if card.trunk else []
