@@ -97,13 +97,15 @@ def describe_sources(sources: list[Source]) -> dict[str, Any]:
     if len(sources) == 1:
         return sources[0].meta
     parts = [source.meta | {"share": str(source.share)} for source in sources]
+    # one for all: it may hold a whole vocabulary
+    tokenizers = [part.pop("tokenizer") for part in parts]
     # the same sources in other shares are other data
     identity = json.dumps([[part["fingerprint"], part["share"]] for part in parts])
     names = [f"{part['name']}:{float(Fraction(part['share'])):.4g}" for part in parts]
     return {
         "format": 1,
         "name": "+".join(names),
-        "tokenizer": parts[0]["tokenizer"],
+        "tokenizer": tokenizers[0],
         "vocab_size": parts[0]["vocab_size"],
         "dtype": "+".join(sorted({part["dtype"] for part in parts})),
         "tokens": {
