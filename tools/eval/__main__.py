@@ -1,0 +1,354 @@
+"""Evaluate models: `python -m tools.eval MODEL [MODEL ...] --text=FILE` prints bits per byte;
+--dataset=NAME reads a validation split instead, and --tasks=hellaswag,arc_easy asks questions.
+
+A MODEL is the folder of a run, a checkpoint, an average, a folder in Hugging Face's format or a
+name on the hub. Several are compared document by document, with a standard error. Results are kept
+beside the model: the same command continues after an interruption.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from keepgpt.config import setting
+from keepgpt.dataset import dataset_folder
+from keepgpt.device import pick_device, pick_dtype
+from keepgpt.errors import UserError, warn
+from keepgpt.files import make_folder, write_atomically
+from tools.common import run_tool
+from tools.eval.documents import (
+    Task,
+    Text,
+    make_task,
+    make_text,
+    read_dataset,
+    read_text,
+)
+from tools.eval.models import (
+    Model,
+    Sequence,
+    Window,
+    cut_windows,
+    load_model,
+    score_windows,
+)
+from tools.eval.stats import Estimate, is_decided, subtract
+
+USAGE = "python -m tools.eval MODEL [MODEL ...] --text=FILE [--key=value ...]"
+# of documents whose windows are sorted by length: a kill loses one such group
+BATCHES = 8
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """The settings of tools.eval."""
+
+    # what to evaluate on
+    text: str = setting(
+        "", "a text file, or rows with a document each (.jsonl, .json, .parquet)"
+    )
+    text_key: str = setting("text", "the key of the document in such a row")
+    dataset: str = setting("", "a prepared dataset, of which the val split is read")
+    data_dir: str = setting("data", "folder of that dataset, as in train.py")
+    tasks: str = setting(
+        "", "tasks, e.g. hellaswag,arc_easy/rc_5shot, or .jsonl files of questions"
+    )
+    limit: int = setting(0, "only the first documents or questions; 0 = all")
+    chars: int = setting(
+        2000, "cut a text into documents of at least this many characters; 0 = don't"
+    )
+    # the models
+    step: int = setting(0, "the checkpoint of this step of each run; 0 = the best")
+    device: str = setting("auto", "auto | cpu | cuda | cuda:1 | mps")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "dtype of matrix products; auto = the fastest"
+    )
+    batch_tokens: int = setting(8192, "tokens of a batch, with its padding", least=1)
+    to: str = setting("", "folder for results; empty = beside each model")
+
+
+@dataclass
+class Result:
+    """What a model reached on a corpus. Without the model, which may fill the memory."""
+
+    name: str
+    origin: str
+    sha256: str
+    corpus: Text | Task
+    tokens: int
+    size: int
+    metrics: dict[str, Estimate]
+
+
+def find_corpora(config: EvalConfig) -> list[Text | Task]:
+    """Return all that the command evaluates on. Raises UserError and OSError."""
+    corpora: list[Text | Task] = []
+    if config.text:
+        texts = read_text(config.text, config.text_key)
+        name = Path(config.text).name
+        corpora.append(make_text(name, texts, config.chars, config.limit))
+    if config.dataset:
+        folder = dataset_folder(config.data_dir, config.dataset)
+        name = f"{folder.name}/val"
+        corpora.append(
+            make_text(name, read_dataset(folder), config.chars, config.limit)
+        )
+    if config.tasks:
+        # a name twice is once
+        names = dict.fromkeys(config.tasks.split(","))
+        corpora += [make_task(name, config.limit) for name in names]
+    return corpora
+
+
+def encode(model: Model, corpus: Text | Task) -> list[list[Sequence]]:
+    """Return the sequences of a corpus in the tokens of a model. Raises UserError."""
+    try:
+        return corpus.encode(model.vocabulary)
+    # a vocabulary of characters may lack some
+    except UserError as e:
+        raise UserError(
+            f"{model.name} can't read {corpus.name}: {e}. Try: a model or a text with other "
+            "characters"
+        ) from None
+
+
+def warn_of_long(
+    model: Model, corpus: Text | Task, documents: list[list[Sequence]]
+) -> None:
+    """Print a note if sequences are longer than the model's block."""
+    block_size = model.network.args.block_size
+    long = sum(
+        any(len(sequence.ids) - 1 > block_size for sequence in document)
+        for document in documents
+    )
+    if not long:
+        return
+    consequence = f"they continue after {block_size // 2} tokens of context"
+    if isinstance(corpus, Task):
+        consequence = "their contexts are cut from the left"
+    warn(
+        f"{corpus.name}: {long:,} of {len(documents):,} are longer than {model.name}'s "
+        f"block_size={block_size}: {consequence}"
+    )
+
+
+def make_key(document: list[Sequence], dtype: torch.dtype) -> str:
+    """Return what identifies the result of a document by a model: its tokens, and the dtype."""
+    content = [[sequence.first, sequence.ids] for sequence in document]
+    return hashlib.sha256(f"{dtype} {content}".encode()).hexdigest()[:16]
+
+
+def read_rows(path: Path) -> dict[str, list[float]]:
+    """Return the results in a file by their keys. A row that a kill has cut short is no result."""
+    rows: dict[str, list[float]] = {}
+    if not path.exists():
+        return rows
+    for line in path.read_text(encoding="utf-8").splitlines():
+        # a complete row ends so
+        if line.endswith("}"):
+            row = json.loads(line)
+            rows[row["key"]] = row["nats"]
+    return rows
+
+
+def append_rows(path: Path, rows: list[dict]) -> None:
+    """Append results to a file. Raises OSError."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    with open(path, "a+b") as file:
+        # end a row that a kill has cut short
+        if file.tell() and not path.read_bytes().endswith(b"\n"):
+            text = "\n" + text
+        file.write(text.encode())
+
+
+def make_batches(windows: list[Window], batch_tokens: int) -> Iterator[list[Window]]:
+    """Yield batches of windows, the longest first, with at most `batch_tokens` tokens and padding
+    each, or one window."""
+    batch: list[Window] = []
+    for window in sorted(windows, key=len, reverse=True):
+        # all are padded to the first, which is the longest
+        if batch and (len(batch) + 1) * len(batch[0]) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(window)
+    if batch:
+        yield batch
+
+
+def make_groups(
+    documents: list[list[Sequence]], block_size: int, batch_tokens: int
+) -> Iterator[list[Window]]:
+    """Yield the windows of some documents of similar length at a time, about BATCHES batches. They
+    do not depend on what was computed before: a result is the same after an interruption."""
+    lengths = [sum(len(sequence.ids) for sequence in row) for row in documents]
+    group: list[Window] = []
+    size = 0
+    for i in sorted(range(len(documents)), key=lengths.__getitem__, reverse=True):
+        for j, sequence in enumerate(documents[i]):
+            group += cut_windows(i, j, sequence, block_size)
+        size += lengths[i]
+        if size >= BATCHES * batch_tokens:
+            yield group
+            group = []
+            size = 0
+    if group:
+        yield group
+
+
+def evaluate(
+    model: Model, documents: list[list[Sequence]], path: Path, config: EvalConfig
+) -> list[list[float]]:
+    """Return the nats of each sequence of each document. Results that `path` has are not computed
+    again, and new ones are appended to it. Raises OSError."""
+    dtype = pick_dtype(config.dtype, model.network.embedding.weight.device)
+    keys = [make_key(document, dtype) for document in documents]
+    rows = read_rows(path)
+    done = sum(key in rows for key in keys)
+    if 0 < done < len(keys):
+        warn(f"continuing: {path} has {done:,} of {len(keys):,} documents")
+    block_size = model.network.args.block_size
+    groups = make_groups(documents, block_size, config.batch_tokens)
+    with tqdm(desc=model.name, total=len(keys), initial=done, disable=None) as bar:
+        for group in groups:
+            places = {window.i for window in group}
+            missing = [i for i in sorted(places) if keys[i] not in rows]
+            if not missing:
+                continue
+            nats = {i: [0.0] * len(documents[i]) for i in places}
+            for batch in make_batches(group, config.batch_tokens):
+                sequences = [documents[window.i][window.j] for window in batch]
+                scores = score_windows(model.network, batch, sequences, dtype)
+                for window, score in zip(batch, scores):
+                    nats[window.i][window.j] += score
+            # one write for a group
+            new = []
+            for i in missing:
+                rows[keys[i]] = nats[i]
+                sizes = [sequence.size for sequence in documents[i]]
+                new.append({"key": keys[i], "i": i, "nats": nats[i], "bytes": sizes})
+            append_rows(path, new)
+            bar.update(len(missing))
+    # a document without a window has nothing to predict
+    return [
+        rows.get(key, [0.0] * len(document)) for key, document in zip(keys, documents)
+    ]
+
+
+def evaluate_model(
+    name: str, corpora: list[Text | Task], device: torch.device, config: EvalConfig
+) -> list[Result]:
+    """Return the results of a model on all corpora, which are also written as JSON. Raises
+    UserError and OSError."""
+    model = load_model(name, config.step, config.data_dir)
+    model.network.to(device)
+    folder = Path(config.to) if config.to else model.folder
+    make_folder(folder)
+    # mistakes first: computing takes long
+    encoded = [encode(model, corpus) for corpus in corpora]
+    results = []
+    for corpus, documents in zip(corpora, encoded):
+        warn_of_long(model, corpus, documents)
+        stem = f"eval-{model.sha256[:12]}-{corpus.name.replace('/', '-')}"
+        nats = evaluate(model, documents, folder / f"{stem}.jsonl", config)
+        if not all(math.isfinite(value) for row in nats for value in row):
+            raise UserError(
+                f"{model.name}: {corpus.name}: expected finite losses, got NaN or infinity. Try: "
+                "--dtype=float32"
+            )
+        sequences = [sequence for document in documents for sequence in document]
+        result = Result(
+            model.name,
+            model.origin,
+            model.sha256,
+            corpus,
+            sum(len(sequence.ids) - sequence.first for sequence in sequences),
+            sum(sequence.size for sequence in sequences),
+            corpus.summarize(documents, nats),
+        )
+        content = json.dumps(describe_result(result), indent=2) + "\n"
+        write_atomically(folder / f"{stem}.json", content.encode())
+        results.append(result)
+    return results
+
+
+def describe_result(result: Result) -> dict:
+    """Return a result as JSON has it."""
+    metrics = {}
+    for name, value in result.metrics.items():
+        # JSON has no NaN
+        error = None if math.isnan(value.error) else value.error
+        metrics[name] = {"value": value.value, "standard_error": error}
+    return {
+        "model": result.name,
+        "origin": result.origin,
+        "sha256": result.sha256,
+        "on": result.corpus.name,
+        "documents": len(result.corpus.documents),
+        "tokens": result.tokens,
+        "bytes": result.size,
+        **metrics,
+    }
+
+
+def describe_corpus(results: list[Result]) -> Iterator[str]:
+    """Yield lines about the results of all models on a corpus: a table, then the differences to the
+    first model."""
+    corpus = results[0].corpus
+    kind = "questions" if isinstance(corpus, Task) else "documents"
+    yield f"{corpus.name}: {len(corpus.documents):,} {kind}"
+    rows = [["model", "sha256", "tokens", "bytes", *results[0].metrics]]
+    for result in results:
+        facts = [f"{result.tokens:,}", f"{result.size:,}"]
+        values = map(str, result.metrics.values())
+        rows.append([result.name, result.sha256[:12], *facts, *values])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        yield "  " + "  ".join(cells).rstrip()
+    for result in results[1:]:
+        yield from compare(results[0], result)
+
+
+def compare(base: Result, result: Result) -> Iterator[str]:
+    """Yield a sentence about the difference of each metric that can be compared."""
+    for name, value in result.metrics.items():
+        # tokens may differ
+        if name == "nats per token":
+            continue
+        difference = subtract(value, base.metrics[name])
+        verdict = "less than two standard errors: not decided"
+        if is_decided(difference):
+            is_lower = difference.value < 0
+            word = "better" if is_lower == (name == "bits per byte") else "worse"
+            verdict = f"more than two standard errors: {word}"
+        yield (
+            f"  {result.name} - {base.name}, {name}: {difference.value:+.4f} ± "
+            f"{difference.error:.4f}, {verdict}"
+        )
+
+
+def main(config: EvalConfig, args: list[str]) -> None:
+    """Evaluate and compare models. Raises UserError and OSError."""
+    if not args or not (config.text or config.dataset or config.tasks):
+        raise UserError(
+            "expected a model, and --text=FILE, --dataset=NAME or --tasks=NAMES. Try: python -m "
+            "tools.eval out --dataset=plays_char"
+        )
+    device = pick_device(config.device)
+    corpora = find_corpora(config)
+    results = []
+    for name in args:
+        results.append(evaluate_model(name, corpora, device, config))
+    for on_corpus in zip(*results):
+        print("\n".join(describe_corpus(list(on_corpus))), flush=True)
+
+
+if __name__ == "__main__":
+    run_tool(EvalConfig, USAGE, main)
