@@ -26,7 +26,7 @@ QUESTIONS = [
     {"context": "To be, or not", "choices": [" to be", " a king", " to"], "answer": 0},
     {"context": "The lord Hamlet. ", "choices": ["Ay", "No, my lord"], "answer": 1},
     {"context": "Enter", "choices": [" Ghost and Marcellus", " X"], "answer": 0},
-    # no token reaches from the context into this one
+    # "this" is one token, which reaches from the context into the choice
     {"context": "Who is th", "choices": ["ere?", "is"], "answer": 0},
 ]
 
@@ -108,13 +108,12 @@ def test_log_likelihoods_equal_those_of_transformers(bpe, settings, tmp_path):
         for choice, value in zip(question["choices"], nats):
             context = question["context"].rstrip()
             whole = tokenizer(question["context"] + choice)["input_ids"]
-            scored = len(whole) - len(tokenizer(context)["input_ids"])
+            scored = max(1, len(whole) - len(tokenizer(context)["input_ids"]))
             with torch.no_grad():
                 logits = network(torch.tensor([whole])).logits[0]
             losses = logits.log_softmax(-1)[:-1].gather(
                 1, torch.tensor(whole[1:]).unsqueeze(1)
             )
-            assert scored > 0
             assert abs(value + float(losses[-scored:].sum())) < 1e-4
             assert value > 1
 
@@ -231,9 +230,9 @@ def test_an_interrupted_evaluation_continues(
 ):
     save_random(tmp_path / "model.pt", bpe)
     rows = [
-        question | {"context": text[i * 9 : i * 9 + 40]}
+        question | {"context": text[(4 * i + j) * 9 :][:40]}
         for i in range(9)
-        for question in QUESTIONS
+        for j, question in enumerate(QUESTIONS)
     ]
     work = {
         "text": write_rows(
@@ -241,7 +240,7 @@ def test_an_interrupted_evaluation_continues(
         ),
         "tasks": write_rows(tmp_path / "q.jsonl", rows),
     }
-    settings = {corpus: work[corpus], "batch_tokens": 64}
+    settings = {corpus: work[corpus], "batch_tokens": 20}
     calls = 0
     score_windows = tool.score_windows
 
@@ -285,6 +284,7 @@ def test_questions_of_a_file_are_scored(bpe, tmp_path, capsys):
         for choice in question["choices"]:
             ids = vocabulary.encode(question["context"] + choice)
             before = len(vocabulary.encode(question["context"].rstrip()))
+            before = min(before, len(ids) - 1)
             row.append(add_up(model, ids) - add_up(model, ids[:before]))
         nats.append(row)
     evaluate(
