@@ -35,7 +35,7 @@ from tools.eval.models import (
     Model,
     Sequence,
     Window,
-    cut_windows,
+    cut_document,
     load_model,
     score_windows,
 )
@@ -169,12 +169,13 @@ def append_rows(path: Path, rows: list[dict]) -> None:
 
 
 def make_batches(windows: list[Window], batch_tokens: int) -> Iterator[list[Window]]:
-    """Yield batches of windows, the longest first, with at most `batch_tokens` tokens and padding
-    each, or one window."""
+    """Yield batches of windows that share as many inputs with others, the longest first, with at
+    most `batch_tokens` tokens and padding each, or one window."""
     batch: list[Window] = []
-    for window in sorted(windows, key=len, reverse=True):
+    for window in sorted(windows, key=order_of, reverse=True):
         # all are padded to the first, which is the longest
-        if batch and (len(batch) + 1) * len(batch[0]) > batch_tokens:
+        is_full = batch and (len(batch) + 1) * len(batch[0]) > batch_tokens
+        if is_full or (batch and window.shared != batch[0].shared):
             yield batch
             batch = []
         batch.append(window)
@@ -182,18 +183,25 @@ def make_batches(windows: list[Window], batch_tokens: int) -> Iterator[list[Wind
         yield batch
 
 
+def order_of(window: Window) -> tuple[int, int]:
+    """Return what windows of one batch have in common: the shared inputs, then the length."""
+    return window.shared, len(window)
+
+
 def make_groups(
     documents: list[list[Sequence]], block_size: int, batch_tokens: int
 ) -> Iterator[list[Window]]:
-    """Yield the windows of some documents of similar length at a time, about BATCHES batches. They
-    do not depend on what was computed before: a result is the same after an interruption."""
-    lengths = [sum(len(sequence.ids) for sequence in row) for row in documents]
+    """Yield the windows of some similar documents at a time, about BATCHES batches. They do not
+    depend on what was computed before: a result is the same after an interruption."""
+    cut = [cut_document(i, row, block_size) for i, row in enumerate(documents)]
+    # a document with one token has no window
+    cut = [windows for windows in cut if windows]
+    cut.sort(key=lambda windows: max(map(order_of, windows)), reverse=True)
     group: list[Window] = []
     size = 0
-    for i in sorted(range(len(documents)), key=lengths.__getitem__, reverse=True):
-        for j, sequence in enumerate(documents[i]):
-            group += cut_windows(i, j, sequence, block_size)
-        size += lengths[i]
+    for windows in cut:
+        group += windows
+        size += sum(map(len, windows))
         if size >= BATCHES * batch_tokens:
             yield group
             group = []

@@ -42,13 +42,15 @@ class Sequence:
 @dataclass
 class Window:
     """A part of sequence j of document i that fits the network: the inputs ids[start:end], whose
-    targets are one place later. Those from place `first` on are scored."""
+    targets are one place later. Those from place `first` on are scored. The first `shared` inputs
+    are those of the document's other sequences."""
 
     i: int
     j: int
     start: int
     end: int
     first: int
+    shared: int = 0
 
     def __len__(self) -> int:
         return self.end - self.start
@@ -111,41 +113,90 @@ def cut_windows(
         first = end + 1
 
 
-def compute_hidden(network: GPT, idx: Tensor) -> Tensor:
+def cut_document(i: int, document: list[Sequence], block_size: int) -> list[Window]:
+    """Return the windows of all sequences of document i."""
+    windows = []
+    for j, sequence in enumerate(document):
+        windows += cut_windows(i, j, sequence, block_size)
+    # the context of choices, unless one of them had to be cut
+    if len(document) > 1 and not any(window.start for window in windows):
+        shared = count_shared(document)
+        for window in windows:
+            window.shared = shared
+    return windows
+
+
+def count_shared(document: list[Sequence]) -> int:
+    """Return how many inputs at the start of all sequences are the same. One is left to predict the
+    first scored token from."""
+    most = min(sequence.first for sequence in document) - 1
+    columns = zip(*(sequence.ids[:most] for sequence in document))
+    is_equal = [len(set(column)) == 1 for column in columns]
+    return [*is_equal, False].index(False)
+
+
+def compute_hidden(
+    network: GPT, idx: Tensor, layers: list[Tensor] | None = None, past: int = 0
+) -> Tensor:
     """Return what the output layer reads, (B, T, C), for tokens (B, T): GPT.forward without the
-    logits, of which only those of scored tokens are needed."""
-    positions = torch.arange(idx.size(1), device=idx.device)  # (T,)
+    logits, of which only those of scored tokens are needed. The tokens are added to the cache
+    `layers`, which holds `past` tokens; see KVCache."""
+    device = network.embedding.weight.device
+    idx = idx.to(device)
+    positions = torch.arange(past, past + idx.size(1), device=device)  # (T,)
     x, about_positions = network.embed(idx, positions)  # (B, T, C)
-    for block in network.get_submodule(network.layers):
-        x = block(x, 0.0, None, 0, *about_positions)
+    for number, block in enumerate(network.get_submodule(network.layers)):
+        kv = layers[number] if layers else None
+        x = block(x, 0.0, kv, past, *about_positions)
     return network.get_submodule(network.final_norm)(x)
+
+
+def read_prefixes(
+    network: GPT, prefixes: list[tuple[int, ...]], size: int
+) -> list[Tensor]:
+    """Return the cache of sequences of up to `size` tokens that start with `prefixes`, of one
+    length. Equal ones are computed once."""
+    place = {prefix: i for i, prefix in enumerate(dict.fromkeys(prefixes))}
+    idx = torch.tensor(list(place))  # (U, T)
+    layers = network.make_cache(*idx.shape).layers
+    compute_hidden(network, idx, layers)
+    rows = [place[prefix] for prefix in prefixes]
+    # room for the tokens that follow
+    room = (0, 0, 0, size - idx.size(1))
+    return [F.pad(layer[:, rows], room) for layer in layers]  # (2, B, K, size, D) each
 
 
 @torch.inference_mode()
 def score_windows(
     network: GPT, windows: list[Window], sequences: list[Sequence], dtype: torch.dtype
 ) -> list[float]:
-    """Return the negative log-likelihood of each window's scored tokens, in nats. Matrix products
-    are in `dtype`."""
+    """Return the negative log-likelihood of each window's scored tokens, in nats. All windows share
+    as many inputs with others. Matrix products are in `dtype`."""
     weight = (network.lm_head or network.embedding).weight  # (V, C)
     device = weight.device
     # padding stands behind the text, where attention does not look
+    shared = windows[0].shared
     longest = max(map(len, windows))
-    idx = torch.zeros(len(windows), longest, dtype=torch.long)
-    is_scored = torch.zeros(len(windows), longest, dtype=torch.bool)
+    idx = torch.zeros(len(windows), longest - shared, dtype=torch.long)  # (B, T)
+    is_scored = torch.zeros(idx.shape, dtype=torch.bool)
+    prefixes = []
     targets = []
     counts = []
     for row, (window, sequence) in enumerate(zip(windows, sequences)):
-        inputs = sequence.ids[window.start : window.end]
-        idx[row, : len(window)] = torch.tensor(inputs)
-        is_scored[row, window.first - 1 - window.start : len(window)] = True
+        start = window.start + shared
+        size = window.end - start
+        prefixes.append(tuple(sequence.ids[window.start : start]))
+        idx[row, :size] = torch.tensor(sequence.ids[start : window.end])
+        is_scored[row, window.first - 1 - start : size] = True
         scored = sequence.ids[window.first : window.end + 1]
         targets += scored
         counts.append(len(scored))
 
     losses = []
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        x = compute_hidden(network, idx.to(device))[is_scored.to(device)]  # (N, C)
+        # the context of a question's choices is computed once
+        layers = read_prefixes(network, prefixes, longest) if shared else None
+        x = compute_hidden(network, idx, layers, shared)[is_scored.to(device)]  # (N, C)
         # a few rows at a time: all logits may not fit in memory
         rows = max(1, MAX_LOGITS // len(weight))
         pairs = zip(x.split(rows), torch.tensor(targets, device=device).split(rows))
