@@ -331,14 +331,14 @@ def compare(base: Result, result: Result) -> Iterator[str]:
         if name == "nats per token":
             continue
         difference = subtract(value, base.metrics[name])
-        verdict = "less than two standard errors: not decided"
+        verdict = "less than two standard errors, not decided"
         if is_decided(difference):
             is_lower = difference.value < 0
             word = "better" if is_lower == (name == "bits per byte") else "worse"
-            verdict = f"more than two standard errors: {word}"
+            verdict = f"more than two standard errors, {word}"
         yield (
-            f"  {result.name} - {base.name}, {name}: {difference.value:+.4f} ± "
-            f"{difference.error:.4f}, {verdict}"
+            f"  {result.name} against {base.name}: {name} {difference.value:+.4f} ± "
+            f"{difference.error:.4f}: {verdict}"
         )
 
 
