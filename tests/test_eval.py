@@ -1,4 +1,4 @@
-"""tools.eval measures what the weights say, with honest errors, and survives an interruption."""
+"""tools.eval agrees with Transformers and with plain sums, and continues after an interruption."""
 
 import gzip
 import importlib.util
@@ -18,6 +18,7 @@ from keepgpt.errors import UserError
 from keepgpt.tokenizer import from_meta, train_bpe
 from model import GPT, ModelArgs, build_model
 from tools.eval import __main__ as tool
+from tools.eval import results
 from tools.eval.documents import (
     cut_text,
     encode_choice,
@@ -248,7 +249,7 @@ def test_an_interrupted_evaluation_continues(
     }
     settings = {corpus: work[corpus], "batch_tokens": 20}
     calls = 0
-    score_windows = tool.score_windows
+    score_windows = results.score_windows
 
     def count(*args):
         nonlocal calls
@@ -257,7 +258,7 @@ def test_an_interrupted_evaluation_continues(
             raise KeyboardInterrupt
         return score_windows(*args)
 
-    monkeypatch.setattr(tool, "score_windows", count)
+    monkeypatch.setattr(results, "score_windows", count)
     stop = 0
     evaluate(tmp_path / "model.pt", to=tmp_path / "whole", **settings)
     total = calls
@@ -439,6 +440,7 @@ def test_tokens_that_no_text_gives_are_refused(tmp_path):
         (["MODEL", "--text=TEXT", "--step=3"], "folder of a run"),
         (["MODEL", "--text=FOREIGN"], "can't read foreign.txt: not in the vocabulary"),
         (["MODEL", "--text=EMPTY"], "expected documents"),
+        (["MODEL", "--text=LETTER"], "nothing to score"),
         (["MODEL", "--tasks=BAD"], "line 2: expected context"),
         (["MODEL", "--tasks=TASK"], "can't read task: not in the vocabulary"),
     ],
@@ -451,12 +453,14 @@ def test_mistakes_are_one_line(args, told, char, tmp_path):
         "TEXT": tmp_path / "text.txt",
         "FOREIGN": tmp_path / "foreign.txt",
         "EMPTY": tmp_path / "empty.txt",
+        "LETTER": tmp_path / "letter.txt",
         "BAD": write_rows(tmp_path / "bad.jsonl", [good, good | {"answer": 3}]),
         "TASK": write_rows(tmp_path / "task.jsonl", [good | {"context": "日本"}]),
     }
     files["TEXT"].write_text("To be, or not to be")
     files["FOREIGN"].write_text("日本")
     files["EMPTY"].write_text("")
+    files["LETTER"].write_text("a")
     for name, path in files.items():
         args = [arg.replace(name, str(path)) for arg in args]
     assert told in complaint(run("tools.eval", *args, code=2))

@@ -6,7 +6,6 @@ name on the hub. Several are compared document by document, with a standard erro
 beside the model: the same command continues after an interruption.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
 from keepgpt.config import setting
 from keepgpt.dataset import dataset_folder
@@ -31,19 +29,11 @@ from tools.eval.documents import (
     read_dataset,
     read_text,
 )
-from tools.eval.models import (
-    Model,
-    Sequence,
-    Window,
-    cut_document,
-    load_model,
-    score_windows,
-)
+from tools.eval.models import Model, Sequence, load_model
+from tools.eval.results import evaluate
 from tools.eval.stats import Estimate, is_decided, subtract
 
 USAGE = "python -m tools.eval MODEL [MODEL ...] --text=FILE [--key=value ...]"
-# of documents whose windows are sorted by length: a kill loses one such group
-BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -55,7 +45,7 @@ class EvalConfig:
         "", "a text file, or rows with a document each (.jsonl, .json, .parquet)"
     )
     text_key: str = setting("text", "the key of the document in such a row")
-    dataset: str = setting("", "a prepared dataset, of which the val split is read")
+    dataset: str = setting("", "a prepared dataset: its val split")
     data_dir: str = setting("data", "folder of that dataset, as in train.py")
     tasks: str = setting(
         "", "tasks, e.g. hellaswag,arc_easy/rc_5shot, or .jsonl files of questions"
@@ -76,7 +66,7 @@ class EvalConfig:
 
 @dataclass
 class Result:
-    """What a model reached on a corpus. Without the model, which may fill the memory."""
+    """The metrics of a model on a corpus. It does not hold the model, which may fill the memory."""
 
     name: str
     origin: str
@@ -139,116 +129,6 @@ def warn_of_long(
     )
 
 
-def make_key(document: list[Sequence], dtype: torch.dtype) -> str:
-    """Return what identifies the result of a document by a model: its tokens, and the dtype."""
-    content = [[sequence.first, sequence.ids] for sequence in document]
-    return hashlib.sha256(f"{dtype} {content}".encode()).hexdigest()[:16]
-
-
-def read_rows(path: Path) -> dict[str, list[float]]:
-    """Return the results in a file by their keys. A row that a kill has cut short is no result."""
-    rows: dict[str, list[float]] = {}
-    if not path.exists():
-        return rows
-    for line in path.read_text(encoding="utf-8").splitlines():
-        # a complete row ends so
-        if line.endswith("}"):
-            row = json.loads(line)
-            rows[row["key"]] = row["nats"]
-    return rows
-
-
-def append_rows(path: Path, rows: list[dict]) -> None:
-    """Append results to a file. Raises OSError."""
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    with open(path, "a+b") as file:
-        # end a row that a kill has cut short
-        if file.tell() and not path.read_bytes().endswith(b"\n"):
-            text = "\n" + text
-        file.write(text.encode())
-
-
-def make_batches(windows: list[Window], batch_tokens: int) -> Iterator[list[Window]]:
-    """Yield batches of windows that share as many inputs with others, the longest first, with at
-    most `batch_tokens` tokens and padding each, or one window."""
-    batch: list[Window] = []
-    for window in sorted(windows, key=order_of, reverse=True):
-        # all are padded to the first, which is the longest
-        is_full = batch and (len(batch) + 1) * len(batch[0]) > batch_tokens
-        if is_full or (batch and window.shared != batch[0].shared):
-            yield batch
-            batch = []
-        batch.append(window)
-    if batch:
-        yield batch
-
-
-def order_of(window: Window) -> tuple[int, int]:
-    """Return what windows of one batch have in common: the shared inputs, then the length."""
-    return window.shared, len(window)
-
-
-def make_groups(
-    documents: list[list[Sequence]], block_size: int, batch_tokens: int
-) -> Iterator[list[Window]]:
-    """Yield the windows of some similar documents at a time, about BATCHES batches. They do not
-    depend on what was computed before: a result is the same after an interruption."""
-    cut = [cut_document(i, row, block_size) for i, row in enumerate(documents)]
-    # a document with one token has no window
-    cut = [windows for windows in cut if windows]
-    cut.sort(key=lambda windows: max(map(order_of, windows)), reverse=True)
-    group: list[Window] = []
-    size = 0
-    for windows in cut:
-        group += windows
-        size += sum(map(len, windows))
-        if size >= BATCHES * batch_tokens:
-            yield group
-            group = []
-            size = 0
-    if group:
-        yield group
-
-
-def evaluate(
-    model: Model, documents: list[list[Sequence]], path: Path, config: EvalConfig
-) -> list[list[float]]:
-    """Return the nats of each sequence of each document. Results that `path` has are not computed
-    again, and new ones are appended to it. Raises OSError."""
-    dtype = pick_dtype(config.dtype, model.network.embedding.weight.device)
-    keys = [make_key(document, dtype) for document in documents]
-    rows = read_rows(path)
-    done = sum(key in rows for key in keys)
-    if 0 < done < len(keys):
-        warn(f"continuing: {path} has {done:,} of {len(keys):,} documents")
-    block_size = model.network.args.block_size
-    groups = make_groups(documents, block_size, config.batch_tokens)
-    with tqdm(desc=model.name, total=len(keys), initial=done, disable=None) as bar:
-        for group in groups:
-            places = {window.i for window in group}
-            missing = [i for i in sorted(places) if keys[i] not in rows]
-            if not missing:
-                continue
-            nats = {i: [0.0] * len(documents[i]) for i in places}
-            for batch in make_batches(group, config.batch_tokens):
-                sequences = [documents[window.i][window.j] for window in batch]
-                scores = score_windows(model.network, batch, sequences, dtype)
-                for window, score in zip(batch, scores):
-                    nats[window.i][window.j] += score
-            # one write for a group
-            new = []
-            for i in missing:
-                rows[keys[i]] = nats[i]
-                sizes = [sequence.size for sequence in documents[i]]
-                new.append({"key": keys[i], "i": i, "nats": nats[i], "bytes": sizes})
-            append_rows(path, new)
-            bar.update(len(missing))
-    # a document without a window has nothing to predict
-    return [
-        rows.get(key, [0.0] * len(document)) for key, document in zip(keys, documents)
-    ]
-
-
 def evaluate_model(
     name: str, corpora: list[Text | Task], device: torch.device, config: EvalConfig
 ) -> list[Result]:
@@ -260,30 +140,41 @@ def evaluate_model(
     make_folder(folder)
     # mistakes first: computing takes long
     encoded = [encode(model, corpus) for corpus in corpora]
+    dtype = pick_dtype(config.dtype, device)
     results = []
     for corpus, documents in zip(corpora, encoded):
         warn_of_long(model, corpus, documents)
         stem = f"eval-{model.sha256[:12]}-{corpus.name.replace('/', '-')}"
-        nats = evaluate(model, documents, folder / f"{stem}.jsonl", config)
-        if not all(math.isfinite(value) for row in nats for value in row):
-            raise UserError(
-                f"{model.name}: {corpus.name}: expected finite losses, got NaN or infinity. Try: "
-                "--dtype=float32"
-            )
-        sequences = [sequence for document in documents for sequence in document]
-        result = Result(
-            model.name,
-            model.origin,
-            model.sha256,
-            corpus,
-            sum(len(sequence.ids) - sequence.first for sequence in sequences),
-            sum(sequence.size for sequence in sequences),
-            corpus.summarize(documents, nats),
-        )
+        path = folder / f"{stem}.jsonl"
+        nats = evaluate(model, documents, path, config.batch_tokens, dtype)
+        result = make_result(model, corpus, documents, nats)
         content = json.dumps(describe_result(result), indent=2) + "\n"
         write_atomically(folder / f"{stem}.json", content.encode())
         results.append(result)
     return results
+
+
+def make_result(
+    model: Model,
+    corpus: Text | Task,
+    documents: list[list[Sequence]],
+    nats: list[list[float]],
+) -> Result:
+    """Return the result of a model that needs `nats` for a corpus. Raises UserError if they are not
+    finite, or nothing was scored."""
+    if not all(math.isfinite(value) for row in nats for value in row):
+        raise UserError(
+            f"{model.name}: {corpus.name}: expected finite losses, got NaN or infinity. Try: "
+            "--dtype=float32"
+        )
+    sequences = [sequence for document in documents for sequence in document]
+    tokens = sum(len(sequence.ids) - sequence.first for sequence in sequences)
+    size = sum(sequence.size for sequence in sequences)
+    # a model of characters does not score the first one
+    if not size:
+        raise UserError(f"{corpus.name}: nothing to score. Try: a longer text")
+    metrics = corpus.summarize(documents, nats)
+    return Result(model.name, model.origin, model.sha256, corpus, tokens, size, metrics)
 
 
 def describe_result(result: Result) -> dict:

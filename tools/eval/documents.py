@@ -166,14 +166,12 @@ def read_dataset(folder: Path) -> Iterator[str]:
     vocabulary = from_meta(meta)
     split = Split(folder, "val", meta, 1, 0, False)
     ids = np.frombuffer(split.read(0, split.ends[-1]), split.dtype)
-    ends = []
-    if vocabulary.eot is not None:
-        ends = np.flatnonzero(ids == vocabulary.eot)
-    for part in np.split(ids, ends):
-        # each but the first begins with the token
-        part = part[int(len(part) > 0 and part[0] == vocabulary.eot) :].tolist()
-        text = vocabulary.decode(part)
-        if vocabulary.encode(text) != part:
+    # without such a token the split is one text
+    is_end = ids == vocabulary.eot
+    for part in np.split(ids, np.flatnonzero(is_end)):
+        tokens = part[part != vocabulary.eot].tolist()
+        text = vocabulary.decode(tokens)
+        if vocabulary.encode(text) != tokens:
             raise BadData(
                 f"{folder}: its tokens do not stand for one text: encoding it again gives "
                 "others. Try: --text=FILE with the text itself"

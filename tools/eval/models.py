@@ -32,7 +32,7 @@ class Model:
 
 @dataclass
 class Sequence:
-    """Tokens of which those from place `first` on are scored; these stand for `size` bytes."""
+    """Tokens. Those from place `first` on are scored, and stand for `size` bytes."""
 
     ids: list[int]
     first: int
@@ -138,9 +138,9 @@ def count_shared(document: list[Sequence]) -> int:
 def compute_hidden(
     network: GPT, idx: Tensor, layers: list[Tensor] | None = None, past: int = 0
 ) -> Tensor:
-    """Return what the output layer reads, (B, T, C), for tokens (B, T): GPT.forward without the
-    logits, of which only those of scored tokens are needed. The tokens are added to the cache
-    `layers`, which holds `past` tokens; see KVCache."""
+    """Return the input of the output layer, (B, T, C), for tokens (B, T): GPT.forward without the
+    logits, as only those of scored tokens are needed. The tokens are added to the cache `layers`,
+    which holds `past` tokens; see KVCache."""
     device = network.embedding.weight.device
     idx = idx.to(device)
     positions = torch.arange(past, past + idx.size(1), device=device)  # (T,)
