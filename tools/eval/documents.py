@@ -221,7 +221,7 @@ def find_task(name: str) -> Path:
         variants[f"{path.parents[1].name}/{path.parent.name}"] = path
     # `rc` asks with the texts of the answers, `mc` with their letters
     matches = [key for key in variants if name in (key, key.partition("/")[0])]
-    matches.sort(key=lambda key: ("0shot" not in key, "/rc" not in key, key))
+    matches.sort(key=lambda key: ("/rc" not in key, key))
     if not matches:
         tasks = sorted({key.partition("/")[0] for key in variants})
         raise UserError(
