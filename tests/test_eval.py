@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,7 +13,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import pytest
 import torch
-from conftest import complaint, run
+from conftest import complaint, run, start
 
 from keepgpt.errors import UserError
 from keepgpt.tokenizer import from_meta, train_bpe
@@ -280,6 +281,26 @@ def test_an_interrupted_evaluation_continues(
     calls = 0
     evaluate(tmp_path / "model.pt", to=tmp_path / "cut", **settings)
     assert calls == 0
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_continues(text, char, tmp_path):
+    save_random(tmp_path / "model.pt", char)
+    (tmp_path / "text.txt").write_text(text)
+    settings = {"chars": 100, "batch_tokens": 64, "dtype": "float32"}
+    settings["text"] = tmp_path / "text.txt"
+    flags = settings | {"to": tmp_path / "killed"}
+    process = start("tools.eval", tmp_path / "model.pt", **flags)
+    # with some results, but not all
+    while not list((tmp_path / "killed").glob("*.jsonl")):
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.kill()
+    process.communicate()
+    assert not list((tmp_path / "killed").glob("*.json"))
+    assert "continuing" in run("tools.eval", tmp_path / "model.pt", **flags).stderr
+    evaluate(tmp_path / "model.pt", to=tmp_path / "whole", **settings)
+    assert read_result(tmp_path / "killed") == read_result(tmp_path / "whole")
 
 
 def test_questions_of_a_file_are_scored(bpe, tmp_path, capsys):
