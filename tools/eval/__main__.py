@@ -124,8 +124,8 @@ def warn_of_long(
     if isinstance(corpus, Task):
         consequence = "their contexts are cut from the left"
     warn(
-        f"{corpus.name}: {long:,} of {len(documents):,} are longer than {model.name}'s "
-        f"block_size={block_size}: {consequence}"
+        f"{corpus.name}: {long:,} of {len(documents):,} documents are longer than the "
+        f"block_size={block_size} of {model.name}: {consequence}"
     )
 
 
@@ -149,6 +149,9 @@ def evaluate_model(
         nats = evaluate(model, documents, path, config.batch_tokens, dtype)
         result = make_result(model, corpus, documents, nats)
         content = json.dumps(describe_result(result), indent=2) + "\n"
+        # a part does not replace the result of all
+        if config.limit:
+            stem += f"-first-{config.limit}"
         write_atomically(folder / f"{stem}.json", content.encode())
         results.append(result)
     return results
@@ -228,8 +231,8 @@ def compare(base: Result, result: Result) -> Iterator[str]:
             word = "better" if is_lower == (name == "bits per byte") else "worse"
             verdict = f"more than two standard errors, {word}"
         yield (
-            f"  {result.name} against {base.name}: {name} {difference.value:+.4f} ± "
-            f"{difference.error:.4f}: {verdict}"
+            f"  {result.name} against {base.name}: {name} {difference.value:+.5f} ± "
+            f"{difference.error:.5f}: {verdict}"
         )
 
 
