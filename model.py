@@ -373,8 +373,8 @@ class GPT(nn.Module):
         """Return logits (B, T, V) for the tokens `idx` (B, T), or with `targets` (B, T) the mean
         cross-entropy in nats.
 
-        With a `cache`, idx continues the tokens in it (one token at a time unless it is empty), and
-        the result is the last token's logits, (B, 1, V).
+        With a `cache`, idx continues the tokens in it, and the result is the last token's logits,
+        (B, 1, V).
         """
         past = cache.length if cache else 0
         p = self.args.dropout if self.training else 0.0

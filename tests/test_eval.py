@@ -1,10 +1,12 @@
 """tools.eval agrees with Transformers and with plain sums, and continues after an interruption."""
 
 import gzip
+import hashlib
 import importlib.util
 import json
 import math
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -426,13 +428,22 @@ def test_every_kind_of_model_is_read(whole, dataset, tmp_path, capsys):
     assert len({tuple(row[1:]) for row in rows.values()}) == 1
     # a run's folder is its best checkpoint; exported weights are other bytes
     assert len({row[0] for row in rows.values()}) == 3
-    evaluate(whole, dataset=dataset, to=tmp_path / "results", limit=4, step=20)
+
+    # best.pt may be older than the newest checkpoint
+    older = whole / "ckpt-00000010.pt"
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run/best.pt").unlink()
+    shutil.copy(older, tmp_path / "run/best.pt")
+    for number, (model, step) in enumerate([(tmp_path / "run", 0), (whole, 10)]):
+        place = tmp_path / str(number)
+        evaluate(model, dataset=dataset, to=place, limit=1, step=step)
+        expected = hashlib.sha256(older.read_bytes()).hexdigest()
+        assert read_result(place)["sha256"] == expected
 
 
 def test_a_dataset_is_read_by_a_model_with_other_tokens(
-    whole, dataset, bpe, play, tmp_path, capsys
+    whole, dataset, bpe, tmp_path, capsys
 ):
-    run("prepare.py", play, name="bpe", tokenizer="bpe:400", data_dir=tmp_path)
     save_random(tmp_path / "model.pt", bpe)
     evaluate(whole, tmp_path / "model.pt", dataset=dataset, to=tmp_path / "results")
     lines = capsys.readouterr().out.splitlines()
@@ -440,7 +451,16 @@ def test_a_dataset_is_read_by_a_model_with_other_tokens(
     sizes = [int(line.split()[3].replace(",", "")) for line in lines[2:4]]
     # a model of characters has nothing to predict the first one from
     assert sizes[1] - sizes[0] == documents
-    evaluate(tmp_path / "model.pt", dataset=tmp_path / "bpe", limit=3)
+
+
+def test_a_dataset_s_documents_are_those_that_were_prepared(text, tmp_path):
+    documents = [text[start : start + 100] for start in range(0, len(text), 100)]
+    rows = write_rows(tmp_path / "d.jsonl", [{"text": part} for part in documents])
+    run("prepare.py", rows, name="bpe", tokenizer="bpe:400", data_dir=tmp_path)
+    found = [part for part in read_dataset(tmp_path / "bpe") if part]
+    # the end of each
+    assert len(found) == len(documents)
+    assert all(whole.endswith(part) for whole, part in zip(documents, found))
 
 
 def test_tokens_that_no_text_gives_are_refused(tmp_path):

@@ -204,5 +204,5 @@ def score_windows(
             logits = F.linear(chunk, weight).float()  # (R, V)
             losses.append(F.cross_entropy(logits, target, reduction="none"))
     # in float64 the order of the sum changes nothing that anyone reads
-    parts = torch.cat(losses).double().cpu().split(counts)
+    parts = torch.cat(losses).cpu().double().split(counts)
     return [float(part.sum()) for part in parts]
