@@ -140,22 +140,27 @@ def attend(q: Tensor, k: Tensor, v: Tensor, p: float) -> Tensor:
 
 
 def attend_to_cache(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Return attention, (B, H, 1, D), of one token's q (B, H, 1, D) to all tokens of keys and
-    values (B, K, T, D)."""
-    B, H, _, D = q.shape
+    """Return attention, (B, H, N, D), of the last N tokens' q (B, H, N, D) to all tokens of keys
+    and values (B, K, T, D)."""
+    B, H, N, D = q.shape
     K = keys.size(1)
+    T = keys.size(2)
+    # the last token attends to all, those before it not to the ones after them
+    mask = None
+    if N > 1:
+        mask = torch.ones(N, T, dtype=torch.bool, device=q.device).tril(T - N)
+        mask = mask.repeat(H // K, 1)  # (H / K * N, T)
     # the queries that share a key are its rows
-    q = q.to(keys.dtype).reshape(B, K, H // K, D)
-    y = F.scaled_dot_product_attention(q, keys, values)  # (B, K, H / K, D)
-    return y.view(B, H, 1, D)
+    q = q.to(keys.dtype).reshape(B, K, H // K * N, D)
+    y = F.scaled_dot_product_attention(q, keys, values, mask)  # (B, K, H / K * N, D)
+    return y.view(B, H, N, D)
 
 
 def attend_cached(
     q: Tensor, k: Tensor, v: Tensor, kv: Tensor | None, past: int, p: float
 ) -> Tensor:
     """Return causal attention, (B, T, H * D), of q (B, H, T, D) to k and v (B, K, T, D) and to the
-    `past` tokens in the cache `kv` (2, B, K, size, D), to which k and v are added. T is 1 unless
-    the cache is empty."""
+    `past` tokens in the cache `kv` (2, B, K, size, D), to which k and v are added."""
     end = past + q.size(2)
     # add the new tokens to the cache, if there is one
     if kv is not None:
@@ -164,7 +169,7 @@ def attend_cached(
 
     if past:
         keys, values = kv[:, :, :, :end]  # (B, K, end, D) each
-        y = attend_to_cache(q, keys, values).to(v.dtype)  # (B, H, 1, D)
+        y = attend_to_cache(q, keys, values).to(v.dtype)  # (B, H, T, D)
     else:
         y = attend(q, k, v, p)  # (B, H, T, D)
     return y.transpose(1, 2).flatten(2)  # (B, T, H * D)
@@ -368,8 +373,8 @@ class GPT(nn.Module):
         """Return logits (B, T, V) for the tokens `idx` (B, T), or with `targets` (B, T) the mean
         cross-entropy in nats.
 
-        With a `cache`, idx continues the tokens in it (one token at a time unless it is empty), and
-        the result is the last token's logits, (B, 1, V).
+        With a `cache`, idx continues the tokens in it, and the result is the last token's logits,
+        (B, 1, V).
         """
         past = cache.length if cache else 0
         p = self.args.dropout if self.training else 0.0

@@ -838,6 +838,10 @@ def test_the_cache_gives_the_logits_of_the_whole(args):
         parts += [model(idx[:, i : i + 1], cache=cache) for i in range(start, 16)]
         assert cache.length == 16
         agree(torch.cat(parts, 1), whole[:, start - 1 :], 1e-5)
+    # several tokens at a time
+    cache = model.make_cache(3)
+    parts = [model(idx[:, i : i + 5], cache=cache) for i in (0, 5, 10)]
+    agree(torch.cat(parts, 1), whole[:, 4:15:5], 1e-5)
 
 
 @both
