@@ -243,7 +243,7 @@ def skip(part: Part, place: Path) -> str:
         if not skips:
             part.count(-1, "the uninterrupted run skipped nothing", cases=0)
         lines.append(f"{done}, {sum(skips.values())} batches skipped in each")
-    return f"{lines[0]}; with DDP: {lines[1]}"
+    return f"{lines[0]}; {shares['ddp']} of them with DDP: {lines[1]}"
 
 
 def check_full_disk(settings: Settings, older: Path, limit: int, expected: dict) -> str:
