@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,8 +17,17 @@ from typing import Any
 import pytest
 import torch
 
-# a shell that starts the tests in the background lets them, and their children, ignore Ctrl-C
+# a shell that starts the tests in the background lets them, and their children, ignore Ctrl-C, and
+# nohup lets them ignore the end of the terminal
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# in memory, where an fsync takes no time
+MEMORY = "/dev/shm"
+if "TMPDIR" not in os.environ and os.path.isdir(MEMORY):
+    if shutil.disk_usage(MEMORY).free > 4e9:
+        os.environ["TMPDIR"] = MEMORY
+        tempfile.tempdir = None
 
 REPO = Path(__file__).resolve().parent.parent
 PROGRAMS = REPO / "tests" / "programs"  # broken versions of the scripts

@@ -1,6 +1,5 @@
 """tools.crash finds no failure in this program, and finds those that a test makes on purpose."""
 
-import os
 import subprocess
 import tempfile
 
@@ -34,9 +33,7 @@ def crash(
     part: str, *args: str, fault: str = "nothing", code: int = 0
 ) -> subprocess.CompletedProcess:
     """Run a part of tools.crash after a fault of programs/broken_crash.py."""
-    # in memory if possible: thousands of small files, and no power is cut
-    memory = "/dev/shm" if os.path.isdir("/dev/shm") else None
-    with tempfile.TemporaryDirectory(dir=memory) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         program = PROGRAMS / "broken_crash.py"
         return run(program, fault, part, *args, code=code, env={"TMPDIR": folder})
 
