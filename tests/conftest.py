@@ -24,10 +24,10 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # in memory, where an fsync takes no time
 MEMORY = "/dev/shm"
-if "TMPDIR" not in os.environ and os.path.isdir(MEMORY):
-    if shutil.disk_usage(MEMORY).free > 4e9:
-        os.environ["TMPDIR"] = MEMORY
-        tempfile.tempdir = None
+has_room = os.path.isdir(MEMORY) and shutil.disk_usage(MEMORY).free > 4e9
+if "TMPDIR" not in os.environ and has_room:
+    os.environ["TMPDIR"] = MEMORY
+    tempfile.tempdir = None
 
 REPO = Path(__file__).resolve().parent.parent
 PROGRAMS = REPO / "tests" / "programs"  # broken versions of the scripts
