@@ -179,14 +179,18 @@ class Split:
     def locate(self, first: int, count: int) -> list[tuple["Split", int]]:
         """Return the split and the first token of each of the windows first ... first + count - 1
         of the endless sequence of epochs."""
-        # each epoch has a permutation and an offset of its own
         numbers = np.arange(first, first + count, dtype=np.uint64)
+        return [(self, start) for start in self.find_starts(numbers)]
+
+    def find_starts(self, numbers: np.ndarray) -> list[int]:
+        """Return the first token of each of the windows with these numbers, uint64, in the endless
+        sequence of epochs."""
+        # each epoch has a permutation and an offset of its own
         epoch, index = np.divmod(numbers, np.uint64(self.windows))
         key = mix(epoch ^ self.key)
         offset = key % np.uint64(self.offsets)
         window = permute(index, self.windows, key)
-        starts = (window * np.uint64(self.block_size) + offset).tolist()
-        return [(self, start) for start in starts]
+        return (window * np.uint64(self.block_size) + offset).tolist()
 
     def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Return windows first ... first + count - 1, see `locate`: inputs and targets, (count, T)

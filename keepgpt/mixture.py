@@ -7,7 +7,6 @@ dataset does.
 
 import hashlib
 import json
-from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
@@ -138,15 +137,27 @@ class Mixture:
         # each cycle has the windows of split 0, then those of split 1, ..., in a permutation
         numbers = np.arange(first, first + count, dtype=np.uint64)
         cycles, index = np.divmod(numbers, np.uint64(CYCLE))
-        slots = permute(index, CYCLE, mix(cycles ^ self.key)).tolist()
-        places = []
-        for cycle, slot in zip(cycles.tolist(), slots):
-            before = self.count_windows(cycle * CYCLE)
-            after = self.count_windows((cycle + 1) * CYCLE)
-            ends = list(accumulate(b - a for a, b in zip(before, after)))
-            k = bisect_right(ends, slot)
-            window = before[k] + slot - (ends[k - 1] if k else 0)
-            places += self.splits[k].locate(window, 1)
+        slots = permute(index, CYCLE, mix(cycles ^ self.key)).astype(np.int64)
+        sources = np.empty(count, np.int64)
+        windows = np.empty(count, np.int64)
+        for cycle in set(cycles.tolist()):
+            # the windows of each split up to this cycle, and the first slot of each split in it
+            before = np.array(self.count_windows(cycle * CYCLE))
+            after = np.array(self.count_windows((cycle + 1) * CYCLE))
+            ends = np.cumsum(after - before)
+            first_slots = ends - (after - before)
+            here = cycles == cycle
+            k = np.searchsorted(ends, slots[here], side="right")
+            sources[here] = k
+            windows[here] = before[k] + slots[here] - first_slots[k]
+
+        # the place of each of those windows in its split
+        places: list = [None] * count
+        for k, split in enumerate(self.splits):
+            (at,) = np.nonzero(sources == k)
+            starts = split.find_starts(windows[at].astype(np.uint64))
+            for i, start in zip(at.tolist(), starts):
+                places[i] = (split, start)
         return places
 
     def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
