@@ -56,7 +56,7 @@ def test_each_source_is_read_without_replacement(mixture):
     for k, split in enumerate(mixture.splits):
         starts = x[sources == k, 0].tolist()
         assert len(starts) > 2 * split.windows
-        # at the end of each cycle it has read what it reads alone: each window once in an epoch
+        # after each cycle these are the windows that it reads alone, each once in an epoch
         alone, _ = split.rows(0, len(starts))
         for end in range(CYCLE, 60 * CYCLE + 1, CYCLE):
             n = mixture.count_windows(end)[k]
