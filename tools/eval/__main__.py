@@ -16,10 +16,10 @@ from typing import Literal
 import torch
 
 from keepgpt.config import setting
-from keepgpt.dataset import dataset_folder
 from keepgpt.device import pick_device, pick_dtype
 from keepgpt.errors import UserError, warn
 from keepgpt.files import make_folder, write_atomically
+from keepgpt.mixture import find_sources
 from tools.common import run_tool
 from tools.eval.documents import (
     Task,
@@ -85,11 +85,11 @@ def find_corpora(config: EvalConfig) -> list[Text | Task]:
         name = Path(config.text).name
         corpora.append(make_text(name, texts, config.chars, config.limit))
     if config.dataset:
-        folder = dataset_folder(config.data_dir, config.dataset)
-        name = f"{folder.name}/val"
-        corpora.append(
-            make_text(name, read_dataset(folder), config.chars, config.limit)
-        )
+        # each source of a mixture on its own
+        for source in find_sources(config.data_dir, config.dataset):
+            name = f"{source.folder.name}/val"
+            texts = read_dataset(source.folder)
+            corpora.append(make_text(name, texts, config.chars, config.limit))
     if config.tasks:
         # a name twice is once
         names = dict.fromkeys(config.tasks.split(","))
