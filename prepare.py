@@ -119,8 +119,11 @@ def prepare(
     # for messages
     folder = Path(min(str(folder), os.path.relpath(folder), key=len))
 
-    work = prepare_shards if recipe.is_ready else prepare_text
-    meta, is_new = work(name, recipe, folder, opened)
+    # the text may be encoded already
+    if recipe.is_ready:
+        meta, is_new = prepare_shards(recipe, folder, opened)
+    else:
+        meta, is_new = prepare_text(name, recipe, folder, opened)
     outcome = "exists already"
     if is_new:
         outcome = f"took {time.perf_counter() - started:.1f} s"
@@ -134,7 +137,7 @@ def prepare(
 
 
 def prepare_shards(
-    name: str, recipe: Recipe, folder: Path, opened: ExitStack
+    recipe: Recipe, folder: Path, opened: ExitStack
 ) -> tuple[dict[str, Any], bool]:
     """Download the shards of a recipe whose text is encoded already, unless they are there. Return
     their description, and whether they are new. Raises UserError."""

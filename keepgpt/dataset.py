@@ -241,7 +241,7 @@ def read_shard_header(path: Path) -> int:
     if size != expected:
         raise BadData(
             f"{path}: expected {expected:,} bytes for the {tokens:,} tokens of its header, got "
-            f"{size:,}. Try: download it again"
+            f"{size:,}. Try: remove it, and download it again"
         )
     return tokens
 

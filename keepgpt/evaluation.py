@@ -91,7 +91,7 @@ def combine_losses(
         if bytes_per_token[name]:
             bpb = bits_per_byte(losses[name], bytes_per_token[name])
             numbers[f"{kind}_bpb{suffix}"] = bpb
-    return dict(sorted(numbers.items(), key=lambda item: "/" in item[0]))
+    return numbers
 
 
 def describe_evaluation(numbers: dict[str, float]) -> str:

@@ -127,8 +127,8 @@ class Mixture:
         self.windows = sum(split.windows for split in splits)
 
     def count_windows(self, n: int) -> list[int]:
-        """Return how many of the first n windows each split has; n is a multiple of CYCLE, or what
-        is between two multiples may differ."""
+        """Return how many of the first n windows each split has: exactly if n is a multiple of
+        CYCLE, otherwise to within a few windows."""
         ends = [n * bound.numerator // bound.denominator for bound in self.bounds]
         return [end - start for start, end in pairwise(ends)]
 

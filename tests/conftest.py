@@ -26,7 +26,11 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 MEMORY = "/dev/shm"
 has_room = os.path.isdir(MEMORY) and shutil.disk_usage(MEMORY).free > 4e9
 if "TMPDIR" not in os.environ and has_room:
-    os.environ["TMPDIR"] = MEMORY
+    # it ends with this process: nothing stays in memory
+    temporary = tempfile.TemporaryDirectory(
+        dir=MEMORY, prefix="keepgpt-tests-", ignore_cleanup_errors=True
+    )
+    os.environ["TMPDIR"] = temporary.name
     tempfile.tempdir = None
 
 REPO = Path(__file__).resolve().parent.parent

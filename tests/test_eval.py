@@ -301,7 +301,8 @@ def test_a_killed_evaluation_continues(text, char, tmp_path):
     process.communicate()
     assert not list((tmp_path / "killed").glob("*.json"))
     assert "continuing" in run("tools.eval", tmp_path / "model.pt", **flags).stderr
-    evaluate(tmp_path / "model.pt", to=tmp_path / "whole", **settings)
+    # with the same number of threads
+    run("tools.eval", tmp_path / "model.pt", **settings, to=tmp_path / "whole")
     assert read_result(tmp_path / "killed") == read_result(tmp_path / "whole")
 
 

@@ -1177,6 +1177,10 @@ def test_ready_shards_are_downloaded_and_trained_on(hub, tmp_path):
     path.write_bytes(content[path.name][:-2])
     done = run("prepare.py", "fineweb10B", data_dir=tmp_path, env=offline, code=2)
     assert "1,224 bytes" in complaint(done)
+    # its hint works
+    path.unlink()
+    run("prepare.py", "fineweb10B", data_dir=tmp_path, env=hub.env)
+    assert path.read_bytes() == content[path.name]
     flags = {"name": "other", "tokenizer": "char", "data_dir": tmp_path}
     assert "--tokenizer" in complaint(run("prepare.py", "fineweb10B", code=2, **flags))
 
