@@ -30,6 +30,8 @@ if "TMPDIR" not in os.environ and has_room:
     temporary = tempfile.TemporaryDirectory(
         dir=MEMORY, prefix="keepgpt-tests-", ignore_cleanup_errors=True
     )
+    # another user may pass through it to a folder of their own
+    os.chmod(temporary.name, 0o711)
     os.environ["TMPDIR"] = temporary.name
     tempfile.tempdir = None
 
