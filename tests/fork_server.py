@@ -5,6 +5,7 @@ server imports and never computes, because a fork keeps only the thread that cal
 """
 
 import atexit
+import functools
 import gc
 import importlib
 import json
@@ -14,11 +15,19 @@ import signal
 import sys
 import threading
 import time
+import types
+import weakref
 from math import inf
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import numpy.random
+
+
+@functools.cache
+def compile_script(path: str, _modified: int) -> types.CodeType:
+    """Return the code of a script. The forks share it."""
+    return compile(Path(path).read_bytes(), path, "exec")
 
 
 def wait_for_request() -> dict[str, Any]:
@@ -27,6 +36,12 @@ def wait_for_request() -> dict[str, Any]:
         request = json.loads(line)
         for module in request["imports"]:
             importlib.import_module(module)
+        script = request["argv"][0]
+        if script.endswith(".py"):
+            request["code"] = compile_script(script, os.stat(script).st_mtime_ns)
+        # a fork that ends would take each operator of torch out of its table
+        for finalizer in list(weakref.finalize._registry):
+            finalizer.atexit = False
         assert len(os.listdir("/proc/self/task")) == 1  # threads
         gc.freeze()  # a fork that ends would look through all of torch's objects
         children = []
@@ -67,29 +82,32 @@ def become(request: dict[str, Any]) -> None:
         os.dup2(file, fd)
         os.close(file)
     signal.alarm(request["timeout"])
-    np.random.seed()  # Python's own generator is seeded at each fork
+    numpy.random.seed()  # Python's own generator is seeded at each fork
     sys.modules.pop(request["imports"][0])  # the script itself, which runs as __main__
     if "PYTHONPATH" in os.environ:
         sys.path[1:1] = os.environ["PYTHONPATH"].split(":")
     sys.argv = request["argv"]
 
 
-def run_script() -> None:
-    """Run the script or module in sys.argv."""
-    if sys.argv[0].endswith(".py"):
+def run_script(code: types.CodeType | None) -> None:
+    """Run the script or module in sys.argv. A script's code is `code`."""
+    if code:
         sys.path[0] = os.path.dirname(sys.argv[0])
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        module = types.ModuleType("__main__")
+        module.__file__ = sys.argv[0]
+        sys.modules["__main__"] = module
+        exec(code, module.__dict__)
     else:
         sys.path[0] = os.getcwd()
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
-def run_and_exit() -> None:
+def run_and_exit(script: types.CodeType | None) -> None:
     """Run the script, then end as the interpreter does, but without freeing memory: with torch that
     takes longer than most of the tests."""
     code = 0
     try:
-        run_script()
+        run_script(script)
     except KeyboardInterrupt:
         # the interpreter's own end, by a signal
         raise
@@ -117,5 +135,6 @@ def run_and_exit() -> None:
 
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-become(wait_for_request())
-run_and_exit()
+request = wait_for_request()
+become(request)
+run_and_exit(request.get("code"))
