@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import json
 import os
+import select
 import shutil
 import signal
 import socket
@@ -78,16 +79,21 @@ def command(
 ) -> list[str]:
     """Return the command line of a script or module, behind torchrun for several ranks. `last` is
     one more argument after the flags."""
-    torchrun = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-        if ranks > 1
-        else []
-    )
-    program = [str(REPO / script)] if str(script).endswith(".py") else ["-m", script]
+    torchrun = ["-m", "torch.distributed.run", "--standalone"]
+    torchrun.append(f"--nproc_per_node={ranks}")
+    module = [] if str(script).endswith(".py") else ["-m"]
     return [
         sys.executable,
-        *torchrun,
-        *program,
+        *(torchrun if ranks > 1 else []),
+        *module,
+        *arguments(script, *args, last=last, **flags),
+    ]
+
+
+def arguments(script: str, *args: str, last: str = "", **flags: Any) -> list[str]:
+    """Return sys.argv of a script or module."""
+    return [
+        str(REPO / script) if str(script).endswith(".py") else script,
         *map(str, args),
         *(f"--{key}={value}" for key, value in flags.items()),
         *([last] if last else []),
@@ -107,49 +113,97 @@ def fork_server() -> subprocess.Popen:
     )
 
 
-def run_forks(
-    script: str,
-    args: list[str],
-    ranks: int,
-    cwd: Path,
-    env: dict[str, str],
-    stdout: str = "",
-) -> subprocess.CompletedProcess:
-    """Run a script in forks of a process that has imported torch, one for each rank."""
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as free:
-        if ranks > 1:  # what torchrun sets
-            free.bind(("127.0.0.1", 0))
-            env |= {
-                "WORLD_SIZE": str(ranks),
-                "LOCAL_WORLD_SIZE": str(ranks),
-                "GROUP_WORLD_SIZE": "1",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(free.getsockname()[1]),
-            }
-            free.close()
+class Forks:
+    """Processes of the fork server, one for each rank, with the methods of subprocess.Popen."""
+
+    def __init__(
+        self,
+        script: str,
+        argv: list[str],
+        ranks: int,
+        cwd: Path,
+        env: dict[str, str],
+        stdout: str,
+    ) -> None:
+        # files of this process, by names that the server can open
+        answer, write = os.pipe()
+        self.answer = open(answer)
+        self.stderr = tempfile.TemporaryFile("w+")
+        self.argv = argv
+        self.returncode: int | None = None
         request = {
-            "argv": args,
+            "argv": argv,
             "ranks": ranks,
             "cwd": str(cwd),
-            "env": env,
+            "env": env | (environment_of_ranks(ranks) if ranks > 1 else {}),
             "timeout": 600,
             "imports": [
                 *IMPORTS.get(script, OTHER_IMPORTS),
                 # DDP imports the compiler, which takes longer than such a run
                 *(["torch._dynamo"] if ranks > 1 else []),
             ],
-            "stdout": stdout or f"{folder}/stdout",
-            "stderr": f"{folder}/stderr",
+            "stdout": stdout,
+            "stderr": path_of(self.stderr.fileno()),
+            "answer": path_of(write),
         }
         server = fork_server()
         print(json.dumps(request), file=server.stdin, flush=True)
-        code = int(server.stdout.readline())
-        return subprocess.CompletedProcess(
-            args,
-            code,
-            "" if stdout else Path(folder, "stdout").read_text(),
-            Path(folder, "stderr").read_text(),
-        )
+        self.pids = json.loads(server.stdout.readline())
+        os.close(write)
+
+    def poll(self) -> int | None:
+        """Return the exit code, or None while a rank runs."""
+        if self.returncode is None and select.select([self.answer], [], [], 0)[0]:
+            self.returncode = int(self.answer.read())
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Return the exit code. `timeout` is in seconds."""
+        if self.returncode is None:
+            select.select([self.answer], [], [], timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired(self.argv, timeout)
+        return self.returncode
+
+    def communicate(self, timeout: float | None = None) -> tuple[str, str]:
+        """Return what the processes wrote to stdout and stderr when they have ended."""
+        # a process that hangs is ended by its alarm
+        printed = self.stdout.read()
+        self.wait(timeout)
+        return printed, self.stderr.read()
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal to every rank, unless all have ended."""
+        if self.poll() is None:
+            for pid in self.pids:
+                os.kill(pid, number)
+
+    def terminate(self) -> None:
+        """Send SIGTERM to every rank."""
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Send SIGKILL to every rank."""
+        self.send_signal(signal.SIGKILL)
+
+
+def path_of(descriptor: int) -> str:
+    """Return a path by which another process can open a file of this one."""
+    return f"/proc/{os.getpid()}/fd/{descriptor}"
+
+
+def environment_of_ranks(ranks: int) -> dict[str, str]:
+    """Return what torchrun sets for all its ranks."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "GROUP_WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
 
 
 def run(
@@ -182,23 +236,50 @@ def run(
             timeout=600,
         )
     else:
-        _, *argv = command(script, *args, **flags)
-        done = run_forks(script, argv[argv[0] == "-m" :], ranks, cwd, full_env, stdout)
+        argv = arguments(script, *args, **flags)
+        with tempfile.TemporaryFile("w+") as printed:
+            forks = Forks(
+                script,
+                argv,
+                ranks,
+                cwd,
+                full_env,
+                stdout or path_of(printed.fileno()),
+            )
+            forks.wait()
+            done = subprocess.CompletedProcess(
+                argv,
+                forks.returncode,
+                printed.read(),
+                forks.stderr.read(),
+            )
     assert code is None or done.returncode == code, (
         f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     )
     return done
 
 
-def start(script: str, *args: str, ranks: int = 1, **flags: Any) -> subprocess.Popen:
-    """Start a script in a new interpreter. Return its process; stdout and stderr are pipes."""
-    return subprocess.Popen(
+def start(
+    script: str, *args: str, ranks: int = 1, **flags: Any
+) -> Forks | subprocess.Popen:
+    """Start a script in forks and return them. stdout is a pipe."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    if sys.platform == "linux":
+        read, write = os.pipe()
+        argv = arguments(script, *args, **flags)
+        forks = Forks(script, argv, ranks, REPO, env, path_of(write))
+        os.close(write)
+        forks.stdout = open(read)
+        return forks
+    process = subprocess.Popen(
         command(script, *args, ranks=ranks, **flags),
         text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=env,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
+    process.pids = [process.pid]
+    return process
 
 
 @pytest.fixture(scope="session")

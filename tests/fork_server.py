@@ -1,7 +1,8 @@
 """Run scripts in forks of one process that has imported torch already: that takes two seconds.
 
-conftest.py writes one request per line to stdin and reads one exit code per line from stdout. The
-server imports and never computes, because a fork keeps only the thread that called it.
+conftest.py writes a request, one line of JSON, to stdin. This process answers on stdout with the
+ids of the forks, one for each rank, and writes their exit code to the request's `answer` when they
+have ended. It imports and never computes, because a fork keeps only the thread that called it.
 """
 
 import atexit
@@ -11,17 +12,30 @@ import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import sys
 import threading
 import time
 import types
 import weakref
+from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from typing import Any
 
 import numpy.random
+
+
+@dataclass
+class Job:
+    """The forks of one request."""
+
+    running: list[int]  # process ids
+    answer: int  # a file descriptor
+    several: bool
+    code: int = 0
+    deadline: float = inf
 
 
 @functools.cache
@@ -30,57 +44,88 @@ def compile_script(path: str, _modified: int) -> types.CodeType:
     return compile(Path(path).read_bytes(), path, "exec")
 
 
-def wait_for_request() -> dict[str, Any]:
-    """Fork for each request and answer with the exit code. Return the request in the fork."""
-    for line in sys.stdin:
-        request = json.loads(line)
-        for module in request["imports"]:
-            importlib.import_module(module)
-        script = request["argv"][0]
-        if script.endswith(".py"):
-            request["code"] = compile_script(script, os.stat(script).st_mtime_ns)
-        # a fork that ends would take each operator of torch out of its table
-        for finalizer in list(weakref.finalize._registry):
-            finalizer.atexit = False
-        assert len(os.listdir("/proc/self/task")) == 1  # threads
-        gc.freeze()  # a fork that ends would look through all of torch's objects
-        children = []
-        for rank in range(request["ranks"]):
-            children.append(os.fork())
-            if children[-1] == 0:
-                if request["ranks"] > 1:
-                    request["env"] |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                return request
-        print(wait_for_exit(children), flush=True)
-    sys.exit()
+def prepare_fork(request: dict[str, Any]) -> types.CodeType | None:
+    """Import what the script needs. Return its code, or None for a module."""
+    for module in request["imports"]:
+        importlib.import_module(module)
+    # a fork that ends would take each operator of torch out of its table
+    for finalizer in list(weakref.finalize._registry):
+        finalizer.atexit = False
+    assert len(os.listdir("/proc/self/task")) == 1  # threads
+    # a fork that ends would look through all of torch's objects
+    gc.freeze()
+    script = request["argv"][0]
+    if script.endswith(".py"):
+        return compile_script(script, os.stat(script).st_mtime_ns)
+    return None
 
 
-def wait_for_exit(children: list[int]) -> int:
-    """Return the exit code of the only child, or of several as torchrun does: 1 if any fails. Then
-    the others have 5 seconds to end."""
-    code, several, deadline = 0, len(children) > 1, inf
-    while children:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid:
-            children.remove(pid)
-        if pid and status:
-            code = 1 if several else os.waitstatus_to_exitcode(status)
-            deadline = time.monotonic() + 5
-        for child in children if time.monotonic() > deadline else []:
-            os.kill(child, signal.SIGKILL)
-        time.sleep(0.005)
-    return code
+def serve() -> None:
+    """Answer requests until stdin closes. Return in a fork, which then runs its script."""
+    jobs: list[Job] = []
+    while True:
+        readable, _, _ = select.select([sys.stdin], [], [], 0.005 if jobs else None)
+        if readable:
+            line = sys.stdin.readline()
+            if not line:
+                sys.exit()
+            request = json.loads(line)
+            code = prepare_fork(request)
+            streams = open_streams(request)
+            answer = os.open(request["answer"], os.O_WRONLY)
+            pids = []
+            for rank in range(request["ranks"]):
+                pids.append(os.fork())
+                if pids[-1] == 0:
+                    become(request, rank, streams)
+                    run_and_exit(code)
+            for stream in streams:
+                os.close(stream)
+            jobs.append(Job(list(pids), answer, several=len(pids) > 1))
+            print(json.dumps(pids), flush=True)
+        jobs = [job for job in jobs if not has_ended(job)]
 
 
-def become(request: dict[str, Any]) -> None:
+def has_ended(job: Job) -> bool:
+    """Return True if all forks of a job have ended, and answer with the exit code: that of the only
+    fork, or of several as torchrun does: 1 if any fails. Then the others have 5 seconds to end."""
+    for pid in list(job.running):
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            job.running.remove(pid)
+        if status:
+            job.code = 1 if job.several else os.waitstatus_to_exitcode(status)
+            job.deadline = time.monotonic() + 5
+    if job.running:
+        for pid in job.running if time.monotonic() > job.deadline else []:
+            os.kill(pid, signal.SIGKILL)
+        return False
+    os.write(job.answer, str(job.code).encode())
+    os.close(job.answer)
+    return True
+
+
+def open_streams(request: dict[str, Any]) -> list[int]:
+    """Open stdin, stdout and stderr of the forks."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    return [
+        os.open(os.devnull, os.O_RDONLY),
+        os.open(request["stdout"], flags),
+        os.open(request["stderr"], flags),
+    ]
+
+
+def become(request: dict[str, Any], rank: int, streams: list[int]) -> None:
     """Take the folder, environment, files and arguments that a new interpreter would get."""
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
-    for fd, path in enumerate((os.devnull, request["stdout"], request["stderr"])):
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, fd)
-        os.close(file)
+    if request["ranks"] > 1:
+        os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+    # those of the server: pipes of other requests end when their own forks do
+    os.closerange(3, 256)
     signal.alarm(request["timeout"])
     numpy.random.seed()  # Python's own generator is seeded at each fork
     sys.modules.pop(request["imports"][0])  # the script itself, which runs as __main__
@@ -135,6 +180,4 @@ def run_and_exit(script: types.CodeType | None) -> None:
 
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
-request = wait_for_request()
-become(request)
-run_and_exit(request.get("code"))
+serve()
