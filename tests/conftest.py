@@ -36,6 +36,9 @@ if "TMPDIR" not in os.environ and has_room:
     os.environ["TMPDIR"] = temporary.name
     tempfile.tempdir = None
 
+# a pool of compiling processes would import torch in each of them
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+
 REPO = Path(__file__).resolve().parent.parent
 PROGRAMS = REPO / "tests" / "programs"  # broken versions of the scripts
 sys.path.insert(0, str(REPO))
@@ -224,8 +227,7 @@ def run(
     such as /dev/full.
     """
     full_env = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
-    only_at_start = ("PYTHONIOENCODING", "OMP_NUM_THREADS")
-    fresh = fresh or any(key in only_at_start for key in env or {})
+    fresh = fresh or "PYTHONIOENCODING" in full_env
     if fresh or sys.platform != "linux":
         done = subprocess.run(
             command(script, *args, ranks=ranks, **flags),

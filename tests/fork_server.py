@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy.random
+import torch
 
 
 @dataclass
@@ -129,6 +130,7 @@ def become(request: dict[str, Any], rank: int, streams: list[int]) -> None:
     signal.alarm(request["timeout"])
     numpy.random.seed()  # Python's own generator is seeded at each fork
     sys.modules.pop(request["imports"][0])  # the script itself, which runs as __main__
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if "PYTHONPATH" in os.environ:
         sys.path[1:1] = os.environ["PYTHONPATH"].split(":")
     sys.argv = request["argv"]

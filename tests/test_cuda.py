@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import load
+from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -148,20 +149,19 @@ def test_the_compiled_form_of_the_loss_has_the_same_bits(dtype, monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(eager, results()))
 
 
-def test_the_compiled_loss_keeps_no_float32_logits():
-    R, V = 48, 192
-    x, weight = (
-        torch.randn(n, 16, dtype=torch.bfloat16, requires_grad=True) for n in (R, V)
-    )
+def test_the_compiled_loss_keeps_no_float32_logits(monkeypatch):
+    # the generated code is enough: do not compile its kernels to machine code
+    monkeypatch.setattr(AsyncCompile, "cpp_pybinding", lambda *_: lambda *_: None)
+    R = 48
+    V = 192
+    x = torch.randn(R, 16, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(V, 16, dtype=torch.bfloat16, requires_grad=True)
     targets = torch.randint(V - 3, (R,))
     torch._dynamo.reset()
     compiled = torch.compile(
-        lambda *a: LinearCrossEntropy.apply(*a, V - 3), dynamic=False
+        lambda *args: LinearCrossEntropy.apply(*args, V - 3), dynamic=False
     )
-    loss, codes = run_and_get_code(lambda: compiled(x, weight, targets))
-    loss.backward()
-    eager = LinearCrossEntropy.apply(x, weight, targets, V - 3)
-    assert loss.item() == pytest.approx(eager.item(), rel=1e-2)
+    _, codes = run_and_get_code(lambda: compiled(x, weight, targets).backward())
     buffers = [
         line
         for code in codes

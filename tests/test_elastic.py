@@ -1,13 +1,10 @@
 """With elastic=True a run is bit-identical on 1, 2, 4, ... ranks, also if their number changes."""
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import TINY, command, complaint, load, rows, run
+from conftest import PROGRAMS, TINY, complaint, load, rows, run
 
 from tools.runs import STATE, state_of
 
@@ -81,27 +78,9 @@ def test_a_resumed_run_keeps_its_number_of_threads(train, tmp_path, alone):
     assert outcome(tmp_path / "out") == alone
 
 
-@pytest.mark.slow
 def test_all_ranks_use_rank_0s_number_of_threads(dataset, tmp_path, alone):
-    args = command(
-        "train.py",
-        ranks=2,
-        out_dir=tmp_path / "out",
-        dataset=dataset,
-        elastic=True,
-        **TINY | FLAGS,
-    )
-    # torchrun starts this instead of python: each rank gets a different number of threads
-    (tmp_path / "python").write_text(
-        f'#!/bin/sh\nOMP_NUM_THREADS=$((RANK + 1)) exec {sys.executable} "$@"\n'
-    )
-    (tmp_path / "python").chmod(0o755)
-    subprocess.run(
-        args,
-        check=True,
-        env=os.environ | {"PYTHON_EXEC": str(tmp_path / "python")},
-        capture_output=True,
-    )
+    flags = TINY | FLAGS | {"out_dir": tmp_path / "out", "dataset": dataset}
+    run(PROGRAMS / "threads_by_rank.py", ranks=2, elastic=True, **flags)
     assert outcome(tmp_path / "out") == alone
 
 

@@ -1,6 +1,7 @@
 """tools.crash after a fault was put into the code that it checks. The first argument names the
 fault, a function of this file; the others are those of tools.crash."""
 
+import importlib
 import os
 import sys
 import tempfile
@@ -15,7 +16,10 @@ from keepgpt import checkpoint, optim
 from keepgpt.errors import UserError
 from tools import runs
 from tools.crash import __main__ as tool
-from tools.crash import checks, power
+from tools.crash import checks, common, power
+
+# shorter runs than the tool's own
+common.RUN.update({"n_layer": 1, "max_iters": 30, "warmup_iters": 30})
 
 
 class DiskWithout:
@@ -86,6 +90,8 @@ def limit_the_time():
 
 def replace_the_checks():
     """Run the checks in forks, with short runs, and add checks that fail."""
+    # deterministic=True imports it, here once for all forks
+    importlib.import_module("torch._inductor.config")
     start = runs.start
     runs.start = lambda settings, ranks=0, **_: start(settings, 0)
     checks.RUN |= {"n_layer": 1, "block_size": 16, "batch_size": 2, "compile": False}

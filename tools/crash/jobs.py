@@ -210,7 +210,6 @@ def poison(place: Path) -> Settings:
     return shape | {
         "dataset": dataset,
         "init_from": f"auto:{weights}",
-        "learning_rate": 1.0,
         "weight_decay": 0.0,
         "spike_factor": 20.0,
     }
@@ -222,12 +221,7 @@ def skip(part: Part, place: Path) -> str:
     # DDP imports it, which takes longer than such a run
     importlib.import_module("torch._dynamo")
 
-    settings = RUN | {
-        "gradient_accumulation_steps": 4,
-        "max_iters": 50,
-        "warmup_iters": 50,
-        "keep_every": 20,
-    }
+    settings = RUN | {"gradient_accumulation_steps": 4, "keep_every": 20}
     settings |= poison(place)
     # DDP adds in another order on each number of ranks
     kinds = {"elastic": (0, 2, 4), "ddp": (2,)}
