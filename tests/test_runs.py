@@ -68,28 +68,40 @@ def test_the_loop_finishes_a_killed_run(dataset, tmp_path, whole):
         stderr=subprocess.PIPE,
         text=True,
     )
+    # between the starts a loop has no rank
     for step in (20, 50):
         until(lambda step=step: last_step(out) >= step and ranks_of(loop), loop)
         os.kill(ranks_of(loop)[0], signal.SIGKILL)
-    assert loop.wait(timeout=300) == 0 and " 137" in loop.stderr.read()
-    assert bits(out / "ckpt.pt") == bits(whole / "ckpt.pt") and rows(out) == rows(whole)
+    assert loop.wait(timeout=300) == 0
+    # the shell's exit code of a killed process: 128 + 9
+    assert " 137" in loop.stderr.read()
+    assert bits(out / "ckpt.pt") == bits(whole / "ckpt.pt")
+    assert rows(out) == rows(whole)
 
 
 def test_the_loop_ends_on_a_signal_and_on_a_mistake(dataset, tmp_path):
     out = tmp_path / "out"
     flags = FLAGS | {"max_iters": 10**6, "out_dir": out, "dataset": dataset}
     loop = [REPO / "runs/loop.sh", *command("train.py", **flags)]
+
+    # a signal to the loop alone, as a batch system sends it
     process = subprocess.Popen(loop, env=ONE_THREAD)
     until(lambda: last_step(out) >= 10, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=180) == 75
     stopped = last_step(out)
+
+    # a signal to the loop and the run, as a terminal sends it
     process = subprocess.Popen(loop, env=ONE_THREAD, start_new_session=True)
     until(lambda: last_step(out) >= stopped + 2, process)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    assert process.wait(timeout=180) == 75 and (out / "ckpt.pt").exists()
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=180) == 75
+    assert (out / "ckpt.pt").exists()
+
+    # a mistake would only come again
     done = subprocess.run([*loop, "--n_layer=3"], capture_output=True, text=True)
-    assert done.returncode == 2 and "again" not in done.stderr
+    assert done.returncode == 2
+    assert "again" not in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -137,6 +149,7 @@ def test_a_closed_terminal_saves_the_run(dataset, tmp_path, prefix, ranks, code)
     )
     os.close(its_side)
     until(lambda: last_step(out) >= 10, process)
+    # the window is closed: the kernel sends SIGHUP
     os.close(terminal)
     assert process.wait(timeout=180) == code
     assert load(out / "ckpt.pt")["step"] == last_step(out)
@@ -153,7 +166,8 @@ def test_a_run_needs_no_streams(dataset, tmp_path):
 
 def test_the_loop_without_a_command_exits_2():
     done = subprocess.run([REPO / "runs/loop.sh"], capture_output=True, text=True)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert done.returncode == 2
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_torchrun_restarts_a_killed_rank(dataset, tmp_path):
@@ -163,6 +177,7 @@ def test_torchrun_restarts_a_killed_rank(dataset, tmp_path):
     args = command("train.py", ranks=2, out_dir=out, **flags)
     args.insert(args.index("--standalone"), "--max-restarts=3")
     process = subprocess.Popen(args, env=ONE_THREAD, stderr=subprocess.DEVNULL)
+    # one rank dies; torchrun ends the other one and starts both again
     until(lambda: last_step(out) >= 20 and len(ranks_of(process)) == 2, process)
     os.kill(ranks_of(process)[0], signal.SIGKILL)
     assert process.wait(timeout=300) == 0
@@ -178,12 +193,15 @@ def test_ranks_do_not_outlive_torchrun(dataset, tmp_path):
     )
     until(lambda: last_step(out) >= 10, process)
     ranks = ranks_of(process)
+    assert len(ranks) == 2
     process.kill()
     process.wait()
+    # nobody waits for the ranks now: they must notice it themselves
     deadline = time.monotonic() + 120
     while any(map(is_rank, ranks)) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert len(ranks) == 2 and not any(map(is_rank, ranks))
+    assert not any(map(is_rank, ranks))
+    # the folder is free again
     run("train.py", ranks=2, out_dir=out, **flags | {"max_iters": last_step(out) + 1})
 
 
@@ -203,6 +221,7 @@ def test_a_signalled_rank_waits_for_the_last_save(dataset, tmp_path):
     )
     until(lambda: last_step(out) >= 10 and len(ranks_of(process)) == 2, process)
     os.kill(ranks_of(process)[1], signal.SIGUSR1)
+    # the save takes seconds, in which both ranks must live
     while not (out / "ckpt.pt").exists():
         assert process.poll() is None and len(ranks_of(process)) == 2
         time.sleep(0.02)
@@ -245,7 +264,8 @@ def test_a_rank_ends_without_destroying_its_groups(dataset, tmp_path):
 
 def test_the_slurm_script_saves_and_requeues(dataset, tmp_path, whole):
     """Stubs replace Slurm's programs."""
-    stubs, out = tmp_path / "bin", tmp_path / "out"
+    stubs = tmp_path / "bin"
+    out = tmp_path / "out"
     stubs.mkdir()
     torchrun = " ".join(command("", ranks=1)[:1]) + " -m torch.distributed.run"
     programs = {
@@ -278,6 +298,7 @@ trap 'kill -9 $!' TERM; "$@" & echo $! > {tmp_path}/step; wait $!""",
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
+    # Slurm's signal before the time limit
     until(lambda: last_step(out) >= 20, process)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(timeout=180) == 0
@@ -286,5 +307,9 @@ trap 'kill -9 $!' TERM; "$@" & echo $! > {tmp_path}/step; wait $!""",
     stopped = rows(out)[-1]["step"]
     assert 20 <= stopped < 80
     assert load(out / "ckpt.pt")["step"] == stopped
-    assert subprocess.run(job, cwd=REPO, env=env, capture_output=True).returncode == 0
-    assert bits(out / "ckpt.pt") == bits(whole / "ckpt.pt") and rows(out) == rows(whole)
+
+    # the job that was queued again finishes the run
+    done = subprocess.run(job, cwd=REPO, env=env, capture_output=True)
+    assert done.returncode == 0
+    assert bits(out / "ckpt.pt") == bits(whole / "ckpt.pt")
+    assert rows(out) == rows(whole)
