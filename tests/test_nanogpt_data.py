@@ -18,29 +18,25 @@ def place(dataset, tmp_path_factory):
     (place / "tutorial").mkdir()
     for name in ("train.bin", "val.bin"):
         shutil.copy(dataset / name, place / "tutorial")
-    itos = dict(
-        enumerate(json.loads((dataset / "meta.json").read_text())["tokenizer"]["chars"])
-    )
-    (place / "tutorial/meta.pkl").write_bytes(
-        pickle.dumps(
-            {
-                "vocab_size": len(itos),
-                "itos": itos,
-                "stoi": {c: i for i, c in itos.items()},
-            }
-        )
-    )
+    meta = json.loads((dataset / "meta.json").read_text())
+    chars = meta["tokenizer"]["chars"]
+    # nanoGPT's names: text to id and back
+    description = {
+        "vocab_size": len(chars),
+        "itos": dict(enumerate(chars)),
+        "stoi": {char: i for i, char in enumerate(chars)},
+    }
+    (place / "tutorial/meta.pkl").write_bytes(pickle.dumps(description))
     return place
 
 
 @pytest.fixture(scope="module")
 def checkpoint(place):
     """Return a checkpoint trained on it with nanoGPT's keys: no vocabulary, compiled names."""
-    run(
-        "train.py",
-        **TINY | {"data_dir": place, "dataset": "tutorial", "out_dir": place / "out"},
-    )
+    flags = {"data_dir": place, "dataset": "tutorial", "out_dir": place / "out"}
+    run("train.py", **TINY | flags)
     bundle = torch.load(place / "out/ckpt.pt", weights_only=True)
+    # nanoGPT stores the shared weight twice, under the names of a compiled model
     state = {f"_orig_mod.{name}": tensor for name, tensor in bundle["model"].items()}
     state["_orig_mod.lm_head.weight"] = state["_orig_mod.transformer.wte.weight"]
     torch.save(
@@ -67,31 +63,21 @@ def test_dataset_supplies_a_checkpoints_vocabulary(place, checkpoint):
     assert "--dataset" in line
     flags = {"init_from": checkpoint, "dataset": place / "tutorial"}
     sample = {"start": "HAM", "temperature": 0, "num_samples": 1, "max_new_tokens": 20}
-    ours = run("sample.py", out_dir=place / "out", **sample)
-    assert run("sample.py", **flags, **sample).stdout == ours.stdout
+    expected = run("sample.py", out_dir=place / "out", **sample).stdout
+    assert run("sample.py", **flags, **sample).stdout == expected
     run("tools.export", **flags, to=place / "exported")
-    assert (
-        run("sample.py", init_from=place / "exported", **sample).stdout == ours.stdout
-    )
+    exported = run("sample.py", init_from=place / "exported", **sample)
+    assert exported.stdout == expected
 
 
 def test_a_nanogpt_checkpoint_can_be_fine_tuned(place, checkpoint):
-    run(
-        "train.py",
-        **TINY
-        | {
-            "data_dir": place,
-            "dataset": "tutorial",
-            "init_from": checkpoint,
-            "out_dir": place / "further",
-        },
-    )
-    before, after = (
-        rows(place / "out", "val_loss")[-1],
-        rows(place / "further", "val_loss"),
-    )
-    assert after[0]["val_loss"] == pytest.approx(before["val_loss"], abs=1e-5)
-    assert after[-1]["val_loss"] < before["val_loss"]
+    flags = {"data_dir": place, "dataset": "tutorial", "out_dir": place / "further"}
+    run("train.py", init_from=checkpoint, **TINY | flags)
+    before = rows(place / "out", "val_loss")[-1]["val_loss"]
+    after = rows(place / "further", "val_loss")
+    # it starts with the checkpoint's weights
+    assert after[0]["val_loss"] == pytest.approx(before, abs=1e-5)
+    assert after[-1]["val_loss"] < before
 
 
 # data that changes between two starts
@@ -124,24 +110,18 @@ def write_dataset(folder, kind):
 
 def train_on(folder, ranks=1, code=0, **flags):
     """Train on the dataset of `write_dataset`. Each evaluation reads all of its blocks."""
-    return run(
-        "train.py",
-        ranks=ranks,
-        code=code,
-        **TINY
-        | {
-            "dataset": folder / "x",
-            "out_dir": folder / "out",
-            "init_from": "auto",
-            "max_iters": 4,
-            "lr_decay_iters": 4,
-            "warmup_iters": 1,
-            "eval_interval": 4,
-            "batch_size": 16,
-            "eval_iters": 40,
-        }
-        | flags,
-    )
+    settings = TINY | {
+        "dataset": folder / "x",
+        "out_dir": folder / "out",
+        "init_from": "auto",
+        "max_iters": 4,
+        "lr_decay_iters": 4,
+        "warmup_iters": 1,
+        "eval_interval": 4,
+        "batch_size": 16,
+        "eval_iters": 40,
+    }
+    return run("train.py", ranks=ranks, code=code, **settings | flags)
 
 
 @pytest.fixture(scope="module", params=["new", "old", "nanogpt"])
@@ -168,6 +148,7 @@ def test_a_resume_on_changed_data_is_refused(started, file, damage, ranks):
     path = folder / "x" / file
     saved = (folder / "out/ckpt.pt").read_bytes()
     intact = path.read_bytes()
+    # the file's times do not tell that it has changed
     times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
     path.write_bytes(DAMAGE[damage](intact))
     os.utime(path, ns=times)
@@ -175,19 +156,18 @@ def test_a_resume_on_changed_data_is_refused(started, file, damage, ranks):
         done = train_on(folder, ranks, max_iters=8, eval_interval=8, code=None)
     finally:
         path.write_bytes(intact)
-    assert done.returncode == (2 if ranks == 1 else 1), done.stderr  # torchrun's is 1
+    # torchrun's exit code is 1
+    assert done.returncode == (2 if ranks == 1 else 1), done.stderr
+    expected = f"x/{file}: block "
     # the first 524,288 tokens are a part of what identifies a dataset of nanoGPT
-    by_identity = kind == "nanogpt" and damage != "end reversed"
-    expected = (
-        "x: not the x that this run was trained on"
-        if by_identity
-        else f"x/{file}: block "
-    )
+    if kind == "nanogpt" and damage != "end reversed":
+        expected = "x: not the x that this run was trained on"
     lines = [line for line in done.stderr.splitlines() if not line.startswith("note: ")]
-    assert lines and all(
-        line.startswith("error: ") and expected in line for line in lines
-    )
-    assert len(lines) <= ranks and (folder / "out/ckpt.pt").read_bytes() == saved
+    assert 1 <= len(lines) <= ranks
+    for line in lines:
+        assert line.startswith("error: ")
+        assert expected in line
+    assert (folder / "out/ckpt.pt").read_bytes() == saved
 
 
 @pytest.mark.parametrize("kind", ["new", "old"])
@@ -211,14 +191,14 @@ def test_a_changed_description_is_refused(train, dataset, tmp_path):
 def test_checksums_are_computed_once(train, dataset, tmp_path):
     shutil.copytree(dataset, tmp_path / "x")
     meta = json.loads((tmp_path / "x/meta.json").read_text())
+    # a description of an older version has no checksums
     crc32 = meta.pop("crc32")
     (tmp_path / "x/meta.json").write_text(json.dumps(meta))
     for steps in (2, 4):
         train(dataset=tmp_path / "x", max_iters=steps, init_from="auto")
-        bundle = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
-        assert (
-            bundle["data"]["crc32"] == crc32 and bundle["data"].items() >= meta.items()
-        )
+        data = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)["data"]
+        assert data["crc32"] == crc32
+        assert data.items() >= meta.items()
 
 
 # shards of llm.c and modded-nanogpt
@@ -255,6 +235,7 @@ def test_shards_train_as_their_tokens_do(shards):
         flags = SMALL | {"data_dir": shards, "dataset": name}
         run("train.py", out_dir=shards / f"out-{name}", **flags)
     assert rows(shards / "out-fineweb") == rows(shards / "out-plain")
+
     # a byte that changes later is noticed
     path = shards / "fineweb/fineweb_train_000001.bin"
     content = bytearray(path.read_bytes())
@@ -265,7 +246,7 @@ def test_shards_train_as_their_tokens_do(shards):
 
 
 @pytest.mark.parametrize(
-    "change, words",
+    "change, parts",
     [
         ({"magic": 20240801}, ["20240520", "20240801"]),
         ({"version": 7}, ["20240520"]),
@@ -273,11 +254,11 @@ def test_shards_train_as_their_tokens_do(shards):
     ],
     ids=["another kind", "another version", "another size"],
 )
-def test_a_wrong_shard_is_one_line(shards, change, words):
+def test_a_wrong_shard_is_one_line(shards, change, parts):
     write_shard(shards / "fineweb/fineweb_train_000001.bin", range(3000), **change)
     flags = SMALL | {"data_dir": shards, "dataset": "fineweb"}
     error = complaint(run("train.py", code=2, out_dir=shards / "out", **flags))
-    assert all(word in error for word in words)
+    assert all(part in error for part in parts)
 
 
 def test_shards_of_one_split_are_one_line(shards):
