@@ -47,7 +47,7 @@ def test_the_mean_is_exact_and_names_its_checkpoints(trained, tmp_path, choice):
     digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
     result = load(tmp_path / "avg.pt")
     for name, weight in result["model"].items():
-        # float64, so that the mean is rounded once
+        # in float64 the mean is rounded once
         weights = [model[name].double() for model in models]
         exact = torch.stack(weights).mean(0)
         assert weight.dtype == torch.float32

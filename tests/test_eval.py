@@ -575,7 +575,7 @@ def test_tokens_that_no_text_gives_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "args, told",
+    "args, part",
     [
         ([], "expected a model"),
         (["MODEL"], "--text=FILE"),
@@ -603,7 +603,7 @@ def test_tokens_that_no_text_gives_are_refused(tmp_path):
         "foreign question",
     ],
 )
-def test_mistakes_are_one_line(args, told, char, tmp_path):
+def test_mistakes_are_one_line(args, part, char, tmp_path):
     save_random(tmp_path / "model.pt", char)
     good = QUESTIONS[0]
     files = {
@@ -621,7 +621,7 @@ def test_mistakes_are_one_line(args, told, char, tmp_path):
     files["LETTER"].write_text("a")
     for name, path in files.items():
         args = [arg.replace(name, str(path)) for arg in args]
-    assert told in complaint(run("tools.eval", *args, code=2))
+    assert part in complaint(run("tools.eval", *args, code=2))
     assert not list(tmp_path.glob("eval-*"))
 
 

@@ -249,8 +249,8 @@ def test_folders_and_globs(tmp_path):
         "b/c.py",
         val_fraction=0.5,
     )
-    found = re.findall(r"(?:^|<\|endoftext\|>)text of (\S+)", GPT2.decode(train))
-    assert found == [
+    paths = re.findall(r"(?:^|<\|endoftext\|>)text of (\S+)", GPT2.decode(train))
+    assert paths == [
         "b/a.TXT",
         "b/c.py",
         "b/deep/er.md",
@@ -493,7 +493,8 @@ def test_memory_does_not_grow_with_the_text(shakespeare, tmp_path):
     for times in (1, 7):
         (tmp_path / f"{times}.txt").write_text(shakespeare * times)
         peaks.append(peak_memory(tmp_path, tmp_path / f"{times}.txt", name=f"x{times}"))
-    assert peaks[1] - peaks[0] < 15e6  # the text is 29 MB longer, and its tokens 57 MB
+    # the text is 29 MB longer, and its tokens 57 MB
+    assert peaks[1] - peaks[0] < 15e6
 
 
 # --- tokenizers ----------------------------------------------------------------------------------
@@ -563,7 +564,7 @@ def test_a_tokenizer_that_loses_text_is_noted(play, tmp_path):
     from tokenizers import normalizers, pre_tokenizers
 
     text = play.read_text(encoding="utf-8")
-    # these two lose only letters that the play lacks. The first is in a document after 200 others.
+    # these two lose only letters that the play lacks; the first such letter comes late
     late = tmp_path / "late.jsonl"
     documents = [text[start : start + 200] for start in range(0, 40_000, 200)]
     write_jsonl(late, [*documents, "Ünique " * 20])
@@ -698,8 +699,8 @@ def test_checkpoint_holds_an_encoding_of_tiktoken(play, tmp_path):
     run("prepare.py", play, name="x", env=PLUGIN, **flags)
     meta, train, val = read_dataset(tmp_path / "x")
     assert (meta["vocab_size"], meta["dtype"]) == (10_000 + 65_536, "uint32")
-    # tokens of two letters have numbers that only uint32 holds
-    assert sum(token > 65_536 for token in train) > len(train) / 4  # pairs of letters
+    # pairs of letters have numbers that only uint32 holds
+    assert sum(token > 65_536 for token in train) > len(train) / 4
     assert from_meta(meta).decode(train + val) == play.read_text()
     # where the plugin is not installed
     complaint(run("prepare.py", play, name="y", code=2, **flags))
@@ -1492,8 +1493,8 @@ def test_full_disk_keeps_complete_shards(disk, hub_folder, tmp_path):
     assert not list((disk / "x").glob("*.tmp"))
     # with more room, it continues
     subprocess.run(["mount", "-o", "remount,size=30m", disk], check=True)
-    said = run("prepare.py", hub_folder / "sample", data_dir=disk, **flags).stdout
-    assert f"{complete} of 14 shards" in said
+    done = run("prepare.py", hub_folder / "sample", data_dir=disk, **flags)
+    assert f"{complete} of 14 shards" in done.stdout
     run("prepare.py", hub_folder / "sample", data_dir=tmp_path, **flags)
     assert joined(disk / "x") == joined(tmp_path / "x")
 

@@ -337,7 +337,7 @@ def test_out_dir_may_have_any_name_in_any_locale(dataset, tmp_path):
 
 def read_terminal(*args: str, **flags) -> str:
     """Run train.py in a terminal of 50 columns. Return all that it writes."""
-    ours, its_side = pty.openpty()
+    our_side, its_side = pty.openpty()
     # rows, columns, and two fields that nobody uses
     window = struct.pack("HHHH", 24, 50, 0, 0)
     fcntl.ioctl(its_side, termios.TIOCSWINSZ, window)
@@ -351,10 +351,10 @@ def read_terminal(*args: str, **flags) -> str:
     written = b""
     # Linux: an error tells that the other side is closed
     with suppress(OSError):
-        block = os.read(ours, 1 << 16)
+        block = os.read(our_side, 1 << 16)
         while block:
             written += block
-            block = os.read(ours, 1 << 16)
+            block = os.read(our_side, 1 << 16)
     assert process.wait() == 0
     return written.decode()
 
