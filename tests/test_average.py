@@ -35,22 +35,30 @@ def corrupt(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("choice", [{"last": 3}, {"steps": "8,4,6,4"}])
+@pytest.mark.parametrize(
+    "choice", [{"last": 3}, {"steps": "8,4,6,4"}], ids=["last", "steps"]
+)
 def test_the_mean_is_exact_and_names_its_checkpoints(trained, tmp_path, choice):
     average(trained, **choice, to=tmp_path / "avg.pt")
-    paths = [trained / f"{name}.pt" for name in ("step-00000004", "ckpt-00000006")]
-    paths.append(trained / "ckpt-00000008.pt")
-    bundles = [load(path) for path in paths]
+    # in the order of the steps, whatever the order of the flag
+    names = ("step-00000004", "ckpt-00000006", "ckpt-00000008")
+    paths = [trained / f"{name}.pt" for name in names]
+    models = [load(path)["model"] for path in paths]
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
     result = load(tmp_path / "avg.pt")
     for name, weight in result["model"].items():
-        exact = torch.stack([b["model"][name].double() for b in bundles]).mean(0)
-        assert weight.dtype == torch.float32 and torch.equal(weight, exact.float())
-    assert result["model"].keys() == bundles[0]["model"].keys()
+        # in float64 the mean is rounded once
+        weights = [model[name].double() for model in models]
+        exact = torch.stack(weights).mean(0)
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, exact.float())
+    assert result["model"].keys() == models[0].keys()
     assert result["origin"] == {
         "path": str(trained),
         "steps": [4, 6, 8],
-        "sha256": [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths],
+        "sha256": digests,
     }
+    # no temporary file is left
     assert [path.name for path in tmp_path.iterdir()] == ["avg.pt"]
 
 
@@ -58,24 +66,27 @@ def test_sample_export_and_train_read_it(trained, dataset, tmp_path):
     path = tmp_path / "avg.pt"
     average(trained, last=2, to=path)
     origin = f"{path}: mean of steps [6, 8] of {trained}"
-    few = {"init_from": path, "num_samples": 1, "max_new_tokens": 2}
-    assert origin in run("sample.py", **few).stderr
+    few = {"num_samples": 1, "max_new_tokens": 2}
+    assert origin in run("sample.py", init_from=path, **few).stderr
     done = run("tools.export", init_from=path, to=tmp_path / "exported")
     assert origin in done.stdout
-    settings = TINY | {"dataset": dataset, "out_dir": tmp_path / "out"}
-    run("train.py", **settings | {"init_from": path, "max_iters": 1})
+    settings = TINY | {"dataset": dataset, "init_from": path, "max_iters": 1}
+    run("train.py", out_dir=tmp_path / "out", **settings)
     assert (tmp_path / "out/ckpt.pt").exists()
 
 
 def test_it_is_no_checkpoint_to_resume(trained, dataset, tmp_path):
-    (tmp_path / "out").mkdir()
-    average(trained, last=2, to=tmp_path / "out/ckpt.pt")
-    settings = TINY | {"dataset": dataset, "out_dir": tmp_path / "out"}
-    done = run("train.py", **settings, init_from="resume", code=2)
-    assert f"--init_from={tmp_path / 'out/ckpt.pt'}" in done.stderr
     path = tmp_path / "out/ckpt.pt"
-    branch = settings | {"init_from": f"branch:{path}", "out_dir": tmp_path / "new"}
-    assert "not a checkpoint" in complaint(run("train.py", **branch, code=None))
+    path.parent.mkdir()
+    average(trained, last=2, to=path)
+    settings = TINY | {"dataset": dataset}
+    resume = {"out_dir": tmp_path / "out", "init_from": "resume"}
+    done = run("train.py", **settings, **resume, code=2)
+    # the error names the flag that reads it
+    assert f"--init_from={path}" in done.stderr
+    branch = {"out_dir": tmp_path / "new", "init_from": f"branch:{path}"}
+    done = run("train.py", **settings, **branch, code=None)
+    assert "not a checkpoint" in complaint(done)
 
 
 def test_corrupt_checkpoints_are_named_and_skipped(trained, tmp_path):
@@ -84,43 +95,68 @@ def test_corrupt_checkpoints_are_named_and_skipped(trained, tmp_path):
     # the milestone of step 8 is a copy there, and counts once
     average(folder, last=3, to=tmp_path / "copied.pt")
     average(trained, last=3, to=tmp_path / "linked.pt")
-    copied, linked = [load(tmp_path / f"{name}.pt") for name in ("copied", "linked")]
+    copied = load(tmp_path / "copied.pt")
+    linked = load(tmp_path / "linked.pt")
     assert digest(copied["model"]) == digest(linked["model"])
+    # if the checkpoint of step 8 is corrupt, its copy is used instead
     corrupt(folder / "ckpt-00000008.pt")
     done = average(folder, last=3, to=tmp_path / "avg.pt")
     assert "ckpt-00000008.pt: wrong checksum" in done.stderr
-    # the copy is used instead
     assert load(tmp_path / "avg.pt")["origin"]["steps"] == [4, 6, 8]
+    # without the copy too few are left
     corrupt(folder / "step-00000008.pt")
     done = average(folder, last=3, to=tmp_path / "few.pt", code=2)
     assert "expected 3 intact checkpoints, got 2" in done.stderr
+    # these are other names of step 8
     corrupt(folder / "best.pt")
     corrupt(folder / "ckpt.pt")
-    done = average(folder, steps="4,8", to=tmp_path / "few.pt", code=2)
+    done = average(
+        folder,
+        steps="4,8",
+        to=tmp_path / "few.pt",
+        code=2,
+    )
     assert "no intact checkpoint of step 8" in done.stderr
     assert not (tmp_path / "few.pt").exists()
 
 
 def test_a_mistake_exits_2_with_one_line(trained, dataset, tmp_path):
     to = tmp_path / "avg.pt"
-    for args, flags in (
-        ((), {"to": to}),
-        ((trained,), {}),
-        ((trained,), {"to": trained / "ckpt.pt"}),
-        ((trained,), {"to": tmp_path / "no/avg.pt", "last": 1}),
-        ((trained,), {"to": to, "last": 4}),
-        ((trained,), {"to": to, "last": 0}),
-        ((trained,), {"to": to, "steps": "4;6"}),
-        ((trained,), {"to": to, "steps": "5"}),
-        ((tmp_path / "nothing",), {"to": to}),
+    # no folder, no --to, a file of the run, missing folders
+    complaint(average(to=to, code=None))
+    complaint(average(trained, code=None))
+    complaint(average(trained, to=trained / "ckpt.pt", code=None))
+    complaint(
+        average(
+            trained,
+            to=tmp_path / "no/avg.pt",
+            last=1,
+            code=None,
+        )
+    )
+    complaint(average(tmp_path / "nothing", to=to, code=None))
+    # the run has three checkpoints: 4, 6 and 8
+    for choice in (
+        {"last": 4},
+        {"last": 0},
+        {"steps": "4;6"},
+        {"steps": "5"},
     ):
-        complaint(average(*args, code=None, **flags))
+        complaint(average(trained, to=to, code=None, **choice))
 
     # a checkpoint of another network that was copied here
-    other = TINY | {"dataset": dataset, "out_dir": tmp_path / "other", "n_layer": 2}
-    run("train.py", **other | {"max_iters": 10, "eval_interval": 10})
+    other = TINY | {"n_layer": 2, "max_iters": 10, "eval_interval": 10}
+    run("train.py", dataset=dataset, out_dir=tmp_path / "other", **other)
     folder = tmp_path / "mixed"
     shutil.copytree(trained, folder)
     shutil.copy(tmp_path / "other/ckpt-00000010.pt", folder)
-    line = complaint(average(folder, last=2, to=to, code=None))
-    assert "model_args" in line and not to.exists()
+    line = complaint(
+        average(
+            folder,
+            last=2,
+            to=to,
+            code=None,
+        )
+    )
+    assert "model_args" in line
+    assert not to.exists()

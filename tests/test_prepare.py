@@ -19,10 +19,11 @@ import threading
 import time
 import urllib.parse
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -48,10 +49,8 @@ TINYSHAKESPEARE = REPO / "data" / "tinyshakespeare" / "input.txt"
 def read_dataset(folder: Path) -> tuple[dict, list[int], list[int]]:
     """Return meta.json and the ids of train and val."""
     meta = json.loads((folder / "meta.json").read_text())
-    train, val = (
-        np.fromfile(folder / f"{split}.bin", meta["dtype"]).tolist()
-        for split in ("train", "val")
-    )
+    train = np.fromfile(folder / "train.bin", meta["dtype"]).tolist()
+    val = np.fromfile(folder / "val.bin", meta["dtype"]).tolist()
     return meta, train, val
 
 
@@ -65,9 +64,9 @@ def files_in(folder: Path) -> list[Path]:
 def prepare(
     tmp_path: Path, *args: object, **flags: object
 ) -> tuple[dict, list[int], list[int]]:
-    run(
-        "prepare.py", *args, name="x", data_dir=tmp_path / "data", cwd=tmp_path, **flags
-    )
+    """Prepare tmp_path/data/x and return its meta.json and the ids of train and val."""
+    flags |= {"name": "x", "data_dir": tmp_path / "data"}
+    run("prepare.py", *args, cwd=tmp_path, **flags)
     return read_dataset(tmp_path / "data" / "x")
 
 
@@ -97,8 +96,10 @@ def test_plays_are_plain_dialogue(shakespeare):
     speeches = shakespeare.removesuffix("\n").split("\n\n")
     assert len(speeches) == 31_403
     for speech in speeches:
+        # a name, a colon, and lines without spaces around them
         assert re.match(r"[A-Z][A-Za-z' -]+:\n\S", speech), speech
         assert not re.search(r"^ | $|  |\n\n", speech, re.MULTILINE), speech
+    # stage directions and markup
     for left in ("Exeunt", "Re-enter", "ACT I", "SCENE", "&amp", "[", "_", "*", "#"):
         assert left not in shakespeare
     assert "HAMLET:\nTo be, or not to be: that is the question:\n" in shakespeare
@@ -139,44 +140,68 @@ def test_blocks_give_the_tokens_of_the_whole_text(long_text, tmp_path):
     (tmp_path / "long.txt").write_bytes(long_text.encode())
     long_text = long_text.replace("\r\n", "\n")
     at = int(len(long_text) * 0.8)
+    # the whole of each split encoded at once: the program does it in blocks
     expected = GPT2.encode(long_text[:at]), GPT2.encode(long_text[at:])
     _, train, val = prepare(tmp_path, "long.txt", val_fraction=0.2)
     assert (train, val) == expected
 
 
 def test_text_without_a_place_to_cut(tmp_path):
+    # no space, no line: a block can only end at the end
     text = "abcdefg" * 100_000
     (tmp_path / "long.txt").write_text(text)
     _, train, val = prepare(tmp_path, "long.txt")
-    assert train == GPT2.encode(text[:630_000]) and val == GPT2.encode(text[630_000:])
+    assert train == GPT2.encode(text[:630_000])
+    assert val == GPT2.encode(text[630_000:])
+
+
+def join_documents(tokenizer: Any, texts: Iterable[str]) -> list[int]:
+    """Return the tokens of the texts, with an end of text between any two of them."""
+    tokens = []
+    for text in texts:
+        tokens += [tokenizer.eot, *tokenizer.encode(text)]
+    return tokens[1:]
 
 
 def test_few_documents_are_split_each(tmp_path):
     texts = ["one two three four five\n" * 5, "", "six seven eight nine ten\n" * 9]
     for i, text in enumerate(texts):
         (tmp_path / f"{i}.txt").write_text(text)
-    _, train, val = prepare(tmp_path, "2.txt", "1.txt", "0.txt", val_fraction=0.25)
-    first, last = texts[2], texts[0]
-    at, last_at = int(len(first) * 0.75), int(len(last) * 0.75)
-    assert train == GPT2.encode(first[:at]) + [EOT] + GPT2.encode(last[:last_at])
-    assert val == GPT2.encode(first[at:]) + [EOT] + GPT2.encode(last[last_at:])
+    # the order of the arguments is the order of the documents, and an empty one leaves no trace
+    _, train, val = prepare(
+        tmp_path,
+        "2.txt",
+        "1.txt",
+        "0.txt",
+        val_fraction=0.25,
+    )
+    first = texts[2]
+    last = texts[0]
+    first_at = int(len(first) * 0.75)
+    last_at = int(len(last) * 0.75)
+    assert train == join_documents(GPT2, [first[:first_at], last[:last_at]])
+    assert val == join_documents(GPT2, [first[first_at:], last[last_at:]])
 
 
 def test_of_many_documents_every_tenth_is_for_validation(tmp_path):
     texts = [f"Document {i}.\n" + "word " * i for i in range(250)]
+    # over 2**20 characters: such a document is split, wherever it stands
     texts[7] = "long " * 300_000
-    (tmp_path / "docs.jsonl").write_text(
-        "".join(json.dumps({"text": t}) + "\n" for t in texts)
-    )
+    write_jsonl(tmp_path / "docs.jsonl", texts)
     _, train, val = prepare(tmp_path, "docs.jsonl")
-    at = int(len(texts[7]) * 0.9)
-    to_val = {i: texts[i] for i in range(9, 250, 10)} | {7: texts[7][at:]}
-    to_train = {i: texts[i] for i in range(250) if i not in to_val} | {7: texts[7][:at]}
-    for tokens, split in ((train, to_train), (val, to_val)):
-        expected = [
-            token for i in sorted(split) for token in (EOT, *GPT2.encode(split[i]))
-        ]
-        assert tokens == expected[1:]
+    cut = int(len(texts[7]) * 0.9)
+    train_texts = []
+    val_texts = []
+    for i, text in enumerate(texts):
+        if i == 7:
+            train_texts.append(text[:cut])
+            val_texts.append(text[cut:])
+        elif i % 10 == 9:
+            val_texts.append(text)
+        else:
+            train_texts.append(text)
+    assert train == join_documents(GPT2, train_texts)
+    assert val == join_documents(GPT2, val_texts)
 
 
 def test_characters_and_a_newline_between_documents(tmp_path):
@@ -188,14 +213,18 @@ def test_characters_and_a_newline_between_documents(tmp_path):
     assert tokenizer.decode(train) == "abcdé" * 18 + "\n" + "dcba" * 18
     assert tokenizer.decode(val) == "abcdé" * 2 + "\n" + "dcba" * 2
     meta, train, val = prepare(tmp_path, "b.txt", tokenizer="char")
-    assert meta["tokenizer"]["chars"] == "abcd" and len(train) == 72 and len(val) == 8
+    assert meta["tokenizer"]["chars"] == "abcd"
+    assert len(train) == 72
+    assert len(val) == 8
 
 
 def test_more_than_65536_characters_take_four_bytes(tmp_path):
+    # without surrogates, which UTF-8 can't hold
     chars = "".join(map(chr, range(0x10000, 0x10000 + 70_000)))
     (tmp_path / "a.txt").write_text(chars, encoding="utf-8")
     meta, train, val = prepare(tmp_path, "a.txt", tokenizer="char")
-    assert meta["dtype"] == "uint32" and train + val == list(range(70_000))
+    assert meta["dtype"] == "uint32"
+    assert train + val == list(range(70_000))
 
 
 def test_folders_and_globs(tmp_path):
@@ -212,9 +241,16 @@ def test_folders_and_globs(tmp_path):
     ):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(f"text of {path} " * 9)
-    _, train, _ = prepare(tmp_path, "b", "e.log", "*/?.log", "b/c.py", val_fraction=0.5)
-    found = re.findall(r"(?:^|<\|endoftext\|>)text of (\S+)", GPT2.decode(train))
-    assert found == [
+    _, train, _ = prepare(
+        tmp_path,
+        "b",
+        "e.log",
+        "*/?.log",
+        "b/c.py",
+        val_fraction=0.5,
+    )
+    paths = re.findall(r"(?:^|<\|endoftext\|>)text of (\S+)", GPT2.decode(train))
+    assert paths == [
         "b/a.TXT",
         "b/c.py",
         "b/deep/er.md",
@@ -227,15 +263,14 @@ def test_folders_and_globs(tmp_path):
 @pytest.mark.parametrize("tokenizer", ["char", "gpt2", "bpe:300"])
 def test_every_line_ends_in_a_line_feed(tmp_path, tokenizer):
     lines = [f"line {i} is {'long ' * (i % 99)}" for i in range(2600)]
-    for name, end in (("unix", "\n"), ("dos", "\r\n"), ("mac", "\r")):
+    line_ends = {"unix": "\n", "dos": "\r\n", "mac": "\r"}
+    datasets = []
+    for name, end in line_ends.items():
         (tmp_path / f"{name}.txt").write_bytes(end.join(lines).encode())
-    unix, dos, mac = (
-        prepare(tmp_path, f"{name}.txt", tokenizer=tokenizer)
-        for name in ("unix", "dos", "mac")
-    )
-    assert (
-        unix[1:] == dos[1:] == mac[1:] and unix[0]["tokenizer"] == dos[0]["tokenizer"]
-    )
+        datasets.append(prepare(tmp_path, f"{name}.txt", tokenizer=tokenizer))
+    unix, dos, mac = datasets
+    assert unix[1:] == dos[1:] == mac[1:]
+    assert unix[0]["tokenizer"] == dos[0]["tokenizer"]
 
 
 def test_lines_of_json(tmp_path):
@@ -245,12 +280,23 @@ def test_lines_of_json(tmp_path):
         '{"body": "half a \\ud83d pair here"}',
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    _, train, val = prepare(tmp_path, "a.jsonl", text_key="body", val_fraction=0.5)
+    _, train, val = prepare(
+        tmp_path,
+        "a.jsonl",
+        text_key="body",
+        val_fraction=0.5,
+    )
     assert GPT2.decode(train) == "café au la<|endoftext|>half a ? "
     assert GPT2.decode(val) == "it, please<|endoftext|>pair here"
 
 
-ROWS = [{"text": "one café\nfor all of us, " * 9, "id": 1}, {"text": "and two " * 22}]
+ROWS = [
+    {
+        "text": "one café\nfor all of us, " * 9,
+        "id": 1,
+    },
+    {"text": "and two " * 22},
+]
 JSON_LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 
 
@@ -271,22 +317,20 @@ WRAPPINGS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name, content",
-    WRAPPINGS.values(),
-    ids=WRAPPINGS,
-)
+@pytest.mark.parametrize("name, content", WRAPPINGS.values(), ids=WRAPPINGS)
 def test_json_in_any_wrapping_gives_its_texts(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     meta, train, val = prepare(tmp_path, name, val_fraction=0.5, tokenizer="char")
-    halves = [
-        (row["text"][: len(row["text"]) // 2], row["text"][len(row["text"]) // 2 :])
-        for row in ROWS
-    ]
-    for tokens, split in ((train, 0), (val, 1)):
-        assert from_meta(meta).decode(tokens) == "\n".join(
-            half[split] for half in halves
-        )
+    first_halves = []
+    second_halves = []
+    for row in ROWS:
+        text = row["text"]
+        middle = len(text) // 2
+        first_halves.append(text[:middle])
+        second_halves.append(text[middle:])
+    tokenizer = from_meta(meta)
+    assert tokenizer.decode(train) == "\n".join(first_halves)
+    assert tokenizer.decode(val) == "\n".join(second_halves)
 
 
 @pytest.mark.parametrize(
@@ -300,9 +344,10 @@ def test_json_in_any_wrapping_gives_its_texts(tmp_path, name, content):
     ids=["gz", "gz named txt", "bz2", "xz"],
 )
 def test_compressed_text_is_read(tmp_path, name, compress_with):
-    (tmp_path / name).write_bytes(
-        compress_with(b"\xef\xbb\xbf" + TEXT.replace("\n", "\r\n").encode())
-    )
+    # a byte-order mark and the line ends of Windows are no part of the text
+    dos_text = TEXT.replace("\n", "\r\n")
+    content = b"\xef\xbb\xbf" + dos_text.encode()
+    (tmp_path / name).write_bytes(compress_with(content))
     _, train, val = prepare(tmp_path, name)
     assert GPT2.decode(train) + GPT2.decode(val) == TEXT
 
@@ -317,7 +362,8 @@ def zip_of(text: bytes) -> bytes:
 
 def tar_of(text: bytes) -> bytes:
     """Return a compressed tar archive with one file."""
-    file, info = io.BytesIO(), tarfile.TarInfo("a.txt")
+    file = io.BytesIO()
+    info = tarfile.TarInfo("a.txt")
     info.size = len(text)
     with tarfile.open(fileobj=file, mode="w:gz") as archive:
         archive.addfile(info, io.BytesIO(text))
@@ -356,61 +402,73 @@ OTHER_FORMATS = {
 )
 def test_other_formats_are_named(tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content)
+    flags = {"name": "x", "data_dir": tmp_path / "data"}
     line = complaint(
         run(
             "prepare.py",
             name,
-            name="x",
-            data_dir=tmp_path / "data",
             cwd=tmp_path,
             code=2,
+            **flags,
         )
     )
-    assert name in line and expected in line and files_in(tmp_path / "data") == []
+    assert name in line
+    assert expected in line
+    assert files_in(tmp_path / "data") == []
 
 
 def test_rows_without_a_text_are_skipped_with_a_note(tmp_path):
     texts = [f"Document {i}\n" * 9 for i in range(130)]
-    rows = [{"text": text} for text in texts]
-    holes = [
-        *rows[:7],
-        {"text": None, "id": 1},
-        {"body": "x"},
-        *rows[7:],
-        {"text": 3},
-        "text",
-        [],
-    ]
     write_jsonl(tmp_path / "intact.jsonl", texts)
-    (tmp_path / "holes.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in holes)
+    rows = [{"text": text} for text in texts]
+    # two such rows among the others, three at the end
+    rows[7:7] = [
+        {
+            "text": None,
+            "id": 1,
+        },
+        {"body": "x"},
+    ]
+    rows += [{"text": 3}, "text", []]
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (tmp_path / "holes.jsonl").write_text("".join(lines))
+    # a Parquet column of texts has no other types, but may have nulls
+    write_parquet(
+        tmp_path / "holes.parquet",
+        [
+            *texts[:7],
+            None,
+            *texts[7:],
+            None,
+        ],
     )
-    write_parquet(tmp_path / "holes.parquet", [*texts[:7], None, *texts[7:], None])
-    expected = prepare(tmp_path, "intact.jsonl")[1:]
-    for name, counts, keys in (
-        ("holes.jsonl", "5 of 135", "text, id, body"),
-        ("holes.parquet", "2 of 132", "id, text"),
-    ):
-        done = run(
-            "prepare.py", name, name="y", data_dir=tmp_path / "data", cwd=tmp_path
-        )
-        assert done.stderr.count("\n") == 1 and done.stderr.startswith("note: ")
-        assert f"{counts} rows" in done.stderr and f"row 8 of {name}" in done.stderr
-        assert keys in done.stderr
-        assert read_dataset(tmp_path / "data/y")[1:] == expected
+    _, *expected = prepare(tmp_path, "intact.jsonl")
+    notes = {
+        "holes.jsonl": ["5 of 135 rows", "text, id, body"],
+        "holes.parquet": ["2 of 132 rows", "id, text"],
+    }
+    flags = {"name": "y", "data_dir": tmp_path / "data"}
+    for name, parts in notes.items():
+        note = run("prepare.py", name, cwd=tmp_path, **flags).stderr
+        assert note.count("\n") == 1
+        assert note.startswith("note: ")
+        for part in [*parts, f"row 8 of {name}"]:
+            assert part in note
+        _, *tokens = read_dataset(tmp_path / "data/y")
+        assert tokens == expected
 
 
 def test_line_ends_in_rows_are_those_of_files(tmp_path):
     unix = ["first line\nsecond\n\nlast\n" * 9, "other\ntext\n" * 9]
-    dos = ["\ufeff" + unix[0].replace("\n", "\r\n"), unix[1].replace("\n", "\r")]
+    dos = [unix[0].replace("\n", "\r\n"), unix[1].replace("\n", "\r")]
+    dos[0] = "\ufeff" + dos[0]
     for name, texts in (("unix", unix), ("dos", dos)):
         write_jsonl(tmp_path / f"{name}.jsonl", texts)
         write_parquet(tmp_path / f"{name}.parquet", texts)
-    sets = [
-        prepare(tmp_path, name)[1:]
-        for name in ("unix.jsonl", "dos.jsonl", "dos.parquet")
-    ]
-    assert sets[0] == sets[1] == sets[2]
+    _, *expected = prepare(tmp_path, "unix.jsonl")
+    for name in ("dos.jsonl", "dos.parquet"):
+        _, *tokens = prepare(tmp_path, name)
+        assert tokens == expected
 
 
 def peak_memory(tmp_path: Path, *args: object, name: str) -> int:
@@ -430,11 +488,13 @@ def peak_memory(tmp_path: Path, *args: object, name: str) -> int:
     not Path("/proc/self/status").exists(), reason="reads the peak from /proc"
 )
 def test_memory_does_not_grow_with_the_text(shakespeare, tmp_path):
+    # 1.4 and 10 million characters; both are read in blocks
     peaks = []
     for times in (1, 7):
         (tmp_path / f"{times}.txt").write_text(shakespeare * times)
         peaks.append(peak_memory(tmp_path, tmp_path / f"{times}.txt", name=f"x{times}"))
-    assert peaks[1] - peaks[0] < 15e6  # the text is 29 MB longer, and its tokens 57 MB
+    # the text is 29 MB longer, and its tokens 57 MB
+    assert peaks[1] - peaks[0] < 15e6
 
 
 # --- tokenizers ----------------------------------------------------------------------------------
@@ -446,53 +506,57 @@ SCRIPTS = (
 
 
 def test_a_bpe_of_mixed_scripts(shakespeare, tmp_path):
+    # "quixotry" occurs only in the part for validation
     text = SCRIPTS * 300 + shakespeare[:300_000] + "quixotry " * 40_000
     (tmp_path / "a.txt").write_bytes(text.encode())
     text = text.replace("\r\n", "\n")
-    sets = []
-    for threads in (1, 3):
+    datasets = []
+    flags = {"name": "x", "tokenizer": "bpe:1000", "val_fraction": 0.6}
+    for threads in ("1", "3"):
         done = run(
             "prepare.py",
             tmp_path / "a.txt",
-            name="x",
-            tokenizer="bpe:1000",
-            val_fraction=0.6,
-            data_dir=tmp_path / str(threads),
-            env={"RAYON_NUM_THREADS": str(threads)},
+            data_dir=tmp_path / threads,
+            env={"RAYON_NUM_THREADS": threads},
+            **flags,
         )
         assert "val tokens of bpe:1000, 1,000 in the vocabulary" in done.stdout
-        sets.append(read_dataset(tmp_path / str(threads) / "x"))
-    assert sets[0] == sets[1]
-    meta, train, val = sets[0]
+        datasets.append(read_dataset(tmp_path / threads / "x"))
+    # the number of threads changes nothing
+    assert datasets[0] == datasets[1]
+    meta, train, val = datasets[0]
     tokenizer = from_meta(meta)
-    at = int(len(text) * 0.4)
-    assert "quixotry" not in text[:at]
-    assert tokenizer.decode(train) == text[:at] and tokenizer.decode(val) == text[at:]
-    assert train == tokenizer.encode(text[:at]) and val == tokenizer.encode(text[at:])
-    assert len(train) < 0.5 * len(text[:at].encode())  # it has learned something
+    cut = int(len(text) * 0.4)
+    train_text = text[:cut]
+    val_text = text[cut:]
+    assert "quixotry" not in train_text
+    assert tokenizer.decode(train) == train_text
+    assert tokenizer.decode(val) == val_text
+    assert train == tokenizer.encode(train_text)
+    assert val == tokenizer.encode(val_text)
+    # it has learned something, and nothing of val
+    assert len(train) < 0.5 * len(train_text.encode())
     tokens = [tokenizer.token_bytes(i) for i in range(1000)]
-    assert b" the" in tokens and any("東京は夜".encode() in token for token in tokens)
-    assert not any(b"uixot" in token for token in tokens)  # nothing of val
+    assert b" the" in tokens
+    assert any("東京は夜".encode() in token for token in tokens)
+    assert not any(b"uixot" in token for token in tokens)
 
 
 def write_tokenizer(folder: Path, text: str, **steps: object) -> Path:
     """Write the tokenizer.json of a BPE of this text without bytes. Return its folder."""
     import tokenizers
 
-    made = tokenizers.Tokenizer(
-        tokenizers.models.BPE(unk_token=steps.pop("unk_token", None))
-    )
-    made.decoder = tokenizers.decoders.Fuse()
+    model = tokenizers.models.BPE(unk_token=steps.pop("unk_token", None))
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.decoder = tokenizers.decoders.Fuse()
     for name, step in steps.items():
-        setattr(made, name, step)
-    made.train_from_iterator(
-        [text],
-        tokenizers.trainers.BpeTrainer(
-            vocab_size=300, show_progress=False, special_tokens=["<unk>"]
-        ),
+        setattr(tokenizer, name, step)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, show_progress=False, special_tokens=["<unk>"]
     )
+    tokenizer.train_from_iterator([text], trainer)
     folder.mkdir()
-    made.save(str(folder / "tokenizer.json"))
+    tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
 
@@ -500,130 +564,133 @@ def test_a_tokenizer_that_loses_text_is_noted(play, tmp_path):
     from tokenizers import normalizers, pre_tokenizers
 
     text = play.read_text(encoding="utf-8")
-    late = tmp_path / "late.jsonl"  # the loss comes after 200 documents
-    write_jsonl(
-        late, [*[text[i * 200 : i * 200 + 200] for i in range(200)], "Ünique " * 20]
-    )
-    lossy = {
-        "lower": write_tokenizer(
-            tmp_path / "lower", text, normalizer=normalizers.Lowercase()
-        ),
-        "spaces": write_tokenizer(
-            tmp_path / "spaces", text, pre_tokenizer=pre_tokenizers.Whitespace()
-        ),
-        "drops": write_tokenizer(tmp_path / "drops", text),
-        "unknown": write_tokenizer(tmp_path / "unknown", text, unk_token="<unk>"),
-    }
-    said = {}
-    for name, folder in lossy.items():
-        file = late if name in ("drops", "unknown") else play
-        done = run(
-            "prepare.py", file, name=name, tokenizer=folder, data_dir=tmp_path / "data"
-        )
-        assert done.stderr.startswith("note: ") and done.stderr.count("\n") == 1, (
-            done.stderr
-        )
-        said[name] = done.stderr
-    assert " 0.00%" in said["drops"] and " 0.00%" in said["lower"]
-    assert " 0.00%" not in said["unknown"] and "Ünique" in said["unknown"]
-    for name in ("drops", "unknown"):
-        done = run(
-            "prepare.py",
-            play,
-            name="kept",
-            tokenizer=lossy[name],
-            data_dir=tmp_path / f"kept-{name}",
-        )
-        assert not done.stderr
+    # these two lose only letters that the play lacks; the first such letter comes late
+    late = tmp_path / "late.jsonl"
+    documents = [text[start : start + 200] for start in range(0, 40_000, 200)]
+    write_jsonl(late, [*documents, "Ünique " * 20])
+    drops = write_tokenizer(tmp_path / "drops", text)
+    unknown = write_tokenizer(tmp_path / "unknown", text, unk_token="<unk>")
+    # these two lose some of any text
+    lowercase = normalizers.Lowercase()
+    lower = write_tokenizer(tmp_path / "lower", text, normalizer=lowercase)
+    whitespace = pre_tokenizers.Whitespace()
+    spaces = write_tokenizer(tmp_path / "spaces", text, pre_tokenizer=whitespace)
+    notes = {}
+    for folder, file in (
+        (lower, play),
+        (spaces, play),
+        (drops, late),
+        (unknown, late),
+    ):
+        flags = {"name": folder.name, "data_dir": tmp_path / "data"}
+        note = run("prepare.py", file, tokenizer=folder, **flags).stderr
+        assert note.startswith("note: "), note
+        assert note.count("\n") == 1, note
+        notes[folder.name] = note
+    # the share of tokens that stand for unknown text: a letter that is dropped leaves none
+    assert " 0.00%" in notes["drops"]
+    assert " 0.00%" in notes["lower"]
+    assert " 0.00%" not in notes["unknown"]
+    assert "Ünique" in notes["unknown"]
+    for folder in (drops, unknown):
+        flags = {"name": "kept", "data_dir": tmp_path / f"kept-{folder.name}"}
+        assert not run("prepare.py", play, tokenizer=folder, **flags).stderr
 
 
 def test_an_encoding_that_drops_text_is_noted(play, tmp_path):
-    done = run(
-        "prepare.py", play, name="x", tokenizer="lossy", data_dir=tmp_path, env=PLUGIN
-    )
-    assert (
-        "loses text" in done.stderr
-        and "!" in done.stderr
-        and done.stderr.count("\n") == 1
-    )
+    flags = {"name": "x", "tokenizer": "lossy", "data_dir": tmp_path}
+    note = run("prepare.py", play, env=PLUGIN, **flags).stderr
+    assert "loses text" in note
+    assert "!" in note
+    assert note.count("\n") == 1
 
 
 def test_a_bpe_of_one_long_word_takes_seconds():
+    # merging a word pair by pair takes a time that grows with its square: 400,000 letters took 90 s
     started = time.process_time()
-    tokens = from_meta({"tokenizer": train_bpe(["a" * 1_000_000, " so", " so"], 300)})
-    assert time.process_time() - started < 20  # 400,000 letters took 90 s
-    assert (
-        tokens.decode(tokens.encode("aaaa so")) == "aaaa so"
-        and len(tokens.encode(" so")) == 1
-    )
+    tokenizer = train_bpe(["a" * 1_000_000, " so", " so"], 300)
+    tokens = from_meta({"tokenizer": tokenizer})
+    assert time.process_time() - started < 20
+    assert tokens.decode(tokens.encode("aaaa so")) == "aaaa so"
+    assert len(tokens.encode(" so")) == 1
 
 
 def test_long_words_change_no_merge_of_other_text(shakespeare):
     import tokenizers
 
-    made = tokenizers.Tokenizer(tokenizers.models.BPE())
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    text = shakespeare[:600_000]
-    made.train_from_iterator(
-        [text],
-        tokenizers.trainers.BpeTrainer(
-            vocab_size=999,
-            min_frequency=2,
-            show_progress=False,
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        ),
+    # the library's own training, without the split of long words
+    byte_level = tokenizers.pre_tokenizers.ByteLevel
+    expected = tokenizers.Tokenizer(tokenizers.models.BPE())
+    expected.pre_tokenizer = byte_level(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=999,
+        min_frequency=2,
+        show_progress=False,
+        initial_alphabet=byte_level.alphabet(),
     )
-    ours = from_meta({"tokenizer": train_bpe([text], 1000)})
-    assert {token: i for token, i in ours.ids.items() if i < 999} == made.get_vocab()
+    text = shakespeare[:600_000]
+    expected.train_from_iterator([text], trainer)
+    actual = from_meta({"tokenizer": train_bpe([text], 1000)})
+    # the last token is <|endoftext|>
+    vocabulary = {token: i for token, i in actual.ids.items() if i < 999}
+    assert vocabulary == expected.get_vocab()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
-def test_a_signal_ends_the_training_of_a_bpe(tmp_path, how):
-    words = np.random.default_rng(0).integers(
-        97, 123, size=(400_000, 9), dtype=np.uint8
+@pytest.mark.parametrize(
+    "stop_signal", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"]
+)
+def test_a_signal_ends_the_training_of_a_bpe(tmp_path, stop_signal):
+    # random words: the training finds merges for a long time
+    rng = np.random.default_rng(0)
+    words = rng.integers(
+        97,
+        123,
+        size=(400_000, 9),
+        dtype=np.uint8,
     )
     words[:, -1] = ord(" ")
     (tmp_path / "a.txt").write_bytes(words.tobytes())
-    child = start(
-        "prepare.py",
-        tmp_path / "a.txt",
-        name="x",
-        tokenizer="bpe:60000",
-        data_dir=tmp_path / "data",
-    )
-    while child.poll() is None and not (tmp_path / "data/x/.lock").exists():
+    flags = {"name": "x", "tokenizer": "bpe:60000", "data_dir": tmp_path / "data"}
+    child = start("prepare.py", tmp_path / "a.txt", **flags)
+    folder = tmp_path / "data" / "x"
+    while child.poll() is None and not (folder / ".lock").exists():
         time.sleep(0.01)
+    # the reading takes less than that, the training more
     time.sleep(4)
-    assert child.poll() is None and not (tmp_path / "data/x/train.bin.tmp").exists()
+    assert child.poll() is None
+    assert not (folder / "train.bin.tmp").exists()
     sent = time.monotonic()
-    child.send_signal(how)
+    child.send_signal(stop_signal)
     _, err = child.communicate()
-    assert time.monotonic() - sent < 2 and child.returncode == -how and not err
+    assert time.monotonic() - sent < 2
+    assert child.returncode == -stop_signal
+    assert not err
     assert files_in(tmp_path / "data") == []
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
-def test_a_signal_does_not_wait_for_an_encoder(shakespeare, tmp_path, how):
-    folder = write_tokenizer(
-        tmp_path / "whole", shakespeare[:20_000], unk_token="<unk>"
-    )
+@pytest.mark.parametrize(
+    "stop_signal", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"]
+)
+def test_a_signal_does_not_wait_for_an_encoder(shakespeare, tmp_path, stop_signal):
+    # a tokenizer without a pre-tokenizer takes the text as one word, which is slow
+    whole = tmp_path / "whole"
+    write_tokenizer(whole, shakespeare[:20_000], unk_token="<unk>")
     (tmp_path / "a.txt").write_text(shakespeare * 5)
-    child = start(
-        "prepare.py",
-        tmp_path / "a.txt",
-        name="x",
-        tokenizer=folder,
-        data_dir=tmp_path / "data",
-    )
-    while child.poll() is None and not (tmp_path / "data/x/train.bin.tmp").exists():
+    flags = {"name": "x", "tokenizer": whole, "data_dir": tmp_path / "data"}
+    child = start("prepare.py", tmp_path / "a.txt", **flags)
+    folder = tmp_path / "data" / "x"
+    while child.poll() is None and not (folder / "train.bin.tmp").exists():
         time.sleep(0.01)
+    # in the middle of the encoding
     time.sleep(1)
     sent = time.monotonic()
-    child.send_signal(how)
+    child.send_signal(stop_signal)
     _, err = child.communicate()
-    assert time.monotonic() - sent < 2 and child.returncode == 130 and not err
+    assert time.monotonic() - sent < 2
+    assert child.returncode == 130
+    assert not err
     assert files_in(tmp_path / "data") == []
 
 
@@ -632,7 +699,8 @@ def test_checkpoint_holds_an_encoding_of_tiktoken(play, tmp_path):
     run("prepare.py", play, name="x", env=PLUGIN, **flags)
     meta, train, val = read_dataset(tmp_path / "x")
     assert (meta["vocab_size"], meta["dtype"]) == (10_000 + 65_536, "uint32")
-    assert sum(token > 65_536 for token in train) > len(train) / 4  # pairs of letters
+    # pairs of letters have numbers that only uint32 holds
+    assert sum(token > 65_536 for token in train) > len(train) / 4
     assert from_meta(meta).decode(train + val) == play.read_text()
     # where the plugin is not installed
     complaint(run("prepare.py", play, name="y", code=2, **flags))
@@ -658,7 +726,8 @@ def test_checkpoint_holds_an_encoding_of_tiktoken(play, tmp_path):
         num_samples=1,
         max_new_tokens=5,
     )
-    assert done.stdout.startswith("To be") and len(done.stdout) > 9
+    assert done.stdout.startswith("To be")
+    assert len(done.stdout) > 9
 
 
 # --- parquet, and datasets of several shards ------------------------------------------------------
@@ -676,73 +745,85 @@ def write_parquet(path: Path, texts: list, key: str = "text") -> None:
 
 
 def write_jsonl(path: Path, texts: list[str]) -> None:
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    """Write a file of rows with a text each."""
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    path.write_text("".join(lines))
 
 
 def texts_of(shakespeare: str, count: int, size: int) -> list[str]:
     """Return `count` texts of `size` characters, one of them empty."""
-    return [
-        shakespeare[i * size : (i + 1) * size] if i != 5 else "" for i in range(count)
-    ]
+    starts = range(0, count * size, size)
+    texts = [shakespeare[start : start + size] for start in starts]
+    texts[5] = ""
+    return texts
 
 
 def joined(folder: Path) -> tuple[dict, bytes, bytes]:
     """Return meta.json and the bytes of all files of train, and of val."""
     meta = json.loads((folder / "meta.json").read_text())
-    files = meta.get("files", {"train": ["train.bin"], "val": ["val.bin"]})
-    assert sorted(dataset_files(folder)) == sorted(
-        ["meta.json", *files["train"], *files["val"]]
+    files = meta.get(
+        "files",
+        {
+            "train": ["train.bin"],
+            "val": ["val.bin"],
+        },
     )
-    train, val = (
-        b"".join((folder / file).read_bytes() for file in files[split])
-        for split in ("train", "val")
-    )
+    expected = ["meta.json", *files["train"], *files["val"]]
+    assert sorted(dataset_files(folder)) == sorted(expected)
+    train = b"".join((folder / file).read_bytes() for file in files["train"])
+    val = b"".join((folder / file).read_bytes() for file in files["val"])
     return meta, train, val
 
 
 @pytest.mark.parametrize(
-    "tokenizer, count", [("gpt2", 250), ("gpt2", 60), ("char", 150), ("bpe:400", 130)]
+    "tokenizer, count",
+    [
+        ("gpt2", 250),
+        ("gpt2", 60),
+        ("char", 150),
+        ("bpe:400", 130),
+    ],
+    ids=["gpt2 250", "gpt2 60", "char 150", "bpe 130"],
 )
 def test_several_files_give_what_one_gives(shakespeare, tmp_path, tokenizer, count):
     texts = texts_of(shakespeare, count, 700)
-    texts[9] = (
-        shakespeare[:1_100_000] if count == 250 else ""
-    )  # one that is split in any case
+    texts[9] = ""
+    if count == 250:
+        # over 2**20 characters: this one is split
+        texts[9] = shakespeare[:1_100_000]
     write_jsonl(tmp_path / "all.jsonl", texts)
-    for i, (at, to) in enumerate(((0, 47), (47, 47), (47, 120), (120, count))):
-        write_parquet(tmp_path / "parts" / f"{i}.parquet", texts[at:to])
     write_parquet(tmp_path / "all.parquet", texts)
-    sets = []
-    for i, args in enumerate((["all.jsonl"], ["all.parquet"], ["parts"])):
-        run(
-            "prepare.py",
-            *args,
-            name=f"x{i}",
-            tokenizer=tokenizer,
-            data_dir=tmp_path / "data",
-            cwd=tmp_path,
-        )
-        sets.append(joined(tmp_path / "data" / f"x{i}"))
-    for meta, train, val in sets[1:]:
-        assert (train, val) == sets[0][1:]
-        for key in ("tokenizer", "tokens", "fingerprint", "dtype", "vocab_size"):
-            assert meta[key] == sets[0][0][key]
-    assert sum(sets[2][0]["files"]["train"].values()) == sets[2][0]["tokens"]["train"]
-    assert [list(files) for files in sets[2][0]["files"].values()] == [
-        [f"{split}-{k:05}.bin" for k in range(4)] for split in ("train", "val")
+    # four files, one of them without rows. The number of a document decides its split, and
+    # continues from one file to the next.
+    parts = [
+        texts[:47],
+        [],
+        texts[47:120],
+        texts[120:],
     ]
-    assert "files" not in sets[0][0] and "files" not in sets[1][0]
-    assert (
-        "exists already"
-        in run(
-            "prepare.py",
-            "parts",
-            name="x2",
-            tokenizer=tokenizer,
-            data_dir=tmp_path / "data",
-            cwd=tmp_path,
-        ).stdout
-    )
+    for i, part in enumerate(parts):
+        write_parquet(tmp_path / "parts" / f"{i}.parquet", part)
+    flags = {"tokenizer": tokenizer, "data_dir": tmp_path / "data"}
+    datasets = {}
+    for source in ("all.jsonl", "all.parquet", "parts"):
+        run("prepare.py", source, name=source, cwd=tmp_path, **flags)
+        datasets[source] = joined(tmp_path / "data" / source)
+    meta, *tokens = datasets["all.jsonl"]
+    for source in ("all.parquet", "parts"):
+        other_meta, *other_tokens = datasets[source]
+        assert other_tokens == tokens
+        for key in ("tokenizer", "tokens", "fingerprint", "dtype", "vocab_size"):
+            assert other_meta[key] == meta[key]
+    # each file of a folder has its own shards
+    files = datasets["parts"][0]["files"]
+    assert sum(files["train"].values()) == meta["tokens"]["train"]
+    for split, shards in files.items():
+        assert list(shards) == [f"{split}-{i:05}.bin" for i in range(4)]
+    assert list(files) == ["train", "val"]
+    assert "files" not in meta
+    assert "files" not in datasets["all.parquet"][0]
+    done = run("prepare.py", "parts", name="parts", cwd=tmp_path, **flags)
+    assert "exists already" in done.stdout
 
 
 def test_text_and_jsonl_and_parquet_together(tmp_path):
@@ -752,23 +833,20 @@ def test_text_and_jsonl_and_parquet_together(tmp_path):
         "vier fünf 🎭\n" * 6,
         "seven 8\n" * 7,
     ]
-    folder = tmp_path / "[d] a*b" / "__c"  # signs that mean something to a glob
+    # signs that mean something to a glob
+    folder = tmp_path / "[d] a*b" / "__c"
     write_parquet(folder / "a#?.parquet", texts[:1], "body")
     (folder / "b.jsonl").write_text(json.dumps({"body": texts[1]}))
     write_parquet(folder / "c.PARQUET", texts[2:3], "body")
     (folder / "d.txt").write_text(texts[3])
-    meta, train, val = prepare(
-        tmp_path, folder, text_key="body", val_fraction=0.5, tokenizer="bpe:300"
-    )
+    flags = {"text_key": "body", "val_fraction": 0.5, "tokenizer": "bpe:300"}
+    meta, train, val = prepare(tmp_path, folder, **flags)
     tokenizer = from_meta(meta)
-    halves = [(text[: len(text) // 2], text[len(text) // 2 :]) for text in texts]
-    for tokens, split in ((train, 0), (val, 1)):
-        expected = [
-            token
-            for half in halves
-            for token in (tokenizer.eot, *tokenizer.encode(half[split]))
-        ]
-        assert tokens == expected[1:]
+    # fewer than 100 documents: each is split
+    first_halves = [text[: len(text) // 2] for text in texts]
+    second_halves = [text[len(text) // 2 :] for text in texts]
+    assert train == join_documents(tokenizer, first_halves)
+    assert val == join_documents(tokenizer, second_halves)
 
 
 @pytest.mark.slow
@@ -777,15 +855,19 @@ def test_text_and_jsonl_and_parquet_together(tmp_path):
 )
 def test_memory_does_not_grow_with_the_number_of_files(shakespeare, tmp_path):
     texts = [shakespeare[i : i + 1000] for i in range(0, 2_500_000, 1000)]
-    for k in range(8):
-        write_parquet(tmp_path / f"{k}.parquet", texts)
+    files = [tmp_path / f"{i}.parquet" for i in range(8)]
+    for file in files:
+        write_parquet(file, texts)
     peaks = [
         peak_memory(
-            tmp_path, *(tmp_path / f"{k}.parquet" for k in range(files)), name=files
+            tmp_path,
+            *files[:count],
+            name=count,
         )
-        for files in (2, 8)
+        for count in (2, 8)
     ]
-    assert peaks[1] - peaks[0] < 15e6  # the text is 15 MB longer, and its tokens 30 MB
+    # the text is 15 MB longer, and its tokens 30 MB
+    assert peaks[1] - peaks[0] < 15e6
 
 
 def test_local_parquet_needs_no_server_and_no_cache(tmp_path):
@@ -794,41 +876,39 @@ def test_local_parquet_needs_no_server_and_no_cache(tmp_path):
     flags = {"name": "x", "data_dir": tmp_path / "data"}
     python, *script = command("prepare.py", tmp_path / "a.parquet", **flags)
     done = subprocess.run(
+        # any connection ends that program
         [python, PROGRAMS / "without_network.py", *script],
         capture_output=True,
         text=True,
         env=os.environ | {"HOME": str(tmp_path / "home")},
     )
-    assert done.returncode == 0 and not done.stderr and done.stdout.count("\n") == 1, (
-        done.stderr
-    )
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr, done.stderr
+    assert done.stdout.count("\n") == 1, done.stderr
     assert os.listdir(tmp_path / "home") == []
 
 
 @pytest.fixture(scope="module")
 def hub_folder(shakespeare, tmp_path_factory) -> Path:
-    """Small stand-ins for the files of tinystories and fineweb-edu, as the hub has them."""
+    """Write small stand-ins for the files of tinystories and fineweb-edu. Return their folder."""
     folder = tmp_path_factory.mktemp("hub")
     texts = texts_of(shakespeare, 2800, 400)
+    # tinystories
     for i in range(4):
-        write_parquet(
-            folder / "data" / f"train-{i:05}-of-00004-abc.parquet",
-            texts[i * 50 : i * 50 + 50],
-        )
-    write_parquet(
-        folder / "data" / "validation-00000-of-00001-abc.parquet", texts[200:230]
-    )
+        path = folder / "data" / f"train-{i:05}-of-00004-abc.parquet"
+        write_parquet(path, texts[i * 50 : i * 50 + 50])
+    path = folder / "data" / "validation-00000-of-00001-abc.parquet"
+    write_parquet(path, texts[200:230])
+    # fineweb-edu
     for i in range(14):
-        write_parquet(
-            folder / "sample" / "10BT" / f"{i:03}_00000.parquet",
-            texts[i * 200 : i * 200 + 200],
-        )
+        path = folder / "sample" / "10BT" / f"{i:03}_00000.parquet"
+        write_parquet(path, texts[i * 200 : i * 200 + 200])
     (folder / "README.md").write_text("not a text of this set")
     return folder
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The few answers of the hub that a download takes, about the files in `server.folder`."""
+    """Answer the few requests of a download from the hub, about the files in `server.folder`."""
 
     def reply(self, body: bytes, code: int = 200, **headers: str) -> None:
         self.send_response(code)
@@ -839,30 +919,28 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def do_GET(self) -> None:
-        path, folder = (
-            urllib.parse.unquote(self.path.partition("?")[0]),
-            self.server.folder,
-        )
+        path = urllib.parse.unquote(self.path.partition("?")[0])
+        folder = self.server.folder
         self.server.asked.append(path)
+        file = re.fullmatch(r"/datasets/[^/]+/[^/]+/resolve/(\w{40})/(.*)", path)
         if re.fullmatch(r"/api/datasets/[^/]+/[^/]+/tree/\w{40}", path):
+            # the list of the files
+            entries = []
+            for entry in files_in(folder):
+                name = str(entry.relative_to(folder))
+                size = entry.stat().st_size
+                entries.append(
+                    {"path": name, "oid": "0" * 40, "type": "file", "size": size}
+                )
+            self.reply(json.dumps(entries).encode())
+        elif file:
+            # the client stores a file under its ETag, so each file needs its own
+            content = (folder / file[2]).read_bytes()
+            digest = hashlib.sha256(file[2].encode()).hexdigest()
             self.reply(
-                json.dumps(
-                    [
-                        {
-                            "path": str(file.relative_to(folder)),
-                            "oid": "0" * 40,
-                            "type": "file",
-                            "size": file.stat().st_size,
-                        }
-                        for file in files_in(folder)
-                    ]
-                ).encode()
-            )
-        elif file := re.fullmatch(r"/datasets/[^/]+/[^/]+/resolve/(\w{40})/(.*)", path):
-            self.reply(
-                (folder / file[2]).read_bytes(),
+                content,
                 X_Repo_Commit=file[1],
-                ETag=json.dumps(hashlib.sha256(file[2].encode()).hexdigest()),
+                ETag=json.dumps(digest),
             )
         else:
             self.reply(b"{}", 404)
@@ -876,7 +954,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
 @pytest.fixture
 def hub(hub_folder, tmp_path):
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        server.folder, server.asked = hub_folder, []
+        server.folder = hub_folder
+        server.asked = []
         server.env = {
             "HF_HUB_OFFLINE": "0",
             "HF_HOME": str(tmp_path / "home"),
@@ -889,26 +968,17 @@ def hub(hub_folder, tmp_path):
 
 def test_share_of_a_hub_dataset_is_for_validation(hub, hub_folder, tmp_path):
     run("prepare.py", "fineweb-edu", data_dir=tmp_path, env=hub.env)
-    _, train, val = joined(tmp_path / "fineweb-edu")
-    texts = [
-        text
-        for path in sorted((hub_folder / "sample/10BT").iterdir())
-        for text in pyarrow.parquet.read_table(path)["text"].to_pylist()
-    ]
+    _, _, val = joined(tmp_path / "fineweb-edu")
+    texts = []
+    for path in sorted((hub_folder / "sample/10BT").iterdir()):
+        texts += pyarrow.parquet.read_table(path)["text"].to_pylist()
+    # every 2,000th document, so one of these 2,800
     assert GPT2.decode(np.frombuffer(val, "<u2").tolist()) == texts[1999]
-    run(
-        "prepare.py",
-        "fineweb-edu",
-        name="other",
-        tokenizer="char",
-        val_fraction=0.5,
-        data_dir=tmp_path,
-        env=hub.env,
-    )
+    flags = {"name": "other", "tokenizer": "char", "val_fraction": 0.5}
+    run("prepare.py", "fineweb-edu", data_dir=tmp_path, env=hub.env, **flags)
     meta, _, val = joined(tmp_path / "other")
-    assert from_meta(meta).decode(np.frombuffer(val, "<u2").tolist()) == "\n".join(
-        filter(None, texts[1::2])
-    )
+    val_text = from_meta(meta).decode(np.frombuffer(val, "<u2").tolist())
+    assert val_text == "\n".join(filter(None, texts[1::2]))
 
 
 # --- what goes wrong -----------------------------------------------------------------------------
@@ -917,7 +987,12 @@ def test_share_of_a_hub_dataset_is_for_validation(hub, hub_folder, tmp_path):
 def parquet_bytes() -> bytes:
     """Return a file of numbers and texts; one text is missing."""
     file = pyarrow.BufferOutputStream()
-    table = pyarrow.table({"id": [1, 2, 3], "body": ["text " * 99, None, "text " * 77]})
+    table = pyarrow.table(
+        {
+            "id": [1, 2, 3],
+            "body": ["text " * 99, None, "text " * 77],
+        }
+    )
     pyarrow.parquet.write_table(table, file)
     return file.getvalue().to_pybytes()
 
@@ -925,6 +1000,7 @@ def parquet_bytes() -> bytes:
 def corrupt(data: bytes) -> bytes:
     """Return a Parquet file with an intact footer and corrupt texts."""
     footer = pyarrow.parquet.read_metadata(pyarrow.BufferReader(data))
+    # where the texts are, of the two columns
     at = footer.row_group(0).column(1).dictionary_page_offset
     return data[:at] + b"\xff" * 30 + data[at + 30 :]
 
@@ -949,20 +1025,20 @@ def disk(tmp_path) -> Iterator[Path]:
 
 
 def test_names_that_are_not_utf8(tmp_path):
-    (tmp_path / os.fsdecode(b"\xff.txt")).write_text(TEXT)
-    for name in (b"y\xff", "é".encode()):
+    file = os.fsdecode(b"\xff.txt")
+    (tmp_path / file).write_text(TEXT)
+    # the second name is UTF-8, but the program can't print it
+    names = [b"y\xff", "é".encode()]
+    for name in names:
         run(
             "prepare.py",
-            os.fsdecode(b"\xff.txt"),
+            file,
             name=os.fsdecode(name),
             cwd=tmp_path,
             data_dir=tmp_path / "data",
             env={"PYTHONIOENCODING": "ascii"},
         )
-    assert sorted(os.listdir(os.fsencode(tmp_path / "data"))) == [
-        b"y\xff",
-        "é".encode(),
-    ]
+    assert sorted(os.listdir(os.fsencode(tmp_path / "data"))) == names
 
 
 def dataset_files(folder: Path) -> dict[str, bytes]:
@@ -982,12 +1058,14 @@ def dataset_files(folder: Path) -> dict[str, bytes]:
 def test_plays(prepared_plays, shakespeare, name, vocab_size, counts):
     meta, train, val = read_dataset(prepared_plays / name)
     assert (meta["format"], meta["name"], meta["dtype"]) == (1, name, "uint16")
-    assert meta["vocab_size"] == vocab_size and max(train + val) < vocab_size
+    assert meta["vocab_size"] == vocab_size
+    assert max(train + val) < vocab_size
     assert tuple(meta["tokens"].values()) == (len(train), len(val)) == counts
     tokenizer = from_meta(meta)
     at = int(len(shakespeare) * 0.9)
     assert train == tokenizer.encode(shakespeare[:at])
     assert val == tokenizer.encode(shakespeare[at:])
+    # the fingerprint covers the tokenizer and every token
     described = [meta["tokenizer"], list(meta["tokens"].values())]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
     files = dataset_files(prepared_plays / name)
@@ -998,29 +1076,27 @@ def test_plays(prepared_plays, shakespeare, name, vocab_size, counts):
 
 def test_existing_dataset_is_left_alone(prepared_plays):
     def stats() -> list:
-        return [
-            (path.stat().st_ino, path.stat().st_mtime_ns)
-            for path in sorted((prepared_plays / "plays").iterdir())
-        ]
+        files = sorted((prepared_plays / "plays").iterdir())
+        return [(file.stat().st_ino, file.stat().st_mtime_ns) for file in files]
 
     before = stats()
-    assert (
-        "exists already" in run("prepare.py", "plays", data_dir=prepared_plays).stdout
-    )
+    done = run("prepare.py", "plays", data_dir=prepared_plays)
+    assert "exists already" in done.stdout
     assert stats() == before
 
 
 def test_no_network_names_the_offline_dataset(tmp_path):
-    line = complaint(
-        run(
-            "prepare.py",
-            "shakespeare_char",
-            data_dir=tmp_path,
-            code=2,
-            env={"https_proxy": "http://127.0.0.1:9"},
-        )
+    # nothing listens there
+    env = {"https_proxy": "http://127.0.0.1:9"}
+    done = run(
+        "prepare.py",
+        "shakespeare_char",
+        data_dir=tmp_path,
+        code=2,
+        env=env,
     )
-    assert line.endswith("python prepare.py plays_char") and files_in(tmp_path) == []
+    assert complaint(done).endswith("python prepare.py plays_char")
+    assert files_in(tmp_path) == []
 
 
 def test_another_text_as_tinyshakespeare_is_refused(tmp_path):
@@ -1034,6 +1110,7 @@ def test_file_with_several_links_counts_once(tmp_path):
     for name in ("b", "c"):
         (tmp_path / "d" / name).mkdir(parents=True)
         (tmp_path / "d" / name / "text.txt").write_text(f"text of {name} " * 9)
+        # a link to a folder above: a search must end
         (tmp_path / "d" / name / "loop").symlink_to(tmp_path / "d")
     (tmp_path / "d/c/other.txt").symlink_to("text.txt")
     (tmp_path / "linked").symlink_to("d/c")
@@ -1054,14 +1131,15 @@ def test_folders_behind_links_are_searched(tmp_path):
 
 @pytest.mark.slow
 def test_changed_or_corrupt_dataset_is_prepared_again(tmp_path):
-    text, folder = tmp_path / "a.txt", tmp_path / "data" / "x"
+    text = tmp_path / "a.txt"
+    folder = tmp_path / "data" / "x"
     text.write_text("something to learn\n" * 9)
     first = prepare(tmp_path, text, tokenizer="char")
 
     def again(**flags) -> bool:
-        """Return whether the dataset existed already."""
-        place = {"name": "x", "data_dir": tmp_path / "data"}
-        done = run("prepare.py", text, **{"tokenizer": "char", **place, **flags})
+        """Return True if the dataset existed already."""
+        flags = {"name": "x", "data_dir": tmp_path / "data", **flags}
+        done = run("prepare.py", text, **{"tokenizer": "char", **flags})
         return "exists already" in done.stdout
 
     def reverse_tokens() -> None:
@@ -1080,18 +1158,20 @@ def test_changed_or_corrupt_dataset_is_prepared_again(tmp_path):
 
     assert again()
     for damage in (
-        lambda: os.truncate(folder / "val.bin", 6),
+        partial(os.truncate, folder / "val.bin", 6),
         (folder / "train.bin").unlink,
         reverse_tokens,
         reverse_tokens_of_an_older_dataset,
         change_a_checksum,
-        lambda: (folder / "meta.json").write_text(""),
-        lambda: (folder / "meta.json").write_text('{"tokens": 5}'),
+        partial((folder / "meta.json").write_text, ""),
+        partial((folder / "meta.json").write_text, '{"tokens": 5}'),
     ):
         damage()
+        # files of a larger dataset and of a killed preparation go, too
         (folder / "train-00003.bin").touch()
         (folder / "val.bin.tmp").touch()
-        assert not again() and read_dataset(folder) == first
+        assert not again()
+        assert read_dataset(folder) == first
         assert sorted(dataset_files(folder)) == ["meta.json", "train.bin", "val.bin"]
     for flags in (
         {"val_fraction": 0.5},
@@ -1099,9 +1179,12 @@ def test_changed_or_corrupt_dataset_is_prepared_again(tmp_path):
         {"tokenizer": "bpe:300"},
         {"tokenizer": "bpe:257"},
     ):
-        assert not again(**flags) and again(**flags)
-    text.write_text("Something to learn\n" * 9)  # as long as it was
-    assert not again(**flags) and again(**flags)
+        assert not again(**flags)
+        assert again(**flags)
+    # a text of the same length
+    text.write_text("Something to learn\n" * 9)
+    assert not again(**flags)
+    assert again(**flags)
 
 
 def test_bin_files_of_another_program_are_kept(tmp_path):
@@ -1109,78 +1192,90 @@ def test_bin_files_of_another_program_are_kept(tmp_path):
     folder = tmp_path / "data" / "x"
     folder.mkdir(parents=True)
     (folder / "val.bin").write_bytes(b"foreign")
-    complaint(
-        run(
-            "prepare.py",
-            tmp_path / "a.txt",
-            name="x",
-            data_dir=tmp_path / "data",
-            code=2,
-        )
-    )
+    flags = {"name": "x", "data_dir": tmp_path / "data"}
+    complaint(run("prepare.py", tmp_path / "a.txt", code=2, **flags))
     assert dataset_files(folder) == {"val.bin": b"foreign"}
 
 
 def test_hub_dataset_is_downloaded_once(hub, hub_folder, tmp_path):
-    texts = [
-        pyarrow.parquet.read_table(path)["text"].to_pylist()
-        for path in sorted((hub_folder / "data").iterdir())
-    ]
+    texts = []
+    for path in sorted((hub_folder / "data").iterdir()):
+        texts.append(pyarrow.parquet.read_table(path)["text"].to_pylist())
+    *train_texts, val_texts = texts
     run("prepare.py", "tinystories", data_dir=tmp_path, env=hub.env)
-    assert any(
-        "/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64/data/train-00003" in path
-        for path in hub.asked
-    )
+    # the commit that the recipe names, and only the files of texts
+    commit = "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"
+    train_file = f"/resolve/{commit}/data/train-00003"
+    assert any(train_file in path for path in hub.asked)
     assert not any("README" in path for path in hub.asked)
-    meta, *splits = joined(tmp_path / "tinystories")
-    for tokens, split in zip(splits, (sum(texts[:4], []), texts[4])):
-        expected = [
-            token for text in split for token in (EOT, *GPT2.encode(text)) if text
-        ]
-        assert np.frombuffer(tokens, "<u2").tolist() == expected[1:]
-    assert meta["files"]["val"]["val-00000.bin"] == 0  # all of val is in its own shard
+    meta, train, val = joined(tmp_path / "tinystories")
+    train_documents = filter(None, sum(train_texts, []))
+    val_documents = filter(None, val_texts)
+    train_ids = np.frombuffer(train, "<u2").tolist()
+    val_ids = np.frombuffer(val, "<u2").tolist()
+    # empty texts leave no trace
+    assert train_ids == join_documents(GPT2, train_documents)
+    assert val_ids == join_documents(GPT2, val_documents)
+    # all of val is in its own shard
+    assert meta["files"]["val"]["val-00000.bin"] == 0
+    # a second time, the files come from the cache
     offline = hub.env | {"HF_HUB_OFFLINE": "1"}
     run("prepare.py", "tinystories", data_dir=tmp_path / "again", env=offline)
-    assert joined(tmp_path / "again/tinystories") == (meta, *splits)
+    assert joined(tmp_path / "again/tinystories") == (meta, train, val)
+    # unless it lacks one
     next((tmp_path / "home").rglob("train-00002*")).unlink()
-    run("prepare.py", "tinystories", data_dir=tmp_path / "less", env=offline, code=2)
+    run(
+        "prepare.py",
+        "tinystories",
+        data_dir=tmp_path / "less",
+        env=offline,
+        code=2,
+    )
 
 
 @pytest.mark.slow
 def test_ready_shards_are_downloaded_and_trained_on(hub, tmp_path):
+    # shards of 100 tokens in the format of llm.c: a header of 256 numbers (magic number, version,
+    # count), then the tokens
     hub.folder = tmp_path / "shards"
     hub.folder.mkdir()
+    header = np.zeros(256, "<i4")
+    header[:3] = (20240520, 1, 100)
+    names = ["fineweb_val_000000.bin"]
+    names += [f"fineweb_train_{number:06d}.bin" for number in range(1, 104)]
     rng = np.random.default_rng(0)
     content = {}
-    for number in range(104):
-        split = "val" if number == 0 else "train"
-        name = f"fineweb_{split}_{number:06d}.bin"
-        header = np.zeros(256, "<i4")
-        header[:3] = (20240520, 1, 100)
-        content[name] = (
-            header.tobytes() + rng.integers(50257, size=100, dtype="<u2").tobytes()
-        )
+    for name in names:
+        tokens = rng.integers(50257, size=100, dtype="<u2")
+        content[name] = header.tobytes() + tokens.tobytes()
         (hub.folder / name).write_bytes(content[name])
-    said = run("prepare.py", "fineweb10B", data_dir=tmp_path, env=hub.env).stdout
-    assert "10,300 train and 100 val tokens of gpt2" in said
+    done = run("prepare.py", "fineweb10B", data_dir=tmp_path, env=hub.env)
+    assert "10,300 train and 100 val tokens of gpt2" in done.stdout
     shards = (tmp_path / "fineweb10B").glob("*.bin")
     assert {path.name: path.read_bytes() for path in shards} == content
     assert any("/resolve/889765ea1f903759787add" in path for path in hub.asked)
     # again, without a network
     offline = hub.env | {"HF_HUB_OFFLINE": "1"}
-    again = run("prepare.py", "fineweb10B", data_dir=tmp_path, env=offline).stdout
-    assert "exists already" in again
+    done = run("prepare.py", "fineweb10B", data_dir=tmp_path, env=offline)
+    assert "exists already" in done.stdout
     flags = TINY | {"data_dir": tmp_path, "dataset": "fineweb10B", "max_iters": 2}
     run("train.py", out_dir=tmp_path / "out", **flags)
     # a download that was cut
     path = tmp_path / "fineweb10B/fineweb_train_000007.bin"
     path.write_bytes(content[path.name][:-2])
-    done = run("prepare.py", "fineweb10B", data_dir=tmp_path, env=offline, code=2)
+    done = run(
+        "prepare.py",
+        "fineweb10B",
+        data_dir=tmp_path,
+        env=offline,
+        code=2,
+    )
     assert "1,224 bytes" in complaint(done)
     # its hint works
     path.unlink()
     run("prepare.py", "fineweb10B", data_dir=tmp_path, env=hub.env)
     assert path.read_bytes() == content[path.name]
+    # ready tokens are those of their tokenizer
     flags = {"name": "other", "tokenizer": "char", "data_dir": tmp_path}
     assert "--tokenizer" in complaint(run("prepare.py", "fineweb10B", code=2, **flags))
 
@@ -1189,14 +1284,16 @@ def test_ready_shards_are_downloaded_and_trained_on(hub, tmp_path):
 def test_climbmix_is_its_first_shards(hub, play, tmp_path):
     hub.folder = tmp_path / "shards"
     lines = play.read_text(encoding="utf-8").splitlines()
-    numbers = [*range(100), 6542]
-    for number in numbers:
-        texts = [f"{line} {number}" for line in lines[number % 50 :: 50][:5]]
+    # the last shard is for validation
+    for number in [*range(100), 6542]:
+        some_lines = lines[number % 50 :: 50][:5]
+        texts = [f"{line} {number}" for line in some_lines]
         write_parquet(hub.folder / f"shard_{number:05d}.parquet", texts)
     write_parquet(hub.folder / "shard_00100.parquet", ["not among the first"])
-    said = run("prepare.py", "climbmix", data_dir=tmp_path, env=hub.env).stdout
+    done = run("prepare.py", "climbmix", data_dir=tmp_path, env=hub.env)
     meta = json.loads((tmp_path / "climbmix/meta.json").read_text())
-    assert len(meta["files"]["train"]) == 101 and " of gpt2" in said
+    assert len(meta["files"]["train"]) == 101
+    assert " of gpt2" in done.stdout
     sizes = [count for count in meta["files"]["val"].values() if count]
     assert len(sizes) == 1
     assert any("/resolve/915333b4f8b8684f39ae" in path for path in hub.asked)
@@ -1209,82 +1306,92 @@ def test_an_incomplete_download_is_refused(hub_folder, tmp_path, monkeypatch):
     )
     recipe = read_recipe("tinystories")
     assert list(map(len, download_files(recipe))) == [4, 1]
+    # as after an interrupted download
     next((tmp_path / "cache/data").glob("train-*")).unlink()
     with pytest.raises(UserError, match="expected 5 files, got 4"):
         download_files(recipe)
 
 
 def test_hub_without_a_network_is_one_line(tmp_path):
+    env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    flags = {"name": "mine", "tokenizer": "char", "data_dir": tmp_path / "data"}
     line = complaint(
         run(
             "prepare.py",
             "tinystories",
-            name="mine",
-            tokenizer="char",
             code=2,
-            data_dir=tmp_path / "data",
-            env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")},
+            env=env,
+            **flags,
         )
     )
-    assert "roneneldan/TinyStories" in line and files_in(tmp_path / "data") == []
+    assert "roneneldan/TinyStories" in line
+    assert files_in(tmp_path / "data") == []
 
 
 def test_corrupt_file_is_found_before_the_first_shard(hub_folder, tmp_path):
-    shutil.copytree(hub_folder / "data", tmp_path / "less")
-    third = tmp_path / "less" / "train-00002-of-00004-abc.parquet"
+    folder = tmp_path / "less"
+    shutil.copytree(hub_folder / "data", folder)
+    third = folder / "train-00002-of-00004-abc.parquet"
     third.write_bytes(corrupt(third.read_bytes()))
-    assert str(third) in complaint(
-        run("prepare.py", tmp_path / "less", name="x", data_dir=tmp_path, code=2)
-    )
+    done = run("prepare.py", folder, name="x", data_dir=tmp_path, code=2)
+    assert str(third) in complaint(done)
     assert dataset_files(tmp_path / "x") == {}
 
 
 @pytest.mark.slow
 def test_killed_preparation_continues(hub_folder, tmp_path):
-    source, folder = hub_folder / "sample", tmp_path / "x"
+    source = hub_folder / "sample"
+    folder = tmp_path / "x"
     run("prepare.py", source, name="x", data_dir=tmp_path / "new")
-    for file, how in (
-        ("train-00002.bin", signal.SIGKILL),
-        ("train-00006.bin.tmp", signal.SIGKILL),
-        ("train-00009.bin", signal.SIGINT),
+    # between two shards, in the middle of one, and by Ctrl-C
+    for file, stop_signal, code in (
+        ("train-00002.bin", signal.SIGKILL, -signal.SIGKILL),
+        ("train-00006.bin.tmp", signal.SIGKILL, -signal.SIGKILL),
+        ("train-00009.bin", signal.SIGINT, 130),
     ):
         child = start("prepare.py", source, name="x", data_dir=tmp_path)
         while child.poll() is None and not (folder / file).exists():
             time.sleep(0.001)
-        child.send_signal(how)
+        child.send_signal(stop_signal)
         child.communicate()
-        assert child.returncode == (130 if how == signal.SIGINT else -how)
+        assert child.returncode == code
+        # the shards of an incomplete dataset can't be trained on
         with pytest.raises(BadData):
             read_meta(folder)
     early = {path: path.stat().st_mtime_ns for path in folder.glob("*-0000[0-7].bin")}
     done = run("prepare.py", source, name="x", data_dir=tmp_path)
     assert re.search(r"(9|10) of 14 shards", done.stdout)
     assert dataset_files(folder) == dataset_files(tmp_path / "new/x")
-    assert early and all(
-        path.stat().st_mtime_ns == time for path, time in early.items()
-    )
+    # complete shards were not written again
+    assert early
+    for path, modified in early.items():
+        assert path.stat().st_mtime_ns == modified
 
 
 @pytest.mark.slow
 def test_shards_of_another_request_are_not_used(hub_folder, play, tmp_path):
-    source, folder = hub_folder / "data", tmp_path / "x"
+    source = hub_folder / "data"
+    folder = tmp_path / "x"
+    other_folder = tmp_path / "other" / "x"
+    flags = {"name": "x", "tokenizer": "char"}
 
-    place = {"name": "x", "data_dir": tmp_path, "tokenizer": "char"}
-
-    def prepare(*args: object, **flags: object) -> str:
-        return run("prepare.py", *args, **place, **flags).stdout
+    def prepare(*args: object, **more: object) -> str:
+        return run("prepare.py", *args, data_dir=tmp_path, **flags, **more).stdout
 
     prepare(source)
+    # a dataset that was complete and lacks a shard is made again from the start
     (folder / "train-00001.bin").unlink()
-    assert "continuing" not in prepare(source) and (folder / "train-00001.bin").exists()
+    assert "continuing" not in prepare(source)
+    assert (folder / "train-00001.bin").exists()
+    # another split
     assert "continuing" not in prepare(source, val_fraction=0.2)
-    other = place | {"data_dir": tmp_path / "other"}
-    run("prepare.py", source, val_fraction=0.2, **other)
-    assert joined(folder) == joined(tmp_path / "other" / "x")
+    run("prepare.py", source, val_fraction=0.2, data_dir=tmp_path / "other", **flags)
+    assert joined(folder) == joined(other_folder)
+    # one file, then again several
     prepare(play)
     assert sorted(dataset_files(folder)) == ["meta.json", "train.bin", "val.bin"]
     prepare(source, val_fraction=0.2)
-    assert joined(folder) == joined(tmp_path / "other" / "x")
+    assert joined(folder) == joined(other_folder)
 
 
 TEXT_FILE = {"a.txt": b"text " * 99}
@@ -1342,87 +1449,84 @@ def test_mistakes_end_in_one_line(tmp_path, args, files):
     for path, data in files.items():
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_bytes(data)
-    line = complaint(
-        run(
-            "prepare.py",
-            "--name=x",
-            f"--data_dir={tmp_path}/data",
-            *args,
-            cwd=tmp_path,
-            code=2,
-        )
-    )
-    if files and args[0] in files and len(args) == 1:
-        assert args[0] in line or "x: " in line  # the file, or the dataset
+    # a mistake's own --name comes last and wins
+    all_args = ["--name=x", f"--data_dir={tmp_path}/data", *args]
+    line = complaint(run("prepare.py", *all_args, cwd=tmp_path, code=2))
+    if len(args) == 1 and args[0] in files:
+        # the file, or the dataset
+        assert args[0] in line or "x: " in line
     if args[:1] == ["nosuch"]:
-        assert "tinystories" in line and "shakespeare_char" in line
+        # the existing names
+        assert "tinystories" in line
+        assert "shakespeare_char" in line
     assert files_in(tmp_path / "data" / "x") == []
 
 
 def test_file_size_limit_keeps_the_existing_dataset(shakespeare, tmp_path):
     text = tmp_path / "a.txt"
+    data_dir = tmp_path / "data"
     text.write_text("something to learn\n" * 9)
     before = prepare(tmp_path, text)
+    # its tokens are larger than the limit
     text.write_text(shakespeare[:400_000])
     for name in ("x", "y"):
         done = subprocess.run(
-            command("prepare.py", text, name=name, data_dir=tmp_path / "data"),
+            command("prepare.py", text, name=name, data_dir=data_dir),
             capture_output=True,
             text=True,
             preexec_fn=limit_files,
         )
-        assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert read_dataset(tmp_path / "data" / "x") == before
-    assert sorted(dataset_files(tmp_path / "data" / "x")) == [
-        "meta.json",
-        "train.bin",
-        "val.bin",
-    ]
-    assert files_in(tmp_path / "data" / "y") == []
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+    assert read_dataset(data_dir / "x") == before
+    expected = ["meta.json", "train.bin", "val.bin"]
+    assert sorted(dataset_files(data_dir / "x")) == expected
+    assert files_in(data_dir / "y") == []
 
 
 def test_full_disk_keeps_complete_shards(disk, hub_folder, tmp_path):
     flags = {"name": "x", "tokenizer": "char", "val_fraction": 0.1}
     run("prepare.py", hub_folder / "sample", data_dir=disk, **flags, code=1)
+    # the shards that fit
     complete = len(list((disk / "x").glob("val-*.bin")))
-    assert 1 <= complete <= 5 and not list((disk / "x").glob("*.tmp"))
+    assert 1 <= complete <= 5
+    assert not list((disk / "x").glob("*.tmp"))
+    # with more room, it continues
     subprocess.run(["mount", "-o", "remount,size=30m", disk], check=True)
-    said = run("prepare.py", hub_folder / "sample", data_dir=disk, **flags).stdout
-    assert f"{complete} of 14 shards" in said
+    done = run("prepare.py", hub_folder / "sample", data_dir=disk, **flags)
+    assert f"{complete} of 14 shards" in done.stdout
     run("prepare.py", hub_folder / "sample", data_dir=tmp_path, **flags)
     assert joined(disk / "x") == joined(tmp_path / "x")
 
 
 def test_read_only_disk(disk):
-    run(
-        "prepare.py",
-        "plays",
-        data_dir=disk,
-        name="x",
-        tokenizer="char",
-        val_fraction=0.9,
-        code=1,
-    )
+    # too large for this disk
+    flags = {"name": "x", "tokenizer": "char", "val_fraction": 0.9}
+    run("prepare.py", "plays", data_dir=disk, code=1, **flags)
     (disk / "a.txt").write_text(TEXT)
     run("prepare.py", disk / "a.txt", data_dir=disk, name="y")
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     complaint(run("prepare.py", "plays_char", data_dir=disk, code=2))
+    # an existing dataset takes no lock, which would be a file
     done = run("prepare.py", disk / "a.txt", data_dir=disk, name="y")
-    assert "exists already" in done.stdout  # which takes no lock
+    assert "exists already" in done.stdout
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"])
-def test_signal_leaves_no_files(shakespeare, tmp_path, how):
-    (tmp_path / "a.txt").write_text(shakespeare * 10)
-    folder = tmp_path / "data" / "x"
-    child = start(
-        "prepare.py", tmp_path / "a.txt", name="x", data_dir=tmp_path / "data"
-    )
-    while child.poll() is None and not (folder / "train.bin.tmp").exists():
+@pytest.mark.parametrize(
+    "stop_signal", [signal.SIGINT, signal.SIGTERM], ids=["INT", "TERM"]
+)
+def test_signal_leaves_no_files(shakespeare, tmp_path, stop_signal):
+    text = tmp_path / "a.txt"
+    data_dir = tmp_path / "data"
+    text.write_text(shakespeare * 10)
+    child = start("prepare.py", text, name="x", data_dir=data_dir)
+    while child.poll() is None and not (data_dir / "x/train.bin.tmp").exists():
         time.sleep(0.01)
-    child.send_signal(how)
+    child.send_signal(stop_signal)
     _, err = child.communicate()
-    assert child.returncode == 130 and not err and files_in(tmp_path / "data") == []
+    assert child.returncode == 130
+    assert not err
+    assert files_in(data_dir) == []
 
 
 CHANGES = {
@@ -1441,38 +1545,56 @@ def test_text_that_changes_during_reading_is_refused(
 ):
     import prepare
 
-    file, encode = tmp_path / name, prepare.write_tokens
-    file.write_text(TEXT if name == "a.txt" else json.dumps({"text": TEXT}) + "\n")
+    file = tmp_path / name
+    content = {
+        "a.txt": TEXT,
+        "a.jsonl": json.dumps({"text": TEXT}) + "\n",
+    }
+    file.write_text(content[name])
+    write_tokens = prepare.write_tokens
 
-    def change_and_encode(*args):
+    def change_and_write(*args):
         change(file)
-        return encode(*args)
+        return write_tokens(*args)
 
-    monkeypatch.setattr(prepare, "write_tokens", change_and_encode)
-    with pytest.raises((UserError, FileNotFoundError)):
-        config = prepare.PrepareConfig("x", "char", data_dir=str(tmp_path / "data"))
-        with ExitStack() as opened:
-            prepare.prepare(config, {"tokenizer": "char"}, [str(file)], opened)
+    # the text is read twice: to count it, then to encode it
+    monkeypatch.setattr(prepare, "write_tokens", change_and_write)
+    config = prepare.PrepareConfig("x", "char", data_dir=str(tmp_path / "data"))
+    with pytest.raises((UserError, FileNotFoundError)), ExitStack() as opened:
+        prepare.prepare(
+            config,
+            {"tokenizer": "char"},
+            [str(file)],
+            opened,
+        )
     assert files_in(tmp_path / "data") == []
 
 
 def test_closed_stdout_keeps_the_dataset(tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)
     args = command("prepare.py", tmp_path / "a.txt", name="x", data_dir=tmp_path)
+    # every write to it fails as on a full disk
     with open("/dev/full", "w") as full:
-        done = subprocess.run(args, stdout=full, stderr=subprocess.PIPE, text=True)
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
+        done = subprocess.run(
+            args,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
     assert read_dataset(tmp_path / "x")[0]["name"] == "x"
 
 
 def test_two_preparations_at_once(shakespeare, tmp_path):
-    (tmp_path / "a.txt").write_text(shakespeare)
-    children = [
-        start("prepare.py", tmp_path / "a.txt", name="x", data_dir=tmp_path / "data")
-        for _ in range(2)
-    ]
-    said = [child.communicate() for child in children]
-    assert [child.returncode for child in children] == [0, 0], said
-    assert sorted("exists already" in out for out, _ in said) == [False, True]
+    text = tmp_path / "a.txt"
+    text.write_text(shakespeare)
+    flags = {"name": "x", "data_dir": tmp_path / "data"}
+    children = [start("prepare.py", text, **flags) for _ in range(2)]
+    outputs = [child.communicate() for child in children]
+    assert [child.returncode for child in children] == [0, 0], outputs
+    # one waits for the other and finds its dataset
+    existed = ["exists already" in stdout for stdout, _ in outputs]
+    assert sorted(existed) == [False, True]
     _, train, val = read_dataset(tmp_path / "data" / "x")
     assert (len(train), len(val)) == (1_305_687, 148_236)

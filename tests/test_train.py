@@ -31,6 +31,7 @@ def test_loss_falls(train, tmp_path):
     flags = {"max_iters": 200, "lr_decay_iters": 200, "learning_rate": 1e-2}
     train(dropout=0.0, eval_interval=200, eval_iters=40, **flags)
     losses = [row["val_loss"] for row in rows(tmp_path / "out", "val_loss")]
+    # an untrained model expects all characters about equally
     assert losses[0] > 3.9
     assert losses[-1] < 3.0
 
@@ -40,6 +41,7 @@ def test_a_checkpoint_has_the_documented_keys(whole, dataset):
     documented = {"model", "optimizer", "model_args", "best_val_loss", "rng", "scaler"}
     assert documented | {"data", "wandb_run_id", "format"} <= bundle.keys()
     assert bundle["step"] == bundle["config"]["max_iters"] == 20
+    # queries, keys and values of 32 each, in one matrix
     assert bundle["model"]["transformer.h.0.attn.c_attn.weight"].shape == (96, 32)
     assert bundle["data"] == json.loads((dataset / "meta.json").read_text())
     assert len(bundle["rng"]) == 1
@@ -54,35 +56,46 @@ def test_evaluation_does_not_change_training(train, whole, tmp_path):
     train(eval_interval=4, eval_iters=1, sample_tokens=5)
     often = load(tmp_path / "out/ckpt.pt")["model"]
     seldom = load(whole / "ckpt.pt")["model"]
-    assert all(torch.equal(often[name], seldom[name]) for name in seldom)
+    for name, weight in seldom.items():
+        assert torch.equal(often[name], weight)
     assert rows(tmp_path / "out", "loss") == rows(whole, "loss")
 
 
 def test_one_and_two_ranks_agree_to_rounding(train, tmp_path):
     for ranks in (1, 2):
-        train(out=str(ranks), ranks=ranks, dtype="float32", log_interval=1)
+        train(
+            out=str(ranks),
+            ranks=ranks,
+            dtype="float32",
+            log_interval=1,
+        )
     one = rows(tmp_path / "1")
     two = rows(tmp_path / "2")
+    # 20 losses and three evaluations
     assert len(one) == len(two) == 23
-    for a, b in zip(one, two):
-        assert a == pytest.approx(b, rel=2e-5)
+    for row_of_one, row_of_two in zip(one, two):
+        assert row_of_one == pytest.approx(row_of_two, rel=2e-5)
 
 
 def test_bfloat16_ends_close_to_float32(train, tmp_path):
-    losses = []
+    losses = {}
     for dtype in ("float32", "bfloat16"):
         train(out=dtype, dtype=dtype, dropout=0.0)
-        losses.append(rows(tmp_path / dtype, "val_loss")[-1]["val_loss"])
-    assert losses[0] != losses[1]
-    assert losses[0] == pytest.approx(losses[1], abs=0.02)
+        evaluations = rows(tmp_path / dtype, "val_loss")
+        losses[dtype] = evaluations[-1]["val_loss"]
+    assert losses["float32"] != losses["bfloat16"]
+    assert losses["float32"] == pytest.approx(losses["bfloat16"], abs=0.02)
 
 
 def test_metrics_log_the_learning_rate_schedule(train, tmp_path):
     rates = {"learning_rate": 1e-2, "min_lr": 1e-3, "lr_decay_iters": 14}
     train(log_interval=1, **rates)
     lr = {row["step"]: row["lr"] for row in rows(tmp_path / "out", "loss")}
-    # 4 steps of warm-up, half of the decay, its end
-    assert [lr[step] for step in (1, 5, 10)] == pytest.approx([0.002, 0.01, 0.0055])
+    # the first of 4 steps of warm-up, the peak
+    assert lr[1] == pytest.approx(0.002)
+    assert lr[5] == pytest.approx(0.01)
+    # half of the decay, its end
+    assert lr[10] == pytest.approx(0.0055)
     assert lr[15] == lr[20] == 1e-3
 
 
@@ -93,6 +106,7 @@ def test_metrics_log_the_learning_rate_schedule(train, tmp_path):
 def test_nan_weights_stop_a_run_before_its_first_update(
     train, whole, tmp_path, ranks, code
 ):
+    # torchrun exits with 1, whatever the code of its ranks
     bundle = load(whole / "ckpt.pt")
     bundle["model"]["transformer.ln_f.weight"][3] = math.nan
     torch.save(bundle, tmp_path / "nan.pt")
@@ -106,7 +120,8 @@ def test_a_diverging_run_keeps_finite_checkpoints(train, half):
     done = train(init_from="resume", code=3, **flags)
     assert "--init_from=resume" in done.stderr
     for path in half.glob("*.pt"):
-        assert all(tensor.isfinite().all() for tensor in load(path)["model"].values())
+        for weight in load(path)["model"].values():
+            assert weight.isfinite().all()
     assert max(row["step"] for row in rows(half)) < 20
 
 
@@ -138,7 +153,7 @@ def test_eval_only_repeats_the_loss_of_a_run(train, half):
 
 
 @pytest.mark.parametrize(
-    "word, shown",
+    "flag, shown",
     [
         ("--dataset=nosuch", "python prepare.py nosuch"),
         ("--learning_rat=1", "did you mean learning_rate?"),
@@ -158,28 +173,36 @@ def test_eval_only_repeats_the_loss_of_a_run(train, half):
         ("--out_dir=/proc/nosuch", "/proc/nosuch"),
         ("config/nosuch.py", "nosuch.py"),
     ],
-    ids=lambda word: word.strip("-").replace("/", "."),
+    ids=lambda flag: flag.strip("-").replace("/", "."),
 )
-def test_a_mistake_exits_2_with_one_line(train, word, shown, tmp_path):
-    assert shown in complaint(train(last=word, code=None))
-    assert [path.name for path in tmp_path.glob("out/*")] in ([], [".lock"])
+def test_a_mistake_exits_2_with_one_line(train, flag, shown, tmp_path):
+    assert shown in complaint(train(last=flag, code=None))
+    # some are found before the folder is made, some with its lock held
+    files = [path.name for path in tmp_path.glob("out/*")]
+    assert files in ([], [".lock"])
 
 
 def test_weights_with_another_vocabulary_are_refused(train, whole, play, tmp_path):
+    # two letters fewer
     text = play.read_text().replace("z", "").replace("q", "k")
     (tmp_path / "other.txt").write_text(text)
     flags = {"name": "other", "tokenizer": "char", "data_dir": tmp_path}
     run("prepare.py", tmp_path / "other.txt", **flags)
-    done = train(init_from=whole / "ckpt.pt", dataset=tmp_path / "other", code=2)
+    done = train(
+        init_from=whole / "ckpt.pt",
+        dataset=tmp_path / "other",
+        code=2,
+    )
     assert "--dataset=" in complaint(done)
 
 
 def test_prepare_and_train_share_data_dir(play, tmp_path):
-    place = {"data_dir": tmp_path / "sets"}
-    run("prepare.py", play, name="mine", tokenizer="char", **place)
-    flags = TINY | place | {"dataset": "mine", "max_iters": 2}
+    data_dir = tmp_path / "sets"
+    run("prepare.py", play, name="mine", tokenizer="char", data_dir=data_dir)
+    flags = TINY | {"data_dir": data_dir, "dataset": "mine", "max_iters": 2}
     # from any working folder, which out_dir is relative to
     run("train.py", cwd=tmp_path, out_dir="here", **flags)
+    # the checkpoint knows both
     run("train.py", out_dir=tmp_path / "here", init_from="resume", max_iters=3)
     assert rows(tmp_path / "here")[-1]["step"] == 3
 
@@ -187,9 +210,11 @@ def test_prepare_and_train_share_data_dir(play, tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2], ids=["1 rank", "2 ranks"])
 def test_a_corrupt_token_id_exits_with_one_line(train, dataset, tmp_path, ranks):
     shutil.copytree(dataset, tmp_path / "data")
-    with open(tmp_path / "data/train.bin", "r+b") as f:
-        f.write(b"\xff" * 40_000)
+    # 20,000 times the token 65,535, which the vocabulary lacks
+    with open(tmp_path / "data/train.bin", "r+b") as file:
+        file.write(b"\xff" * 40_000)
     done = train(ranks=ranks, code=None, dataset=tmp_path / "data")
+    # two ranks may print a line each
     if ranks == 1:
         assert "train.bin" in complaint(done, silent=False)
     assert done.returncode != 0
@@ -199,12 +224,19 @@ def test_a_corrupt_token_id_exits_with_one_line(train, dataset, tmp_path, ranks)
 
 @pytest.mark.slow
 def test_one_rank_of_torchrun_prints_a_common_error():
-    done = run("train.py", dataset="missing", ranks=2, code=1, fresh=True)
+    done = run(
+        "train.py",
+        dataset="missing",
+        ranks=2,
+        code=1,
+        fresh=True,
+    )
     assert done.stderr.count("error: no prepared dataset") == 1
 
 
 def test_nccl_without_cuda_is_refused_for_several_ranks(train):
     flags = {"device": "cpu", "backend": "nccl"}
+    # one rank communicates with nobody
     train(max_iters=1, **flags)
     done = train(ranks=2, out="other", code=1, **flags)
     assert "backend=nccl needs CUDA" in done.stderr
@@ -233,7 +265,9 @@ def fail_with(error: Exception):
 
 
 @pytest.mark.parametrize(
-    "operation", ["keepgpt.files.sync", "keepgpt.metrics.write_atomically"]
+    "operation",
+    ["keepgpt.files.sync", "keepgpt.metrics.write_atomically"],
+    ids=["sync", "write"],
 )
 def test_a_full_disk_at_the_start_exits_1(
     operation, dataset, tmp_path, monkeypatch, capsys
@@ -242,9 +276,9 @@ def test_a_full_disk_at_the_start_exits_1(
     monkeypatch.setattr(operation, fail_with(full))
     settings = TINY | {"out_dir": tmp_path, "dataset": dataset}
     flags = [f"--{key}={value}" for key, value in settings.items()]
-    config, given, _ = configurator.parse(configurator.TrainConfig, "", flags)
+    config, overrides, _ = configurator.parse(configurator.TrainConfig, "", flags)
     with pytest.raises(SystemExit) as end:
-        script.main(config, given)
+        script.main(config, overrides)
     assert end.value.code == 1
     assert capsys.readouterr().err.startswith("error: ")
 
@@ -273,10 +307,10 @@ def test_training_continues_when_stdout_is_full(train, tmp_path):
 
 
 def test_a_resume_continues_when_stdout_closes(half, dataset):
-    """A restart loop takes exit code 0 for a run at max_iters."""
     flags = TINY | {"out_dir": half, "dataset": dataset, "init_from": "resume"}
     process = start("train.py", **flags)
     process.stdout.close()
+    # a restart loop takes exit code 0 for a run at max_iters
     assert process.wait(timeout=120) == 0
     with process.stderr as stderr:
         assert stderr.read() == ""
@@ -285,18 +319,28 @@ def test_a_resume_continues_when_stdout_closes(half, dataset):
 
 @pytest.mark.slow
 def test_out_dir_may_have_any_name_in_any_locale(dataset, tmp_path):
-    out = tmp_path / "жест" / b"\xff\xfe".decode(errors="surrogateescape")
+    # letters that ASCII lacks, and bytes that are not UTF-8
+    name = b"\xff\xfe".decode(errors="surrogateescape")
+    out = tmp_path / "жест" / name
     flags = TINY | {"out_dir": out, "dataset": dataset, "max_iters": 2}
     env = {"PYTHONIOENCODING": "ascii"}
     run("train.py", **flags, env=env)
-    run("sample.py", out_dir=out, num_samples=1, max_new_tokens=2, env=env)
+    run(
+        "sample.py",
+        out_dir=out,
+        num_samples=1,
+        max_new_tokens=2,
+        env=env,
+    )
     assert (out / "README.md").exists()
 
 
 def read_terminal(*args: str, **flags) -> str:
     """Run train.py in a terminal of 50 columns. Return all that it writes."""
-    terminal, its_side = pty.openpty()
-    fcntl.ioctl(its_side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 50, 0, 0))
+    our_side, its_side = pty.openpty()
+    # rows, columns, and two fields that nobody uses
+    window = struct.pack("HHHH", 24, 50, 0, 0)
+    fcntl.ioctl(its_side, termios.TIOCSWINSZ, window)
     process = subprocess.Popen(
         command("train.py", *args, **flags),
         stdout=its_side,
@@ -307,8 +351,10 @@ def read_terminal(*args: str, **flags) -> str:
     written = b""
     # Linux: an error tells that the other side is closed
     with suppress(OSError):
-        while block := os.read(terminal, 1 << 16):
+        block = os.read(our_side, 1 << 16)
+        while block:
             written += block
+            block = os.read(our_side, 1 << 16)
     assert process.wait() == 0
     return written.decode()
 
@@ -320,12 +366,18 @@ def test_progress_is_one_line_in_a_terminal(train, dataset, tmp_path):
     progress = [line for line in piped if line.startswith(tuple(steps))]
     assert [line.split(" loss")[0] for line in progress] == steps
     # in the terminal each line of progress replaces the one before
-    lines = [line.split("\r\033[K") for line in written.split("\r\n")]
-    replaced = [text for line in lines for text in line[:-1]]
+    replaced = []
+    last_texts = []
+    for line in written.split("\r\n"):
+        *earlier, last = line.split("\r\033[K")
+        replaced += earlier
+        last_texts.append(last)
     assert [text.split(" loss")[0] for text in replaced] == steps
-    assert max(map(len, replaced)) == 49  # the terminal's width less one
+    # the terminal's width less one
+    assert max(map(len, replaced)) == 49
+    # the other lines stay
     lasting = [line.replace("piped", "tty") for line in piped if line not in progress]
-    assert [line[-1] for line in lines] == [*lasting, ""]
+    assert last_texts == [*lasting, ""]
 
 
 # wandb and the compiler
@@ -335,35 +387,46 @@ def read_wandb_records(path: Path) -> Iterator[pb.Record]:
     """Read the records that wandb wrote offline, in the format of LevelDB's log: blocks of 32 KiB
     hold whole records or parts of them, each after a CRC32, a length and a type."""
     data = path.read_bytes()
-    at = 7  # after wandb's own header
+    # after wandb's own header
+    at = 7
     record = b""
     while at < len(data):
         left = 32768 - at % 32768
-        if left < 7:  # too short for a header: padding
+        # too short for a header: padding
+        if left < 7:
             at += left
         size, kind = struct.unpack_from("<HB", data, at + 4)
-        record += data[at + 7 : at + 7 + size]
-        at += 7 + size
-        if kind in (1, 4):  # a complete record, or the last part of one
+        start = at + 7
+        record += data[start : start + size]
+        at = start + size
+        # a complete record, or the last part of one
+        if kind in (1, 4):
             yield pb.Record.FromString(record)
             record = b""
 
 
 def decode_items(items) -> dict:
     """Return the values of a wandb record by key."""
-    return {
-        item.key or item.nested_key[0]: json.loads(item.value_json) for item in items
-    }
+    values = {}
+    for item in items:
+        key = item.key or item.nested_key[0]
+        values[key] = json.loads(item.value_json)
+    return values
 
 
 @pytest.mark.slow
 def test_a_resumed_run_keeps_its_wandb_id(train, tmp_path):
-    env = {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path), "WANDB_SILENT": "true"}
+    env = {
+        "WANDB_MODE": "offline",
+        "WANDB_DIR": str(tmp_path),
+        "WANDB_SILENT": "true",
+    }
     for flags in ({"max_iters": 10}, {"init_from": "resume"}):
         train(wandb_log=True, wandb_run_name="hamlet", env=env, **flags)
     files = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 2
 
+    # both files together, as wandb joins them when they are uploaded
     ids = set()
     config = {}
     summary = {}
@@ -377,8 +440,10 @@ def test_a_resumed_run_keeps_its_wandb_id(train, tmp_path):
             if "loss" in row:
                 losses[row["step"]] = row["loss"]
     bundle = load(tmp_path / "out/ckpt.pt")
+    # most records are not about the run and have no id
     assert ids - {""} == {bundle["wandb_run_id"]}
-    assert config.items() >= {**TINY, "max_iters": config["max_iters"]}.items()
+    expected = TINY | {"max_iters": config["max_iters"]}
+    assert config.items() >= expected.items()
     assert summary["best_val_loss"] == bundle["best_val_loss"]
     logged = {row["step"]: row["loss"] for row in rows(tmp_path / "out", "loss")}
     assert losses == logged
@@ -386,6 +451,7 @@ def test_a_resumed_run_keeps_its_wandb_id(train, tmp_path):
 
 def test_float16_and_compile_fall_back_with_a_note(train, whole, tmp_path):
     done = train(dtype="float16", compile=True, env={"CXX": "nosuch"})
+    # two notes, and the settings of `whole` instead
     float16, compiler = done.stderr.splitlines()
     assert "float16" in float16
     assert "torch.compile" in compiler
@@ -396,8 +462,9 @@ def test_float16_and_compile_fall_back_with_a_note(train, whole, tmp_path):
 @pytest.mark.slow
 def test_the_compiler_is_loaded_only_if_used(dataset, tmp_path):
     flags = TINY | {"dataset": dataset, "out_dir": tmp_path, "init_from": "auto"}
-    for steps in (2, 3):  # from scratch, then resumed
-        flags["max_iters"] = steps
+    # from scratch, then resumed
+    for max_iters in (2, 3):
+        flags["max_iters"] = max_iters
         done = run(PROGRAMS / "import_of_compiler.py", fresh=True, **flags)
-        assert f"done at step {steps}" in done.stdout
+        assert f"done at step {max_iters}" in done.stdout
         assert done.stdout.endswith("False\n")

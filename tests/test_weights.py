@@ -5,9 +5,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = (
-    "1"  # before Transformers is loaded: else it asks the hub, and waits
-)
+# before Transformers is loaded: else it asks the hub, and waits
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
@@ -23,7 +22,7 @@ from transformers import (
 
 from keepgpt.errors import UserError
 from keepgpt.huggingface import read_weights
-from model import load_model
+from model import GPT, load_model
 
 SMALL = {
     "batch_size": 2,
@@ -31,146 +30,145 @@ SMALL = {
     "gradient_accumulation_steps": 2,
     "eval_iters": 2,
 }
+# nothing listens at this port
+NO_NETWORK = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"}
 
 
 @pytest.fixture(scope="module")
 def dataset(play: Path) -> Path:
-    """Hamlet in GPT-2's tokens."""
+    """Prepare Hamlet in GPT-2's tokens. Return its folder."""
     run("prepare.py", play, name="hamlet_gpt2", data_dir=play.parent)
     return play.parent / "hamlet_gpt2"
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random GPT-2 as Transformers saves it."""
-    torch.manual_seed(0)
+    """Save a small random GPT-2 as Transformers does. Return its folder."""
+    config = GPT2Config(
+        n_layer=2,
+        n_head=2,
+        n_embd=32,
+        n_positions=64,
+        initializer_range=0.2,
+    )
     folder = tmp_path_factory.mktemp("hub") / "gpt2"
-    GPT2LMHeadModel(
-        GPT2Config(
-            n_layer=2, n_head=2, n_embd=32, n_positions=64, initializer_range=0.2
-        )
-    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
 
 
-def test_fine_tuning_goes_on_from_every_kind_of_source(folder, dataset, tmp_path):
-    args, state, _ = read_weights(str(folder))
-    nanogpt = tmp_path / "ckpt.pt"
-    torch.save(
-        {
-            "model": {"_orig_mod." + name: tensor for name, tensor in state.items()},
-            "model_args": args,
-            "iter_num": 5,
-            "config": {},
-        },
-        nanogpt,
-    )
+def load_folder(path: Path) -> GPT:
+    """Return the model in a folder or file of weights."""
+    args, state, _ = read_weights(str(path))
+    return load_model(args, state)
 
-    def tune(name: str, source: Path, steps: int) -> Path:
+
+def test_fine_tuning_goes_on_from_every_kind_of_source(folder, dataset, tmp_path):
+    # a checkpoint of nanoGPT, of a compiled model
+    args, state, _ = read_weights(str(folder))
+    compiled = {"_orig_mod." + name: tensor for name, tensor in state.items()}
+    nanogpt = tmp_path / "ckpt.pt"
+    bundle = {"model": compiled, "model_args": args, "iter_num": 5, "config": {}}
+    torch.save(bundle, nanogpt)
+
+    def tune(name: str, source: Path) -> Path:
         run(
             "train.py",
             "config/finetune_shakespeare.py",
             out_dir=tmp_path / name,
             dataset=dataset,
             init_from=source,
-            max_iters=steps,
+            max_iters=2,
             eval_interval=2,
             learning_rate=1e-2,
             **SMALL,
         )
         return tmp_path / name
 
-    first, second = tune("folder", folder, 2), tune("nanogpt", nanogpt, 2)
+    # the same weights from both
+    first = tune("folder", folder)
+    second = tune("nanogpt", nanogpt)
     assert bits(first / "ckpt.pt") == bits(second / "ckpt.pt")
-    losses = [row["val_loss"] for row in rows(first, "val_loss")]
-    assert losses[1] < losses[0]
-    third = tune("bundle", first / "ckpt.pt", 2)
-    losses.append(rows(third, "val_loss")[0]["val_loss"])
-    assert losses[2] == losses[1]  # its first loss is the other's last
+    before, after = [row["val_loss"] for row in rows(first, "val_loss")]
+    assert after < before
+    # the first loss of the next run is the last one of that run
+    third = tune("bundle", first / "ckpt.pt")
+    assert rows(third, "val_loss")[0]["val_loss"] == after
 
 
 @pytest.fixture(scope="module")
-def evaluated(folder: Path, dataset: Path) -> str:
-    """What an evaluation of that folder prints."""
-    return run(
-        "train.py", "config/eval_gpt2.py", dataset=dataset, init_from=folder, **SMALL
-    ).stdout
+def printed(folder: Path, dataset: Path) -> str:
+    """Return what an evaluation of that folder prints."""
+    flags = {"dataset": dataset, "init_from": folder}
+    done = run("train.py", "config/eval_gpt2.py", **flags, **SMALL)
+    return done.stdout
 
 
 @pytest.mark.parametrize("size", ["", "-xl"], ids=["gpt2", "gpt2-xl"])
 def test_gpt2_is_evaluated_from_the_local_cache(
-    size, folder, dataset, evaluated, tmp_path
+    size, folder, dataset, printed, tmp_path
 ):
+    # the hub's cache: a name, a commit, and its files
     repository = tmp_path / f"models--openai-community--gpt2{size}"
+    commit = "0" * 40
     (repository / "refs").mkdir(parents=True)
-    (repository / "refs/main").write_text("0" * 40)
+    (repository / "refs/main").write_text(commit)
     (repository / "snapshots").mkdir()
-    (repository / "snapshots" / ("0" * 40)).symlink_to(folder)
-    done = run(
-        "train.py",
-        f"config/eval_gpt2{size.replace('-', '_')}.py",
-        dataset=dataset,
-        env={"HF_HUB_CACHE": str(tmp_path)},
-        **SMALL,
-    )
-    assert "val loss" in done.stdout and done.stdout == evaluated
+    (repository / "snapshots" / commit).symlink_to(folder)
+    config = f"config/eval_gpt2{size.replace('-', '_')}.py"
+    env = {"HF_HUB_CACHE": str(tmp_path)}
+    done = run("train.py", config, dataset=dataset, env=env, **SMALL)
+    assert "val loss" in done.stdout
+    assert done.stdout == printed
     assert not done.stderr
 
 
 def test_a_qwen3_is_read_from_the_local_cache_by_its_name(dataset, tmp_path):
+    commit = "0" * 40
+    repository = tmp_path / "cache/models--Someone--Qwen3-0.0B"
+    config = Qwen3Config(
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        hidden_size=16,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        vocab_size=50304,
+        tie_word_embeddings=False,
+    )
     torch.manual_seed(0)
-    folder = tmp_path / "cache/models--Someone--Qwen3-0.0B/snapshots" / ("0" * 40)
-    Qwen3ForCausalLM(
-        Qwen3Config(
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-            hidden_size=16,
-            intermediate_size=32,
-            max_position_embeddings=64,
-            vocab_size=50304,
-            tie_word_embeddings=False,
-        )
-    ).to(torch.bfloat16).save_pretrained(folder)
-    refs = folder.parents[1] / "refs"
-    refs.mkdir()
-    (refs / "main").write_text("0" * 40)
-    settings = {
+    network = Qwen3ForCausalLM(config).to(torch.bfloat16)
+    network.save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(commit)
+    settings = SMALL | {
         "out_dir": tmp_path / "out",
         "dataset": dataset,
         "init_from": "Someone/Qwen3-0.0B",
         "env": {"HF_HUB_CACHE": str(tmp_path / "cache")},
         "eval_interval": 2,
-        **SMALL,
     }
     run("train.py", max_iters=2, **settings)
     run("train.py", max_iters=4, **settings | {"init_from": "resume"})
-    saved = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
-    assert saved["step"] == 4 and saved["model"]["lm_head.weight"].shape == (50257, 16)
-    sizes = {
-        key: saved["model_args"][key]
-        for key in (
-            "architecture",
-            "n_kv_head",
-            "head_dim",
-            "n_ff",
-            "tie_embeddings",
-            "block_size",
-        )
-    }
-    assert sizes == {
+    bundle = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
+    assert bundle["step"] == 4
+    # without the padding of the vocabulary
+    assert bundle["model"]["lm_head.weight"].shape == (50257, 16)
+    # the sizes are the folder's, but for block_size
+    for key, value in {
         "architecture": "qwen3",
         "n_kv_head": 1,
         "head_dim": 8,
         "n_ff": 32,
         "tie_embeddings": False,
         "block_size": 32,
-    }
-    assert {key: saved["config"][key] for key in sizes} == sizes
-    done = run(
-        "train.py", code=2, **settings | {"out_dir": tmp_path / "other"}, head_dim=16
-    )
+    }.items():
+        assert bundle["model_args"][key] == value
+        assert bundle["config"][key] == value
+    # a flag that says another size is refused
+    settings["out_dir"] = tmp_path / "other"
+    done = run("train.py", code=2, head_dim=16, **settings)
     assert "head_dim=8" in complaint(done)
 
 
@@ -182,8 +180,9 @@ def test_a_path_that_does_not_exist_is_not_looked_up(source, dataset):
         dataset=dataset,
         init_from=source,
         code=2,
-        env={"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": "http://127.0.0.1:9"},
+        env=NO_NETWORK,
     )
+    # a look at the hub would end in another error
     assert "no such file" in complaint(done)
 
 
@@ -193,53 +192,47 @@ def test_gpt_2_without_network_and_cache_is_one_line_at_once(dataset, tmp_path):
         "config/eval_gpt2.py",
         dataset=dataset,
         code=2,
-        env={
-            "HF_HUB_CACHE": str(tmp_path),
-            "HF_HUB_OFFLINE": "0",
-            "HF_ENDPOINT": "http://127.0.0.1:9",
-        },
+        env=NO_NETWORK | {"HF_HUB_CACHE": str(tmp_path)},
     )
-    assert (
-        "gpt2: can't be downloaded" in complaint(done)
-        and "--init_from=FOLDER" in done.stderr
-    )
+    assert "gpt2: can't be downloaded" in complaint(done)
+    assert "--init_from=FOLDER" in done.stderr
 
 
 # --- config.json ---------------------------------------------------------------------------------
 
 
 def save_gpt2(folder: Path) -> Path:
+    """Save a tiny GPT-2 as Transformers does."""
+    config = GPT2Config(
+        n_layer=2,
+        n_head=2,
+        n_embd=16,
+        n_positions=16,
+        vocab_size=50,
+        initializer_range=0.2,
+    )
     torch.manual_seed(0)
-    GPT2LMHeadModel(
-        GPT2Config(
-            n_layer=2,
-            n_head=2,
-            n_embd=16,
-            n_positions=16,
-            vocab_size=50,
-            initializer_range=0.2,
-        )
-    ).save_pretrained(folder)
+    GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
 
 
 def save_qwen3(folder: Path, tied: bool = False) -> Path:
+    """Save a tiny Qwen3 as Transformers does."""
+    config = Qwen3Config(
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        hidden_size=16,
+        intermediate_size=32,
+        max_position_embeddings=16,
+        vocab_size=50,
+        initializer_range=0.3,
+        tie_word_embeddings=tied,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+    )
     torch.manual_seed(0)
-    Qwen3ForCausalLM(
-        Qwen3Config(
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=8,
-            hidden_size=16,
-            intermediate_size=32,
-            max_position_embeddings=16,
-            vocab_size=50,
-            initializer_range=0.3,
-            tie_word_embeddings=tied,
-            rope_parameters={"rope_type": "default", "rope_theta": 500.0},
-        )
-    ).save_pretrained(folder)
+    Qwen3ForCausalLM(config).save_pretrained(folder)
     return folder
 
 
@@ -249,7 +242,8 @@ SAVE = {"gpt2": save_gpt2, "qwen3": save_qwen3}
 def change_config(folder: Path, changes: dict) -> Path:
     """Change keys of a folder's config.json."""
     path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | changes))
     return folder
 
 
@@ -327,12 +321,14 @@ def change_config(folder: Path, changes: dict) -> Path:
 def test_a_key_that_changes_the_network_is_refused(kind, changes, tmp_path):
     folder = SAVE[kind](tmp_path / "folder")
     read_weights(str(folder))
-    with pytest.raises(UserError) as e:
-        read_weights(str(change_config(folder, changes)))
-    assert str(folder / "config.json") in str(e.value)
+    change_config(folder, changes)
+    with pytest.raises(UserError) as error:
+        read_weights(str(folder))
+    assert str(folder / "config.json") in str(error.value)
     # of a size that is not a number only its type is named
     if None not in changes.values():
-        assert next(iter(changes)) in str(e.value)
+        key = next(iter(changes))
+        assert key in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -375,53 +371,59 @@ def test_a_key_that_changes_the_network_is_refused(kind, changes, tmp_path):
 )
 def test_a_harmless_spelling_gives_transformers_logits(kind, changes, tmp_path):
     folder = change_config(SAVE[kind](tmp_path / "folder"), changes)
-    args, state, _ = read_weights(str(folder))
+    model = load_folder(folder).eval()
+    # the plain formulas, without a fused kernel
+    network = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    network.eval()
     ids = torch.arange(12)[None]
-    theirs = AutoModelForCausalLM.from_pretrained(
-        folder, attn_implementation="eager"
-    ).eval()
-    ours = load_model(args, state).eval()
     with torch.no_grad():
-        assert torch.allclose(ours(ids)[0], theirs(ids).logits[0], atol=1e-4)
+        logits = model(ids)[0]
+        expected = network(ids).logits[0]
+    assert torch.allclose(logits, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "qwen3"])
 def test_another_output_layer_than_the_tied_one_is_refused(kind, tmp_path):
-    folder = (
-        save_gpt2(tmp_path / "x")
-        if kind == "gpt2"
-        else save_qwen3(tmp_path / "x", tied=True)
-    )
-    state = load_file(folder / "model.safetensors")
-    name = "transformer.wte.weight" if kind == "gpt2" else "model.embed_tokens.weight"
+    folder = tmp_path / "folder"
+    if kind == "gpt2":
+        save_gpt2(folder)
+        name = "transformer.wte.weight"
+    else:
+        save_qwen3(folder, tied=True)
+        name = "model.embed_tokens.weight"
+    # the same matrix by both names
+    path = folder / "model.safetensors"
+    state = load_file(path)
     state["lm_head.weight"] = state[name].clone()
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
-    expected = load_model(*read_weights(str(folder))[:2]).state_dict()
-    save_file(
-        {key: tensor for key, tensor in state.items() if key != name},
-        folder / "model.safetensors",
-        {"format": "pt"},
-    )
-    model = load_model(*read_weights(str(folder))[:2])
+    write_safetensors(state, path)
+    expected = load_folder(folder).state_dict()
+    # only by the name of the output layer
+    untied = {key: tensor for key, tensor in state.items() if key != name}
+    write_safetensors(untied, path)
+    model = load_folder(folder)
     assert torch.equal(model.state_dict()[name], expected[name])
+    # two matrices that differ in one number
     state["lm_head.weight"][3, 3] += 1
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    write_safetensors(state, path)
     with pytest.raises(UserError, match="lm_head.weight"):
-        load_model(*read_weights(str(folder))[:2])
+        load_folder(folder)
 
 
 def test_an_unknown_argument_of_a_checkpoint_s_model_is_refused(tmp_path):
     args, state, _ = read_weights(str(save_gpt2(tmp_path / "folder")))
+    # intact, as nanoGPT writes it
     path = tmp_path / "ckpt.pt"
     torch.save({"model": state, "model_args": args}, path)
     read_weights(str(path))
+    # an argument that would change the network
     torch.save({"model": state, "model_args": args | {"softcap": 30.0}}, path)
     with pytest.raises(UserError, match="softcap"):
         read_weights(str(path))
-    head = state["transformer.wte.weight"] + 1
-    torch.save({"model": state | {"lm_head.weight": head}, "model_args": args}, path)
+    # another output layer
+    state["lm_head.weight"] = state["transformer.wte.weight"] + 1
+    torch.save({"model": state, "model_args": args}, path)
     with pytest.raises(UserError, match="lm_head.weight"):
-        load_model(*read_weights(str(path))[:2])
+        load_folder(path)
 
 
 # --- the files with a folder's weights -----------------------------------------------------------
@@ -457,37 +459,37 @@ def write_shards(
     """Write the weights in two files and their index. Return the names of the files."""
     names = [f"{stem}-0000{i}-of-00002{suffix}" for i in (1, 2)]
     keys = sorted(state)
-    halves = [keys[::2], keys[1::2]]
-    for name, half in zip(names, halves):
+    weight_map = {}
+    for name, half in zip(names, (keys[::2], keys[1::2])):
         write({key: state[key] for key in half}, folder / name)
-    weight_map = {key: name for name, half in zip(names, halves) for key in half}
-    (folder / f"{stem}{suffix}.index.json").write_text(
-        json.dumps({"weight_map": weight_map})
-    )
+        weight_map |= dict.fromkeys(half, name)
+    index = json.dumps({"weight_map": weight_map})
+    (folder / f"{stem}{suffix}.index.json").write_text(index)
     return names
 
 
 def test_a_stray_file_is_named_and_not_read(parts, capsys):
     folder, stem, suffix, write, state = parts
     other = {name: tensor + 1 for name, tensor in state.items()}
+    head = state["lm_head.weight"]
     stray = f"{stem}_ema{suffix}"
     # the only file
     write(state, folder / stray)
-    assert torch.equal(
-        read_weights(str(folder))[1]["lm_head.weight"], state["lm_head.weight"]
-    )
+    _, only, _ = read_weights(str(folder))
+    assert torch.equal(only["lm_head.weight"], head)
     # beside the usual one
     write(other, folder / stray)
     write(state, folder / f"{stem}{suffix}")
-    args, expected, _ = read_weights(str(folder))
-    assert torch.equal(expected["lm_head.weight"], state["lm_head.weight"])
+    _, expected, _ = read_weights(str(folder))
+    assert torch.equal(expected["lm_head.weight"], head)
     assert stray in capsys.readouterr().err
-    # beside an index
+    # beside an index, which lists the shards
     write(other, folder / f"{stem}{suffix}")
     write_shards(folder, stem, suffix, write, state)
-    read = read_weights(str(folder))[1]
-    assert read.keys() == expected.keys()
-    assert all(torch.equal(read[name], expected[name]) for name in read)
+    _, actual, _ = read_weights(str(folder))
+    assert actual.keys() == expected.keys()
+    for name in actual:
+        assert torch.equal(actual[name], expected[name])
     assert stray in capsys.readouterr().err
 
 
@@ -496,13 +498,16 @@ def test_files_that_contradict_each_other_are_refused(parts):
     first, second = write_shards(folder, stem, suffix, write, state)
     read_weights(str(folder))
     half = {name: state[name] for name in sorted(state)[1::2]}
-    # a tensor in two files
-    write(half | {"lm_head.weight": state["lm_head.weight"] + 1}, folder / second)
+    # a tensor in two files, with other numbers in the second
+    head = {"lm_head.weight": state["lm_head.weight"] + 1}
+    write(half | head, folder / second)
     with pytest.raises(UserError, match="lm_head.weight"):
-        load_model(*read_weights(str(folder))[:2])
+        load_folder(folder)
     # a tensor in none
-    write({name: half[name] for name in list(half)[1:]}, folder / second)
-    with pytest.raises(UserError, match=next(iter(half))):
+    missing = next(iter(half))
+    rest = {name: half[name] for name in half if name != missing}
+    write(rest, folder / second)
+    with pytest.raises(UserError, match=missing):
         read_weights(str(folder))
     # a missing file
     (folder / second).unlink()
@@ -514,23 +519,21 @@ def test_files_that_contradict_each_other_are_refused(parts):
     with pytest.raises(UserError, match=first):
         read_weights(str(folder))
     # one tensor by two names
-    for name in (first, second):
-        (folder / name).unlink()
-    write(
-        state | {"embed_tokens.weight": state["model.embed_tokens.weight"] + 1},
-        folder / f"{stem}{suffix}",
-    )
+    (folder / first).unlink()
+    (folder / second).unlink()
+    embedding = {"embed_tokens.weight": state["model.embed_tokens.weight"] + 1}
+    write(state | embedding, folder / f"{stem}{suffix}")
     with pytest.raises(UserError, match="embed_tokens.weight"):
         read_weights(str(folder))
 
 
 def test_training_from_a_folder_without_a_shard_is_one_line(dataset, tmp_path):
     folder = save_qwen3(tmp_path / "folder")
-    state = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    missing = write_shards(folder, "model", ".safetensors", write_safetensors, state)[1]
-    (folder / missing).unlink()
-    done = run(
-        "train.py", out_dir=tmp_path / "out", dataset=dataset, init_from=folder, code=2
-    )
-    assert missing in complaint(done)
+    path = folder / "model.safetensors"
+    state = load_file(path)
+    path.unlink()
+    shards = write_shards(folder, "model", ".safetensors", write_safetensors, state)
+    (folder / shards[1]).unlink()
+    flags = {"out_dir": tmp_path / "out", "dataset": dataset, "init_from": folder}
+    done = run("train.py", code=2, **flags)
+    assert shards[1] in complaint(done)
