@@ -136,8 +136,10 @@ def test_a_drive_without_links_saves_copies(
         commit(bundle | {"step": step}, tmp_path, 2, True, disk)
     assert read_bundle(tmp_path / "ckpt.pt")["step"] == 3
     assert read_bundle(tmp_path / "best.pt")["step"] == 3
-    assert [step_of(path) for path in numbered(tmp_path)] == [3, 2]
-    assert len(capsys.readouterr().err.splitlines()) == 1
+    steps = [step_of(path) for path in numbered(tmp_path)]
+    assert steps == [3, 2]
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
 
 
 def test_a_link_that_fails_with_eio_is_an_error(bundle, tmp_path):
@@ -190,8 +192,9 @@ def test_no_operation_of_a_save_touches_another_folder(bundle, tmp_path):
         lock = FolderLock(folder)
         lock.acquire(0)
         # two checkpoints: the next save removes the first one
-        commit(bundle | {"step": 1}, folder, 2, True, Disk(lock))
-        commit(bundle | {"step": 2}, folder, 2, True, Disk(lock))
+        disk = Disk(lock)
+        commit(bundle | {"step": 1}, folder, 2, True, disk)
+        commit(bundle | {"step": 2}, folder, 2, True, disk)
         (folder / "stray.pt.tmp").touch()
         disk = MovingDisk(lock, bundle, n)
         saver = make_saver(folder, disk)
@@ -209,6 +212,7 @@ def test_no_operation_of_a_save_touches_another_folder(bundle, tmp_path):
 
 
 def test_another_format_is_refused(bundle, tmp_path):
+    # as a later version could write it
     checkpoint.write_bundle(bundle | {"format": 2}, tmp_path / "x.pt", Disk())
     with pytest.raises(CorruptCheckpoint):
         read_bundle(tmp_path / "x.pt")
@@ -348,11 +352,13 @@ def test_renamed_checkpoints_are_mentioned(bundle, dataset, tmp_path):
             assert str(out / name) in note
 
     # the note's advice works, and nothing was removed
-    done = run("sample.py", init_from=out / names[1], max_new_tokens=1, num_samples=1)
+    flags = {"max_new_tokens": 1, "num_samples": 1}
+    done = run("sample.py", init_from=out / names[1], **flags)
     assert "note: " not in done.stderr
     assert set(names) < set(read_files(out))
 
 
+# counters, flags, moments and nested lists of all dtypes
 STATES = {
     "int": 3,
     "float": 0.5,
@@ -405,10 +411,12 @@ def test_a_state_that_is_not_finite_is_never_saved(bundle, tmp_path, capsys, sta
 def test_a_state_may_change_its_shape_between_saves(bundle, tmp_path):
     saver = make_saver(tmp_path)
     # a saver reuses the memory of its last copy
-    for step, size in ((1, 3), (2, 1), (3, 5)):
+    sizes = {1: 3, 2: 1, 3: 5}
+    for step, size in sizes.items():
         tensor = torch.ones(size)
         changed = replace_state(bundle | {"step": step}, tensor)
         saver.save(changed, best=False)
         assert saver.wait()
         saved = read_bundle(tmp_path / "ckpt.pt")
-        assert torch.equal(saved["optimizer"]["state"][0]["x"], tensor)
+        state = saved["optimizer"]["state"]
+        assert torch.equal(state[0]["x"], tensor)

@@ -161,6 +161,7 @@ def test_a_same_folder_under_a_link_stays_locked(tmp_path):
     lock = FolderLock(tmp_path / "out")
     lock.acquire(0)
     move(tmp_path / "out")
+    # a user moved the folder to a larger drive and left a link
     (tmp_path / "out").symlink_to(tmp_path / "old")
     lock.check()
 
@@ -416,6 +417,7 @@ def test_a_read_error_of_the_text_names_the_file(play):
 
 def test_a_full_stdout_is_named(play, tmp_path):
     flags = {"name": "x", "tokenizer": "char", "data_dir": tmp_path}
+    # /dev/full answers each write with ENOSPC
     done = run("prepare.py", play, code=1, stdout="/dev/full", **flags)
     assert "stdout" in done.stderr
     assert len(done.stderr.splitlines()) == 1
@@ -487,6 +489,7 @@ def test_a_killed_export_leaves_nothing_for_ever(number, code, weights, tmp_path
 
 
 def test_two_exports_to_one_target_do_not_mix(weights, tmp_path):
+    # an export that is running holds this lock
     lock = FolderLock(tmp_path / "to.export.tmp")
     lock.acquire(0)
     done = run("tools.export", init_from=weights, to=tmp_path / "to", code=2)

@@ -37,7 +37,11 @@ def open_split(block_size, seed=1, shift=True, dtype="uint16", files=None):
     if files is None:
         size = path.stat().st_size // np.dtype(dtype).itemsize
         files = {path.name: size}
-    meta = {"dtype": dtype, "vocab_size": 2**32, "files": {"train": files}}
+    meta = {
+        "dtype": dtype,
+        "vocab_size": 2**32,
+        "files": {"train": files},
+    }
     return Split(Path("x"), "train", meta, block_size, seed, shift)
 
 
@@ -58,11 +62,12 @@ def list_permutation(n, key):
 
 
 # on both sides of powers of 4, at which the network that permutes grows
-PERMUTATION_SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 63, 64, 65, 100]
-PERMUTATION_SIZES += [1000, 1023, 1024, 1025, 4097, 30_011]
+SMALL_SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17]
+LARGE_SIZES = [63, 64, 65, 100, 1000, 1023, 1024, 1025]
+HUGE_SIZES = [4097, 30_011]
 
 
-@pytest.mark.parametrize("n", PERMUTATION_SIZES)
+@pytest.mark.parametrize("n", SMALL_SIZES + LARGE_SIZES + HUGE_SIZES)
 def test_permute_is_a_permutation_that_depends_on_the_key(n):
     orders = [list_permutation(n, key) for key in range(20)]
     for order in orders:
@@ -76,7 +81,8 @@ def test_permute_is_a_permutation_that_depends_on_the_key(n):
 def test_permute_permutes_huge_ranges(n):
     # the first 20,000 and the last ones
     first = np.arange(20_000)
-    index = np.concatenate([first, n - 1 - first]).astype(np.uint64)
+    last = n - 1 - first
+    index = np.concatenate([first, last]).astype(np.uint64)
     permuted = permute(index, n, np.zeros(40_000, np.uint64))
     assert (permuted < n).all()
     assert len(np.unique(permuted)) == 40_000
@@ -91,7 +97,8 @@ def test_permute_is_uniform(n):
     expected = 8000 / n
     # where each element goes under 8,000 keys
     for i in range(n):
-        permuted = permute(np.full(8000, i, np.uint64), n, keys)
+        index = np.full(8000, i, np.uint64)
+        permuted = permute(index, n, keys)
         counts = np.bincount(permuted.astype(int), minlength=n)
         assert (abs(counts - expected) < 0.15 * expected + 60).all(), counts
 
@@ -198,7 +205,12 @@ def test_rows_do_not_depend_on_how_they_are_requested(write_tokens):
     write_tokens(1000)
     # an epoch has 124 windows: these cross the ends of epochs
     x, y = open_split(8).rows(100, 300)
-    for first, count in ((100, 1), (170, 7), (399, 1), (240, 20)):
+    for first, count in (
+        (100, 1),
+        (170, 7),
+        (399, 1),
+        (240, 20),
+    ):
         part_x, part_y = open_split(8).rows(first, count)
         start = first - 100
         assert torch.equal(part_x, x[start : start + count])
@@ -323,8 +335,13 @@ def test_an_intact_meta_json_is_returned(write_tokens):
 def test_an_id_outside_the_vocabulary_names_its_file(write_tokens):
     write_tokens(1000)
     files = divide_file(Path("x"), 400, 600)
+    # the first id that the vocabulary lacks
     replace_bytes("x/train-00001.bin", 2 * 100, np.uint16(1000).tobytes())
-    meta = {"dtype": "uint16", "vocab_size": 1000, "files": {"train": files}}
+    meta = {
+        "dtype": "uint16",
+        "vocab_size": 1000,
+        "files": {"train": files},
+    }
     split = Split(Path("x"), "train", meta, 8, 1, shift=False)
     with pytest.raises(BadData, match="x/train-00001.bin: .*below 1000, got 1000"):
         split.rows(0, split.windows)
@@ -335,8 +352,12 @@ def test_an_id_outside_the_vocabulary_names_its_file(write_tokens):
 
 def split_with_crc32(*names):
     """Return the split of these files of x, with the CRC32s that they have now."""
-    sizes = {name: Path("x", name).stat().st_size // 2 for name in names}
-    crc32 = {name: compute_crc32(Path("x", name)) for name in names}
+    sizes = {}
+    crc32 = {}
+    for name in names:
+        path = Path("x", name)
+        sizes[name] = path.stat().st_size // 2
+        crc32[name] = compute_crc32(path)
     meta = {
         "dtype": "uint16",
         "vocab_size": 2**16,
@@ -499,6 +520,7 @@ def test_a_malformed_meta_pkl_is_refused(nanogpt, meta):
 
 def test_a_truncated_meta_pkl_is_refused(nanogpt):
     whole = pickle.dumps({"itos": {0: "a", 1: "b"}})
+    # a pickle ends with a dot, so no prefix is complete
     for size in range(len(whole)):
         Path("x/meta.pkl").write_bytes(whole[:size])
         with pytest.raises(BadData):
@@ -506,11 +528,13 @@ def test_a_truncated_meta_pkl_is_refused(nanogpt):
 
 
 def test_gpt2_tokens_are_assumed_with_a_note(nanogpt, capsys):
+    # as many ids as GPT-2 has, without meta.pkl
     assert nanogpt(50257)["tokenizer"] == {"kind": "gpt2"}
     assert "GPT-2" in capsys.readouterr().err
 
 
 def test_characters_are_never_read_as_gpt2_tokens(nanogpt):
+    # 65 ids without meta.pkl: characters whose vocabulary is lost
     with pytest.raises(BadData, match="below 256"):
         nanogpt(65)
 
@@ -558,8 +582,11 @@ def divide_file(folder, *sizes, dtype="uint16"):
     tokens = np.fromfile(folder / "train.bin", dtype)
     assert sum(sizes) == len(tokens)
     files = {f"train-{k:05}.bin": size for k, size in enumerate(sizes)}
-    for (file, size), end in zip(files.items(), np.cumsum(sizes)):
-        tokens[end - size : end].tofile(folder / file)
+    start = 0
+    for file, size in files.items():
+        part = tokens[start : start + size]
+        part.tofile(folder / file)
+        start += size
     return files
 
 

@@ -4,6 +4,7 @@ import copy
 import math
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,7 +55,11 @@ CONFIG = TrainConfig(
     max_iters=40,
     lr_decay_iters=40,
 )
-MUON = {"optimizer": "muon", "lr_schedule": "linear", "min_lr": 0.0}
+MUON = {
+    "optimizer": "muon",
+    "lr_schedule": "linear",
+    "min_lr": 0.0,
+}
 
 
 def build_model_with_gradients() -> GPT:
@@ -67,9 +72,32 @@ def build_model_with_gradients() -> GPT:
     return model
 
 
+def get_gradient(model: GPT) -> torch.Tensor:
+    """Return the gradient of one of Muon's matrices."""
+    attention = model.transformer.h[1].attn
+    return attention.c_attn.weight.grad
+
+
+def assert_same_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Raise AssertionError unless the optimizer's state is bit-identical to `state`."""
+    actual = optimizer.state_dict()["state"]
+    torch.testing.assert_close(actual, state, rtol=0, atol=0)
+
+
+def assert_same_runs(folder: Path) -> None:
+    """Raise AssertionError unless the last checkpoints of whole and parts are bit-identical."""
+    whole = bits(folder / "whole/ckpt.pt")
+    assert bits(folder / "parts/ckpt.pt") == whole
+
+
 def make_muon(parameters: list, momentum: float = 0.95, **settings: object) -> Muon:
     """Return Muon over `parameters`, with nothing for AdamW."""
-    group = {"params": parameters, "parts": 1, "momentum": momentum, **settings}
+    group = {
+        "params": parameters,
+        "parts": 1,
+        "momentum": momentum,
+        **settings,
+    }
     return Muon([group], torch.float32, fused=True)
 
 
@@ -83,7 +111,11 @@ def make_muon(parameters: list, momentum: float = 0.95, **settings: object) -> M
 )
 @pytest.mark.parametrize(
     "shape",
-    [(3, 32, 48), (2, 24, 64), (2, 64, 24)],
+    [
+        (3, 32, 48),
+        (2, 24, 64),
+        (2, 64, 24),
+    ],
     ids=["wide", "wider", "tall"],
 )
 def test_updates_have_singular_values_near_1(shape, dtype, tolerance):
@@ -119,14 +151,19 @@ def test_the_polynomial_acts_on_singular_values():
     torch.testing.assert_close(y[0], U @ torch.diag(S) @ Vh)
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch 2.9")
+needs_torchs_muon = pytest.mark.skipif(
+    not hasattr(torch.optim, "Muon"), reason="needs torch 2.9"
+)
+
+
+@needs_torchs_muon
 def test_float32_updates_match_torchs_muon_to_1e5(monkeypatch):
     # PyTorch's iteration is always bfloat16: let that mean float32 here
     monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.clone)
     check_against_torch(torch.float32, 1e-5)
 
 
-@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="needs torch 2.9")
+@needs_torchs_muon
 def test_bfloat16_updates_match_torchs_muon():
     # both are noisy: each is up to 0.05 off float32
     check_against_torch(torch.bfloat16, 0.1)
@@ -135,7 +172,14 @@ def test_bfloat16_updates_match_torchs_muon():
 def check_against_torch(dtype: torch.dtype, tolerance: float) -> None:
     """Make ten updates of matrices of three shapes with both, and compare the weights' changes."""
     torch.manual_seed(0)
-    shapes = [(16, 16)] * 3 + [(8, 24), (40, 8)]
+    # equal shapes are updated together
+    shapes = [
+        (16, 16),
+        (16, 16),
+        (16, 16),
+        (8, 24),
+        (40, 8),
+    ]
     parameters = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     torch_parameters = copy.deepcopy(parameters)
     settings = {"momentum": 0.9, "lr": 0.03, "weight_decay": 0.2}
@@ -158,7 +202,8 @@ def check_against_torch(dtype: torch.dtype, tolerance: float) -> None:
 def test_q_k_and_v_in_one_parameter_equal_three():
     torch.manual_seed(0)
     fused = nn.Parameter(torch.randn(3 * 16, 16))
-    parts = [nn.Parameter(part.clone()) for part in fused.detach().chunk(3)]
+    chunks = fused.detach().chunk(3)
+    parts = [nn.Parameter(chunk.clone()) for chunk in chunks]
     fused_optimizer = make_muon([fused], lr=0.1)
     parts_optimizer = make_muon(parts, lr=0.1)
 
@@ -190,10 +235,11 @@ def test_updates_of_tall_matrices_are_larger():
     torch.testing.assert_close(tall, 2 * wide.T)
 
 
-def poison(model: GPT) -> list[dict]:
+def poison(model: GPT) -> dict:
     """Make all gradients NaN and one weight -0. Return a copy of the weights."""
     # adding 0 to -0 makes +0: a skip must not even do that
-    model.transformer.h[0].mlp.c_fc.weight.data[0, 0] = -0.0
+    mlp = model.transformer.h[0].mlp
+    mlp.c_fc.weight.data[0, 0] = -0.0
     for p in model.parameters():
         p.grad = torch.full_like(p, math.nan)
     return copy.deepcopy(model.state_dict())
@@ -214,20 +260,22 @@ def test_a_skip_on_the_device_leaves_every_bit():
     optimizer.step()
     before = poison(model)
     state = copy.deepcopy(optimizer.state_dict()["state"])
-    groups = [group for group in optimizer.param_groups if "momentum" in group]
-    for group in groups:
-        optimizer.update_matrices(group, torch.tensor(True))
+    for group in optimizer.param_groups:
+        if "momentum" in group:
+            optimizer.update_matrices(group, torch.tensor(True))
     check_unchanged(model, before)
-    torch.testing.assert_close(optimizer.state_dict()["state"], state, rtol=0, atol=0)
+    assert_same_state(optimizer, state)
 
     # a step that is not skipped is the same with the tensor as without
     results = []
     for skip in (None, torch.tensor(False)):
         model = build_model_with_gradients()
         optimizer = make_optimizer(model, CONFIG)
+        # the groups of matrices
         for group in optimizer.param_groups[2:]:
             optimizer.update_matrices(group, skip)
-        results.append([model.state_dict(), optimizer.state_dict()["state"]])
+        state = optimizer.state_dict()["state"]
+        results.append([model.state_dict(), state])
     torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
@@ -240,7 +288,7 @@ def test_gradscaler_skips_an_overflow_and_goes_on():
         for p in model.parameters():
             p.grad = torch.randn_like(p) * 4.0
         if overflow:
-            model.transformer.h[1].attn.c_attn.weight.grad[0, 0] = math.inf
+            get_gradient(model)[0, 0] = math.inf
         # the scaler makes its scale when it first scales a loss
         scaler.scale(torch.ones(()))
         scaler.unscale_(optimizer)
@@ -258,11 +306,13 @@ def test_gradscaler_skips_an_overflow_and_goes_on():
 def test_the_groups_cover_the_model(args):
     model = build_model(args)
     optimizer = make_optimizer(model, CONFIG)
-    group_of = {
-        id(p): group for group in optimizer.param_groups for p in group["params"]
-    }
     # each parameter is in one group
-    count = sum(len(group["params"]) for group in optimizer.param_groups)
+    group_of = {}
+    count = 0
+    for group in optimizer.param_groups:
+        count += len(group["params"])
+        for p in group["params"]:
+            group_of[id(p)] = group
     assert count == len(group_of)
     assert count == len(list(model.parameters()))
 
@@ -275,7 +325,8 @@ def test_the_groups_cover_the_model(args):
         group = group_of[id(p)]
         assert group.get("parts") == parts, name
         # vectors do not decay
-        assert group["weight_decay"] == (0.1 if p.dim() == 2 else 0.0), name
+        weight_decay = 0.1 if p.dim() == 2 else 0.0
+        assert group["weight_decay"] == weight_decay, name
 
     # the default has no groups for Muon
     assert type(make_optimizer(model, TrainConfig())) is AdamW
@@ -310,12 +361,14 @@ def test_schedules_take_their_values():
         assert get_lr_factor(step, constant) == 1.0
     # to min_lr / learning_rate = 0.2, linearly in the second half: from step 55 on
     assert_factors(cosine, {10: 1.0, 60: 0.6, 110: 0.2, 200: 0.2})
-    assert_factors(linear, {10: 1.0, 55: 1.0, 66: 0.84, 110: 0.2, 200: 0.2})
+    assert_factors(linear, {10: 1.0, 55: 1.0, 66: 0.84})
+    assert_factors(linear, {110: 0.2, 200: 0.2})
 
     # it never falls before the end of the warm-up, and may fall from there on
     early = replace(linear, decay_fraction=1.0)
     assert_factors(early, {9: 10 / 11, 10: 1.0, 60: 0.6})
-    assert get_lr_factor(109, replace(linear, decay_fraction=0.0)) == 1.0
+    never = replace(linear, decay_fraction=0.0)
+    assert get_lr_factor(109, never) == 1.0
 
 
 def test_muons_rate_and_momentum_follow_the_step():
@@ -357,27 +410,27 @@ def test_ten_muon_steps_and_ten_more_equal_twenty(train, whole, tmp_path):
     train(out="parts", **MUON | {"max_iters": 10})
     train(out="parts", init_from="resume")
     parts = tmp_path / "parts"
-    assert bits(tmp_path / "whole/ckpt.pt") == bits(parts / "ckpt.pt")
+    assert_same_runs(tmp_path)
     assert rows(tmp_path / "whole") == rows(parts)
 
     # it learns faster than AdamW
-    adamw_loss = rows(whole, "val_loss")[-1]["val_loss"]
-    muon_loss = rows(parts, "val_loss")[-1]["val_loss"]
-    assert muon_loss < adamw_loss - 0.03
+    adamw_row = rows(whole, "val_loss")[-1]
+    muon_row = rows(parts, "val_loss")[-1]
+    assert muon_row["val_loss"] < adamw_row["val_loss"] - 0.03
 
     # Muon has the four matrices of a block, AdamW the other parameters
-    states = load(parts / "ckpt.pt")["optimizer"]["state"].values()
-    keys = [set(state) for state in states]
+    optimizer = load(parts / "ckpt.pt")["optimizer"]
+    keys = [set(state) for state in optimizer["state"].values()]
     assert keys.count({"momentum_buffer"}) == 4
     assert {"step", "exp_avg", "exp_avg_sq"} in keys
 
 
 def test_two_ranks_with_muon_resume_bit_identical(train, tmp_path):
     flags = MUON | {"ranks": 2, "eval_interval": 5}
-    train(out="whole", **flags | {"max_iters": 10})
-    train(out="parts", **flags | {"max_iters": 5})
-    train(out="parts", init_from="resume", **flags | {"max_iters": 10})
-    assert bits(tmp_path / "whole/ckpt.pt") == bits(tmp_path / "parts/ckpt.pt")
+    train(out="whole", max_iters=10, **flags)
+    train(out="parts", max_iters=5, **flags)
+    train(out="parts", max_iters=10, init_from="resume", **flags)
+    assert_same_runs(tmp_path)
 
 
 @pytest.mark.slow
@@ -388,10 +441,11 @@ def test_1_2_and_4_ranks_with_muon_are_bit_identical(train, tmp_path):
         "dtype": "bfloat16",
         "init_from": "auto",
     }
-    train(out="one", **flags | {"max_iters": 6})
+    train(out="one", max_iters=6, **flags)
     # two more steps with each number of ranks
-    for ranks, max_iters in ((2, 2), (4, 4), (1, 6)):
-        train(out="mixed", ranks=ranks, **flags | {"max_iters": max_iters})
+    train(out="mixed", ranks=2, max_iters=2, **flags)
+    train(out="mixed", ranks=4, max_iters=4, **flags)
+    train(out="mixed", ranks=1, max_iters=6, **flags)
     run("tools.same", tmp_path / "one", tmp_path / "mixed")
 
 
@@ -413,7 +467,8 @@ def test_changed_rates_of_muon_are_printed(train, tmp_path):
     ):
         assert change in done.stdout
     # the last group is Muon's, at step 3 of the warm-up
-    group = load(tmp_path / "out/ckpt.pt")["optimizer"]["param_groups"][-1]
+    optimizer = load(tmp_path / "out/ckpt.pt")["optimizer"]
+    group = optimizer["param_groups"][-1]
     assert group["lr"] == pytest.approx(0.001 * 3 / 5)
     assert group["momentum"] == 0.8
 
@@ -442,7 +497,7 @@ def test_a_float16_muon_run_resumes_exactly(train, tmp_path):
     train(out="parts", max_iters=5, **flags)
     train(out="parts", max_iters=10, init_from="resume")
     # the evaluation in the middle changes nothing
-    assert bits(tmp_path / "whole/ckpt.pt") == bits(tmp_path / "parts/ckpt.pt")
+    assert_same_runs(tmp_path)
 
 
 def test_muon_stops_before_a_loss_that_is_not_finite(train, tmp_path):
@@ -456,9 +511,10 @@ def test_muon_stops_before_a_loss_that_is_not_finite(train, tmp_path):
 
 def test_a_learning_rate_of_0_leaves_muons_rate(train, tmp_path):
     train(learning_rate=0.0, **MUON | {"max_iters": 2})
-    groups = load(tmp_path / "out/ckpt.pt")["optimizer"]["param_groups"]
+    optimizer = load(tmp_path / "out/ckpt.pt")["optimizer"]
+    moves = [group["lr"] > 0 for group in optimizer["param_groups"]]
     # the first two groups are AdamW's
-    assert [group["lr"] > 0 for group in groups] == [False, False, True, True]
+    assert moves == [False, False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -489,8 +545,11 @@ def test_groups_cover_the_model_and_have_their_own_rates(name, all_optimizers):
     # the first of ten steps to the peak
     config = replace(CONFIG, optimizer=name, warmup_iters=9)
     optimizer = make_optimizer(model, config)
-    in_groups = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(in_groups) == sorted(id(p) for p in model.parameters())
+    in_groups = []
+    for group in optimizer.param_groups:
+        in_groups += [id(p) for p in group["params"]]
+    in_model = [id(p) for p in model.parameters()]
+    assert sorted(in_groups) == sorted(in_model)
     for group in optimizer.param_groups:
         assert math.isclose(group["lr"], group["peak_lr"] / 10)
 
@@ -505,7 +564,7 @@ def test_found_inf_leaves_every_bit(name, all_optimizers):
     optimizer.found_inf = torch.ones(())
     optimizer.step()
     check_unchanged(model, before)
-    torch.testing.assert_close(optimizer.state_dict()["state"], state, rtol=0, atol=0)
+    assert_same_state(optimizer, state)
 
     # the next step counts again
     optimizer.found_inf = torch.zeros(())
@@ -519,12 +578,16 @@ def test_found_inf_leaves_every_bit(name, all_optimizers):
 @pytest.mark.slow
 def test_an_added_optimizer_resumes_and_survives_kills(dataset, tmp_path):
     program = PROGRAMS / "lion.py"
-    flags = TINY | {"dataset": dataset, "optimizer": "lion", "learning_rate": 1e-3}
+    flags = TINY | {
+        "dataset": dataset,
+        "optimizer": "lion",
+        "learning_rate": 1e-3,
+    }
     parts = flags | {"out_dir": tmp_path / "parts"}
     run(program, **flags | {"out_dir": tmp_path / "whole"})
     run(program, **parts | {"max_iters": 10})
     run(program, **parts | {"init_from": "resume"})
-    assert bits(tmp_path / "whole/ckpt.pt") == bits(tmp_path / "parts/ckpt.pt")
+    assert_same_runs(tmp_path)
 
     # with this rate the loss is not finite
     parts |= {"init_from": "resume", "max_iters": 40}
@@ -540,9 +603,11 @@ def test_an_added_optimizer_resumes_and_survives_kills(dataset, tmp_path):
 
 def test_muon_uses_no_lerp_on_mps():
     # on MPS, lerp has returned wrong values (PyTorch issue 196067)
+    lerps = (torch.lerp, torch.Tensor.lerp, torch.Tensor.lerp_)
+
     class RefuseLerp(TorchFunctionMode):
         def __torch_function__(self, function, types, args=(), kwargs=None):
-            assert function not in (torch.lerp, torch.Tensor.lerp, torch.Tensor.lerp_)
+            assert function not in lerps
             return function(*args, **(kwargs or {}))
 
     with FakeTensorMode(), RefuseLerp():
@@ -575,9 +640,9 @@ def test_a_limited_processor_trains_in_float32(train, tmp_path):
     # `auto` is float32 then, on any machine
     env = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
     flags = MUON | {"architecture": "qwen3", "env": env}
-    done = train(out="whole", **flags | {"max_iters": 10})
+    done = train(out="whole", max_iters=10, **flags)
     assert "cpu, float32" in done.stdout
-    train(out="parts", **flags | {"max_iters": 5})
-    train(out="parts", init_from="resume", **flags | {"max_iters": 10})
-    assert bits(tmp_path / "whole/ckpt.pt") == bits(tmp_path / "parts/ckpt.pt")
+    train(out="parts", max_iters=5, **flags)
+    train(out="parts", max_iters=10, init_from="resume", **flags)
+    assert_same_runs(tmp_path)
     assert load(tmp_path / "whole/ckpt.pt")["dtype"] == "float32"
