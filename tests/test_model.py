@@ -352,11 +352,13 @@ def test_bfloat16_files_load_as_float32(tmp_path):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert model.lm_head.weight.shape == (90, 64)
     assert model.embedding.weight.shape == (90, 64)
-    assert model(make_tokens(2, 8, below=90)).shape == (2, 8, 90)
+    idx = make_tokens(2, 8, below=90)
+    assert model(idx).shape == (2, 8, 90)
 
 
 def test_a_shorter_block_changes_nothing_for_short_inputs(hf_gpt2):
     hf_model, folder = hf_gpt2
+    # the position embedding has 32 rows: keep the first eight
     model = load_source(folder, block_size=8)
     assert model.transformer.wpe.weight.shape == (8, 64)
     assert model.args.block_size == 8
@@ -371,8 +373,9 @@ def test_the_hubs_files_with_causal_masks_are_read(hf_gpt2, tmp_path):
     state = {
         name.removeprefix("transformer."): tensor for name, tensor in state.items()
     }
+    mask = torch.ones(1, 1, 32, 32).tril()
     for i in range(3):
-        state[f"h.{i}.attn.bias"] = torch.ones(32, 32).tril().view(1, 1, 32, 32)
+        state[f"h.{i}.attn.bias"] = mask.clone()
         state[f"h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
     state["lm_head.weight"] = state["wte.weight"].clone()
     save_file(state, tmp_path / "model.safetensors")
@@ -423,6 +426,7 @@ def test_a_folder_that_lacks_or_spoils_a_file_is_refused(
         read_weights(str(tmp_path))
 
 
+# impossible sizes, wrong types, and sizes that the weights do not have
 @pytest.mark.parametrize(
     "settings",
     [
@@ -551,6 +555,15 @@ def test_a_pytorch_model_bin_never_runs_code(hf_gpt2, tmp_path):
         ("vocab.json", "3"),
         ("keepgpt.json", "[]"),
     ],
+    ids=[
+        "cut",
+        "list",
+        "no-vocabulary",
+        "list-as-vocabulary",
+        "list-as-id",
+        "number",
+        "keepgpt",
+    ],
 )
 def test_a_spoiled_tokenizer_is_refused(hf_gpt2, tmp_path, name, content):
     folder = copy_folder(hf_gpt2[1], tmp_path / "folder")
@@ -606,7 +619,11 @@ def test_a_checkpoint_of_nanogpt_with_causal_masks_is_read(tmp_path):
 def test_a_checkpoint_describes_its_data(tmp_path):
     path = tmp_path / "ckpt.pt"
     weights = build_random_model().state_dict()
-    checkpoint = {"model": weights, "model_args": asdict(ARGS), "data": {"name": "x"}}
+    checkpoint = {
+        "model": weights,
+        "model_args": asdict(ARGS),
+        "data": {"name": "x"},
+    }
     torch.save(checkpoint, path)
     args, state, data = read_weights(str(path))
     assert args == asdict(ARGS)
@@ -649,6 +666,7 @@ def test_what_is_no_checkpoint_is_named_in_one_line(tmp_path, content):
 
 
 def test_a_runs_folder_is_answered_with_its_checkpoint(tmp_path):
+    # a run's folder holds checkpoints, not a config.json
     (tmp_path / "ckpt.pt").touch()
     with pytest.raises(UserError, match=f"Try: --init_from={tmp_path}/ckpt.pt"):
         read_weights(str(tmp_path))
@@ -698,6 +716,7 @@ def test_qwen3_starts_as_the_identity_and_a_uniform_guess():
             assert not p.any(), name
         else:
             assert abs(p.std() - 0.02) < 0.0012, name
+    # logits of 0: each of 61 tokens has the same probability
     idx = make_tokens(4, 16)
     assert_close(model(idx, idx), torch.tensor(61.0).log(), 1e-6)
 
@@ -750,7 +769,8 @@ def test_flops_count_the_matrix_products():
 
         # forward and backward: 6 per parameter (PaLM, appendix B); tokens attend to a whole block
         model = build_model(args)
-        vectors = sum(p.numel() for p in model.parameters() if p.dim() == 1)
+        sizes = [p.numel() for p in model.parameters() if p.dim() == 1]
+        vectors = sum(sizes)
         products = 12 * args.n_layer * H * D * args.block_size
         assert model.flops_per_token() == 6 * (matrices + vectors) + products
 
@@ -785,6 +805,7 @@ def test_the_weights_begin_as_gpt2_s():
 def test_a_token_sees_those_before_it_only(args):
     model = build_random_model(args)
     idx = make_tokens(1, 16)
+    # change one token: no logits before it may change, and all after it must
     for position in range(16):
         other = idx.clone()
         other[0, position] = (idx[0, position] + 1) % 61
@@ -829,6 +850,7 @@ def test_dropout_acts_on_embedding_attention_and_branches(args, monkeypatch):
     record(model_module, "attend")
     model = build_model(replace(args, dropout=0.5)).train()
     model(make_tokens(4, 16))
+    # the attention weights, then the output of each branch
     block = [("attend", 0.5), ("dropout", 0.5), ("dropout", 0.5)]
     assert calls == [("dropout", 0.5)] + block * args.n_layer
 
@@ -844,6 +866,7 @@ def test_a_batch_is_learned_by_heart(args):
     idx = make_tokens(4, 17)
     config = TrainConfig(learning_rate=1e-2, weight_decay=0.0, decay_lr=False)
     optimizer = make_optimizer(model, config)
+    # four texts of 17 tokens fit into the weights
     for _ in range(120):
         loss = model(idx[:, :-1], idx[:, 1:])
         optimizer.zero_grad()
@@ -886,6 +909,7 @@ def test_padding_the_vocabulary_changes_nothing(args, monkeypatch):
     loss = plain(x, y)
     loss.backward()
 
+    # the padding has no logits, so it has no gradient
     monkeypatch.setattr(GPT, "output_weight", pad_output_weight)
     assert padded.output_weight().shape == (64, 32)
     assert_close(padded(x, y), loss, 1e-6)
@@ -898,8 +922,11 @@ def test_padding_the_vocabulary_changes_nothing(args, monkeypatch):
 def test_a_step_moves_every_parameter(args):
     model = build_random_model(args)
     before = copy.deepcopy(model.state_dict())
+    # one that the optimizer or the gradient misses would stay
     optimizer = make_optimizer(model, TrainConfig(learning_rate=1e-2, decay_lr=False))
-    model(make_tokens(4, 16), make_tokens(4, 16, seed=2)).backward()
+    x = make_tokens(4, 16)
+    y = make_tokens(4, 16, seed=2)
+    model(x, y).backward()
     optimizer.step()
     for name, tensor in model.state_dict().items():
         assert (tensor != before[name]).any(), name
@@ -962,7 +989,9 @@ def test_the_cache_gives_the_logits_of_the_whole(args):
 
     # several tokens at a time
     cache = model.make_cache(3)
-    parts = [model(idx[:, i : i + 5], cache=cache) for i in (0, 5, 10)]
+    parts = []
+    for i in (0, 5, 10):
+        parts.append(model(idx[:, i : i + 5], cache=cache))
     assert_close(torch.cat(parts, 1), logits[:, 4:15:5], 1e-5)
 
 
@@ -991,7 +1020,12 @@ def test_cached_generation_equals_uncached(args, length, settings):
 )
 @pytest.mark.parametrize(
     "args",
-    [ARGS, replace(ARGS, bias=False), QWEN3, replace(QWEN3, tie_embeddings=True)],
+    [
+        ARGS,
+        replace(ARGS, bias=False),
+        QWEN3,
+        replace(QWEN3, tie_embeddings=True),
+    ],
     ids=["gpt2", "gpt2-no-bias", "qwen3", "qwen3-tied"],
 )
 def test_packed_weights_generate_the_same(args):
@@ -1010,9 +1044,11 @@ def test_packed_weights_generate_the_same(args):
 @gpt2_and_qwen3
 def test_prompts_in_a_batch_are_continued_as_each_alone(args):
     model = build_varied_model(args)
-    prompts = [make_tokens(length, seed=length).tolist() for length in (7, 1, 4, 4)]
+    prompts = []
     alone = []
-    for prompt in prompts:
+    for length in (7, 1, 4, 4):
+        prompt = make_tokens(length, seed=length).tolist()
+        prompts.append(prompt)
         alone += continue_prompts(model, [prompt], 40, temperature=0)
     assert continue_prompts(model, prompts, 40, temperature=0) == alone
     assert [len(text) for text in alone] == [40] * 4
@@ -1028,13 +1064,19 @@ def test_each_sequence_gets_max_new_tokens_after_its_prompt():
     # the first sequence is silent while its longer prompt is read, the second once it has finished
     steps = list(generate(model, prompts, 2))
     silent = [[token is None for token in step] for step in steps]
-    assert silent == [[True, False], [True, False], [False, True], [False, True]]
+    assert silent == [
+        [True, False],
+        [True, False],
+        [False, True],
+        [False, True],
+    ]
 
 
 def test_a_sequence_ends_before_its_stop_token():
     model = build_varied_model()
     prompts = [[1], [2], [3, 4]]
     free = continue_prompts(model, prompts, 30, seed=5)
+    # a token that the first sequence produces
     stop = free[0][12]
     expected = []
     for text in free:
@@ -1047,11 +1089,13 @@ def test_a_sequence_ends_before_its_stop_token():
 
     # the very first token stops it
     [[first]] = continue_prompts(model, [[1]], 1, seed=5)
-    assert list(generate(model, [[1]], 30, seed=5, stop=first)) == [[None]]
+    steps = generate(model, [[1]], 30, seed=5, stop=first)
+    assert list(steps) == [[None]]
 
 
 def test_a_stop_token_in_the_prompt_stops_nothing():
     model = build_varied_model()
+    # the longer prompt is read token by token, and holds the stop token
     prompts = [[9, 9, 1], [5]]
     expected = continue_prompts(model, prompts, 1, seed=5)
     assert continue_prompts(model, prompts, 1, seed=5, stop=9) == expected
@@ -1069,6 +1113,7 @@ def test_a_seed_repeats_and_another_differs():
 
 def test_generation_leaves_the_random_numbers_of_training_alone():
     model = build_varied_model()
+    # a sample during training must not change the run
     before = torch.get_rng_state()
     continue_prompts(model, [[1]], 5)
     assert torch.equal(torch.get_rng_state(), before)
@@ -1080,6 +1125,7 @@ def test_cold_or_narrow_sampling_takes_the_likeliest():
     while len(text) < 16:
         logits = model(torch.tensor([text]))[0, -1]
         text.append(int(logits.argmax()))
+    # each of these leaves one candidate
     for settings in (
         {"temperature": 0},
         {"top_k": 1},
@@ -1164,14 +1210,18 @@ def test_top_p_keeps_the_fewest_tokens_that_hold_p(p, kept):
 
 def test_top_p_looks_at_what_temperature_and_top_k_have_left():
     # 0.4 of the 0.7 that top_k leaves is 0.57
-    assert_shares(measure_shares(top_k=2, top_p=0.56), [0, 1, 0, 0, 0])
+    shares = measure_shares(top_k=2, top_p=0.56)
+    assert_shares(shares, [0, 1, 0, 0, 0])
     # squared, 0.16 of 0.285 is 0.56
-    assert_shares(measure_shares(temperature=0.5, top_p=0.56), [0, 1, 0, 0, 0])
+    shares = measure_shares(temperature=0.5, top_p=0.56)
+    assert_shares(shares, [0, 1, 0, 0, 0])
 
 
 def test_each_row_is_cut_by_its_own_probabilities():
-    rows = torch.stack([SHARES.log(), SHARES.roll(1).log() - 5])
-    logits = rows.repeat(500, 1)
+    # two rows that differ in their order and in the constant that is added
+    logits = SHARES.log()
+    rolled = SHARES.roll(1).log() - 5
+    logits = torch.stack([logits, rolled]).repeat(500, 1)
     for top_k, top_p in ((2, 1.0), (0, 0.69)):
         rng = torch.Generator().manual_seed(0)
         picked = sample_token(logits, 1.0, top_k, top_p, rng).view(500, 2)
@@ -1237,19 +1287,24 @@ def test_heads_that_share_keys_attend_as_with_copies_of_them(p, dtype):
     y = attend(q, k, v, p)
     torch.manual_seed(1)
     heads = [0, 0, 0, 1, 1, 1]
-    assert torch.equal(y, attend(q, k[:, heads], v[:, heads], p))
+    expected = attend(q, k[:, heads], v[:, heads], p)
+    assert torch.equal(y, expected)
 
 
+# the kernel takes 256 rows at a time
 @pytest.mark.parametrize("T", [300, 256, 7])
 def test_attention_in_bfloat16_agrees_with_float64(T):
     torch.manual_seed(0)
-    inputs = [torch.randn(2, 3, T, 16).bfloat16().requires_grad_() for _ in range(3)]
+    # queries, keys and values
+    randoms = [torch.randn(2, 3, T, 16) for _ in range(3)]
+    inputs = [t.bfloat16().requires_grad_() for t in randoms]
     exact = [t.detach().double().requires_grad_() for t in inputs]
     dy = torch.randn(2, 3, T, 16).bfloat16()
     attend(*inputs, 0.0).backward(dy)
     expected = F.scaled_dot_product_attention(*exact, is_causal=True)
     expected.backward(dy.double())
-    assert (attend(*inputs, 0.0) - expected).abs().max() < 0.03
+    error = attend(*inputs, 0.0) - expected
+    assert error.abs().max() < 0.03
     for tensor, exact_tensor in zip(inputs, exact):
         error = relative_error(tensor.grad, exact_tensor.grad)
         assert error < 0.01, error
@@ -1269,6 +1324,7 @@ def test_attention_drops_weights_and_keeps_the_mean():
     assert not weights.triu(1).any()
 
 
+# without padding of the vocabulary and with it
 @pytest.mark.parametrize("columns", [50, 64])
 def test_the_loss_by_parts_is_the_cross_entropy(columns, monkeypatch):
     # 20 rows at a time, of 70: the last part is shorter
