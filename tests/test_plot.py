@@ -7,8 +7,6 @@ from pathlib import Path
 
 import numpy as np
 from conftest import REPO, complaint, run
-from matplotlib.collections import LineCollection
-from matplotlib.lines import Line2D
 
 from tools.plot import draw, read_run
 
@@ -73,7 +71,7 @@ def run_plot(
     return run("tools.plot", *args, code=code, **flags)
 
 
-def list_points(line: Line2D) -> list:
+def list_points(line) -> list:
     """Return the points of a drawn line as [x, y]."""
     return line.get_xydata().tolist()
 
@@ -159,7 +157,7 @@ Branched from `out/step-00000001.pt`, step 1 (sha256 12ab).
 """
 
 
-def list_positions(mark: LineCollection) -> list:
+def list_positions(mark) -> list:
     """Return the x of each vertical line."""
     return [x for (x, _), _ in mark.get_segments()]
 
