@@ -33,6 +33,8 @@ from keepgpt.metrics import Metrics
 from keepgpt.ranks import Ranks
 from train import record_evaluation
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture(scope="module")
 def bundle(dataset, tmp_path_factory):
@@ -42,63 +44,83 @@ def bundle(dataset, tmp_path_factory):
     return read_bundle(out / "ckpt.pt")
 
 
-class Faulty(Disk):
-    """Replace one operation of a Disk."""
+class FaultyDisk(Disk):
+    """A disk one of whose operations is another function."""
 
-    def __init__(self, name, instead, lock=None):
-        super().__init__(lock)
-        setattr(self, name, instead)
+    def __init__(self, name, function):
+        super().__init__(None)
+        setattr(self, name, function)
+
+
+def make_saver(folder, disk=None, bundle=None):
+    """Return a saver that keeps two checkpoints."""
+    return Saver(folder, 2, bundle, lambda: None, CPU, disk)
+
+
+def read_files(folder):
+    """Return the files of a folder by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def refuse(*_):
+    """Fail as a broken disk does."""
     raise OSError(errno.EIO, "Input/output error")
 
 
 def test_a_corrupted_write_is_never_committed(bundle, tmp_path):
-    def flipping(file, data):
-        return os.write(file, bytes(data)[:-1] + bytes([bytes(data)[-1] ^ 1]))
+    def flip_last_bit(file, data):
+        changed = bytearray(data)
+        changed[-1] ^= 1
+        return os.write(file, changed)
 
     commit(bundle | {"step": 1}, tmp_path, 2, False, Disk())
+    disk = FaultyDisk("write", flip_last_bit)
+    # more failures than checkpoints are kept
     for step in (2, 3, 4):
         with pytest.raises(CorruptCheckpoint):
-            commit(
-                bundle | {"step": step}, tmp_path, 2, False, Faulty("write", flipping)
-            )
+            commit(bundle | {"step": step}, tmp_path, 2, False, disk)
     assert read_newest(tmp_path)["step"] == 1
-    assert {p.name for p in tmp_path.glob("*.pt*")} == {"ckpt.pt", "ckpt-00000001.pt"}
+    names = {path.name for path in tmp_path.glob("*.pt*")}
+    assert names == {"ckpt.pt", "ckpt-00000001.pt"}
 
 
 def test_a_checkpoint_that_cannot_be_removed_is_no_failure(bundle, tmp_path, capsys):
-    saver = Saver(
-        tmp_path, 2, None, lambda: None, torch.device("cpu"), Faulty("remove", refuse)
-    )
+    saver = make_saver(tmp_path, FaultyDisk("remove", refuse))
+    # the third save removes the first checkpoint
     for step in (1, 2, 3):
-        saver.save(bundle | {"step": step, "best_val_loss": 9.0 - step}, best=True)
-        assert saver.wait() and saver.best_val_loss == 9.0 - step
+        loss = 9.0 - step
+        saver.save(bundle | {"step": step, "best_val_loss": loss}, best=True)
+        assert saver.wait()
+        assert saver.best_val_loss == loss
     assert "can't be removed" in capsys.readouterr().err
     assert read_bundle(tmp_path / "best.pt")["step"] == 3
 
 
 def test_a_failed_save_restores_best_val_loss(bundle, tmp_path):
-    saver = Saver(
-        tmp_path,
-        2,
-        bundle | {"best_val_loss": 9.0},
-        lambda: None,
-        torch.device("cpu"),
-        Faulty("fsync", refuse),
-    )
-    saver.save(bundle | {"step": 7, "best_val_loss": 5.0}, best=True)
+    resumed = bundle | {"best_val_loss": 9.0}
+    better = bundle | {"step": 7, "best_val_loss": 5.0}
+    saver = make_saver(tmp_path, FaultyDisk("fsync", refuse), resumed)
+    saver.save(better, best=True)
     assert not saver.wait()
     assert saver.best_val_loss == 9.0
-    saver.disk = Faulty("fsync_folder", refuse)  # best.pt is there by then
-    saver.save(bundle | {"step": 7, "best_val_loss": 5.0}, best=True)
-    assert not saver.wait() and saver.best_val_loss == 5.0
+
+    # when the folder is synced, best.pt is in place
+    saver.disk = FaultyDisk("fsync_folder", refuse)
+    saver.save(better, best=True)
+    assert not saver.wait()
+    assert saver.best_val_loss == 5.0
 
 
 @pytest.mark.parametrize(
     "number",
-    [errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV, errno.EINVAL],
+    [
+        errno.EPERM,
+        errno.ENOTSUP,
+        errno.ENOSYS,
+        errno.EMLINK,
+        errno.EXDEV,
+        errno.EINVAL,
+    ],
     ids=errno.errorcode.get,
 )
 def test_a_drive_without_links_saves_copies(
@@ -107,91 +129,107 @@ def test_a_drive_without_links_saves_copies(
     def unsupported(*_):
         raise OSError(number, os.strerror(number))
 
+    # earlier tests of this process may have printed the note, which is printed once
     monkeypatch.setattr(errors, "TOPICS", set())
+    disk = FaultyDisk("link", unsupported)
     for step in (1, 2, 3):
-        commit(bundle | {"step": step}, tmp_path, 2, True, Faulty("link", unsupported))
-    assert all(
-        read_bundle(tmp_path / name)["step"] == 3 for name in ("ckpt.pt", "best.pt")
-    )
-    assert [step_of(path) for path in numbered(tmp_path)] == [3, 2]
-    assert len(capsys.readouterr().err.splitlines()) == 1
+        commit(bundle | {"step": step}, tmp_path, 2, True, disk)
+    assert read_bundle(tmp_path / "ckpt.pt")["step"] == 3
+    assert read_bundle(tmp_path / "best.pt")["step"] == 3
+    steps = [step_of(path) for path in numbered(tmp_path)]
+    assert steps == [3, 2]
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1
 
 
 def test_a_link_that_fails_with_eio_is_an_error(bundle, tmp_path):
+    bundle = bundle | {"step": 1}
     with pytest.raises(OSError, match="ckpt-00000001.pt"):
-        commit(bundle | {"step": 1}, tmp_path, 2, False, Faulty("write", refuse))
+        commit(bundle, tmp_path, 2, False, FaultyDisk("write", refuse))
     with pytest.raises(OSError, match="Input/output"):
-        commit(bundle | {"step": 1}, tmp_path, 2, False, Faulty("link", refuse))
+        commit(bundle, tmp_path, 2, False, FaultyDisk("link", refuse))
 
 
 class MovingDisk(Disk):
-    """Move the folder before the n-th operation and put another run's in its place."""
+    """A disk on which the folder is moved before the n-th operation. Another run's is then in its
+    place."""
 
     def __init__(self, lock, bundle, n):
         super().__init__(lock)
-        self.bundle, self.n, self.count, self.found = bundle, n, 0, None
-        for name in [name for name in vars(Disk) if name[0] != "_"]:
-            setattr(self, name, partial(self.perform, name, lock.folder))
+        self.bundle = bundle
+        self.n = n
+        self.count = 0
+        self.files = None
+        for name in vars(Disk):
+            if not name.startswith("_"):
+                setattr(self, name, partial(self.perform, name, lock.folder))
 
     def perform(self, name, folder, *args):
-        self.count += name != "write"  # there are many
-        if self.count == self.n and not self.found:
-            folder.rename(folder.with_name("old"))
-            folder.mkdir()
-            commit(self.bundle | {"step": 9}, folder, 2, True, Disk())
-            for other in (
-                "ckpt-00000003.pt.tmp",
-                "best.pt.tmp",
-                "ckpt.pt.tmp",
-                ".lock",
-            ):
-                (folder / other).touch()
-            self.found = contents(folder)
+        """Do an operation of Disk, after moving the folder if its turn has come."""
+        # there are many writes, and all are alike
+        if name != "write":
+            self.count += 1
+        if self.count == self.n and not self.files:
+            self.replace_folder(folder)
         return getattr(super(), name)(*args)
 
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    def replace_folder(self, folder):
+        """Move the folder to old, and save another run's checkpoint in its place."""
+        folder.rename(folder.with_name("old"))
+        folder.mkdir()
+        commit(self.bundle | {"step": 9}, folder, 2, True, Disk())
+        # names that the save uses, too
+        names = ["ckpt-00000003.pt.tmp", "best.pt.tmp", "ckpt.pt.tmp", ".lock"]
+        for name in names:
+            (folder / name).touch()
+        self.files = read_files(folder)
 
 
 def test_no_operation_of_a_save_touches_another_folder(bundle, tmp_path):
+    # until the save has fewer than n operations
     for n in range(1, 100):
         folder = tmp_path / str(n) / "out"
         lock = FolderLock(folder)
         lock.acquire(0)
-        for step in (1, 2):  # one of them is removed by the next save
-            commit(bundle | {"step": step}, folder, 2, True, Disk(lock))
+        # two checkpoints: the next save removes the first one
+        disk = Disk(lock)
+        commit(bundle | {"step": 1}, folder, 2, True, disk)
+        commit(bundle | {"step": 2}, folder, 2, True, disk)
         (folder / "stray.pt.tmp").touch()
         disk = MovingDisk(lock, bundle, n)
-        saver = Saver(folder, 2, None, lambda: None, torch.device("cpu"), disk)
+        saver = make_saver(folder, disk)
         saver.save(bundle | {"step": 3}, best=True)
         saved = saver.wait()
-        if not disk.found:
+        if not disk.files:
             break
-        assert contents(folder) == disk.found
-        assert read_newest(folder.with_name("old"))["step"] in (
-            (3,) if saved else (2, 3)
-        )
-    assert n > 10 and saved
+
+        assert read_files(folder) == disk.files
+        # a save that failed may have been complete before the move
+        step = read_newest(folder.with_name("old"))["step"]
+        assert step == 3 or (step == 2 and not saved)
+    assert n > 10
+    assert saved
 
 
 def test_another_format_is_refused(bundle, tmp_path):
+    # as a later version could write it
     checkpoint.write_bundle(bundle | {"format": 2}, tmp_path / "x.pt", Disk())
     with pytest.raises(CorruptCheckpoint):
         read_bundle(tmp_path / "x.pt")
 
 
 def test_any_malformed_pickle_is_refused(bundle, tmp_path):
-    """The checksum of each file is right."""
     whole = pickle.dumps({"a": [1, 2.5, "x"]}, protocol=2)
-    for content in (b"", b".", b"\x80\x02", whole[:-1], whole[5:], b"0" * 9, b"R."):
+    parts = (whole[:-1], whole[5:])
+    for content in (b"", b".", b"\x80\x02", *parts, b"0" * 9, b"R."):
         memory = io.BytesIO()
         with zipfile.ZipFile(memory, "w") as file:
             file.writestr("x/data.pkl", content)
             file.writestr("x/version", "3")
-        raw = memory.getvalue() + checkpoint.MAGIC
-        crc = checkpoint.zlib.crc32(memory.getvalue()).to_bytes(4, "little")
-        (tmp_path / "x.pt").write_bytes(raw + crc)
+        # the checksum is right, so only the pickle can be refused
+        archive = memory.getvalue()
+        crc32 = checkpoint.zlib.crc32(archive).to_bytes(4, "little")
+        (tmp_path / "x.pt").write_bytes(archive + checkpoint.MAGIC + crc32)
         with pytest.raises(CorruptCheckpoint):
             read_bundle(tmp_path / "x.pt")
 
@@ -203,20 +241,19 @@ def test_rows_survive_a_failed_fsync(tmp_path, monkeypatch):
     metrics.sync()
     metrics.log({"step": 2})
     monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(OSError):
-        metrics.sync()
-    with pytest.raises(OSError):
-        metrics.sync()
+    for _ in range(2):
+        with pytest.raises(OSError):
+            metrics.sync()
     monkeypatch.undo()
     metrics.log({"step": 3})
-    with open(
-        path, "rb+"
-    ) as file:  # the kernel dropped the page that it could not write
-        file.truncate(len('{"step": 1}\n'))
+    # the kernel dropped the page that it could not write
+    os.truncate(path, len('{"step": 1}\n'))
     metrics.sync()
     metrics.log({"step": 4})
-    assert path.read_text() == "".join(f'{{"step": {i}}}\n' for i in (1, 2, 3, 4))
-    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+    expected = [f'{{"step": {i}}}\n' for i in (1, 2, 3, 4)]
+    assert path.read_text() == "".join(expected)
+    # no temporary files
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(
@@ -234,32 +271,35 @@ def test_the_last_save_is_retried_once(dataset, tmp_path, failures, code, printe
     assert (tmp_path / "ckpt.pt").exists() == (code == 0)
 
 
+NOBODY = 65534
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 def test_a_user_without_privileges_can_save(bundle):
-    with (
-        tempfile.TemporaryDirectory() as name
-    ):  # not in pytest's own, which is root's alone
-        os.chown(name, 65534, 65534)
+    # pytest's own temporary folder is root's alone
+    with tempfile.TemporaryDirectory() as name:
+        os.chown(name, NOBODY, NOBODY)
         pid = os.fork()
         if not pid:
+            # a saver's thread asks for 10, a higher priority, which only root may have
             os.nice(15)
-            os.setgid(65534)
-            os.setuid(65534)
-            saver = Saver(Path(name), 2, None, lambda: None, torch.device("cpu"))
+            os.setgid(NOBODY)
+            os.setuid(NOBODY)
+            saver = make_saver(Path(name))
             saver.save(bundle, best=True)
             os._exit(0 if saver.wait() else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        _, status = os.waitpid(pid, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
         assert (Path(name) / "best.pt").exists()
 
 
 def test_an_evaluation_waits_for_a_best_save(bundle, tmp_path):
-    cpu = torch.device("cpu")
-    slow = Faulty("fsync", lambda *_: time.sleep(0.5))
-    saver = Saver(tmp_path, 2, None, lambda: None, cpu, slow)
+    slow_disk = FaultyDisk("fsync", lambda *_: time.sleep(0.5))
+    saver = make_saver(tmp_path, slow_disk)
     saver.save(bundle | {"step": 1, "best_val_loss": 5.0}, best=True)
-    run = SimpleNamespace(
-        state=SimpleNamespace(step=2), ranks=Ranks(0, 1, cpu), saver=saver
-    )
+    # it is still being saved: without waiting, 6.0 would be the best loss so far
+    state = SimpleNamespace(step=2)
+    run = SimpleNamespace(state=state, ranks=Ranks(0, 1, CPU), saver=saver)
     assert not record_evaluation(run, {"val_loss": 6.0})
     assert record_evaluation(run, {"val_loss": 4.0})
 
@@ -268,21 +308,21 @@ def test_best_is_resumed_when_ckpt_has_lost_its_end(bundle, tmp_path):
     commit(bundle, tmp_path, 2, True, Disk())
     for path in tmp_path.glob("ckpt*.pt"):
         path.unlink()
-    torch.save(bundle, tmp_path / "ckpt.pt")  # an intact zip without our checksum
+    # an intact zip without keepGPT's checksum
+    torch.save(bundle, tmp_path / "ckpt.pt")
     assert read_newest(tmp_path)["step"] == bundle["step"]
 
 
 def test_steps_of_nine_digits_are_the_newest(bundle, tmp_path):
+    # names have eight digits: sorted as text, those with nine would come first
     for step in (99_999_999, 100_000_000, 100_000_001):
         commit(bundle | {"step": step}, tmp_path, 2, False, Disk())
-    assert [step_of(path) for path in numbered(tmp_path)] == [100_000_001, 100_000_000]
+    steps = [step_of(path) for path in numbered(tmp_path)]
+    assert steps == [100_000_001, 100_000_000]
 
 
 def test_renamed_checkpoints_are_mentioned(bundle, dataset, tmp_path):
-    out, flags = (
-        tmp_path / "out",
-        TINY | {"dataset": dataset, "max_iters": 3, "eval_interval": 1},
-    )
+    out = tmp_path / "out"
     names = [
         "my-best.pt",
         "ckpt-00000100 (1).pt",
@@ -294,22 +334,31 @@ def test_renamed_checkpoints_are_mentioned(bundle, dataset, tmp_path):
     for name in names:
         checkpoint.write_bundle(bundle, out / name, Disk())
     (out / "notes.pt").write_bytes(b"something else, not a checkpoint")
-    done = [
+
+    # without a checkpoint to use, and with the one that a run has saved
+    flags = {"out_dir": out, "init_from": "auto", "dataset": dataset}
+    flags = TINY | flags | {"eval_interval": 1}
+    for done in (
         run("sample.py", out_dir=out, code=2),
-        run("train.py", out_dir=out, init_from="auto", **flags),
-        run("train.py", out_dir=out, init_from="auto", **flags | {"max_iters": 4}),
+        run("train.py", **flags | {"max_iters": 3}),
+        run("train.py", **flags | {"max_iters": 4}),
         run("sample.py", out_dir=out, max_new_tokens=1, num_samples=1),
-    ]
-    for one in done:
-        notes = [line for line in one.stderr.splitlines() if "not used because" in line]
-        assert (
-            len(notes) == 1 and "notes.pt" not in notes[0] and "--init_from" in notes[0]
-        )
-        assert all(str(out / name) in notes[0] for name in names)
-    used = run("sample.py", init_from=out / names[1], max_new_tokens=1, num_samples=1)
-    assert "note: " not in used.stderr and set(names) < set(contents(out))
+    ):
+        lines = done.stderr.splitlines()
+        [note] = [line for line in lines if "not used because" in line]
+        assert "notes.pt" not in note
+        assert "--init_from" in note
+        for name in names:
+            assert str(out / name) in note
+
+    # the note's advice works, and nothing was removed
+    flags = {"max_new_tokens": 1, "num_samples": 1}
+    done = run("sample.py", init_from=out / names[1], **flags)
+    assert "note: " not in done.stderr
+    assert set(names) < set(read_files(out))
 
 
+# counters, flags, moments and nested lists of all dtypes
 STATES = {
     "int": 3,
     "float": 0.5,
@@ -325,12 +374,16 @@ STATES = {
 }
 
 
+def replace_state(bundle, state):
+    """Return the bundle with this state of the first parameter in the optimizer."""
+    optimizer = bundle["optimizer"] | {"state": {0: {"x": state}}}
+    return bundle | {"optimizer": optimizer}
+
+
 @pytest.mark.parametrize("kind", STATES)
 def test_an_optimizer_may_keep_any_plain_state(bundle, tmp_path, capsys, kind):
-    changed = bundle | {
-        "optimizer": bundle["optimizer"] | {"state": {0: {"x": STATES[kind]}}}
-    }
-    saver = Saver(tmp_path, 2, None, lambda: None, torch.device("cpu"))
+    changed = replace_state(bundle, STATES[kind])
+    saver = make_saver(tmp_path)
     saver.save(changed, best=False)
     assert saver.wait(), capsys.readouterr().err
     saved = read_bundle(tmp_path / "ckpt.pt")
@@ -345,23 +398,25 @@ def test_an_optimizer_may_keep_any_plain_state(bundle, tmp_path, capsys, kind):
         torch.tensor([complex(0, math.inf)]),
         torch.tensor(math.nan).to(torch.float8_e4m3fn),
     ],
+    ids=["nan", "nested", "complex", "float8"],
 )
 def test_a_state_that_is_not_finite_is_never_saved(bundle, tmp_path, capsys, state):
-    changed = bundle | {"optimizer": bundle["optimizer"] | {"state": {0: {"x": state}}}}
-    saver = Saver(tmp_path, 2, None, lambda: None, torch.device("cpu"))
-    saver.save(changed, best=False)
-    assert not saver.wait() and "optimizer/0/x" in capsys.readouterr().err
+    saver = make_saver(tmp_path)
+    saver.save(replace_state(bundle, state), best=False)
+    assert not saver.wait()
+    assert "optimizer/0/x" in capsys.readouterr().err
     assert not path_of(tmp_path, bundle["step"]).exists()
 
 
 def test_a_state_may_change_its_shape_between_saves(bundle, tmp_path):
-    saver = Saver(tmp_path, 2, None, lambda: None, torch.device("cpu"))
-    for step, tensor in enumerate((torch.ones(3), torch.ones(1), torch.ones(5)), 1):
-        state = {"state": {0: {"x": tensor}}}
-        saver.save(
-            bundle | {"step": step, "optimizer": bundle["optimizer"] | state},
-            best=False,
-        )
+    saver = make_saver(tmp_path)
+    # a saver reuses the memory of its last copy
+    sizes = {1: 3, 2: 1, 3: 5}
+    for step, size in sizes.items():
+        tensor = torch.ones(size)
+        changed = replace_state(bundle | {"step": step}, tensor)
+        saver.save(changed, best=False)
         assert saver.wait()
-        saved = read_bundle(tmp_path / "ckpt.pt")["optimizer"]["state"][0]["x"]
-        assert torch.equal(saved, tensor)
+        saved = read_bundle(tmp_path / "ckpt.pt")
+        state = saved["optimizer"]["state"]
+        assert torch.equal(state[0]["x"], tensor)

@@ -27,23 +27,26 @@ from model import ModelArgs, build_model
 FOREIGN = b"of another process"
 
 
-def contents(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     """Return the files of a folder by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def move_away(folder: Path) -> None:
-    """Move a folder to old and put another process's in its place, with all names in use."""
-    names = [path.name for path in folder.iterdir()]
+    """Move a folder to old and create another process's there, with all names in use."""
+    names = {path.name for path in folder.iterdir()}
+    # names of files that a preparation writes later
+    names |= {".lock", "meta.json.tmp", "train.bin.tmp", "val.bin.tmp"}
     folder.rename(folder.with_name("old"))
     folder.mkdir()
-    for name in {*names, ".lock", "meta.json.tmp", "train.bin.tmp", "val.bin.tmp"}:
+    for name in names:
         (folder / name).write_bytes(FOREIGN)
 
 
-def failing(number: int):
-    """Return a function that raises OSError with that number, as for a descriptor."""
+def make_failing(number: int):
+    """Return a function that raises OSError with that number."""
 
+    # without a path, as for a descriptor
     def fail(*_args, **_kwargs):
         raise OSError(number, os.strerror(number))
 
@@ -67,11 +70,18 @@ def link_to_another(out: Path) -> None:
     out.symlink_to(out.with_name("another"))
 
 
+def assert_one_line(text: str, path: Path) -> None:
+    """Raise AssertionError unless the text is one line that names the path."""
+    assert len(text.splitlines()) == 1
+    assert str(path) in text
+
+
 def start_run(dataset: Path, out: Path, ranks: int = 1):
     """Start a run without an end, and wait for its first checkpoint."""
     flags = TINY | {"dataset": dataset, "out_dir": out, "eval_interval": 3}
     flags |= {"max_iters": 10**6, "lr_decay_iters": 10**6}
     process = start("train.py", ranks=ranks, **flags)
+    # a run that has ended makes no checkpoint any more
     while not (out / "ckpt.pt").exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
@@ -79,33 +89,36 @@ def start_run(dataset: Path, out: Path, ranks: int = 1):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [replace_lock, link_to_another])
+@pytest.mark.parametrize(
+    "change", [replace_lock, link_to_another], ids=["lock", "link"]
+)
 def test_two_runs_never_mix_after_a_change_of_the_folder(change, dataset, tmp_path):
-    out, flags = (
-        tmp_path / "out",
-        TINY | {"dataset": dataset, "max_iters": 2, "eval_interval": 1},
-    )
+    out = tmp_path / "out"
     first = start_run(dataset, out)
     change(out)
-    flags["init_from"] = "auto" if (out / "ckpt.pt").exists() else "scratch"
-    run("train.py", out_dir=out, code=None, **flags)
-    later = contents(out)
+
+    # another run starts there, and the first one must not write over its files
+    flags = TINY | {"dataset": dataset, "max_iters": 2, "eval_interval": 1}
+    init_from = "auto" if (out / "ckpt.pt").exists() else "scratch"
+    run("train.py", out_dir=out, code=None, init_from=init_from, **flags)
+    files = read_files(out)
     _, err = first.communicate(timeout=180)
     assert first.returncode == 2, err
-    assert len(err.splitlines()) == 1 and str(out) in err and err.startswith("error: ")
-    assert contents(out) == later
+    assert_one_line(err, out)
+    assert err.startswith("error: ")
+    assert read_files(out) == files
 
 
 @pytest.mark.slow
 def test_a_moved_run_ends_and_its_folder_resumes(dataset, tmp_path):
     out = tmp_path / "out"
+    old = tmp_path / "old"
     process = start_run(dataset, out)
     move(out)
-    assert process.wait(timeout=180) == 2 and not out.exists()
-    step = torch.load(tmp_path / "old/ckpt.pt", weights_only=True)["step"]
-    done = run(
-        "train.py", out_dir=tmp_path / "old", init_from="resume", max_iters=step + 1
-    )
+    assert process.wait(timeout=180) == 2
+    assert not out.exists()
+    step = torch.load(old / "ckpt.pt", weights_only=True)["step"]
+    done = run("train.py", out_dir=old, init_from="resume", max_iters=step + 1)
     assert f"at step {step}" in done.stdout
 
 
@@ -115,21 +128,27 @@ def test_all_ranks_end_when_the_folder_is_moved(dataset, tmp_path):
     process = start_run(dataset, out, ranks=2)
     move(out)
     _, err = process.communicate(timeout=180)
-    lines = {line for line in err.splitlines() if line.startswith("error: ")}
     assert process.returncode == 1
+    # both ranks may print it, but it is the same line
+    lines = {line for line in err.splitlines() if line.startswith("error: ")}
     assert len(lines) == 1, err
     assert not out.exists()
 
 
-@pytest.mark.parametrize("number", [0, errno.ENOLCK])
-@pytest.mark.parametrize("change", [replace_lock, move, link_to_another, move_away])
-def test_a_change_of_the_folder_is_noticed(change, number, tmp_path, monkeypatch):
-    if number:  # a drive without locks
-        monkeypatch.setattr(fcntl, "flock", failing(number))
+@pytest.mark.parametrize("has_locks", [True, False], ids=["locks", "no-locks"])
+@pytest.mark.parametrize(
+    "change",
+    [replace_lock, move, link_to_another, move_away],
+    ids=["lock", "move", "link", "replace"],
+)
+def test_a_change_of_the_folder_is_noticed(change, has_locks, tmp_path, monkeypatch):
+    if not has_locks:
+        monkeypatch.setattr(fcntl, "flock", make_failing(errno.ENOLCK))
     lock = FolderLock(tmp_path / "out")
     lock.acquire(0)
     lock.check()
     change(tmp_path / "out")
+    # the second time, too
     for _ in range(2):
         with pytest.raises(FolderLost):
             lock.check()
@@ -142,20 +161,23 @@ def test_a_same_folder_under_a_link_stays_locked(tmp_path):
     lock = FolderLock(tmp_path / "out")
     lock.acquire(0)
     move(tmp_path / "out")
+    # a user moved the folder to a larger drive and left a link
     (tmp_path / "out").symlink_to(tmp_path / "old")
     lock.check()
 
 
 def test_a_lock_file_replaced_while_waiting_is_not_used(tmp_path, monkeypatch):
-    flock, other = fcntl.flock, FolderLock(tmp_path)
+    flock = fcntl.flock
+    other = FolderLock(tmp_path)
 
-    def replaced_before(file, operation):
+    # between opening the lock file and locking it, another process replaces it
+    def replace_then_lock(file, operation):
         monkeypatch.undo()
         (tmp_path / ".lock").unlink()
         other.acquire(0)
         flock(file, operation)
 
-    monkeypatch.setattr(fcntl, "flock", replaced_before)
+    monkeypatch.setattr(fcntl, "flock", replace_then_lock)
     with pytest.raises(UserError):
         FolderLock(tmp_path).acquire(0)
     other.release()
@@ -164,14 +186,11 @@ def test_a_lock_file_replaced_while_waiting_is_not_used(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("n", range(2, 11))
 def test_prepare_writes_nothing_into_another_folder(n, play, tmp_path, monkeypatch):
-    """The folder is moved during the n-th fsync of a preparation; the first one is of its parent,
-    before it is locked."""
-    config, fsync, calls = (
-        prepare.PrepareConfig("x", data_dir=str(tmp_path)),
-        os.fsync,
-        [],
-    )
+    config = prepare.PrepareConfig("x", data_dir=str(tmp_path))
+    fsync = os.fsync
+    calls = []
 
+    # the first fsync is of the parent, before the folder is locked
     def move_at_n(file):
         calls.append(file)
         fsync(file)
@@ -181,7 +200,7 @@ def test_prepare_writes_nothing_into_another_folder(n, play, tmp_path, monkeypat
     monkeypatch.setattr(os, "fsync", move_at_n)
     with pytest.raises(FolderLost), ExitStack() as opened:
         prepare.prepare(config, {"tokenizer": "char"}, [str(play)], opened)
-    assert set(contents(tmp_path / "x").values()) == {FOREIGN}
+    assert set(read_files(tmp_path / "x").values()) == {FOREIGN}
 
 
 def replace(path: Path) -> None:
@@ -190,35 +209,48 @@ def replace(path: Path) -> None:
     copy.replace(path)
 
 
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(b'{"step": 1}')
+
+
+def replace_and_cut(path: Path) -> None:
+    replace(path)
+    os.truncate(path, path.stat().st_size - 1)
+
+
 @pytest.mark.parametrize(
-    "change, left",
+    "change, expected",
     [
         (replace, [1, 2, 3, 4]),
         (Path.unlink, [2, 3, 4]),
-        (lambda path: path.write_bytes(b""), [2, 3, 4]),
-        (lambda path: path.write_bytes(b'{"step": 1}'), [1, 2, 3, 4]),
-        (
-            lambda path: replace(path) or os.truncate(path, path.stat().st_size - 1),
-            [1, 2, 3, 4],
-        ),
+        (empty, [2, 3, 4]),
+        (cut, [1, 2, 3, 4]),
+        (replace_and_cut, [1, 2, 3, 4]),
     ],
+    ids=["replaced", "removed", "emptied", "cut", "replaced-and-cut"],
 )
-def test_rows_go_to_the_metrics_file_that_is_there(change, left, tmp_path, capsys):
+def test_rows_go_to_the_metrics_file_that_is_there(change, expected, tmp_path, capsys):
     metrics = Metrics(tmp_path, 0, False)
     metrics.log({"step": 1})
     metrics.sync()
     metrics.log({"step": 2})
+    # row 1 is on the disk, row 2 is not
     change(tmp_path / "metrics.jsonl")
     metrics.log({"step": 3})
     metrics.sync()
     metrics.log({"step": 4})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == left
+    assert [json.loads(line)["step"] for line in lines] == expected
     assert capsys.readouterr().err.count("metrics.jsonl") == 1
 
 
 # network drives
 
+# what drives answer to an operation that they lack
 UNSUPPORTED = [
     errno.EINVAL,
     errno.ENOTSUP,
@@ -233,33 +265,38 @@ UNSUPPORTED = [
 
 @pytest.fixture(autouse=True)
 def forget_notes():
+    """Let each test print its notes: a process prints each only once."""
     errors.TOPICS.clear()
 
 
-@pytest.mark.parametrize("number", UNSUPPORTED)
+@pytest.mark.parametrize("number", UNSUPPORTED, ids=errno.errorcode.get)
 def test_a_drive_without_fsync_of_folders_gets_one_note(
     number, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(os, "fsync", failing(number))
+    monkeypatch.setattr(os, "fsync", make_failing(number))
     for _ in range(2):
         sync_folder(tmp_path)
-    err = capsys.readouterr().err
-    assert len(err.splitlines()) == 1 and str(tmp_path) in err
+    assert_one_line(capsys.readouterr().err, tmp_path)
 
 
-@pytest.mark.parametrize("number", [*set(UNSUPPORTED) - {errno.EACCES}, errno.ENOLCK])
+# EACCES means that another process has the lock
+NO_LOCKS = sorted(set(UNSUPPORTED) - {errno.EACCES} | {errno.ENOLCK})
+
+
+@pytest.mark.parametrize("number", NO_LOCKS, ids=errno.errorcode.get)
 def test_a_drive_without_locks_gets_one_note(number, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(fcntl, "flock", failing(number))
+    monkeypatch.setattr(fcntl, "flock", make_failing(number))
     lock = FolderLock(tmp_path)
     lock.acquire(0)
     lock.check()
-    err = capsys.readouterr().err
-    assert len(err.splitlines()) == 1 and str(tmp_path) in err
+    assert_one_line(capsys.readouterr().err, tmp_path)
 
 
-@pytest.mark.parametrize("number", [errno.EAGAIN, errno.EACCES])
+@pytest.mark.parametrize(
+    "number", [errno.EAGAIN, errno.EACCES], ids=errno.errorcode.get
+)
 def test_a_held_lock_is_a_mistake(number, tmp_path, monkeypatch):
-    monkeypatch.setattr(fcntl, "flock", failing(number))
+    monkeypatch.setattr(fcntl, "flock", make_failing(number))
     with pytest.raises(UserError):
         FolderLock(tmp_path).acquire(0)
 
@@ -274,22 +311,32 @@ def test_a_run_on_a_network_drive_saves_and_resumes(number, dataset, tmp_path):
         "keep_checkpoints": 2,
         "init_from": "auto",
     }
-    for steps in (2, 4):
-        flags["max_iters"] = steps
-        done = run(PROGRAMS / "network_drive.py", env={"NUMBER": number}, **flags)
+    env = {"NUMBER": number}
+    for max_iters in (2, 4):
+        flags["max_iters"] = max_iters
+        done = run(PROGRAMS / "network_drive.py", env=env, **flags)
+        # no locks, no links, no fsync of folders
         notes = [line for line in done.stderr.splitlines() if " drive " in line]
         assert len(notes) == 3
-        assert all(note.startswith("note: ") for note in notes)
+        for note in notes:
+            assert note.startswith("note: ")
         assert "saved in" in done.stdout.splitlines()[-2]
-        kept = sorted(path.name for path in out.glob("ckpt-*"))
-        assert kept == [f"ckpt-{step:08}.pt" for step in (steps - 1, steps)]
+
+        # the newest two
+        names = sorted(path.name for path in out.glob("ckpt-*"))
+        steps = (max_iters - 1, max_iters)
+        assert names == [f"ckpt-{step:08}.pt" for step in steps]
 
 
 def test_a_failing_network_drive_is_an_error_to_retry(dataset, tmp_path):
-    flags = {"env": {"NUMBER": "EIO"}, "dataset": dataset, "out_dir": tmp_path / "out"}
-    done = run(PROGRAMS / "network_drive.py", code=1, **flags)
-    assert len(done.stderr.splitlines()) == 1
-    assert str(tmp_path) in done.stderr
+    done = run(
+        PROGRAMS / "network_drive.py",
+        code=1,
+        env={"NUMBER": "EIO"},
+        dataset=dataset,
+        out_dir=tmp_path / "out",
+    )
+    assert_one_line(done.stderr, tmp_path)
 
 
 # errors of the operating system
@@ -307,19 +354,24 @@ def make_link_to_itself(path: Path) -> None:
     path.symlink_to(path.name)
 
 
-@pytest.mark.parametrize("make", [make_file, make_link_to_nothing, make_link_to_itself])
+@pytest.mark.parametrize(
+    "make",
+    [make_file, make_link_to_nothing, make_link_to_itself],
+    ids=["file", "broken-link", "loop"],
+)
 def test_a_folder_that_is_none_exits_2(make, dataset, play, tmp_path):
     path = tmp_path / "x"
     make(path)
-    for script, args in (
-        ("train.py", {"out_dir": path, "dataset": dataset}),
-        ("train.py", {"out_dir": path / "below", "dataset": dataset}),
-        ("sample.py", {"out_dir": path}),
-        ("prepare.py", {"name": "x", "data_dir": tmp_path, "tokenizer": "char"}),
+    prepare_flags = {"name": "x", "data_dir": tmp_path, "tokenizer": "char"}
+    for args, flags in (
+        (["train.py"], {"out_dir": path, "dataset": dataset}),
+        (["train.py"], {"out_dir": path / "below", "dataset": dataset}),
+        (["sample.py"], {"out_dir": path}),
+        (["prepare.py", play], prepare_flags),
     ):
-        args = ([play], args) if script == "prepare.py" else ([], args)
-        line = complaint(run(script, *args[0], code=2, **args[1]))
-        assert f"{tmp_path.name}/x" in line
+        done = run(*args, code=2, **flags)
+        assert f"{tmp_path.name}/x" in complaint(done)
+    # nothing is written through the link
     assert not (tmp_path / "nothing").exists()
 
 
@@ -327,26 +379,28 @@ def test_a_folder_that_is_none_exits_2(make, dataset, play, tmp_path):
     "call", ["os.fsync", "pathlib.Path.write_bytes", "fcntl.flock", "os.pwrite"]
 )
 def test_an_error_of_the_disk_names_its_path(call, tmp_path, monkeypatch):
-    metrics, named = Metrics(tmp_path, 0, False), 0
-    monkeypatch.setattr(call, failing(errno.EIO))
+    metrics = Metrics(tmp_path, 0, False)
+    named = 0
+    monkeypatch.setattr(call, make_failing(errno.EIO))
     for work in (
         lambda: write_atomically(tmp_path / "x", b"x"),
         lambda: sync_folder(tmp_path),
-        FolderLock(tmp_path).acquire,
+        lambda: FolderLock(tmp_path).acquire(0),
         metrics.sync,
     ):
         metrics.rows = b"row"
         try:
-            work(0) if work.__name__ == "acquire" else work()
+            work()
         except OSError as e:
             assert str(tmp_path) in str(e)
             named += 1
+    # three of them sync, the other calls are made by one each
     assert named == {"os.fsync": 3}.get(call, 1)
 
 
 def test_a_read_error_of_the_tokens_names_the_file(dataset, monkeypatch):
     split = Split(dataset, "train", read_meta(dataset), 8, 1, True)
-    monkeypatch.setattr(os, "pread", failing(errno.EIO))
+    monkeypatch.setattr(os, "pread", make_failing(errno.EIO))
     with pytest.raises(OSError, match="train.bin"):
         split.read(0, 1)
 
@@ -354,21 +408,22 @@ def test_a_read_error_of_the_tokens_names_the_file(dataset, monkeypatch):
 def test_a_read_error_of_the_text_names_the_file(play):
     with open(play) as file:
         file.path = play
+        # the lowest free descriptor is the same one; reading this file gives EIO
         os.close(file.fileno())
-        os.open(
-            "/proc/self/mem", os.O_RDONLY
-        )  # the same descriptor; reading it gives EIO
+        os.open("/proc/self/mem", os.O_RDONLY)
         with pytest.raises(OSError, match=play.name):
             read_block(file, 9)
 
 
 def test_a_full_stdout_is_named(play, tmp_path):
     flags = {"name": "x", "tokenizer": "char", "data_dir": tmp_path}
+    # /dev/full answers each write with ENOSPC
     done = run("prepare.py", play, code=1, stdout="/dev/full", **flags)
     assert "stdout" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 
+# errors that may go away by themselves, and those that need a change by the user
 RETRY = "ENOSPC EIO ESTALE EDQUOT ETIMEDOUT EMFILE ENOLCK EBUSY"
 FIX = "ENOENT EEXIST EACCES EROFS ELOOP ENOTDIR EFBIG EOPNOTSUPP"
 
@@ -379,9 +434,10 @@ FIX = "ENOENT EEXIST EACCES EROFS ELOOP ENOTDIR EFBIG EOPNOTSUPP"
     ids=["retry", "fix"],
 )
 def test_an_errno_decides_whether_to_try_again(code, names):
+    # a hint keeps the code of the error that caused it
     def fail_with_a_hint():
         try:
-            failing(number)()
+            make_failing(number)()
         except OSError as e:
             raise UserError("a hint") from e
 
@@ -399,25 +455,22 @@ def test_an_errno_decides_whether_to_try_again(code, names):
 @pytest.fixture
 def weights(tmp_path: Path) -> Path:
     """Return a file of random weights."""
-    args, path = ModelArgs(1, 1, 32, 32, 60, True, 0.0), tmp_path / "weights.pt"
-    torch.save(
-        {
-            "model": build_model(args).state_dict(),
-            "model_args": vars(args),
-            "data": {
-                "tokenizer": {
-                    "kind": "char",
-                    "chars": "".join(map(chr, range(40, 100))),
-                }
-            },
-        },
-        path,
-    )
+    args = ModelArgs(1, 1, 32, 32, 60, True, 0.0)
+    chars = "".join(map(chr, range(40, 100)))
+    checkpoint = {
+        "model": build_model(args).state_dict(),
+        "model_args": vars(args),
+        "data": {"tokenizer": {"kind": "char", "chars": chars}},
+    }
+    path = tmp_path / "weights.pt"
+    torch.save(checkpoint, path)
     return path
 
 
 @pytest.mark.parametrize(
-    "number, code", [(signal.SIGTERM, 130), (signal.SIGKILL, -9)], ids=["TERM", "KILL"]
+    "number, code",
+    [(signal.SIGTERM, 130), (signal.SIGKILL, -9)],
+    ids=["TERM", "KILL"],
 )
 def test_a_killed_export_leaves_nothing_for_ever(number, code, weights, tmp_path):
     flags = {"init_from": weights, "to": tmp_path / "to"}
@@ -425,15 +478,21 @@ def test_a_killed_export_leaves_nothing_for_ever(number, code, weights, tmp_path
     run(PROGRAMS / "killed_export.py", code=code, env=env, **flags)
     left = {path.name for path in tmp_path.iterdir()} - {weights.name}
     assert "to" not in left
-    assert number == signal.SIGKILL or not left
+    # only SIGKILL leaves no time to clean up
+    if number == signal.SIGTERM:
+        assert not left
+
+    # the next export removes the rest
     run("tools.export", **flags)
     assert {path.name for path in tmp_path.iterdir()} == {weights.name, "to"}
     assert not list((tmp_path / "to").glob(".*"))
 
 
 def test_two_exports_to_one_target_do_not_mix(weights, tmp_path):
+    # an export that is running holds this lock
     lock = FolderLock(tmp_path / "to.export.tmp")
     lock.acquire(0)
     done = run("tools.export", init_from=weights, to=tmp_path / "to", code=2)
     assert "another process" in complaint(done)
-    assert contents(lock.folder) == {".lock": b""} and not (tmp_path / "to").exists()
+    assert read_files(lock.folder) == {".lock": b""}
+    assert not (tmp_path / "to").exists()

@@ -37,49 +37,66 @@ STEPS = [
         "mfu": 0.5,
     },
 ]
-SECONDS = [2, 6, 7]  # 200 tokens at 100 a second, 200 at 50, 400 at 400
+# 200 tokens at 100 a second, 200 at 50, 400 at 400
+SECONDS = [2, 6, 7]
 EVALUATIONS = [
     {"step": 0, "train_loss": 5.0, "val_loss": 5.5},
     {"step": 4, "train_loss": 2.5, "val_loss": 2.6},
     {"step": 8, "train_loss": 2.0, "val_loss": 2.7},
 ]
-ROWS = [EVALUATIONS[0], *STEPS[:2], EVALUATIONS[1], STEPS[2], EVALUATIONS[2]]
+# in the order of a log
+ROWS = [
+    EVALUATIONS[0],
+    STEPS[0],
+    STEPS[1],
+    EVALUATIONS[1],
+    STEPS[2],
+    EVALUATIONS[2],
+]
 
 
-def written(folder: Path, rows: list, more: str = "") -> Path:
-    """Return a run's folder whose log has those rows and then `more`."""
+def write_run(folder: Path, rows: list, more: str = "") -> Path:
+    """Write a run's log of these rows and then `more`. Return its folder."""
     folder.mkdir(parents=True)
-    text = "".join(json.dumps(row) + "\n" for row in rows) + more
+    lines = [json.dumps(row) + "\n" for row in rows]
+    text = "".join(lines) + more
     (folder / "metrics.jsonl").write_text(text, encoding="utf-8")
     return folder
 
 
-def plot(
+def run_plot(
     *args: object, code: int | None = None, **flags: object
 ) -> subprocess.CompletedProcess:
     """Run `python -m tools.plot`."""
     return run("tools.plot", *args, code=code, **flags)
 
 
-def size(path: Path) -> tuple[int, int]:
+def list_points(line) -> list:
+    """Return the points of a drawn line as [x, y]."""
+    return line.get_xydata().tolist()
+
+
+def read_size(path: Path) -> tuple[int, int]:
     """Return width and height from the header of a PNG."""
-    head = path.read_bytes()[:24]
-    assert head.startswith(b"\x89PNG\r\n\x1a\n")
-    return struct.unpack(">II", head[16:])
+    header = path.read_bytes()[:24]
+    assert header.startswith(b"\x89PNG\r\n\x1a\n")
+    return struct.unpack(">II", header[16:])
 
 
 def test_a_log_is_read_exactly(tmp_path):
-    logged, evaluated, _ = read_run(written(tmp_path / "run", ROWS), "minutes")
+    folder = write_run(tmp_path / "run", ROWS)
+    logged, evaluated, _ = read_run(folder, "minutes")
     for key in STEPS[0]:
         assert logged[key].tolist() == [row[key] for row in STEPS]
     assert evaluated["step"].tolist() == [0, 4, 8]
     assert evaluated["val_loss"].tolist() == [5.5, 2.6, 2.7]
     assert np.allclose(logged["x"] * 60, SECONDS)
-    assert np.allclose(evaluated["x"] * 60, [0, 6, 7])  # an evaluation takes no time
+    # an evaluation takes no time
+    assert np.allclose(evaluated["x"] * 60, [0, 6, 7])
 
 
 def test_the_minutes_of_a_branch_start_at_its_trunk(tmp_path):
-    folder = written(tmp_path / "run", ROWS[1:])
+    folder = write_run(tmp_path / "run", ROWS[1:])
     (folder / "README.md").write_text(CARD)
     # step 1 is the trunk's: the first row, of step 2, has 100 tokens of this run
     logged, evaluated, marks = read_run(folder, "minutes")
@@ -89,21 +106,37 @@ def test_the_minutes_of_a_branch_start_at_its_trunk(tmp_path):
 
 
 def test_a_truncated_last_line_is_skipped(tmp_path):
-    whole, *_ = read_run(written(tmp_path / "whole", ROWS), "minutes")
-    cut, *_ = read_run(written(tmp_path / "cut", ROWS, '{"step": 9, "tok'), "minutes")
-    assert cut["x"].tolist() == whole["x"].tolist()
+    intact_folder = write_run(tmp_path / "intact", ROWS)
+    cut_folder = write_run(tmp_path / "cut", ROWS, '{"step": 9, "tok')
+    intact, _, _ = read_run(intact_folder, "minutes")
+    cut, _, _ = read_run(cut_folder, "minutes")
+    assert cut["x"].tolist() == intact["x"].tolist()
 
 
 def test_the_curves_show_the_logged_values(tmp_path):
-    figure = draw([written(tmp_path / "run", ROWS)], "tokens")
+    folder = write_run(tmp_path / "run", ROWS)
+    figure = draw([folder], "tokens")
     loss, lr, norm, speed = figure.axes
-    every, mean, val = [line.get_xydata().tolist() for line in loss.lines]
-    assert every == mean == [[200, 4], [400, 3], [800, 2]]
-    assert val == [[0, 5.5], [400, 2.6], [800, 2.7]]
-    assert "best 2.6000" in figure.legends[0].get_texts()[0].get_text()
-    for panel, key in ((lr, "lr"), (norm, "grad_norm"), (speed, "tokens_per_s")):
-        assert panel.lines[0].get_ydata().tolist() == [row[key] for row in STEPS]
-    assert loss.get_ylim()[0] < 2 and loss.get_ylim()[1] > 5.5  # nothing is cut off
+    every, mean, val = loss.lines
+    expected = [[200, 4], [400, 3], [800, 2]]
+    assert list_points(every) == expected
+    # three values are too few for a mean
+    assert list_points(mean) == expected
+    assert list_points(val) == [[0, 5.5], [400, 2.6], [800, 2.7]]
+    text = figure.legends[0].get_texts()[0].get_text()
+    assert "best 2.6000" in text
+    for panel, key in (
+        (lr, "lr"),
+        (norm, "grad_norm"),
+        (speed, "tokens_per_s"),
+    ):
+        values = panel.lines[0].get_ydata().tolist()
+        assert values == [row[key] for row in STEPS]
+
+    # nothing is cut off
+    bottom, top = loss.get_ylim()
+    assert bottom < 2
+    assert top > 5.5
 
 
 CARD = """# A run of keepGPT
@@ -124,37 +157,48 @@ Branched from `out/step-00000001.pt`, step 1 (sha256 12ab).
 """
 
 
+def list_positions(mark) -> list:
+    """Return the x of each vertical line."""
+    return [x for (x, _), _ in mark.get_segments()]
+
+
 def test_events_restarts_and_branches_are_marked(tmp_path):
-    events = [
-        {"step": 3, "event": "skip", "text": "loss nan"},
-        {"step": 6, "event": "replay", "text": "loss nan, and then 2"},
-    ]
+    skip = {"step": 3, "event": "skip", "text": "loss nan"}
+    replay = {"step": 6, "event": "replay", "text": "loss nan, and then 2"}
     # before the first logged step, between two, and after all
-    rows = [events[0] | {"step": 1}, ROWS[1], events[0], *ROWS[2:5], events[1]]
-    folder = written(tmp_path / "run", rows)
+    rows = [skip | {"step": 1}, ROWS[1], skip, *ROWS[2:5], replay]
+    folder = write_run(tmp_path / "run", rows)
     (folder / "README.md").write_text(CARD)
     loss = draw([folder], "tokens").axes[0]
-    marks = {
-        mark.get_label().removeprefix(f"{folder}: "): mark for mark in loss.collections
-    }
+    marks = {}
+    for mark in loss.collections:
+        label = mark.get_label().removeprefix(f"{folder}: ")
+        marks[label] = mark
     assert marks.keys() == {"restart (2)", "branch (1)", "skip (2)", "replay (1)"}
-    for kind, places in (("restart (2)", [400, 600]), ("branch (1)", [100])):
-        assert [x for (x, _), _ in marks[kind].get_segments()] == places
+
+    # vertical lines at the tokens of steps 4, 6 and 1
+    assert list_positions(marks["restart (2)"]) == [400, 600]
+    assert list_positions(marks["branch (1)"]) == [100]
     # on the line between the logged losses around it
     assert marks["skip (2)"].get_offsets().tolist() == [[100, 4], [300, 3.5]]
     assert marks["replay (1)"].get_offsets().tolist() == [[600, 2.5]]
+
     # the curves are those without the events
-    plain = draw([written(tmp_path / "plain", ROWS[1:5])], "tokens").axes[0]
-    for line, other in zip(loss.lines, plain.lines, strict=True):
-        assert line.get_xydata().tolist() == other.get_xydata().tolist()
-    assert loss.get_ylim()[0] > 1
+    plain_folder = write_run(tmp_path / "plain", ROWS[1:5])
+    plain = draw([plain_folder], "tokens").axes[0]
+    for line, plain_line in zip(loss.lines, plain.lines, strict=True):
+        assert list_points(line) == list_points(plain_line)
+    bottom, _ = loss.get_ylim()
+    assert bottom > 1
 
 
 def test_bits_per_byte_and_the_sources_of_a_mixture_are_drawn(tmp_path):
     more = {"val_bpb": 1.5, "val_loss/web": 2.5, "val_loss/code": 2.8}
-    folder = written(tmp_path / "run", [STEPS[0], EVALUATIONS[1] | more, *STEPS[1:]])
+    evaluation = EVALUATIONS[1] | more
+    folder = write_run(tmp_path / "run", [STEPS[0], evaluation, *STEPS[1:]])
     loss = draw([folder], "steps").axes[0]
-    drawn = {line.get_label(): line.get_xydata().tolist() for line in loss.lines[2:]}
+    # the first two lines are the training loss and its mean
+    drawn = {line.get_label(): list_points(line) for line in loss.lines[2:]}
     assert drawn == {
         f"{folder}: val loss, best 2.6000 (1.5000 bits per byte)": [[4, 2.6]],
         f"{folder}: val loss of code": [[4, 2.8]],
@@ -163,59 +207,64 @@ def test_bits_per_byte_and_the_sources_of_a_mixture_are_drawn(tmp_path):
 
 
 def test_a_long_curve_is_smoothed(tmp_path):
-    rows = [
-        STEPS[0] | {"step": i + 1, "loss": i**2} for i in range(100)
-    ]  # over three values
-    mean = (
-        draw([written(tmp_path / "run", rows)], "steps").axes[0].lines[1].get_xydata()
-    )
-    assert np.allclose(mean[:2], [[3, 5 / 3], [4, 14 / 3]]) and len(mean) == 98
+    rows = [STEPS[0] | {"step": i + 1, "loss": i**2} for i in range(100)]
+    folder = write_run(tmp_path / "run", rows)
+    loss = draw([folder], "steps").axes[0]
+    mean = loss.lines[1].get_xydata()
+    # over three values: (0 + 1 + 4) / 3 and (1 + 4 + 9) / 3
+    assert np.allclose(mean[:2], [[3, 5 / 3], [4, 14 / 3]])
+    assert len(mean) == 98
 
 
 def test_long_and_short_runs_are_drawn(tmp_path):
     runs = [
-        written(tmp_path / "run", ROWS),
-        written(tmp_path / "step", STEPS[:1]),
-        written(tmp_path / "evaluation", EVALUATIONS[:1]),
+        write_run(tmp_path / "run", ROWS),
+        write_run(tmp_path / "step", STEPS[:1]),
+        write_run(tmp_path / "evaluation", EVALUATIONS[:1]),
     ]
+    # together, and the two that have a single row
     for folders in (runs, runs[1:2], runs[2:]):
         target = tmp_path / f"{len(folders)}{folders[0].name}.png"
-        done = plot(*folders, x="minutes", to=target, code=0)
-        assert (done.stdout, done.stderr) == (f"{target}\n", "")
-        assert size(target) == (1400, 900)
+        done = run_plot(*folders, x="minutes", to=target, code=0)
+        assert done.stdout == f"{target}\n"
+        assert done.stderr == ""
+        assert read_size(target) == (1400, 900)
 
 
 def test_a_mistake_exits_2_with_one_line(tmp_path):
-    folder, to = written(tmp_path / "run", ROWS), f"--to={tmp_path}/a.png"
-    complaint(plot(to))
-    complaint(plot(tmp_path / "nothing", to))
-    for number, line in enumerate(
-        (
-            "}",
-            '{"step": 1}',
-            "7",
-            '{"event": "skip"}',
-            json.dumps(STEPS[0] | {"lr": "x"}),
-        )
-    ):
-        corrupt = written(tmp_path / f"corrupt{number}", ROWS, f"{line}\n")
-        assert line[:40] in complaint(plot(corrupt, to))
+    folder = write_run(tmp_path / "run", ROWS)
+    to = f"--to={tmp_path}/a.png"
+    complaint(run_plot(to))
+    complaint(run_plot(tmp_path / "nothing", to))
+    lines = [
+        "}",
+        '{"step": 1}',
+        "7",
+        '{"event": "skip"}',
+        json.dumps(STEPS[0] | {"lr": "x"}),
+    ]
+    for i, line in enumerate(lines):
+        corrupt = write_run(tmp_path / f"corrupt{i}", ROWS, f"{line}\n")
+        # a long line is quoted from its start
+        assert line[:40] in complaint(run_plot(corrupt, to))
     for flag in (
         "--too=a.png",
         "--x=miles",
         f"--to={tmp_path}/no/a.png",
         f"--to={tmp_path}/a.x",
     ):
-        complaint(plot(folder, flag))
+        complaint(run_plot(folder, flag))
     assert not (tmp_path / "a.png").exists()
 
 
 def test_drawing_without_matplotlib_exits_2(tmp_path):
+    # None in sys.modules makes an import fail
     program = tmp_path / "program.py"
     program.write_text(
         f"import runpy, sys\nsys.path.insert(0, {str(REPO)!r})\n"
         "sys.modules['matplotlib.pyplot'] = None\n"
         f"runpy.run_path({str(REPO / 'tools/plot.py')!r}, run_name='__main__')\n"
     )
-    folder = written(tmp_path / "run", ROWS)
-    assert "pip install matplotlib" in complaint(run(program, folder, code=2))
+    folder = write_run(tmp_path / "run", ROWS)
+    done = run(program, folder, code=2)
+    assert "pip install matplotlib" in complaint(done)
