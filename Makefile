@@ -1,6 +1,6 @@
 # make demo     train a GPT on Shakespeare, kill it, resume it (CONFIG=config/x.py: another one)
 # make elastic  stop on four ranks, continue on one: bit-identical
-# make test     run all tests; make quick: those under 5 seconds; make lint: check the style
+# make test     run all tests; make quick: those under 2 seconds; make lint: check the style
 PYTHON ?= python3
 CONFIG ?= config/train_plays_cpu.py
 

@@ -35,6 +35,7 @@ def corrupt(path: Path) -> None:
     path.write_bytes(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "choice", [{"last": 3}, {"steps": "8,4,6,4"}], ids=["last", "steps"]
 )

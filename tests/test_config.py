@@ -749,6 +749,7 @@ def test_a_run_prints_notes_and_keeps_the_lower_min_lr(train, tmp_path):
 # a resume with other rounding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes, shown",
     [

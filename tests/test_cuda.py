@@ -111,6 +111,7 @@ def set_windows(run, count):
 # compiled graphs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "evaluated_first", [True, False], ids=["evaluation-first", "step-first"]
 )
@@ -183,6 +184,7 @@ def test_the_compiled_form_of_the_loss_has_the_same_bits(dtype, monkeypatch):
         assert torch.equal(eager_tensor, tensor)
 
 
+@pytest.mark.slow
 def test_the_compiled_loss_keeps_no_float32_logits(monkeypatch):
     # the generated code is enough: do not compile its kernels to machine code
     monkeypatch.setattr(AsyncCompile, "cpp_pybinding", lambda *_: lambda *_: None)

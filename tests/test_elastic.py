@@ -48,6 +48,7 @@ def alone(alone_out) -> tuple[str, list[dict]]:
     return outcome(alone_out)
 
 
+@pytest.mark.slow
 def test_two_ranks_are_bit_identical_to_one(train, tmp_path, alone):
     train(ranks=2, elastic=True, **FLAGS)
     assert outcome(tmp_path / "out") == alone
@@ -64,6 +65,7 @@ def test_tools_same_compares_the_states_of_runs(train, tmp_path, alone_out):
     complaint(run("tools.same", alone_out, code=2))
 
 
+@pytest.mark.slow
 def test_a_run_may_change_ranks_bit_identical(train, tmp_path, alone):
     for ranks, steps in ((4, 3), (1, 6), (2, 9), (4, 12)):
         done = train(ranks=ranks, elastic=True, **FLAGS | {"max_iters": steps})
@@ -90,6 +92,7 @@ def test_resuming_a_ddp_run_does_not_promise_equal_bits(train):
     assert "1 -> 2: " in done.stdout and "rounding" in done.stdout
 
 
+@pytest.mark.slow
 def test_plain_ddp_rounds_differently_on_two_ranks(train, tmp_path):
     """Without a difference here the tests above would show nothing."""
     for ranks in (1, 2):

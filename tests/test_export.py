@@ -616,6 +616,7 @@ def test_corrupt_weights_are_refused(tmp_path):
     assert "is corrupt" in complaint(done)
 
 
+@pytest.mark.slow
 def test_mistakes_are_answered_with_one_line(tmp_path):
     def export(**flags):
         return complaint(run("tools.export", code=2, **flags))

@@ -4,6 +4,7 @@ import pytest
 from conftest import TINY, bits, rows, run
 
 
+@pytest.mark.slow
 def test_a_fork_trains_bit_for_bit_as_a_new_interpreter(dataset, tmp_path):
     flags = TINY | {"dataset": dataset, "sample_tokens": 5}
     forked = run("train.py", out_dir=tmp_path / "forked", **flags)

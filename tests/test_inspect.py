@@ -104,6 +104,7 @@ def explain(folder: Path, step: int) -> list[tuple[int, list]]:
     return batches
 
 
+@pytest.mark.slow
 def test_each_step_is_explained_exactly(runs):
     first_steps = {
         runs.trunk: 1,

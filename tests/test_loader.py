@@ -658,6 +658,7 @@ def test_a_file_truncated_while_it_is_open_is_refused(write_tokens):
         split.rows(0, split.windows)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/statm").exists(), reason="reads the memory from /proc"
 )

@@ -139,6 +139,7 @@ def whole_mixture(data_dir):
     return data_dir / "whole"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2], ids=["1 rank", "2 ranks"])
 def test_a_stopped_run_ends_the_same_on_any_ranks(
     data_dir, whole_mixture, ranks, tmp_path
@@ -260,6 +261,7 @@ def test_bits_per_byte_are_of_the_windows_evaluated(data_dir, tmp_path):
     assert math.isclose(row["val_bpb"], expected, rel_tol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2], ids=["1 rank", "2 ranks"])
 def test_a_text_is_part_of_each_evaluation(data_dir, whole_mixture, ranks, tmp_path):
     out = tmp_path / "out"

@@ -53,6 +53,7 @@ def checkpoint(place):
     return place / "nanogpt.pt"
 
 
+@pytest.mark.slow
 def test_both_datasets_train_identically(place, checkpoint, dataset):
     run("train.py", **TINY | {"dataset": dataset, "out_dir": place / "ours"})
     assert rows(place / "ours") == rows(place / "out")
@@ -230,6 +231,7 @@ def shards(tmp_path):
 SMALL = TINY | {"max_iters": 3, "eval_interval": 3, "block_size": 16}
 
 
+@pytest.mark.slow
 def test_shards_train_as_their_tokens_do(shards):
     for name in ("fineweb", "plain"):
         flags = SMALL | {"data_dir": shards, "dataset": name}

@@ -425,6 +425,7 @@ def test_ten_muon_steps_and_ten_more_equal_twenty(train, whole, tmp_path):
     assert {"step", "exp_avg", "exp_avg_sq"} in keys
 
 
+@pytest.mark.slow
 def test_two_ranks_with_muon_resume_bit_identical(train, tmp_path):
     flags = MUON | {"ranks": 2, "eval_interval": 5}
     train(out="whole", max_iters=10, **flags)

@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import pytest
 from conftest import REPO, complaint, run
 
 from tools.plot import draw, read_run
@@ -216,6 +217,7 @@ def test_a_long_curve_is_smoothed(tmp_path):
     assert len(mean) == 98
 
 
+@pytest.mark.slow
 def test_long_and_short_runs_are_drawn(tmp_path):
     runs = [
         write_run(tmp_path / "run", ROWS),

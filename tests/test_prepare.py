@@ -417,6 +417,7 @@ def test_other_formats_are_named(tmp_path, name, content, expected):
     assert files_in(tmp_path / "data") == []
 
 
+@pytest.mark.slow
 def test_rows_without_a_text_are_skipped_with_a_note(tmp_path):
     texts = [f"Document {i}\n" * 9 for i in range(130)]
     write_jsonl(tmp_path / "intact.jsonl", texts)
@@ -484,6 +485,7 @@ def peak_memory(tmp_path: Path, *args: object, name: str) -> int:
     return int(re.search(r"VmHWM:\s+(\d+) kB", done.stdout)[1]) * 1024
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="reads the peak from /proc"
 )
@@ -560,6 +562,7 @@ def write_tokenizer(folder: Path, text: str, **steps: object) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_loses_text_is_noted(play, tmp_path):
     from tokenizers import normalizers, pre_tokenizers
 
@@ -775,6 +778,7 @@ def joined(folder: Path) -> tuple[dict, bytes, bytes]:
     return meta, train, val
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tokenizer, count",
     [
@@ -966,6 +970,7 @@ def hub(hub_folder, tmp_path):
         server.shutdown()
 
 
+@pytest.mark.slow
 def test_share_of_a_hub_dataset_is_for_validation(hub, hub_folder, tmp_path):
     run("prepare.py", "fineweb-edu", data_dir=tmp_path, env=hub.env)
     _, _, val = joined(tmp_path / "fineweb-edu")
@@ -1024,6 +1029,7 @@ def disk(tmp_path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.slow
 def test_names_that_are_not_utf8(tmp_path):
     file = os.fsdecode(b"\xff.txt")
     (tmp_path / file).write_text(TEXT)
@@ -1050,6 +1056,7 @@ def dataset_files(folder: Path) -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, vocab_size, counts",
     [("plays_char", 70, (4_301_851, 477_984)), ("plays", 50_257, (1_305_687, 148_236))],
@@ -1197,6 +1204,7 @@ def test_bin_files_of_another_program_are_kept(tmp_path):
     assert dataset_files(folder) == {"val.bin": b"foreign"}
 
 
+@pytest.mark.slow
 def test_hub_dataset_is_downloaded_once(hub, hub_folder, tmp_path):
     texts = []
     for path in sorted((hub_folder / "data").iterdir()):
@@ -1462,6 +1470,7 @@ def test_mistakes_end_in_one_line(tmp_path, args, files):
     assert files_in(tmp_path / "data" / "x") == []
 
 
+@pytest.mark.slow
 def test_file_size_limit_keeps_the_existing_dataset(shakespeare, tmp_path):
     text = tmp_path / "a.txt"
     data_dir = tmp_path / "data"
@@ -1484,6 +1493,7 @@ def test_file_size_limit_keeps_the_existing_dataset(shakespeare, tmp_path):
     assert files_in(data_dir / "y") == []
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_complete_shards(disk, hub_folder, tmp_path):
     flags = {"name": "x", "tokenizer": "char", "val_fraction": 0.1}
     run("prepare.py", hub_folder / "sample", data_dir=disk, **flags, code=1)
@@ -1499,6 +1509,7 @@ def test_full_disk_keeps_complete_shards(disk, hub_folder, tmp_path):
     assert joined(disk / "x") == joined(tmp_path / "x")
 
 
+@pytest.mark.slow
 def test_read_only_disk(disk):
     # too large for this disk
     flags = {"name": "x", "tokenizer": "char", "val_fraction": 0.9}
@@ -1586,6 +1597,7 @@ def test_closed_stdout_keeps_the_dataset(tmp_path):
     assert read_dataset(tmp_path / "x")[0]["name"] == "x"
 
 
+@pytest.mark.slow
 def test_two_preparations_at_once(shakespeare, tmp_path):
     text = tmp_path / "a.txt"
     text.write_text(shakespeare)

@@ -209,6 +209,7 @@ def poisoned(tmp_path_factory):
     return settings, folder / "whole"
 
 
+@pytest.mark.slow
 def test_batches_that_give_nan_are_skipped_and_listed(poisoned):
     _, whole = poisoned
     bundle = load(whole / "ckpt.pt")
@@ -230,6 +231,7 @@ def test_batches_that_give_nan_are_skipped_and_listed(poisoned):
         assert f"before step {step + 1}" in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2], ids=["1 rank", "2 ranks"])
 def test_a_resumed_run_skips_the_same(poisoned, tmp_path, ranks):
     settings, whole = poisoned

@@ -165,6 +165,7 @@ def test_a_full_stdout_is_one_line(trained):
     assert done.stderr.splitlines()[-1].startswith("error: ")
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_ends_it(trained):
     process = subprocess.Popen(
         command("sample.py", out_dir=trained, max_new_tokens=100_000),

@@ -359,6 +359,7 @@ def read_terminal(*args: str, **flags) -> str:
     return written.decode()
 
 
+@pytest.mark.slow
 def test_progress_is_one_line_in_a_terminal(train, dataset, tmp_path):
     piped = train(out="piped").stdout.splitlines()
     written = read_terminal(out_dir=tmp_path / "tty", dataset=dataset, **TINY)

@@ -63,6 +63,7 @@ def load_folder(path: Path) -> GPT:
     return load_model(args, state)
 
 
+@pytest.mark.slow
 def test_fine_tuning_goes_on_from_every_kind_of_source(folder, dataset, tmp_path):
     # a checkpoint of nanoGPT, of a compiled model
     args, state, _ = read_weights(str(folder))
@@ -123,6 +124,7 @@ def test_gpt2_is_evaluated_from_the_local_cache(
     assert not done.stderr
 
 
+@pytest.mark.slow
 def test_a_qwen3_is_read_from_the_local_cache_by_its_name(dataset, tmp_path):
     commit = "0" * 40
     repository = tmp_path / "cache/models--Someone--Qwen3-0.0B"
