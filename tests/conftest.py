@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -179,7 +180,9 @@ class Forks:
         """Send a signal to every rank, unless all have ended."""
         if self.poll() is None:
             for pid in self.pids:
-                os.kill(pid, number)
+                # one of several ranks may have ended already
+                with suppress(ProcessLookupError):
+                    os.kill(pid, number)
 
     def terminate(self) -> None:
         """Send SIGTERM to every rank."""
