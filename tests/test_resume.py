@@ -314,7 +314,7 @@ def test_a_compiled_run_resumes_bit_identical(train, tmp_path):
     assert "at step 5" in done.stdout and ", compiled" in done.stdout
     assert bits(whole / "ckpt.pt") == bits(parts / "ckpt.pt")
     assert rows(whole) == rows(parts)
-    # the compiled code computes what the plain code does
+    # compiled and plain code agree up to rounding
     train(out="plain", max_iters=10, **flags | {"compile": False})
     losses = [rows(tmp_path / name, "loss")[-1]["loss"] for name in ("whole", "plain")]
     assert losses[0] == pytest.approx(losses[1], abs=0.02)
