@@ -170,7 +170,7 @@ class Forks:
         return self.returncode
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
-        """Return what the processes wrote to stdout and stderr when they have ended."""
+        """Wait for the processes to end. Return their stdout and stderr."""
         # a process that hangs is ended by its alarm
         printed = self.stdout.read()
         self.wait(timeout)
@@ -230,7 +230,7 @@ def run(
     such as /dev/full.
     """
     full_env = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
-    fresh = fresh or "PYTHONIOENCODING" in full_env
+    fresh = fresh or "PYTHONIOENCODING" in (env or {})
     if fresh or sys.platform != "linux":
         done = subprocess.run(
             command(script, *args, ranks=ranks, **flags),

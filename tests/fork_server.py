@@ -1,4 +1,4 @@
-"""Run scripts in forks of one process that has imported torch already: that takes two seconds.
+"""Run scripts in forks of one process that has imported torch already: an import takes seconds.
 
 conftest.py writes a request, one line of JSON, to stdin. This process answers on stdout with the
 ids of the forks, one for each rank, and writes their exit code to the request's `answer` when they
@@ -46,7 +46,7 @@ def compile_script(path: str, _modified: int) -> types.CodeType:
 
 
 def prepare_fork(request: dict[str, Any]) -> types.CodeType | None:
-    """Import what the script needs. Return its code, or None for a module."""
+    """Import the modules of a script. Return its code, or None for a module."""
     for module in request["imports"]:
         importlib.import_module(module)
     # a fork that ends would take each operator of torch out of its table
@@ -62,29 +62,37 @@ def prepare_fork(request: dict[str, Any]) -> types.CodeType | None:
 
 
 def serve() -> None:
-    """Answer requests until stdin closes. Return in a fork, which then runs its script."""
+    """Answer requests until stdin closes."""
     jobs: list[Job] = []
     while True:
+        # look after running forks every 5 ms
         readable, _, _ = select.select([sys.stdin], [], [], 0.005 if jobs else None)
         if readable:
             line = sys.stdin.readline()
             if not line:
                 sys.exit()
-            request = json.loads(line)
-            code = prepare_fork(request)
-            streams = open_streams(request)
-            answer = os.open(request["answer"], os.O_WRONLY)
-            pids = []
-            for rank in range(request["ranks"]):
-                pids.append(os.fork())
-                if pids[-1] == 0:
-                    become(request, rank, streams)
-                    run_and_exit(code)
-            for stream in streams:
-                os.close(stream)
-            jobs.append(Job(list(pids), answer, several=len(pids) > 1))
-            print(json.dumps(pids), flush=True)
+            job = start_job(json.loads(line))
+            print(json.dumps(job.running), flush=True)
+            jobs.append(job)
         jobs = [job for job in jobs if not has_ended(job)]
+
+
+def start_job(request: dict[str, Any]) -> Job:
+    """Start a fork for each rank. In the forks this runs the script and does not return."""
+    code = prepare_fork(request)
+    streams = open_streams(request)
+    answer = os.open(request["answer"], os.O_WRONLY)
+    pids = []
+    for rank in range(request["ranks"]):
+        pid = os.fork()
+        if pid == 0:
+            become(request, rank, streams)
+            run_and_exit(code)
+        pids.append(pid)
+    # a pipe ends when the forks close it
+    for stream in streams:
+        os.close(stream)
+    return Job(pids, answer, several=len(pids) > 1)
 
 
 def has_ended(job: Job) -> bool:

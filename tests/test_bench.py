@@ -186,7 +186,7 @@ def test_a_part_gives_numbers(part, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_an_avx2_row_limits_all_its_processes(monkeypatch, tmp_path):
-    # set here, so that they are restored after the test
+    # set here, so they are restored after the test
     for name in parts.AVX2:
         monkeypatch.setenv(name, "")
     capability = partial(torch.backends.cpu.get_cpu_capability)

@@ -367,7 +367,7 @@ class Streams:
         self.now = "current"
 
     def cudart(self):
-        """Return CUDA's runtime, whose only function logs what it pins."""
+        """Return CUDA's runtime, whose only function logs the size of a buffer."""
         self.log.append(f"cudart on {self.now}")
 
         def register(address, size, flags):

@@ -1139,7 +1139,7 @@ def test_cold_or_narrow_sampling_takes_the_likeliest():
 # picking a token
 
 
-# not sorted, so that a rank can't pass for a token
+# not sorted, so a rank can't pass for a token
 SHARES = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15])
 # enough that a wrong share is off by many sigma
 DRAWS = 20000

@@ -188,7 +188,7 @@ def check_against_torch(dtype: torch.dtype, tolerance: float) -> None:
     torch_optimizer = torch.optim.Muon(torch_parameters, **settings)
     for _ in range(10):
         before = [p.detach().clone() for p in parameters]
-        # both start each update from the same weights, so that differences do not add up
+        # both start each update from the same weights, so differences do not add up
         for p, torch_p in zip(parameters, torch_parameters):
             torch_p.data.copy_(p.data)
             p.grad = torch.randn_like(p)
