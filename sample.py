@@ -62,7 +62,7 @@ from pathlib import Path
 import torch
 
 from keepgpt import tokenizer
-from keepgpt.checkpoint import find_step, has_run, mention_renamed, read_newest
+from keepgpt.checkpoint import find_bundle, has_run, mention_renamed
 from keepgpt.dataset import dataset_folder, read_meta
 from keepgpt.device import pick_device, pick_dtype
 from keepgpt.huggingface import read_weights
@@ -89,10 +89,7 @@ def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
                 f"{folder}: no checkpoint. Try: --out_dir=<folder of a run>, or "
                 "first: python train.py config/train_plays_cpu.py"
             )
-        if config.step:
-            _, bundle = find_step(folder, config.step)
-        else:
-            bundle = read_newest(folder, prefer_best=origin == "best")
+        _, bundle = find_bundle(folder, config.step, prefer_best=origin == "best")
         args = bundle["model_args"]
         state = bundle["model"]
         data = bundle["data"]

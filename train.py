@@ -78,6 +78,16 @@ from model import GPT, ModelArgs, build_model, crop_weights, generate, load_mode
 
 # gradient norms whose median a spike is compared with
 SPIKE_WINDOW = 128
+# fields of State that a checkpoint stores as they are
+PLAIN_STATE = (
+    "step",
+    "evaluation",
+    "wandb_run_id",
+    "data_start",
+    "replays",
+    "trunk",
+    "went_back_to",
+)
 
 
 @dataclass
@@ -107,21 +117,15 @@ class State:
     def state_dict(self) -> dict[str, Any]:
         """Return the state as a dict of plain values and live tensors. Every rank must call it."""
         return {
-            "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "rng": self.ranks.gather(rng_state(self.ranks.device)),
             "world_size": self.ranks.world_size,
-            "evaluation": self.evaluation,
-            "wandb_run_id": self.wandb_run_id,
-            "data_start": self.data_start,
+            **{key: getattr(self, key) for key in PLAIN_STATE},
             # a resumed run finds out again what to skip for its next update
             "skips": {step: n for step, n in self.skips.items() if step < self.step},
-            "replays": self.replays,
             "norms": self.norms,
-            "trunk": self.trunk,
-            "went_back_to": self.went_back_to,
         }
 
     def load_state_dict(self, bundle: dict[str, Any]) -> None:
@@ -135,10 +139,8 @@ class State:
         # a rank that the saved run did not have keeps the generators that its seed gave it
         if self.ranks.rank < len(bundle["rng"]):
             restore_rng(bundle["rng"][self.ranks.rank], self.ranks.device)
-        for key in ("step", "evaluation", "wandb_run_id"):
-            setattr(self, key, bundle[key])
-        # older bundles lack these
-        for key in ("data_start", "skips", "replays", "trunk", "went_back_to"):
+        # older bundles lack some
+        for key in (*PLAIN_STATE, "skips"):
             setattr(self, key, bundle.get(key, getattr(self, key)))
         # a window, unless spike_factor is new or gone
         if self.norms is not None and bundle.get("norms") is not None:
@@ -409,12 +411,11 @@ def read_run(config: TrainConfig, lock: FolderLock) -> dict[str, Any]:
     """Return the bundle of the run in out_dir to resume from. Raises UserError."""
     out_dir = Path(config.out_dir)
     # auto:branch: has the step of its trunk
-    if "branch:" in config.init_from:
-        return checkpoint.read_newest(out_dir)
+    step = 0 if "branch:" in config.init_from else config.step
     # an evaluation changes nothing
-    if config.eval_only and config.step:
-        return checkpoint.find_step(out_dir, config.step)[1]
-    return checkpoint.go_back(out_dir, config.step, lock)
+    if config.eval_only:
+        return checkpoint.find_bundle(out_dir, step)[1]
+    return checkpoint.go_back(out_dir, step, lock)
 
 
 def merge_settings(

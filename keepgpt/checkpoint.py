@@ -327,9 +327,13 @@ def read_intact(
             yield path, bundle
 
 
-def find_newest(folder: Path, prefer_best: bool = False) -> tuple[Path, dict[str, Any]]:
-    """Return the newest intact checkpoint and its bundle, or with `prefer_best` best.pt if that is
-    intact. Raises CorruptCheckpoint if none is."""
+def find_bundle(
+    folder: Path, step: int = 0, prefer_best: bool = False
+) -> tuple[Path, dict[str, Any]]:
+    """Return the checkpoint of `step` and its bundle; if that is 0 the newest intact one, or with
+    `prefer_best` best.pt if that is intact. Raises UserError if there is none."""
+    if step:
+        return find_step(folder, step)
     # milestones and best.pt come last otherwise: they may be far behind
     newest = [folder / "ckpt.pt", *numbered(folder), *milestones(folder)]
     best = [folder / "best.pt"]
@@ -345,11 +349,6 @@ def find_newest(folder: Path, prefer_best: bool = False) -> tuple[Path, dict[str
     unreadable = [e for e in errors if isinstance(e, OSError)]
     message = f"no intact checkpoint of keepGPT in {folder}. Try: {hint}"
     raise CorruptCheckpoint(message) from (unreadable[-1] if unreadable else None)
-
-
-def read_newest(folder: Path, prefer_best: bool = False) -> dict[str, Any]:
-    """Return the bundle of `find_newest`."""
-    return find_newest(folder, prefer_best)[1]
 
 
 def find_step(folder: Path, step: int) -> tuple[Path, dict[str, Any]]:
@@ -370,7 +369,7 @@ def go_back(folder: Path, step: int, lock: FolderLock) -> dict[str, Any]:
     """Return the bundle to resume from: the newest one, or that of `step` unless it is 0; then
     later files are moved aside. A run goes back to a step only once, as a restart loop repeats the
     command. Raises UserError."""
-    newest = read_newest(folder)
+    _, newest = find_bundle(folder)
     if not step:
         return newest
     if step == newest.get("went_back_to"):
@@ -430,10 +429,8 @@ def read_trunk(path: Path, step: int) -> dict[str, Any]:
         raise UserError(
             f"init_from=branch:{path}: no checkpoint in this folder. Try: the folder of a run"
         )
-    if path.is_dir() and step:
-        path, bundle = find_step(path, step)
-    elif path.is_dir():
-        path, bundle = find_newest(path)
+    if path.is_dir():
+        path, bundle = find_bundle(path, step)
     elif step:
         raise UserError(f"step={step} needs a run's folder, and {path} is none")
     else:

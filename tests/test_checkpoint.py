@@ -22,10 +22,10 @@ from keepgpt.checkpoint import (
     Disk,
     Saver,
     commit,
+    find_bundle,
     numbered,
     path_of,
     read_bundle,
-    read_newest,
     step_of,
 )
 from keepgpt.files import FolderLock
@@ -79,7 +79,7 @@ def test_a_corrupted_write_is_never_committed(bundle, tmp_path):
     for step in (2, 3, 4):
         with pytest.raises(CorruptCheckpoint):
             commit(bundle | {"step": step}, tmp_path, 2, False, disk)
-    assert read_newest(tmp_path)["step"] == 1
+    assert find_bundle(tmp_path)[1]["step"] == 1
     names = {path.name for path in tmp_path.glob("*.pt*")}
     assert names == {"ckpt.pt", "ckpt-00000001.pt"}
 
@@ -205,7 +205,7 @@ def test_no_operation_of_a_save_touches_another_folder(bundle, tmp_path):
 
         assert read_files(folder) == disk.files
         # a save that failed may have been complete before the move
-        step = read_newest(folder.with_name("old"))["step"]
+        step = find_bundle(folder.with_name("old"))[1]["step"]
         assert step == 3 or (step == 2 and not saved)
     assert n > 10
     assert saved
@@ -310,7 +310,7 @@ def test_best_is_resumed_when_ckpt_has_lost_its_end(bundle, tmp_path):
         path.unlink()
     # an intact zip without keepGPT's checksum
     torch.save(bundle, tmp_path / "ckpt.pt")
-    assert read_newest(tmp_path)["step"] == bundle["step"]
+    assert find_bundle(tmp_path)[1]["step"] == bundle["step"]
 
 
 def test_steps_of_nine_digits_are_the_newest(bundle, tmp_path):

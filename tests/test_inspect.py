@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import PROGRAMS, TINY, complaint, run
 
-from keepgpt.checkpoint import find_newest
+from keepgpt.checkpoint import find_bundle
 from keepgpt.files import FolderLock
 from tools.common import last_step, read_card
 from tools.inspect import list_batches, open_loader, read_micro_batch, sort_log
@@ -86,7 +86,7 @@ def read_record(folder: Path, step: int) -> list[tuple[int, list]]:
 
 def explain(folder: Path, step: int) -> list[tuple[int, list]]:
     """Return the same as tools.inspect finds it. Check that each sequence is at its place."""
-    _, bundle = find_newest(folder)
+    _, bundle = find_bundle(folder)
     loader = open_loader(bundle)
     # the dataset has one shard
     data = np.fromfile(loader.split.files[0].name, np.uint16).tolist()

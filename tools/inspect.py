@@ -20,7 +20,7 @@ import torch
 from keepgpt.checkpoint import (
     CorruptCheckpoint,
     check_crc,
-    find_newest,
+    find_bundle,
     milestones,
     numbered,
     read_bundle,
@@ -376,7 +376,7 @@ def rows_around(log: Log, step: int) -> list[dict]:
 def describe_step(folder: Path, step: int, chars: int) -> Iterator[str]:
     """Yield the lines about a step. Raises UserError."""
     # any checkpoint of this run would do, the newest knows most skips
-    _, bundle = find_newest(folder)
+    _, bundle = find_bundle(folder)
     log = sort_log(folder)
     config = read_config(bundle["config"])
     batches = list_batches(bundle, log, step)

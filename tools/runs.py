@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import train
-from keepgpt.checkpoint import CorruptCheckpoint, read_bundle, read_newest
+from keepgpt.checkpoint import CorruptCheckpoint, find_bundle, read_bundle
 from keepgpt.config import TrainConfig, parse
 from keepgpt.errors import UserError
 from keepgpt.signals import die_with_parent
@@ -249,7 +249,7 @@ def read_state(path: Path) -> str:
 def newest_state(folder: Path) -> str:
     """Return the full state that a run would resume from, or ""."""
     try:
-        return full_state_of(read_newest(folder))
+        return full_state_of(find_bundle(folder)[1])
     except CorruptCheckpoint:
         return ""
 

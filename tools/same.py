@@ -6,7 +6,7 @@ exit code is 0 if all are equal, else 1.
 
 from pathlib import Path
 
-from keepgpt.checkpoint import read_newest
+from keepgpt.checkpoint import find_bundle
 from keepgpt.errors import UserError
 from tools.common import NoSettings, run_tool
 from tools.runs import digest
@@ -19,7 +19,7 @@ def main(_config: NoSettings, folders: list[str]) -> int:
     # a step and its state: the same state at another step is another run
     states = set()
     for folder in folders:
-        bundle = read_newest(Path(folder))
+        bundle = find_bundle(Path(folder))[1]
         # a list: these sums stand in logs, and those of a dict would differ
         state = digest([bundle["model"], bundle["optimizer"]])
         states.add((bundle["step"], state))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from keepgpt.checkpoint import find_newest, find_step, has_run
+from keepgpt.checkpoint import find_bundle, has_run
 from keepgpt.errors import UserError
 from keepgpt.kernels import MAX_LOGITS
 from keepgpt.tokenizer import Tokenizer
@@ -62,7 +62,7 @@ def load_model(name: str, step: int, data_dir: str) -> Model:
     folder = Path(name)
     path = folder
     if has_run(folder):
-        found = find_step(folder, step) if step else find_newest(folder, True)
+        found = find_bundle(folder, step, prefer_best=True)
         path = found[0]
     elif step:
         raise UserError(f"step={step}: expected the folder of a run, got {name}")
