@@ -45,10 +45,27 @@ def compile_script(path: str, _modified: int) -> types.CodeType:
     return compile(Path(path).read_bytes(), path, "exec")
 
 
+@functools.cache
+def share_gpt2() -> None:
+    """Let all forks share GPT-2's tokenizer: to make it takes longer than most preparations."""
+    tokenizer = importlib.import_module("keepgpt.tokenizer").BPETokenizer
+    make = tokenizer.__init__
+    gpt2 = tokenizer({"kind": "gpt2"})
+
+    def share(self: Any, description: dict[str, Any]) -> None:
+        if description == gpt2.description:
+            vars(self).update(vars(gpt2))
+        else:
+            make(self, description)
+
+    tokenizer.__init__ = share
+
+
 def prepare_fork(request: dict[str, Any]) -> types.CodeType | None:
     """Import the modules of a script. Return its code, or None for a module."""
     for module in request["imports"]:
         importlib.import_module(module)
+    share_gpt2()
     # a fork that ends would take each operator of torch out of its table
     for finalizer in list(weakref.finalize._registry):
         finalizer.atexit = False
@@ -131,6 +148,7 @@ def become(request: dict[str, Any], rank: int, streams: list[int]) -> None:
     os.environ.update(request["env"])
     if request["ranks"] > 1:
         os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        shorten_pauses()
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
     # those of the server: pipes of other requests end when their own forks do
@@ -142,6 +160,13 @@ def become(request: dict[str, Any], rank: int, streams: list[int]) -> None:
     if "PYTHONPATH" in os.environ:
         sys.path[1:1] = os.environ["PYTHONPATH"].split(":")
     sys.argv = request["argv"]
+
+
+def shorten_pauses() -> None:
+    """Let a rank print its error soon. It waits for seconds in case that torchrun ends it after
+    another rank's error; here the ranks end by themselves."""
+    errors = importlib.import_module("keepgpt.errors")
+    errors.time = types.SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 10))
 
 
 def run_script(code: types.CodeType | None) -> None:

@@ -587,9 +587,13 @@ def test_a_mistake_exits_2_with_one_line(file, script, argv, says):
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_rank_prints_an_error_in_one_line(monkeypatch, capsys, rank):
     monkeypatch.setenv("LOCAL_RANK", rank)
+    pauses = []
+    monkeypatch.setattr("keepgpt.errors.time.sleep", pauses.append)
     with pytest.raises(SystemExit) as end:
         exit_with(UserError("two\nlines"))
     assert end.value.code == 2 and capsys.readouterr().err == "error: two lines\n"
+    # torchrun may end the others before they print the same
+    assert pauses == ([] if rank == "0" else [3])
 
 
 # --help

@@ -17,6 +17,8 @@ def execute(monkeypatch):
         notebook,
         timeout=120,
         kernel_name="python3",
+        # the end of a kernel is no subject here, and takes seconds
+        shutdown_kernel="immediate",
         resources={"metadata": {"path": str(REPO)}},
     )
 

@@ -660,7 +660,7 @@ def test_a_signal_ends_the_training_of_a_bpe(tmp_path, stop_signal):
     while child.poll() is None and not (folder / ".lock").exists():
         time.sleep(0.01)
     # the reading takes less than that, the training more
-    time.sleep(4)
+    time.sleep(2)
     assert child.poll() is None
     assert not (folder / "train.bin.tmp").exists()
     sent = time.monotonic()
@@ -965,7 +965,9 @@ def hub(hub_folder, tmp_path):
             "HF_HOME": str(tmp_path / "home"),
             "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
         }
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        # shutdown waits for the next look at it, by default every half second
+        serve = partial(server.serve_forever, poll_interval=0.01)
+        threading.Thread(target=serve, daemon=True).start()
         yield server
         server.shutdown()
 

@@ -413,20 +413,20 @@ def test_another_ctrl_c_exits_at_once():
 
 
 @pytest.mark.parametrize(
-    "number, ignored, env, answer",
+    "number, ignored, env, seconds, answer",
     [
-        (signal.SIGHUP, False, {}, "None True"),
-        (signal.SIGXCPU, False, {}, "None True"),
-        (signal.SIGUSR2, True, {}, "None True"),
-        (signal.SIGHUP, True, {}, "uninterrupted False"),
+        (signal.SIGHUP, False, {}, 60, "None True"),
+        (signal.SIGXCPU, False, {}, 60, "None True"),
+        (signal.SIGUSR2, True, {}, 60, "None True"),
+        (signal.SIGHUP, True, {}, 1, "uninterrupted False"),
         # torchrun passes it on
-        (signal.SIGHUP, True, {"RANK": "0"}, "None True"),
+        (signal.SIGHUP, True, {"RANK": "0"}, 60, "None True"),
     ],
     ids=["SIGHUP", "SIGXCPU", "SIGUSR2 ignored", "nohup", "nohup of a rank"],
 )
-def test_signals_of_batch_systems_and_terminals(number, ignored, env, answer):
+def test_signals_of_batch_systems_and_terminals(number, ignored, env, seconds, answer):
     before = signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
-    process = start_program("wait_for_signal.py", **env)
+    process = start_program("wait_for_signal.py", str(seconds), **env)
     signal.signal(number, before)
     process.send_signal(number)
     # an ignored signal lets the work end by itself

@@ -101,7 +101,9 @@ def test_a_stopped_run_with_a_hanging_finish_exits_75(fake, dataset, tmp_path):
 
 
 def test_a_hanging_finish_has_a_limit(fake, train):
-    fake(finish=HANG)
+    # the real one takes ten seconds
+    limit = "import keepgpt.metrics; keepgpt.metrics.CLOSE_SECONDS = 1"
+    fake(init=limit, finish=HANG)
     done = train(wandb_log=True, code=3, learning_rate=1e30, grad_clip=0)
     assert "wandb sync wandb/run-1" in done.stdout.splitlines()[-1]
 

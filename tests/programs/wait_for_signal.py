@@ -1,4 +1,5 @@
-"""Work that a signal interrupts: prints its result and whether a signal came."""
+"""Work that a signal interrupts: prints its result and whether a signal came. The argument is
+`uninterruptible`, or the seconds that the work takes."""
 
 import sys
 import time
@@ -12,7 +13,7 @@ signals = Signals()
 
 def work() -> str:
     print("ready", flush=True)
-    time.sleep(5)
+    time.sleep(float(sys.argv[1]))
     return "uninterrupted"
 
 
