@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import load
-from torch._inductor.async_compile import AsyncCompile
-from torch._inductor.utils import run_and_get_code
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
@@ -186,6 +184,10 @@ def test_the_compiled_form_of_the_loss_has_the_same_bits(dtype, monkeypatch):
 
 @pytest.mark.slow
 def test_the_compiled_loss_keeps_no_float32_logits(monkeypatch):
+    # the compiler takes a second to load: here, not for all tests
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.utils import run_and_get_code
+
     # the generated code is enough: do not compile its kernels to machine code
     monkeypatch.setattr(AsyncCompile, "cpp_pybinding", lambda *_: lambda *_: None)
     R = 48

@@ -246,6 +246,7 @@ def test_a_resumed_run_skips_the_same(poisoned, tmp_path, ranks):
     assert rows(out, "loss") == rows(whole, "loss")
 
 
+@pytest.mark.slow
 def test_max_skips_of_0_stops_at_the_first_bad_batch(poisoned, tmp_path):
     settings, whole = poisoned
     first = min(load(whole / "ckpt.pt")["skips"])

@@ -13,11 +13,11 @@ import termios
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import PROGRAMS, TINY, bits, command, complaint, load, rows, run, start
-from wandb.proto import wandb_internal_pb2 as pb
 
 import train as script
 from keepgpt import config as configurator
@@ -384,9 +384,12 @@ def test_progress_is_one_line_in_a_terminal(train, dataset, tmp_path):
 # wandb and the compiler
 
 
-def read_wandb_records(path: Path) -> Iterator[pb.Record]:
+def read_wandb_records(path: Path) -> Iterator[Any]:
     """Read the records that wandb wrote offline, in the format of LevelDB's log: blocks of 32 KiB
     hold whole records or parts of them, each after a CRC32, a length and a type."""
+    # loaded here, not for all tests
+    from wandb.proto import wandb_internal_pb2 as pb
+
     data = path.read_bytes()
     # after wandb's own header
     at = 7
