@@ -17,7 +17,7 @@ def execute(monkeypatch):
         notebook,
         timeout=120,
         kernel_name="python3",
-        # the end of a kernel is no subject here, and takes seconds
+        # the end of a kernel takes seconds, and is not tested here
         shutdown_kernel="immediate",
         resources={"metadata": {"path": str(REPO)}},
     )
