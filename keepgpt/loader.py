@@ -8,6 +8,7 @@ epoch visits every window once, in a permutation computed by arithmetic, and cut
 import os
 import zlib
 from bisect import bisect_right
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
@@ -24,18 +25,18 @@ from keepgpt.errors import name_path
 
 def mix(x: np.ndarray) -> np.ndarray:
     """Scramble uint64 values: the finalizer of SplitMix64 (Steele, Lea, Flood 2014)."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x = x + 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
 
 
 def seed_of(*numbers: int) -> int:
     """Return a seed below 2**63 that mixes several non-negative numbers."""
     seed = np.zeros(1, np.uint64)
     for number in numbers:
-        seed = mix(seed ^ np.uint64(number))
-    return int(seed[0] >> np.uint64(1))
+        seed = mix(seed ^ number)
+    return int(seed[0]) >> 1
 
 
 def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
@@ -46,8 +47,8 @@ def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
     through it again (Black and Rogaway 2002, "Ciphers with arbitrary finite domains").
     """
     # a number has two halves of this many bits
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    low = (np.uint64(1) << half) - np.uint64(1)
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    low = (1 << half) - 1
     index = index.copy()
     outside = np.ones(index.shape, bool)
     while outside.any():
@@ -55,7 +56,7 @@ def permute(index: np.ndarray, n: int, key: np.ndarray) -> np.ndarray:
         right = index[outside] & low
         for r in range(6):
             # a round XORs one half with a function of the other, then swaps them
-            scrambled = mix(right ^ mix(key[outside] + np.uint64(r))) & low
+            scrambled = mix(right ^ mix(key[outside] + r)) & low
             left, right = right, left ^ scrambled
         index[outside] = left << half | right
         outside &= index >= n
@@ -68,7 +69,22 @@ def batch_number(step: int, skips: dict[int, int], start: int = 0) -> int:
     return step - start + sum(n for at, n in skips.items() if at <= step)
 
 
-class Split:
+class Windows:
+    """Windows of tokens in one sequence without an end, read by their numbers in it."""
+
+    def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Return windows first ... first + count - 1: inputs and targets, (count, T) int64 each.
+        Raises BadData."""
+        windows = []
+        for split, start in self.locate(range(first, first + count)):
+            content = split.read(start, split.block_size + 1)
+            windows.append(np.frombuffer(content, split.dtype))
+        # targets are the inputs one token later
+        tokens = torch.from_numpy(np.stack(windows).astype(np.int64))  # (count, T + 1)
+        return tokens[:, :-1], tokens[:, 1:]
+
+
+class Split(Windows):
     """The .bin files of a split, read by position as one sequence of tokens and cut into windows.
     Nothing is mapped into memory."""
 
@@ -89,7 +105,7 @@ class Split:
         # bytes before the tokens of each file
         self.header = meta.get("header", 0)
         self.block_size = block_size
-        self.key = np.uint64(seed_of(seed))
+        self.key = seed_of(seed)
 
         # file i holds tokens ends[i] ... ends[i + 1] - 1
         self.files = []
@@ -176,38 +192,15 @@ class Split:
                 )
             self.intact[i][block] = 1
 
-    def locate(self, first: int, count: int) -> list[tuple["Split", int]]:
-        """Return the split and the first token of each of the windows first ... first + count - 1
-        of the endless sequence of epochs."""
-        numbers = np.arange(first, first + count, dtype=np.uint64)
-        return [(self, start) for start in self.find_starts(numbers)]
-
-    def find_starts(self, numbers: np.ndarray) -> list[int]:
-        """Return the first token of each of the windows with these numbers, uint64, in the endless
-        sequence of epochs."""
+    def locate(self, numbers: Sequence[int]) -> list[tuple["Split", int]]:
+        """Return this split and the first token of each of the windows with these numbers in the
+        endless sequence of epochs."""
         # each epoch has a permutation and an offset of its own
-        epoch, index = np.divmod(numbers, np.uint64(self.windows))
+        epoch, index = np.divmod(np.array(numbers, np.uint64), self.windows)
         key = mix(epoch ^ self.key)
-        offset = key % np.uint64(self.offsets)
         window = permute(index, self.windows, key)
-        return (window * np.uint64(self.block_size) + offset).tolist()
-
-    def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """Return windows first ... first + count - 1, see `locate`: inputs and targets, (count, T)
-        int64 each."""
-        return read_rows(self.locate(first, count))
-
-
-def read_rows(places: list[tuple[Split, int]]) -> tuple[Tensor, Tensor]:
-    """Return the windows that start at those tokens of splits: inputs and targets, (count, T) int64
-    each. Raises BadData."""
-    windows = []
-    for split, start in places:
-        content = split.read(start, split.block_size + 1)
-        windows.append(np.frombuffer(content, split.dtype))
-    # targets are the inputs one token later
-    tokens = torch.from_numpy(np.stack(windows).astype(np.int64))  # (count, T + 1)
-    return tokens[:, :-1], tokens[:, 1:]
+        starts = window * self.block_size + key % self.offsets
+        return [(self, start) for start in starts.tolist()]
 
 
 def open_tokens(path: Path, expected: int, itemsize: int, header: int) -> FileIO:

@@ -7,18 +7,17 @@ dataset does.
 
 import hashlib
 import json
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from keepgpt.dataset import SPLITS, BadData, dataset_folder, read_crc32, read_meta
-from keepgpt.loader import Split, mix, permute, read_rows, seed_of
+from keepgpt.loader import Split, Windows, mix, permute, seed_of
 
 # windows in which the proportions are exact, but for one window of each source
 CYCLE = 256
@@ -41,9 +40,9 @@ def find_sources(data_dir: str, dataset: str) -> list[Source]:
     if folder.exists() or not set("+:") & set(dataset):
         return [Source(folder, read_meta(folder), Fraction(1))]
     weights = parse_mixture(dataset)
-    total = sum(weights.values())
+    total = sum(weight for _, weight in weights)
     sources = []
-    for name, weight in weights.items():
+    for name, weight in weights:
         folder = dataset_folder(data_dir, name)
         sources.append(Source(folder, read_meta(folder), weight / total))
     check_sources(sources)
@@ -51,22 +50,21 @@ def find_sources(data_dir: str, dataset: str) -> list[Source]:
     return sorted(sources, key=lambda s: (-s.share, s.meta["fingerprint"]))
 
 
-def parse_mixture(dataset: str) -> dict[str, Fraction]:
-    """Return the weights of the sources by name. Raises BadData."""
-    weights = {}
+def parse_mixture(dataset: str) -> list[tuple[str, Fraction]]:
+    """Return the name and the weight of each source. Raises BadData."""
+    weights = []
     for part in dataset.split("+"):
-        name, _, weight = part.rpartition(":")
+        name, _, number = part.rpartition(":")
         try:
-            weights[name] = Fraction(weight)
+            weight = Fraction(number)
         except (ValueError, ZeroDivisionError):
-            weights[name] = Fraction(0)
-        if not name or weights[name] <= 0:
+            weight = 0
+        if not name or weight <= 0:
             raise BadData(
                 f"dataset={dataset}: expected a dataset, or NAME:WEIGHT+NAME:WEIGHT with weights "
                 f"above 0, got {part!r}. Try: --dataset=web:0.7+code:0.3"
             )
-    if len(weights) < len(dataset.split("+")):
-        raise BadData(f"dataset={dataset}: expected each name once")
+        weights.append((name, weight))
     return weights
 
 
@@ -81,12 +79,11 @@ def check_sources(sources: list[Source]) -> None:
                 f"one of them again with --tokenizer={sources[0].folder}, the other's"
             )
     for key in ("name", "fingerprint"):
-        counts = Counter(source.meta[key] for source in sources)
-        value, count = counts.most_common(1)[0]
-        if count > 1:
+        values = [source.meta[key] for source in sources]
+        if len(set(values)) < len(values):
             raise BadData(
-                f"expected sources that differ, got two with the {key} {value}. Try: prepare.py "
-                "with another --name"
+                f"expected the {key} of each source once, got {', '.join(values)}. Try: one "
+                "of them with the sum of their weights, or prepare.py with another --name"
             )
 
 
@@ -115,7 +112,7 @@ def describe_sources(sources: list[Source]) -> dict[str, Any]:
     }
 
 
-class Mixture:
+class Mixture(Windows):
     """The windows of several splits in one sequence without an end, each split at its share."""
 
     def __init__(self, splits: list[Split], shares: list[Fraction], seed: int) -> None:
@@ -123,46 +120,41 @@ class Mixture:
         self.splits = splits
         # the sum of the shares of the splits before each one, and 1
         self.bounds = [Fraction(0), *accumulate(shares)]
-        self.key = np.uint64(seed_of(seed, len(splits)))
+        self.key = seed_of(seed, len(splits))
         self.windows = sum(split.windows for split in splits)
 
-    def count_windows(self, n: int) -> list[int]:
+    def count_windows(self, n: int) -> np.ndarray:
         """Return how many of the first n windows each split has: exactly if n is a multiple of
         CYCLE, otherwise to within a few windows."""
-        ends = [n * bound.numerator // bound.denominator for bound in self.bounds]
-        return [end - start for start, end in pairwise(ends)]
+        return np.diff(self.count_before(n))
 
-    def locate(self, first: int, count: int) -> list[tuple[Split, int]]:
-        """Return the split and the first token of the windows first ... first + count - 1."""
+    def count_before(self, n: int) -> np.ndarray:
+        """Return how many of the first n windows the splits before each one have, and n."""
+        return np.array([int(n * bound) for bound in self.bounds])
+
+    def locate(self, numbers: Sequence[int]) -> list[tuple[Split, int]]:
+        """Return the split and the first token of each of the windows with these numbers."""
         # each cycle has the windows of split 0, then those of split 1, ..., in a permutation
-        numbers = np.arange(first, first + count, dtype=np.uint64)
-        cycles, index = np.divmod(numbers, np.uint64(CYCLE))
+        cycles, index = np.divmod(np.array(numbers, np.uint64), CYCLE)
         slots = permute(index, CYCLE, mix(cycles ^ self.key)).astype(np.int64)
-        sources = np.empty(count, np.int64)
-        windows = np.empty(count, np.int64)
+        sources = np.empty(len(numbers), np.int64)
+        windows = np.empty(len(numbers), np.int64)
         for cycle in set(cycles.tolist()):
             # the windows of each split up to this cycle, and the first slot of each split in it
-            before = np.array(self.count_windows(cycle * CYCLE))
-            after = np.array(self.count_windows((cycle + 1) * CYCLE))
-            ends = np.cumsum(after - before)
-            first_slots = ends - (after - before)
+            start = cycle * CYCLE
+            before = self.count_windows(start)
+            first_slots = self.count_before(start + CYCLE) - self.count_before(start)
             here = cycles == cycle
-            k = np.searchsorted(ends, slots[here], side="right")
+            k = np.searchsorted(first_slots, slots[here], side="right") - 1
             sources[here] = k
             windows[here] = before[k] + slots[here] - first_slots[k]
 
-        # the place of each of those windows in its split
-        places: list = [None] * count
-        for k, split in enumerate(self.splits):
-            (at,) = np.nonzero(sources == k)
-            starts = split.find_starts(windows[at].astype(np.uint64))
-            for i, start in zip(at.tolist(), starts):
-                places[i] = (split, start)
-        return places
-
-    def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """Return windows first ... first + count - 1: inputs and targets, (count, T) int64 each."""
-        return read_rows(self.locate(first, count))
+        # the places of each split's windows, which are in their order
+        places = [
+            iter(split.locate(windows[sources == k]))
+            for k, split in enumerate(self.splits)
+        ]
+        return [next(places[k]) for k in sources.tolist()]
 
 
 def read_checksums(sources: list[Source], saved: dict[str, Any]) -> None:

@@ -19,18 +19,16 @@ import torch
 
 from keepgpt.checkpoint import (
     CorruptCheckpoint,
+    by_step,
     check_crc,
     find_bundle,
-    milestones,
-    numbered,
     read_bundle,
-    step_of,
 )
 from keepgpt.config import TrainConfig, setting
 from keepgpt.dataset import check_identity
 from keepgpt.errors import UserError
 from keepgpt.evaluation import describe_evaluation
-from keepgpt.loader import Loader, batch_number, read_rows
+from keepgpt.loader import Loader, batch_number
 from keepgpt.mixture import (
     describe_sources,
     find_sources,
@@ -112,7 +110,7 @@ def classify(row: dict, log: Log) -> list[dict]:
 def list_files(folder: Path) -> list[list[Path]]:
     """Return the names of each checkpoint file, the newest file first."""
     # the order in which a resume tries them
-    names = sorted(numbered(folder) + milestones(folder), key=step_of, reverse=True)
+    names = by_step(folder)
     files: dict[int, list[Path]] = {}
     for path in [folder / "ckpt.pt", *names, folder / "best.pt"]:
         # a running run may remove it at any instant
@@ -327,8 +325,8 @@ def open_loader(bundle: dict[str, Any]) -> Loader:
 def read_micro_batch(loader: Loader, batch: int, m: int) -> list[Sequence]:
     """Return the sequences of micro-batch m of a batch. Raises BadData."""
     first = loader.first_window(batch, m)
-    places = loader.split.locate(first, loader.batch_size)
-    x, _ = read_rows(places)
+    places = loader.split.locate(range(first, first + loader.batch_size))
+    x, _ = loader.split.rows(first, loader.batch_size)
     sequences = []
     for (split, start), tokens in zip(places, x.tolist()):
         # the file that holds the first token, as in Split.read
