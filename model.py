@@ -10,7 +10,8 @@ D the width of a head, V vocabulary.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,12 +77,11 @@ class ModelArgs:
     def check_settings(self) -> None:
         """Raise UserError if a setting that the architecture lacks has another value than its
         default."""
-        defaults = {f.name: f.default for f in fields(self)}
         existing = ARCHITECTURES[self.architecture].settings
         for architecture in ARCHITECTURES.values():
             for name in architecture.settings:
                 value = getattr(self, name)
-                if name not in existing and value != defaults[name]:
+                if name not in existing and value != getattr(ModelArgs, name):
                     raise UserError(
                         f"{name}={value}: {self.architecture} has no such setting. "
                         f"Try: leave --{name} out"
@@ -225,7 +225,7 @@ class RMSNorm(nn.RMSNorm):
         if kernels.has_fast_norm(x):
             y = kernels.RMSNormFunction.apply(wide_x, self.weight, self.eps)
         else:
-            y = F.rms_norm(wide_x, self.normalized_shape, self.weight, self.eps)
+            y = super().forward(wide_x)
         return y.to(kernels.compute_dtype(x))
 
 
@@ -253,38 +253,36 @@ class LlamaBlock(nn.Module):
     several heads of queries, then a SwiGLU (Shazeer 2020): one linear layer gates the output of
     another. Each has a norm before it, and adds to the residual stream x."""
 
+    # of each head of queries and keys
+    head_norm = nn.Identity
+
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
         C = args.n_embd
         self.D = args.D
+        # no biases
+        linear = partial(nn.Linear, bias=False)
+        q_width = args.n_head * args.D
+        kv_width = args.K * args.D
         self.self_attn = nn.ModuleDict(
             {
-                "q_proj": nn.Linear(C, args.n_head * args.D, bias=False),
-                "k_proj": nn.Linear(C, args.K * args.D, bias=False),
-                "v_proj": nn.Linear(C, args.K * args.D, bias=False),
-                "o_proj": nn.Linear(args.n_head * args.D, C, bias=False),
+                "q_proj": linear(C, q_width),
+                "k_proj": linear(C, kv_width),
+                "v_proj": linear(C, kv_width),
+                "o_proj": linear(q_width, C),
+                "q_norm": self.head_norm(args.D, args.norm_eps),
+                "k_norm": self.head_norm(args.D, args.norm_eps),
             }
         )
         self.mlp = nn.ModuleDict(
             {
-                "gate_proj": nn.Linear(C, args.ff_width, bias=False),
-                "up_proj": nn.Linear(C, args.ff_width, bias=False),
-                "down_proj": nn.Linear(args.ff_width, C, bias=False),
+                "gate_proj": linear(C, args.ff_width),
+                "up_proj": linear(C, args.ff_width),
+                "down_proj": linear(args.ff_width, C),
             }
         )
         self.input_layernorm = RMSNorm(C, args.norm_eps)
         self.post_attention_layernorm = RMSNorm(C, args.norm_eps)
-
-    def split_heads(self, x: Tensor) -> Tensor:
-        """Return x (B, T, heads * D) as (B, T, heads, D)."""
-        return x.unflatten(-1, (-1, self.D))
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the queries (B, T, H, D), keys and values (B, T, K, D) of x (B, T, C)."""
-        q = self.split_heads(self.self_attn.q_proj(x))
-        k = self.split_heads(self.self_attn.k_proj(x))
-        v = self.split_heads(self.self_attn.v_proj(x))
-        return q, k, v
 
     def forward(
         self,
@@ -298,11 +296,15 @@ class LlamaBlock(nn.Module):
         """Return the residual stream (B, T, C) after this block; see `attend_cached` and
         `rotary_angles`."""
         # attention: tokens read from the tokens before them
-        q, k, v = self.project(self.input_layernorm(x))
-        q = rotate(q.transpose(1, 2), cos, sin)  # (B, H, T, D)
-        k = rotate(k.transpose(1, 2), cos, sin)  # (B, K, T, D)
+        attn = self.self_attn
+        y = self.input_layernorm(x)
+        q = attn.q_proj(y).unflatten(-1, (-1, self.D))  # (B, T, H, D)
+        k = attn.k_proj(y).unflatten(-1, (-1, self.D))  # (B, T, K, D)
+        v = attn.v_proj(y).unflatten(-1, (-1, self.D))  # (B, T, K, D)
+        q = rotate(attn.q_norm(q).transpose(1, 2), cos, sin)  # (B, H, T, D)
+        k = rotate(attn.k_norm(k).transpose(1, 2), cos, sin)  # (B, K, T, D)
         y = attend_cached(q, k, v.transpose(1, 2), kv, past, p)  # (B, T, H * D)
-        x = x + F.dropout(self.self_attn.o_proj(y), p)
+        x = x + F.dropout(attn.o_proj(y), p)
 
         # the SwiGLU: each token alone
         y = self.post_attention_layernorm(x)
@@ -313,15 +315,7 @@ class LlamaBlock(nn.Module):
 class Qwen3Block(LlamaBlock):
     """A LlamaBlock that normalizes each head of its queries and keys (Henry et al. 2020)."""
 
-    def __init__(self, args: ModelArgs) -> None:
-        super().__init__(args)
-        self.self_attn["q_norm"] = RMSNorm(args.D, args.norm_eps)
-        self.self_attn["k_norm"] = RMSNorm(args.D, args.norm_eps)
-
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the queries (B, T, H, D), keys and values (B, T, K, D) of x (B, T, C)."""
-        q, k, v = super().project(x)
-        return self.self_attn.q_norm(q), self.self_attn.k_norm(k), v
+    head_norm = RMSNorm
 
 
 class GPT(nn.Module):
@@ -331,7 +325,7 @@ class GPT(nn.Module):
     """
 
     # the fields of ModelArgs that only some architectures have
-    settings: tuple[str, ...] = ()
+    settings: tuple[str, ...]
     # names of modules: the token embedding, the list of blocks, the norm after the last block, and
     # the embedding of positions, if there is one
     tokens: str
@@ -393,9 +387,9 @@ class GPT(nn.Module):
         x = self.get_submodule(self.final_norm)(x)
 
         # the output layer is the token embedding, unless there is one of its own
-        if targets is None and self.lm_head:
-            return self.lm_head(x)  # (B, T, V)
         if targets is None:
+            if self.lm_head:
+                return self.lm_head(x)  # (B, T, V)
             return F.linear(x, self.embedding.weight)  # (B, T, V)
         # cross_entropy(linear(x, weight), targets), without holding the logits of all tokens
         weight = self.output_weight()
