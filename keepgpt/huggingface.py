@@ -11,7 +11,7 @@ import reprlib
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,8 @@ class Format:
     # keys with our dropout
     dropouts: tuple[str, ...]
     # our sizes that may be absent or null
-    defaults: dict[str, int] = field(default_factory=dict)
-    has_biases: bool = False
-    # with RMSNorm, and an output layer that may be tied
+    optional: tuple[str, ...] = ()
+    # with RMSNorm, no biases, and an output layer that may be tied
     is_rotary: bool = True
     # endings of names: (in, out) there, (out, in) here
     transposed: tuple[str, ...] = ()
@@ -104,7 +103,6 @@ FORMATS = {
             "tie_word_embeddings": (True,),
         },
         dropouts=("resid_pdrop", "embd_pdrop", "attn_pdrop"),
-        has_biases=True,
         is_rotary=False,
         transposed=("c_attn.weight", "c_proj.weight", "c_fc.weight"),
     ),
@@ -119,7 +117,7 @@ FORMATS = {
             "tie_word_embeddings": (False, True),
         },
         dropouts=("attention_dropout",),
-        defaults={"n_kv_head": 0, "head_dim": 0},
+        optional=("n_kv_head", "head_dim"),
         interleaved=("q_proj.weight", "k_proj.weight"),
     ),
     "qwen3": Format(
@@ -133,7 +131,7 @@ FORMATS = {
             "tie_word_embeddings": (False, True),
         },
         dropouts=("attention_dropout",),
-        defaults={"n_kv_head": 0},
+        optional=("n_kv_head",),
     ),
 }
 FIXED_IN_ALL = {
@@ -316,7 +314,12 @@ def find_weight_files(folder: Path) -> dict[Path, set[str]]:
     Print a note that names the files left out. Raises UserError."""
     files = sorted(folder.glob("*.safetensors"))
     files += sorted(folder.glob("pytorch_model*.bin"))
-    used = choose_weight_files(folder, files)
+    used = {}
+    # the order in which Transformers looks for them
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        used = used or read_index(folder / name)
+    if not used and len(files) == 1:
+        used = {files[0]: set()}
     if not used:
         # several files without an index may be of several models
         got = ", ".join(file.name for file in files) or "none of them"
@@ -332,37 +335,25 @@ def find_weight_files(folder: Path) -> dict[Path, set[str]]:
     return used
 
 
-def choose_weight_files(folder: Path, files: list[Path]) -> dict[Path, set[str]]:
-    """Return the files of an index, else model.safetensors, else the same of pytorch_model.bin,
-    else the only one of `files`, else {}. Raises UserError."""
-    # the order in which Transformers looks for them
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        indexed = read_index(folder / f"{name}.index.json")
-        if indexed:
-            return indexed
-        if (folder / name).exists():
-            return {folder / name: set()}
-    return {files[0]: set()} if len(files) == 1 else {}
-
-
 def read_index(path: Path) -> dict[Path, set[str]]:
-    """Return the files that an index names, and the tensors of each; {} without an index. Raises
-    UserError for a missing file, unless the folder has all weights in one file: Transformers leaves
-    the index of an earlier save."""
+    """Return the files that the index of `path` names, and the tensors of each; without an index
+    `path` itself, if it exists. Raises UserError for a missing file, unless `path` exists:
+    Transformers leaves the index of an earlier save."""
+    index = path.with_name(f"{path.name}.index.json")
     files = {}
-    if path.exists():
+    if index.exists():
         # name of a tensor -> name of its file
-        with name_in_errors(path, "an index of weights"):
-            for tensor, name in json.loads(path.read_bytes())["weight_map"].items():
+        with name_in_errors(index, "an index of weights"):
+            for tensor, name in json.loads(index.read_bytes())["weight_map"].items():
                 files.setdefault(path.parent / name, set()).add(tensor)
     missing = [file.name for file in files if not file.exists()]
-    # all weights in one file
-    only_file = path.with_name(path.name.removesuffix(".index.json"))
-    if missing and only_file.exists():
-        warn(f"{path}: its file {missing[0]} is missing; reading {only_file.name}")
-        return {}
+    if missing and not path.exists():
+        raise UserError(f"{index}: expected its file {missing[0]}, got none")
     if missing:
-        raise UserError(f"{path}: expected its file {missing[0]}, got none")
+        warn(f"{index}: its file {missing[0]} is missing; reading {path.name}")
+    # all weights in one file
+    if path.exists() and (missing or not files):
+        return {path: set()}
     return files
 
 
@@ -380,11 +371,13 @@ def read_args(folder: Path) -> dict:
         form = FORMATS[kind]
         check_keys(path, config, form)
 
-        # a size without a default is an error if it is absent
-        args = {"architecture": kind, "bias": form.has_biases, "dropout": 0.0}
+        # any other size is an error if it is absent
+        args = {"architecture": kind, "bias": not form.is_rotary, "dropout": 0.0}
         for size, name in form.sizes.items():
-            value = config.get(name) if size in form.defaults else config[name]
-            args[size] = form.defaults[size] if value is None else value
+            if size in form.optional:
+                args[size] = config.get(name) or 0
+            else:
+                args[size] = config[name]
         if not form.is_rotary:
             n_inner = config.get("n_inner")
             check_value(path, "n_inner", n_inner, (None, 4 * args["n_embd"]))
@@ -431,7 +424,7 @@ def make_tensors(state: dict[str, Tensor], architecture: str) -> dict[str, Tenso
     for name, tensor in state.items():
         layer = name.removesuffix(".weight")
         # embeddings have none, and vectors that are biases have another name
-        if form.has_biases and layer != name and not layer.endswith(("wte", "wpe")):
+        if not form.is_rotary and layer != name and not layer.endswith(("wte", "wpe")):
             biases[f"{layer}.bias"] = tensor.new_zeros(tensor.size(0))
         if name.endswith(form.transposed):
             tensor = tensor.t().contiguous()
