@@ -496,10 +496,7 @@ class LossCheck:
             self.unknown_id = tokenizer.unknown_id
         else:
             # the other kinds can only drop bytes: their number shows it, and takes no time
-            lengths = [
-                len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)
-            ]
-            self.lengths = np.array(lengths)
+            self.lengths = tokenizer.count_bytes()
 
     def find_difference(self, text: str, tokens: np.ndarray) -> str:
         """Return where the decoded `tokens` first differ from `text`, or "". Threads call it."""

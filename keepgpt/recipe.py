@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from keepgpt.config import check, setting
+from keepgpt.config import check, read_source, run_source, setting
 from keepgpt.errors import UserError, import_package, warn
 from keepgpt.text import Shard, Skipped, describe_files, find_files, read_documents
 
@@ -82,10 +82,10 @@ def list_recipes() -> dict[str, str]:
 def read_recipe(name: str) -> Recipe:
     """Return the recipe data/NAME.py. Raises UserError."""
     path = RECIPES / f"{name}.py"
-    names = run_recipe(path)
+    names = run_recipe(name)
     # the recipe's own settings override those of its base
     if "base" in names:
-        names = run_recipe(RECIPES / f"{names['base']}.py") | names
+        names = run_recipe(names["base"]) | names
     settings = {}
     for key, value in names.items():
         # imports, functions and constants are the recipe's own business
@@ -118,16 +118,10 @@ def check_setting(key: str, value: Any, where: str) -> Any:
     return [str(REPO / check(Recipe, key, file, where)) for file in value]
 
 
-def run_recipe(path: Path) -> dict[str, Any]:
-    """Run a recipe. Return the names that it defines. Raises UserError."""
-    names: dict[str, Any] = {}
-    try:
-        exec(compile(path.read_bytes(), path, "exec"), names)
-    except (Exception, SystemExit) as e:
-        # the last line of the recipe that was running, or that can't be parsed
-        lines = [getattr(e, "lineno", None) or 1]
-        lines += [f.lineno for f in inspect.trace() if f.filename == str(path)]
-        raise UserError(f"{path}:{lines[-1]}: {type(e).__name__}: {e}") from None
+def run_recipe(name: str) -> dict[str, Any]:
+    """Run the recipe of that name. Return the names that it defines. Raises UserError."""
+    path = str(RECIPES / f"{name}.py")
+    _, names = run_source(read_source(path), path, {})
     return {key: value for key, value in names.items() if key[0] != "_"}
 
 

@@ -46,7 +46,8 @@ class Tokenizer:
     """Turn text into ids below `vocab_size`, and back.
 
     `ids` has every token's id, spelled as in Hugging Face's files; `eot` is that of the end-of-text
-    token, or None. The name of such a token in a text is plain text.
+    token, or None. `special` are the ids of tokens that stand for no text; the name of such a token
+    in a text is plain text.
     """
 
     def __init__(
@@ -55,11 +56,13 @@ class Tokenizer:
         ids: dict[str, int],
         tokens: dict[int, bytes],
         eot: int | None,
+        special: Iterable[int] = (),
     ) -> None:
         self.description = description
         self.ids = ids
         self.tokens = tokens
         self.eot = eot
+        self.special = set(special)
         # ids may have gaps
         self.vocab_size = max(ids.values(), default=-1) + 1
 
@@ -90,14 +93,10 @@ class Tokenizer:
     def count_bytes(self) -> np.ndarray:
         """Return the bytes of text that each id stands for, (vocab_size,) int64. A special token
         stands for none, the token for unknown characters too."""
-        special = self.special_ids()
-        ids = range(self.vocab_size)
-        counts = [0 if i in special else len(self.token_bytes(i)) for i in ids]
+        counts = [len(self.token_bytes(i)) for i in range(self.vocab_size)]
+        for i in self.special:
+            counts[i] = 0
         return np.array(counts, np.int64)
-
-    def special_ids(self) -> set[int]:
-        """Return the ids of tokens that stand for no text."""
-        return set()
 
 
 def spell_bytes(token: str) -> bytes:
@@ -164,15 +163,12 @@ class BPETokenizer(Tokenizer):
         for name, i in self.special_tokens.items():
             ids[name] = i
             tokens[i] = name.encode()
-        super().__init__(description, ids, tokens, self.special_tokens.get(EOT))
+        eot = self.special_tokens.get(EOT)
+        super().__init__(description, ids, tokens, eot, self.special_tokens.values())
 
     def encode_to_numpy(self, text: str) -> np.ndarray:
         """Return the ids as a uint32 array, (T,), which tiktoken fills without the GIL."""
         return self.encoding.encode_to_numpy(text, disallowed_special=())
-
-    def special_ids(self) -> set[int]:
-        """Return the ids of tokens that stand for no text."""
-        return set(self.special_tokens.values())
 
 
 class HFTokenizer(Tokenizer):
@@ -193,7 +189,10 @@ class HFTokenizer(Tokenizer):
         steps = decoder.get("decoders", [decoder])
         self.decoders = [step.get("type") for step in steps]
         ids = self.tokenizer.get_vocab()
-        super().__init__(description, ids, self.find_bytes(), description["eot"])
+        added = self.tokenizer.get_added_tokens_decoder()
+        special = {i for i, token in added.items() if token.special}
+        tokens = self.find_bytes(added)
+        super().__init__(description, ids, tokens, description["eot"], special)
         # of the token for all that has none: BPE and WordPiece name it, Unigram has its id
         model = content["model"]
         self.unknown_id = ids.get(model.get("unk_token"), model.get("unk_id"))
@@ -208,11 +207,6 @@ class HFTokenizer(Tokenizer):
         (encoding,) = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)
         return np.array(encoding.ids, np.uint32)
 
-    def special_ids(self) -> set[int]:
-        """Return the ids of tokens that stand for no text."""
-        added = self.tokenizer.get_added_tokens_decoder()
-        return {i for i, token in added.items() if token.special}
-
     def count_bytes(self) -> np.ndarray:
         """Return the bytes of text that each id stands for, (vocab_size,) int64: those that it adds
         to the text of a word before it, where the decoder takes no bytes."""
@@ -222,7 +216,7 @@ class HFTokenizer(Tokenizer):
         # at the start of a text a decoder may remove a space
         word = next((i for t, i in self.ids.items() if t.isalpha() and t.isascii()), 0)
         before = self.tokenizer.decode([word], skip_special_tokens=False)
-        others = set(self.ids.values()) - self.tokens.keys() - self.special_ids()
+        others = set(self.ids.values()) - self.tokens.keys() - self.special
         for i in others:
             text = self.tokenizer.decode([word, i], skip_special_tokens=False)
             counts[i] = len(text[len(before) :].encode())
@@ -231,13 +225,13 @@ class HFTokenizer(Tokenizer):
                 counts[i] = len(spell_bytes(self.tokenizer.id_to_token(i)))
         return counts
 
-    def find_bytes(self) -> dict[int, bytes]:
-        """Return the bytes of the tokens that stand for bytes: all if the decoder is ByteLevel,
-        `<0x00>` to `<0xFF>` if one of its steps is ByteFallback."""
+    def find_bytes(self, added: dict[int, Any]) -> dict[int, bytes]:
+        """Return the bytes of the tokens that stand for bytes: all, also those `added` to the
+        model's, if the decoder is ByteLevel; `<0x00>` to `<0xFF>` if one of its steps is
+        ByteFallback."""
         vocabulary = self.tokenizer.get_vocab(with_added_tokens=False)
         if self.decoders == ["ByteLevel"]:
             tokens = {i: spell_bytes(token) for token, i in vocabulary.items()}
-            added = self.tokenizer.get_added_tokens_decoder()
             return tokens | {i: token.content.encode() for i, token in added.items()}
         if "ByteFallback" in self.decoders:
             return {
