@@ -51,7 +51,8 @@ def write_card(
     tokenizer = data["tokenizer"].get("name", data["tokenizer"]["kind"])
     facts = {**data, "tokenizer": tokenizer}
     # checksums of files say nothing to a reader
-    shown = facts.keys() - {"files", "crc32", "sources"}
+    for key in ("files", "crc32", "sources"):
+        facts.pop(key, None)
     settings = [f"{key} = {value!r}" for key, value in asdict(config).items()]
     if start:
         # one line, whatever the arguments hold
@@ -66,7 +67,7 @@ def write_card(
         )
     text = CARD.format(
         settings="\n".join(settings),
-        data=", ".join(f"{key} {facts[key]}" for key in facts if key in shown),
+        data=", ".join(f"{key} {value}" for key, value in facts.items()),
         notes="".join(f"{note}\n\n" for note in notes),
         starts=starts,
     )

@@ -159,7 +159,7 @@ def commit(
         if best:
             names.insert(0, folder / "best.pt")
         if keep_every and bundle["step"] % keep_every == 0:
-            names.insert(0, milestone_of(folder, bundle["step"]))
+            names.insert(0, path_of(folder, bundle["step"], "step"))
         for name in names:
             link(name, path, disk)
             disk.fsync_folder(folder)
@@ -185,14 +185,10 @@ def prune(folder: Path, step: int, keep: int, disk: Disk) -> None:
         disk.remove(path)
 
 
-def path_of(folder: Path, step: int) -> Path:
-    """Return the numbered checkpoint of a step."""
-    return folder / f"ckpt-{step:08d}.pt"
-
-
-def milestone_of(folder: Path, step: int) -> Path:
-    """Return the milestone of a step, which is kept for good."""
-    return folder / f"step-{step:08d}.pt"
+def path_of(folder: Path, step: int, prefix: str = "ckpt") -> Path:
+    """Return the numbered checkpoint of a step; with the prefix "step" its milestone, which is kept
+    for good."""
+    return folder / f"{prefix}-{step:08d}.pt"
 
 
 def step_of(path: Path) -> int:
@@ -205,18 +201,18 @@ def numbered(folder: Path, prefix: str = "ckpt") -> list[Path]:
     # only names that path_of gives
     name = re.compile(prefix + r"-([0-9]{8}|[1-9][0-9]{8,})\.pt")
     paths = [path for path in folder.glob("*-*.pt") if name.fullmatch(path.name)]
-    return sorted(paths, key=step_of, reverse=True)
+    return sorted(sorted(paths), key=step_of, reverse=True)
 
 
-def milestones(folder: Path) -> list[Path]:
-    """Return the milestones of a folder, newest first."""
-    return numbered(folder, "step")
+def by_step(folder: Path) -> list[Path]:
+    """Return the numbered checkpoints and the milestones of a folder, newest first."""
+    return numbered(folder, "(ckpt|step)")
 
 
 def mention_renamed(folder: Path) -> None:
     """Print a note about the checkpoints in a folder that are not used because of their names."""
     used = {folder / "ckpt.pt", folder / "best.pt"}
-    used |= {*numbered(folder), *milestones(folder)}
+    used |= set(by_step(folder))
     others = [path for path in sorted(folder.glob("*")) if path not in used]
     # the next save removes temporary files
     renamed = [
@@ -265,8 +261,7 @@ def progress_of(bundle: dict[str, Any]) -> tuple[int, int | None]:
 def has_run(folder: Path) -> bool:
     """Return True if a folder holds a checkpoint, intact or not."""
     names = (folder / "ckpt.pt", folder / "best.pt")
-    others = numbered(folder) + milestones(folder)
-    return any(path.exists() for path in names) or bool(others)
+    return any(path.exists() for path in names) or bool(by_step(folder))
 
 
 def check_crc(path: Path) -> None:
@@ -334,8 +329,8 @@ def find_bundle(
     `prefer_best` best.pt if that is intact. Raises UserError if there is none."""
     if step:
         return find_step(folder, step)
-    # milestones and best.pt come last otherwise: they may be far behind
-    newest = [folder / "ckpt.pt", *numbered(folder), *milestones(folder)]
+    newest = [folder / "ckpt.pt", *by_step(folder)]
+    # otherwise it comes last: it may be far behind
     best = [folder / "best.pt"]
     candidates = best + newest if prefer_best else newest + best
     errors: list[Exception] = []
@@ -353,12 +348,12 @@ def find_bundle(
 
 def find_step(folder: Path, step: int) -> tuple[Path, dict[str, Any]]:
     """Return the checkpoint of a step and its bundle. Raises UserError if no intact one is left."""
-    paths = [path_of(folder, step), milestone_of(folder, step)]
+    paths = [path_of(folder, step), path_of(folder, step, "step")]
     paths += [folder / "best.pt", folder / "ckpt.pt"]
     for path, bundle in read_intact(paths, []):
         if bundle["step"] == step:
             return path, bundle
-    steps = {step_of(path) for path in numbered(folder) + milestones(folder)} - {step}
+    steps = {step_of(path) for path in by_step(folder)} - {step}
     there = ", ".join(map(str, sorted(steps))) or "none"
     raise UserError(
         f"{folder}: no intact checkpoint of step {step}. There are those of steps: {there}"
@@ -404,11 +399,7 @@ def move_aside(
     log = folder / "metrics.jsonl"
     if log.exists():
         shutil.copyfile(log, aside / log.name)
-    later = [
-        other
-        for other in numbered(folder) + milestones(folder)
-        if step_of(other) > bundle["step"]
-    ]
+    later = [other for other in by_step(folder) if step_of(other) > bundle["step"]]
     best = folder / "best.pt"
     if best.exists() and bundle["best_val_loss"] == math.inf:
         later.append(best)

@@ -85,12 +85,11 @@ def combine_losses(
     for name in losses:
         if name in ("train", "val"):
             continue
-        kind, _, source = name.partition("/")
-        suffix = f"/{source}" if source else ""
-        numbers[f"{kind}_loss{suffix}"] = losses[name]
+        kind, slash, source = name.partition("/")
+        numbers[f"{kind}_loss{slash}{source}"] = losses[name]
         if bytes_per_token[name]:
             bpb = bits_per_byte(losses[name], bytes_per_token[name])
-            numbers[f"{kind}_bpb{suffix}"] = bpb
+            numbers[f"{kind}_bpb{slash}{source}"] = bpb
     return numbers
 
 

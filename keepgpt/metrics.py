@@ -170,24 +170,20 @@ class Metrics:
     def start_wandb(self, config: dict, run_id: str | None) -> str | None:
         """Also log to Weights & Biases, into the run `run_id` unless that is None; offline if its
         server or an account is missing. Return the run's id. A failure only prints a warning."""
-        problem = None
         self.may_hang = True
-        try:
-            run = init_wandb(config, run_id)
+        run = self.attempt("wandb logs offline", lambda: init_wandb(config, run_id))
+        if run:
             self.may_hang = False
-        except Stopped:
-            raise
-        # wandb raises many types
-        except BaseException as e:
-            problem = one_line(e)
+        else:
             run = self.attempt(
                 "training without wandb", lambda: init_wandb(config, run_id, "offline")
             )
         if not run:
             return run_id
         self.wandb = Wandb(run, self.say)
-        if problem:
-            self.say(f"warning: wandb logs offline: {problem}. {self.wandb.sync}")
+        # to send the log later
+        if self.may_hang:
+            self.say(self.wandb.sync)
         # the run went on there after the checkpoint that this one resumes from
         first = self.wandb.first_step
         if first > self.step + 1:

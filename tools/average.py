@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from keepgpt.checkpoint import find_step, milestones, numbered, read_intact, step_of
+from keepgpt.checkpoint import by_step, find_step, read_intact
 from keepgpt.config import setting
 from keepgpt.errors import UserError
 from keepgpt.files import write_atomically
@@ -43,7 +43,7 @@ def parse_steps(text: str) -> list[int]:
 def read_last(folder: Path, count: int) -> Iterator[Checkpoint]:
     """Yield the newest `count` intact checkpoints of different steps, among the numbered ones and
     the milestones. Print which ones are skipped. Raises UserError at the end if there are fewer."""
-    paths = sorted(numbered(folder) + milestones(folder), key=step_of, reverse=True)
+    paths = by_step(folder)
     steps: set[int] = set()
     for path, bundle in read_intact(paths, []):
         # a milestone may be a copy of a numbered one
