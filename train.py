@@ -249,13 +249,16 @@ def find_data(
     data = describe_sources(sources)
     saved_data = bundle["data"] if bundle else {}
     identity = {key: data[key] for key in IDENTITY}
-    # a branch may start another dataset of the same tokens
-    is_other = any(saved_data.get(key) != value for key, value in identity.items())
-    if bundle and is_other and "dataset" in bundle.get("branch", ()):
-        ranks.on_each(lambda: start_other_data(bundle, data))
-        saved_data = {}
-    elif bundle:
-        ranks.on_each(lambda: check_identity(config.dataset, data, saved_data))
+    if bundle:
+        # a branch may start another dataset of the same tokens, or cut it into other windows
+        is_other = any(saved_data[key] != value for key, value in identity.items())
+        may_differ = "dataset" in bundle.get("branch", ())
+        has_other_windows = config.block_size != bundle["config"]["block_size"]
+        if not may_differ:
+            ranks.on_each(lambda: check_identity(config.dataset, data, saved_data))
+        if is_other or has_other_windows:
+            ranks.on_each(lambda: start_other_data(bundle, data))
+            saved_data = {}
     # only its name and place may differ between hosts
     ranks.check_equal({"data": identity, **shared_settings(config)}, SAME_START)
     ranks.on_first(lambda: read_checksums(sources, saved_data))
@@ -427,9 +430,10 @@ def merge_settings(
         config, notes = check_settings(config, overrides, resumed=False)
         return config, {}, notes
     start = {"init_from": config.init_from, "step": config.step}
-    config, changes = resume_config(config, overrides, bundle["config"])
+    is_branch = "branch" in bundle
+    config, changes = resume_config(config, overrides, bundle["config"], is_branch)
     # a branch is another run, in another folder
-    if "branch" in bundle:
+    if is_branch:
         config = replace(config, **start)
         changes.pop("out_dir", None)
         step = bundle["step"]
@@ -479,10 +483,14 @@ def make_model(
 ) -> GPT:
     """Return the model on the CPU, with the weights of a checkpoint's `bundle`, those that
     init_from names, or random ones. Raises UserError."""
-    # a checkpoint's weights; only the dropout may be another one
+    # a checkpoint's weights; the block may be another one in a branch
     if bundle:
-        args = bundle["model_args"] | {"dropout": config.dropout}
-        return load_model(args, bundle["model"])
+        args = bundle["model_args"] | {
+            "dropout": config.dropout,
+            "block_size": config.block_size,
+        }
+        source = f"the weights, with block_size={config.block_size}"
+        return load_model(args, bundle["model"], source)
 
     # weights from elsewhere
     source = config.init_from.removeprefix("auto:")
@@ -543,7 +551,10 @@ def list_roundings(run: Run, bundle: dict[str, Any]) -> dict[str, str]:
     on_cpu = run.ranks.device.type == "cpu"
 
     # the values before and now; older bundles lack world_size
-    settings = ("batch_size", "elastic", "deterministic")
+    settings = ["elastic", "deterministic"]
+    # with windows of another length, the losses are others too
+    if config.block_size == saved_config["block_size"]:
+        settings.append("batch_size")
     before = bundle | {key: saved_config.get(key) for key in settings}
     before["ranks"] = bundle.get("world_size", len(bundle["rng"]))
     now = describe_machine(run) | {key: getattr(config, key) for key in settings}

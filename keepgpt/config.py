@@ -232,10 +232,11 @@ PER_HOST = (
 
 
 def resume_config(
-    config: TrainConfig, overrides: dict, saved_config: dict
+    config: TrainConfig, overrides: dict, saved_config: dict, is_branch: bool
 ) -> tuple[TrainConfig, dict[str, str]]:
     """Return a checkpoint's settings with the `overrides` of this command's `config`, and a line
-    for each changed key. Raises UserError for what would make it another run."""
+    for each changed key. Raises UserError for what would make it another run, or for a branch
+    another model."""
     # a key that this version lacks is dropped; one that the saved version lacks has its default
     keys = {f.name for f in fields(TrainConfig)} & saved_config.keys()
     saved = TrainConfig(**{key: saved_config[key] for key in keys})
@@ -257,6 +258,9 @@ def resume_config(
     if resumed.elastic:
         fixed += ("batch_size",)
     for key in fixed:
+        # rotary positions have no weights, so a branch may have a longer context
+        if key == "block_size" and is_branch:
+            continue
         if key in changes:
             raise UserError(
                 f"{changes[key]} would make this another run. Try: leave --{key} out, "

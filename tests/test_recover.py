@@ -478,6 +478,35 @@ def test_a_branch_starts_other_data_at_its_beginning(trunk, play, tmp_path):
     assert bundle["evaluation"]["step"] == 22
 
 
+def test_a_branch_may_have_a_longer_context(dataset, tmp_path):
+    short = tmp_path / "short"
+    settings = TINY | {"architecture": "qwen3", "dataset": dataset, "max_iters": 10}
+    run("train.py", out_dir=short, **settings)
+    longer = {"block_size": 64, "batch_size": 2, "init_from": f"auto:branch:{short}"}
+    done = run("train.py", out_dir=tmp_path / "long", max_iters=20, **longer)
+    assert "with hamlet from its beginning, at step 10" in done.stdout
+    assert "block_size 32 -> 64" in done.stdout
+    # other windows have other losses
+    assert "up to rounding" not in done.stdout
+    bundle = load(tmp_path / "long/ckpt.pt")
+    assert bundle["model_args"]["block_size"] == bundle["config"]["block_size"] == 64
+    assert bundle["data_start"] == 10
+    # an interrupted one ends the same
+    for steps in (13, 20):
+        run("train.py", out_dir=tmp_path / "again", max_iters=steps, **longer)
+    assert_equal_ends(tmp_path / "again", tmp_path / "long", ("model", "optimizer"))
+
+
+def test_a_branch_with_a_longer_context_needs_rotary_positions(trunk, tmp_path):
+    longer = {"block_size": 64, "batch_size": 2, "init_from": f"branch:{trunk}"}
+    done = run("train.py", out_dir=tmp_path / "out", max_iters=30, code=2, **longer)
+    assert "with block_size=64: do not fit the network" in complaint(done)
+    # a step has as many tokens as before
+    longer["batch_size"] = 4
+    done = run("train.py", out_dir=tmp_path / "out", max_iters=30, code=2, **longer)
+    assert "expected 256 as before" in complaint(done)
+
+
 @pytest.mark.parametrize(
     "source, step, part",
     [
