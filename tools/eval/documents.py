@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from keepgpt.dataset import BadData, read_meta
-from keepgpt.errors import UserError
+from keepgpt.errors import UserError, warn
 from keepgpt.loader import Split
 from keepgpt.text import ROW_FILES, Skipped, open_text, read_block, read_rows
 from keepgpt.tokenizer import Tokenizer, from_meta
@@ -34,6 +34,7 @@ class Text:
 
     name: str
     documents: list[str]
+    kind = "documents"
 
     def encode(self, vocabulary: Tokenizer) -> list[list[Sequence]]:
         """Return the one sequence of each document. Raises UserError."""
@@ -67,6 +68,7 @@ class Task:
 
     name: str
     documents: list[Question]
+    kind = "questions"
 
     def encode(self, vocabulary: Tokenizer) -> list[list[Sequence]]:
         """Return a sequence for each choice of each question. Raises UserError."""
@@ -153,7 +155,10 @@ def read_text(path: str, text_key: str) -> Iterator[str]:
     """Yield the text of a file, or the texts of a .jsonl, .json or .parquet file. Raises UserError
     and OSError."""
     if ROW_FILES.search(path):
-        yield from read_rows(path, text_key, Skipped())
+        skipped = Skipped()
+        yield from read_rows(path, text_key, skipped)
+        if skipped.rows:
+            warn(f"no text in {skipped}. They are left out")
     else:
         with open_text(path) as file:
             yield read_block(file, -1)
@@ -168,10 +173,15 @@ def read_dataset(folder: Path) -> Iterator[str]:
     ids = np.frombuffer(split.read(0, split.ends[-1]), split.dtype)
     # without such a token the split is one text
     is_end = ids == vocabulary.eot
-    for part in np.split(ids, np.flatnonzero(is_end)):
+    parts = np.split(ids, np.flatnonzero(is_end))
+    for number, part in enumerate(parts, 1):
         tokens = part[part != vocabulary.eot].tolist()
         text = vocabulary.decode(tokens)
         if vocabulary.encode(text) != tokens:
+            # ready shards may end within a document
+            if "header" in meta and number == len(parts) > 1:
+                warn(f"{folder}: its last document is cut, and left out")
+                return
             raise BadData(
                 f"{folder}: its tokens do not stand for one text: encoding it again gives "
                 "others. Try: --text=FILE with the text itself"
@@ -271,6 +281,9 @@ def check_question(row: dict[str, Any]) -> Question:
     context = row["context"]
     choices = row["choices"]
     answer = row["answer"]
+    # the places in a text or an object would be letters or keys
+    if not isinstance(choices, list):
+        raise TypeError
     # JSON's true is 1 to Python
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise ValueError

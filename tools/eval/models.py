@@ -84,8 +84,9 @@ def load_model(name: str, step: int, data_dir: str) -> Model:
 
 
 def hash_weights(network: GPT) -> str:
-    """Return the sha256 of the names and the bytes of all weights, in the order of the names."""
-    digest = hashlib.sha256()
+    """Return the sha256 of the architecture, and of the names and the bytes of all weights, in the
+    order of the names."""
+    digest = hashlib.sha256(repr(network.args).encode())
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().numpy())

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -24,14 +25,13 @@ def make_key(document: list[Sequence], dtype: torch.dtype) -> str:
 
 
 def read_rows(path: Path) -> dict[str, list[float]]:
-    """Return the results in a file by their keys. A row that a kill has cut short does not
-    count."""
+    """Return the results in a file by their keys. A row that a kill has cut short, or another
+    program has written, does not count."""
     rows: dict[str, list[float]] = {}
     if not path.exists():
         return rows
     for line in path.read_text(encoding="utf-8").splitlines():
-        # a complete row ends so
-        if line.endswith("}"):
+        with suppress(ValueError, LookupError, TypeError):
             row = json.loads(line)
             rows[row["key"]] = row["nats"]
     return rows
