@@ -213,11 +213,6 @@ def choose_recipe(
         )
     # a name stands for one text, tokenizer and split
     settings = {key: overrides[key] for key in overrides.keys() & OVERRIDES}
-    if name in recipes and (name != base or settings):
-        raise UserError(
-            f"{name} has its own text, tokenizer and split. Try: --name=NAME for "
-            "another dataset"
-        )
     recipe = Recipe(files=args)
     if base:
         recipe = read_recipe(base)
@@ -225,6 +220,11 @@ def choose_recipe(
         raise UserError(
             f"{base} is encoded already, with its own tokenizer and split. Try: without "
             f"--{min(settings)}"
+        )
+    if name in recipes and (name != base or settings):
+        raise UserError(
+            f"{name} has its own text, tokenizer and split. Try: --name=NAME for "
+            "another dataset"
         )
     return name, replace(recipe, **settings)
 

@@ -24,11 +24,14 @@ class Text:
             tokens = from_meta(data).encode_to_numpy(text)
         # no file, not UTF-8, or a character without a token
         except (OSError, ValueError, UserError) as e:
-            raise UserError(f"eval_text={path}: {e}") from None
+            reason = getattr(e, "strerror", None) or e
+            raise UserError(f"eval_text={path}: {reason}") from None
         # each token but the first is a target
         targets = len(tokens) - 1
         if targets < 1:
-            raise UserError(f"eval_text={path}: expected two tokens, got {len(tokens)}")
+            raise UserError(
+                f"eval_text={path}: expected two tokens, got {len(tokens)}. Try: more text"
+            )
         self.windows = math.ceil(targets / block_size)
         self.length = targets // self.windows
         self.tokens = torch.from_numpy(tokens.astype(np.int64))
@@ -98,11 +101,13 @@ def describe_evaluation(numbers: dict[str, float]) -> str:
     text = "train loss {train_loss:.4f}, val loss {val_loss:.4f}".format(**numbers)
     if "val_bpb" in numbers:
         text += f" ({numbers['val_bpb']:.4f} bits per byte)"
-    parts = [
-        f"{key.removeprefix('val_loss/')} {numbers[key]:.4f}"
-        for key in numbers
-        if key.startswith("val_loss/")
-    ]
+    parts = []
+    for key, loss in numbers.items():
+        if key.startswith("val_loss/"):
+            parts.append(f"{key.removeprefix('val_loss/')} {loss:.4f}")
+            bpb = numbers.get(key.replace("loss", "bpb", 1))
+            if bpb:
+                parts[-1] += f" ({bpb:.4f})"
     if parts:
         text += f": {', '.join(parts)}"
     if "text_bpb" in numbers:

@@ -160,7 +160,7 @@ class Split(Windows):
         with name_path(file.name):
             content = os.pread(file.fileno(), size, first)
         if len(content) < size:
-            raise BadData(f"{file.name}: truncated. Try: prepare.py again")
+            raise BadData(f"{file.name}: truncated. Try: prepare or download it again")
         if self.crc32:
             self.check_blocks(i, first, first + size)
 
@@ -169,7 +169,7 @@ class Split(Windows):
         if largest >= self.vocab_size:
             raise BadData(
                 f"{file.name}: expected token ids below {self.vocab_size}, "
-                f"got {largest}: the file is corrupt. Try: prepare.py again"
+                f"got {largest}: the file is corrupt. Try: prepare or download it again"
             )
         return content
 
@@ -187,7 +187,7 @@ class Split(Windows):
                 raise BadData(
                     f"{self.files[i].name}: block {block:,}, bytes {first:,} to "
                     f"{first + len(content) - 1:,}, has changed since the dataset was "
-                    "prepared or the run was started. Try: prepare.py again, or copy "
+                    "prepared or the run was started. Try: prepare or download it again, or copy "
                     "the file again"
                 )
             self.intact[i][block] = 1
@@ -209,12 +209,14 @@ def open_tokens(path: Path, expected: int, itemsize: int, header: int) -> FileIO
     try:
         file = open(path, "rb", buffering=0)
     except OSError as e:
-        raise BadData(f"{path}: {e.strerror.lower()}. Try: prepare.py again") from e
+        raise BadData(
+            f"{path}: {e.strerror.lower()}. Try: prepare or download it again"
+        ) from e
     tokens = (os.fstat(file.fileno()).st_size - header) // itemsize
     if tokens != expected:
         raise BadData(
             f"{path}: expected {expected:,} tokens as in meta.json, got "
-            f"{tokens:,}. Try: prepare.py again"
+            f"{tokens:,}. Try: prepare or download it again"
         )
     return file
 

@@ -19,7 +19,7 @@ import numpy as np
 from keepgpt.dataset import SPLITS, BadData, dataset_folder, read_crc32, read_meta
 from keepgpt.loader import Split, Windows, mix, permute, seed_of
 
-# windows in which the proportions are exact, but for one window of each source
+# after each so many windows, every source has had its share, but for a part of one window
 CYCLE = 256
 
 
@@ -78,13 +78,13 @@ def check_sources(sources: list[Source]) -> None:
                 f"{sources[0].folder} and {source.folder} have different tokenizers. Try: prepare "
                 f"one of them again with --tokenizer={sources[0].folder}, the other's"
             )
-    for key in ("name", "fingerprint"):
-        values = [source.meta[key] for source in sources]
-        if len(set(values)) < len(values):
-            raise BadData(
-                f"expected the {key} of each source once, got {', '.join(values)}. Try: one "
-                "of them with the sum of their weights, or prepare.py with another --name"
-            )
+    names = [source.meta["name"] for source in sources]
+    fingerprints = {source.meta["fingerprint"] for source in sources}
+    if min(len(set(names)), len(fingerprints)) < len(sources):
+        raise BadData(
+            f"expected each name and each text once, got {', '.join(names)}. Try: one of them "
+            "with the sum of the weights, or another --name for prepare.py"
+        )
 
 
 def describe_sources(sources: list[Source]) -> dict[str, Any]:
@@ -97,7 +97,13 @@ def describe_sources(sources: list[Source]) -> dict[str, Any]:
     tokenizers = [part.pop("tokenizer") for part in parts]
     # the same sources in other shares are other data
     identity = json.dumps([[part["fingerprint"], part["share"]] for part in parts])
-    names = [f"{part['name']}:{float(Fraction(part['share'])):.4g}" for part in parts]
+    # a short decimal number, unless it would be another one
+    names = []
+    for source in sources:
+        number = f"{float(source.share):.4g}"
+        if Fraction(number) != source.share:
+            number = str(source.share)
+        names.append(f"{source.meta['name']}:{number}")
     return {
         "format": 1,
         "name": "+".join(names),

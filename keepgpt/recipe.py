@@ -192,7 +192,7 @@ def download_files(
             f"{recipe.hub}: cannot be downloaded ({e}). Try: the same command again"
         ) from None
     train_files, val_files = [
-        find_files([os.path.join(glob.escape(folder), pattern)]) if pattern else []
+        sorted(glob.glob(os.path.join(glob.escape(folder), pattern))) if pattern else []
         for pattern in patterns
     ]
     # without a network, a cache may lack some

@@ -353,7 +353,8 @@ def describe_folder(folder: Path) -> dict[str, Any]:
     """Return the description of the tokenizer of a prepared dataset, or of a Hugging Face folder:
     its tokenizer.json, or that of its vocab.json and merges.txt, and the id of its end-of-text
     token. Raises UserError."""
-    if (folder / "meta.json").exists():
+    # a dataset, also one of another program
+    if (folder / "meta.json").exists() or any(folder.glob("*train*.bin")):
         return read_meta(folder)["tokenizer"]
     try:
         config = read_json(folder / "tokenizer_config.json")

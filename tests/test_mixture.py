@@ -3,6 +3,7 @@ stop, losses and bits per byte of each source."""
 
 import json
 import math
+import re
 import subprocess
 from fractions import Fraction
 
@@ -228,6 +229,32 @@ def test_sources_are_different_datasets(data_dir):
 def test_one_source_is_that_dataset(data_dir):
     (source,) = find_sources(str(data_dir), "a:3")
     assert describe_sources([source])["name"] == "a"
+
+
+@pytest.mark.parametrize(
+    "dataset, name",
+    [
+        ("a:0.7+b:0.3", "a:0.7+b:0.3"),
+        ("a:1+b:2", "b:2/3+a:1/3"),
+        ("a:0.66667+b:0.33333", "a:66667/100000+b:33333/100000"),
+    ],
+    ids=["decimals", "thirds", "nearly thirds"],
+)
+def test_a_name_stands_for_one_mixture(data_dir, dataset, name):
+    described = describe_sources(find_sources(str(data_dir), dataset))
+    assert described["name"] == name
+
+
+def test_inspect_counts_the_epochs_as_the_run_does(data_dir, tmp_path):
+    # large windows, of which a source has few
+    large = {"block_size": 1024, "batch_size": 2, "max_iters": 5, "eval_iters": 1}
+    flags = make_flags(data_dir, dataset="a:0.5+b:0.5", **large)
+    run("train.py", out_dir=tmp_path, **flags)
+    card = (tmp_path / "README.md").read_text()
+    printed = run("tools.inspect", tmp_path).stdout
+    for name in "ab":
+        (epochs,) = re.findall(rf"{name} [0-9.]+%, ([0-9.]+) epochs", card)
+        assert f"{epochs} epochs of {name}" in printed
 
 
 # bits per byte

@@ -10,6 +10,9 @@ import pytest
 import torch
 from conftest import TINY, complaint, rows, run
 
+from keepgpt.dataset import BadData, read_meta
+from keepgpt.tokenizer import describe_tokenizer
+
 
 @pytest.fixture(scope="module")
 def place(dataset, tmp_path_factory):
@@ -261,6 +264,18 @@ def test_a_wrong_shard_is_one_line(shards, change, parts):
     flags = SMALL | {"data_dir": shards, "dataset": "fineweb"}
     error = complaint(run("train.py", code=2, out_dir=shards / "out", **flags))
     assert all(part in error for part in parts)
+
+
+@pytest.mark.parametrize("size", [0, 100, 1024])
+def test_a_truncated_shard_is_called_so(shards, size):
+    path = shards / "fineweb/fineweb_train_000001.bin"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(BadData, match=rf"got {size:,}\..* download it again"):
+        read_meta(path.parent)
+
+
+def test_other_text_may_have_the_tokens_of_shards(shards):
+    assert describe_tokenizer(str(shards / "fineweb")) == {"kind": "gpt2"}
 
 
 def test_shards_of_one_split_are_one_line(shards):
