@@ -117,7 +117,7 @@ def test_a_truncated_last_line_is_skipped(tmp_path):
 def test_the_curves_show_the_logged_values(tmp_path):
     folder = write_run(tmp_path / "run", ROWS)
     figure = draw([folder], "tokens")
-    loss, lr, norm, speed = figure.axes
+    loss, _, lr, norm, speed = figure.axes
     every, mean, val = loss.lines
     expected = [[200, 4], [400, 3], [800, 2]]
     assert list_points(every) == expected
@@ -195,9 +195,13 @@ def test_events_restarts_and_branches_are_marked(tmp_path):
 
 def test_bits_per_byte_and_the_sources_of_a_mixture_are_drawn(tmp_path):
     more = {"val_bpb": 1.5, "val_loss/web": 2.5, "val_loss/code": 2.8}
+    more |= {"val_bpb/web": 1.4, "val_bpb/code": 1.6, "text_bpb": 1.7}
     evaluation = EVALUATIONS[1] | more
     folder = write_run(tmp_path / "run", [STEPS[0], evaluation, *STEPS[1:]])
-    loss = draw([folder], "steps").axes[0]
+    loss, bpb = draw([folder], "steps").axes[:2]
+    # all, the text, the sources in the order of their names
+    points = [list_points(line) for line in bpb.lines]
+    assert points == [[[4, 1.5]], [[4, 1.7]], [[4, 1.6]], [[4, 1.4]]]
     # the first two lines are the training loss and its mean
     drawn = {line.get_label(): list_points(line) for line in loss.lines[2:]}
     assert drawn == {

@@ -46,7 +46,9 @@ def format_tables() -> str:
             ]
         # a bar would end the cell
         why = f.metadata["why"].replace("|", "\\|")
-        lines.append(f"| `{f.name}` | `{f.default}` | {why} |")
+        # an empty text has no code to show
+        default = f"`{f.default}`" if f.default != "" else ""
+        lines.append(f"| `{f.name}` | {default} | {why} |")
     return "\n".join(lines) + "\n"
 
 

@@ -20,8 +20,8 @@ TITLES = {
     "tokens_per_s": "tokens per second",
 }
 STEP_KEYS = ("step", "tokens", *TITLES)
-# an evaluation also has those of each source of a mixture, val_loss/NAME
-EVALUATION_KEYS = ("step", "val_loss", "val_bpb")
+# an evaluation also has val_loss/NAME and val_bpb/NAME of each source of a mixture
+EVALUATION_KEYS = ("step", "val_loss", "val_bpb", "text_bpb")
 SOURCE = "val_loss/"
 Columns = dict[str, np.ndarray]
 # places on the axis by the kind of event there
@@ -29,6 +29,8 @@ Marks = dict[str, np.ndarray]
 # how to mark what happened to a run
 LINES = {"restart": "dotted", "branch": "dashdot"}
 SYMBOLS = {"skip": "x", "replay": "^"}
+# of the sources of a mixture
+MARKERS = "svD^P*"
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def read_run(folder: str | Path, axis: str) -> tuple[Columns, Columns, Marks]:
             "of a run"
         ) from None
     logged = to_columns(steps, STEP_KEYS)
-    sources = {key for row in evaluations for key in row if key.startswith(SOURCE)}
+    sources = {key for row in evaluations for key in row if "/" in key}
     keys = (*EVALUATION_KEYS, *sorted(sources))
     # an older log lacks some
     table = [[row.get(key, np.nan) for key in keys] for row in evaluations]
@@ -128,7 +130,8 @@ def draw_run(panels: dict, folder: str, axis: str, color: str) -> None:
     logged, evaluated, marks = read_run(folder, axis)
     # a fiftieth of the curve, so long runs are smoothed more
     width = len(logged["x"]) // 50 + 1
-    for key, panel in panels.items():
+    for key in TITLES:
+        panel = panels[key]
         panel.plot(logged["x"], logged[key], color=color, alpha=0.3, linewidth=0.8)
         # a mean is the difference of two sums
         total = np.cumsum([0, *logged[key]])
@@ -141,28 +144,34 @@ def draw_run(panels: dict, folder: str, axis: str, color: str) -> None:
     if np.isfinite(evaluated["val_bpb"]).any():
         label += f" ({np.nanmin(evaluated['val_bpb']):.4f} bits per byte)"
     style = {"color": color, "marker": "o"}
-    panels["loss"].plot(evaluated["x"], losses, linewidth=2.2, label=label, **style)
-    # the sources of a mixture, each by another style of line
+    x = evaluated["x"]
+    panels["loss"].plot(x, losses, linewidth=2.2, label=label, **style)
+    panels["bpb"].plot(x, evaluated["val_bpb"], linewidth=2.2, **style)
+    # a text of the user's own
+    if np.isfinite(evaluated["text_bpb"]).any():
+        label = f"{folder}: eval_text, bits per byte"
+        panels["bpb"].plot(x, evaluated["text_bpb"], "x:", color=color, label=label)
+    # the sources of a mixture, each with another marker
     for number, key in enumerate(key for key in evaluated if key.startswith(SOURCE)):
-        dashes = (0, (4, 1 + number))
-        name = f"{folder}: val loss of {key.removeprefix(SOURCE)}"
+        source = key.removeprefix(SOURCE)
+        style["marker"] = MARKERS[number % len(MARKERS)]
+        style["linestyle"] = "--"
         panels["loss"].plot(
-            evaluated["x"],
-            evaluated[key],
-            linestyle=dashes,
-            color=color,
-            alpha=0.7,
-            label=name,
+            x, evaluated[key], label=f"{folder}: val loss of {source}", **style
         )
+        # an older log, or an unknown tokenizer, has none
+        nothing = np.full_like(x, np.nan)
+        panels["bpb"].plot(x, evaluated.get(f"val_bpb/{source}", nothing), **style)
     draw_marks(panels["loss"], folder, logged, marks, color)
 
 
 def draw(folders: list[str], axis: str) -> Any:
-    """Return a figure: the losses above; learning rate, gradient norm and speed below."""
+    """Return a figure: the losses and the bits per byte above; learning rate, gradient norm and
+    speed below."""
     plt = import_package("matplotlib.pyplot")
     # needs no display
     plt.switch_backend("Agg")
-    layout = [["loss"] * 3, ["lr", "grad_norm", "tokens_per_s"]]
+    layout = [["loss", "loss", "bpb"], ["lr", "grad_norm", "tokens_per_s"]]
     figure, panels = plt.subplot_mosaic(
         layout, figsize=(14, 9), height_ratios=(2, 1), layout="constrained"
     )
@@ -170,8 +179,9 @@ def draw(folders: list[str], axis: str) -> Any:
     for i, folder in enumerate(folders):
         draw_run(panels, folder, axis, color=f"C{i}")
 
+    titles = TITLES | {"bpb": "validation loss (bits per byte)"}
     for key, panel in panels.items():
-        panel.set(title=TITLES[key], xlabel=axis, xlim=(0, None))
+        panel.set(title=titles[key], xlabel=axis, xlim=(0, None))
         panel.grid(alpha=0.3)
     # a logarithm shows the fall of the first steps and the last hundredths
     panels["loss"].set_yscale("log")
