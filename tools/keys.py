@@ -46,9 +46,7 @@ def format_tables() -> str:
             ]
         # a bar would end the cell
         why = f.metadata["why"].replace("|", "\\|")
-        # an empty text has no code to show
-        default = f"`{f.default}`" if f.default != "" else ""
-        lines.append(f"| `{f.name}` | {default} | {why} |")
+        lines.append(f"| `{f.name}` | `{f.default}` | {why} |")
     return "\n".join(lines) + "\n"
 
 
