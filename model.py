@@ -78,14 +78,14 @@ class ModelArgs:
         """Raise UserError if a setting that the architecture lacks has another value than its
         default."""
         existing = ARCHITECTURES[self.architecture].settings
-        for architecture in ARCHITECTURES.values():
-            for name in architecture.settings:
-                value = getattr(self, name)
-                if name not in existing and value != getattr(ModelArgs, name):
-                    raise UserError(
-                        f"{name}={value}: {self.architecture} has no such setting. "
-                        f"Try: leave --{name} out"
-                    )
+        every = {name for kind in ARCHITECTURES.values() for name in kind.settings}
+        for name in sorted(every.difference(existing)):
+            value = getattr(self, name)
+            if value != getattr(ModelArgs, name):
+                raise UserError(
+                    f"{name}={value}: {self.architecture} has no such setting. "
+                    f"Try: leave --{name} out"
+                )
 
     @property
     def D(self) -> int:
@@ -253,7 +253,7 @@ class LlamaBlock(nn.Module):
     several heads of queries, then a SwiGLU (Shazeer 2020): one linear layer gates the output of
     another. Each has a norm before it, and adds to the residual stream x."""
 
-    # of each head of queries and keys
+    # of each head of queries and keys; Identity ignores its arguments
     head_norm = nn.Identity
 
     def __init__(self, args: ModelArgs) -> None:
@@ -334,6 +334,8 @@ class GPT(nn.Module):
     positions = ""
     # endings of names of parameters -> how many matrices lie below one another; Muon separates them
     stacked: dict[str, int] = {}
+    # endings of names of matrices that start as 0: each block as the identity, the guess as uniform
+    zeroed: tuple[str, ...] = ()
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -353,8 +355,11 @@ class GPT(nn.Module):
         raise NotImplementedError
 
     def init_parameter(self, name: str, p: Tensor) -> None:
-        """Set the initial values of a parameter."""
-        raise NotImplementedError
+        """Set the initial values of a parameter. The weights of norms keep their 1."""
+        if name.endswith(("bias", *self.zeroed)):
+            nn.init.zeros_(p)
+        elif p.dim() == 2:
+            nn.init.normal_(p, std=INIT_STD)
 
     def init_parameters(self) -> None:
         """Set the initial values of all parameters."""
@@ -460,10 +465,8 @@ class GPT2(GPT):
         if name.endswith("c_proj.weight"):
             # the residual stream is a sum of 2 * n_layer of these (GPT-2, section 2.3)
             nn.init.normal_(p, std=INIT_STD / math.sqrt(2 * self.args.n_layer))
-        elif p.dim() == 2:
-            nn.init.normal_(p, std=INIT_STD)
-        elif name.endswith("bias"):
-            nn.init.zeros_(p)
+        else:
+            super().init_parameter(name, p)
 
 
 class Llama(GPT):
@@ -480,6 +483,7 @@ class Llama(GPT):
     tokens = "model.embed_tokens"
     layers = "model.layers"
     final_norm = "model.norm"
+    zeroed = ("o_proj.weight", "down_proj.weight", "lm_head.weight")
     block = LlamaBlock
 
     def __init__(self, args: ModelArgs) -> None:
@@ -500,13 +504,6 @@ class Llama(GPT):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         angles = rotary_angles(positions, self.args.D, self.args.rope_theta)
         return self.model.embed_tokens(idx), angles
-
-    def init_parameter(self, name: str, p: Tensor) -> None:
-        # each block starts as the identity, and the guess as uniform
-        if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
-            nn.init.zeros_(p)
-        elif p.dim() == 2:
-            nn.init.normal_(p, std=INIT_STD)
 
 
 class Qwen3(Llama):

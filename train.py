@@ -244,7 +244,7 @@ def find_data(
     config: TrainConfig, bundle: dict[str, Any] | None, ranks: Ranks
 ) -> tuple[list[Source], dict[str, Any]]:
     """Return the sources of the data, with the checksums of their blocks, and its description.
-    Raises UserError unless it is the same on all ranks, and what the `bundle` was trained on."""
+    Raises UserError unless it is the same on all ranks, and fits the `bundle`."""
     sources = ranks.on_each(lambda: find_sources(config.data_dir, config.dataset))
     data = describe_sources(sources)
     saved_data = bundle["data"] if bundle else {}
@@ -336,20 +336,21 @@ def build_run(
     # compile with static shapes: otherwise the graph depends on earlier batch sizes
     compiled_model = torch.compile(model, dynamic=False) if is_compiled else model
 
-    # average gradients over the ranks: DDP does it, or elastic's tree
+    # average gradients over the ranks: elastic's tree does it, or DDP
     train_model = compiled_model
-    if ranks.world_size > 1 and not config.elastic:
-        train_model = DistributedDataParallel(compiled_model)
-        # DDP fixes the order of its buckets at the first backward pass. Run one now and discard
-        # it: then a resumed run adds gradients in the same order as an uninterrupted one.
-        with autocast:
-            x, y = splits["train"].rows(0, config.batch_size)
-            loss = train_model(x.to(device), y.to(device))
-        loss.backward()
-        model.zero_grad(set_to_none=True)
-    accumulate = partial(accumulate_gradient, train_model, loader.local)
     if config.elastic:
         accumulate = partial(elastic.accumulate_gradient, model, ranks, loader.local)
+    else:
+        if ranks.world_size > 1:
+            train_model = DistributedDataParallel(compiled_model)
+            # DDP fixes the order of its buckets at the first backward pass. Run one now and discard
+            # it: then a resumed run adds gradients in the same order as an uninterrupted one.
+            with autocast:
+                x, y = splits["train"].rows(0, config.batch_size)
+                loss = train_model(x.to(device), y.to(device))
+            loss.backward()
+            model.zero_grad(set_to_none=True)
+        accumulate = partial(accumulate_gradient, train_model, loader.local)
 
     # make the optimizer; the scaler acts in float16 only
     optimizer = make_optimizer(model, config, dtype)
@@ -413,7 +414,7 @@ def find_checkpoint(
 def read_run(config: TrainConfig, lock: FolderLock) -> dict[str, Any]:
     """Return the bundle of the run in out_dir to resume from. Raises UserError."""
     out_dir = Path(config.out_dir)
-    # auto:branch: has the step of its trunk
+    # with auto:branch:, config.step is one of the trunk's
     step = 0 if "branch:" in config.init_from else config.step
     # an evaluation changes nothing
     if config.eval_only:
@@ -674,9 +675,9 @@ def train(run: Run, signals: Signals) -> int:
     ranks = run.ranks
     is_alone = ranks.world_size == 1
     clock = Clock(state.step)
+    best = False
     while True:
         # once in a while: evaluate
-        best = False
         if is_evaluation_due(run):
             best = evaluate_and_log(run, signals)
             clock.restart(state.step)
@@ -694,13 +695,14 @@ def train(run: Run, signals: Signals) -> int:
             state.optimizer.zero_grad(set_to_none=True)
             continue
         loss, grad_norm = update(run, losses)
+        best = False
 
         # an update that was not made: compute it again, or skip its data
         if is_check_due(run) and not check_updates(run):
             continue
 
         # once in a while: log
-        if state.step % config.log_interval == 0:
+        if is_log_due(run):
             log_step(run, clock, loss, grad_norm)
     is_saved = save_last(run, best)
     return finish(run, signals, is_stopped, is_saved)
@@ -999,10 +1001,9 @@ def scale_and_step(state: State) -> bool:
 def is_check_due(run: Run) -> bool:
     """Return True if the host must know which updates were made: before anything is logged,
     evaluated or saved. Elsewhere a GPU need not be waited for."""
-    step = run.state.step
-    is_logged = step % run.config.log_interval == 0
-    is_known = must_host_wait(run) or run.replayed is not None
-    return is_known or is_logged or is_evaluation_due(run) or is_save_due(run)
+    if must_host_wait(run) or run.replayed is not None:
+        return True
+    return is_log_due(run) or is_evaluation_due(run) or is_save_due(run)
 
 
 def check_updates(run: Run) -> bool:
@@ -1093,7 +1094,7 @@ def describe_failure(run: Run, numbers: Sequence[float]) -> str:
     hint = "another --out_dir and a lower --learning_rate"
     if checkpoint.has_run(Path(config.out_dir)):
         hint = "--init_from=resume with a lower --learning_rate or a larger --max_skips"
-    if "spike" in cause:
+    if all(map(math.isfinite, numbers)):
         hint += ", or a larger --spike_factor"
     if run.state.scaler.is_enabled():
         hint += ", or --dtype=bfloat16"
@@ -1102,6 +1103,11 @@ def describe_failure(run: Run, numbers: Sequence[float]) -> str:
         f"rate (it was {rate:.2e}), too little warm-up, float16, or corrupt data (python -m "
         f"tools.inspect {config.out_dir} --step={step + 1} shows it). Try: {hint}"
     )
+
+
+def is_log_due(run: Run) -> bool:
+    """Return True at each log_interval."""
+    return run.state.step % run.config.log_interval == 0
 
 
 def log_event(run: Run, step: int, event: str, text: str) -> None:

@@ -134,7 +134,9 @@ class TrainConfig:
         "cosine",
         "after the warm-up: cosine | linear (constant, then linear decay) | constant",
     )
-    decay_fraction: float = setting(0.65, "linear: share of lr_decay_iters that decays")
+    decay_fraction: float = setting(
+        0.65, "share of lr_decay_iters that decays; a cosine always decays"
+    )
     warmup_iters: int = setting(2000, "steps of linear warm-up")
     lr_decay_iters: int = setting(600000, "step where the decay reaches min_lr")
     min_lr: float = setting(
@@ -194,8 +196,8 @@ class TrainConfig:
     def decay_start(self) -> int:
         """Return the step where that decay starts."""
         start = 0
-        # constant until then
-        if self.lr_schedule == "linear":
+        # a cosine falls from the warm-up on, all others are constant until then
+        if self.lr_schedule != "cosine":
             start = round(self.lr_decay_iters * (1 - self.decay_fraction))
         return max(self.warmup_iters, start)
 
@@ -330,7 +332,7 @@ def find_mistakes(config: TrainConfig) -> Iterator[tuple[set[str], str]]:
             f"--lr_decay_iters={config.max_iters}"
         )
         yield {"warmup_iters", "lr_decay_iters", "decay_fraction", "max_iters"}, message
-    if config.lr_schedule == "linear" and config.decay_fraction > 1:
+    if config.lr_schedule != "cosine" and config.decay_fraction > 1:
         message = (
             f"decay_fraction={config.decay_fraction}: expected at most 1. Try: 0.65"
         )
@@ -362,7 +364,11 @@ def list_unused(config: TrainConfig, changed: dict) -> list[str]:
         ("optimizer", config.optimizer != "muon", ("muon_lr", "muon_momentum")),
         ("decay_lr", not config.decay_lr, schedule),
         ("lr_schedule", config.lr_schedule == "constant", decay),
-        ("lr_schedule", config.lr_schedule != "linear", ("decay_fraction",)),
+        (
+            "lr_schedule",
+            config.lr_schedule in ("cosine", "constant"),
+            ("decay_fraction",),
+        ),
     ):
         names = ", ".join(key for key in keys if key in changed)
         if applies and names:

@@ -8,7 +8,7 @@ The contract of an optimizer, which tests/test_optim.py checks for each name in 
   host does not know yet that a gradient is not finite. `found_inf` may be absent or None.
 - Its state is a nest of tensors and plain values, as a checkpoint is loaded with weights_only=True.
 
-To add one, write a function like `make_adamw` and name it in OPTIMIZERS.
+To add one, write a function like `make_adamw(model, config, dtype)` and name it in OPTIMIZERS.
 """
 
 import inspect
@@ -45,7 +45,7 @@ class AdamW(torch.optim.AdamW):
 
 class Muon(AdamW):
     """Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks") for the
-    parameter groups that have a `momentum`, AdamW for the others.
+    parameter groups that have `parts`, AdamW for the others.
 
     The momentum of each matrix's gradient is orthogonalized, so its singular values lie near 1, and
     multiplied by lr * max(1, R / C)^0.5, for R rows and C columns. Then one `lr` suits all widths
@@ -70,7 +70,7 @@ class Muon(AdamW):
         found_inf = getattr(self, "found_inf", None)
         skip = None if found_inf is None else found_inf > 0
         for group in self.param_groups:
-            if "momentum" not in group:
+            if "parts" not in group:
                 continue
             self.update_matrices(group, skip)
             # AdamW skips a parameter without a gradient
@@ -240,7 +240,8 @@ def set_rates(optimizer: torch.optim.Optimizer, step: int, config: TrainConfig) 
     factor = get_lr_factor(step, config)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
-        if "momentum" in group:
+        # Muon's; that of another optimizer is its own business
+        if "parts" in group:
             first = min(FIRST_MOMENTUM, config.muon_momentum)
             rise = min(1.0, step / MOMENTUM_WARMUP)
             group["momentum"] = first + (config.muon_momentum - first) * rise

@@ -534,10 +534,12 @@ def test_an_unknown_optimizer_or_schedule_is_refused(train, key, value):
 @pytest.fixture
 def all_optimizers(monkeypatch):
     """Add Lion, as a user would."""
-    monkeypatch.setitem(optim.OPTIMIZERS, "lion", lion.make_lion)
+    monkeypatch.setitem(optim.OPTIMIZERS, "lion of a test", lion.make_lion)
 
 
-every_optimizer = pytest.mark.parametrize("name", ["adamw", "muon", "lion"])
+# those that the project has, also one that is added later
+NAMES = [*optim.OPTIMIZERS, "lion of a test"]
+every_optimizer = pytest.mark.parametrize("name", NAMES)
 
 
 @every_optimizer
@@ -553,6 +555,18 @@ def test_groups_cover_the_model_and_have_their_own_rates(name, all_optimizers):
     assert sorted(in_groups) == sorted(in_model)
     for group in optimizer.param_groups:
         assert math.isclose(group["lr"], group["peak_lr"] / 10)
+
+
+def test_the_momentum_of_another_optimizer_is_its_own(monkeypatch):
+    def make_sgd(model, config, dtype):
+        group = {"params": list(model.parameters()), "peak_lr": config.learning_rate}
+        return torch.optim.SGD([group], momentum=0.5)
+
+    monkeypatch.setitem(optim.OPTIMIZERS, "sgd", make_sgd)
+    config = replace(CONFIG, optimizer="sgd")
+    optimizer = make_optimizer(build_model_with_gradients(), config)
+    set_rates(optimizer, 1000, config)
+    assert optimizer.param_groups[0]["momentum"] == 0.5
 
 
 @every_optimizer

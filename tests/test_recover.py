@@ -3,6 +3,7 @@ branches."""
 
 import hashlib
 import math
+import os
 import signal
 import subprocess
 
@@ -138,6 +139,27 @@ def test_a_stop_goes_back_to_the_last_update_that_was_made(train_tiny):
     # batches 5 to 8 are bad; nobody looks at them before the stop
     result = train_tiny(spoil, log_interval=100, max_skips=100)
     assert result.state.step == result.updates == 5
+
+
+def test_a_signal_after_a_failed_save_saves_the_best_again(train_tiny, monkeypatch):
+    saves = []
+
+    def find_best(run, signals):
+        run.state.evaluation = {"step": run.state.step, "val_loss": 1.0}
+        return run.state.step == 4
+
+    # the first save fails
+    monkeypatch.setattr(script, "evaluate_and_log", find_best)
+    monkeypatch.setattr(script, "save", lambda run, best: saves.append(best))
+    monkeypatch.setattr(script, "is_saved", lambda run: len(saves) > 1)
+
+    def stop_after_the_evaluation(run, losses, count):
+        if run.state.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return losses
+
+    train_tiny(stop_after_the_evaluation, eval_interval=4)
+    assert saves == [True, True]
 
 
 def test_a_checkpoint_leaves_out_the_skips_of_its_next_update(tiny_run):  # noqa: F811

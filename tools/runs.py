@@ -29,7 +29,17 @@ Bundle = dict[str, Any]
 # seconds; a process that takes longer hangs
 TIME_LIMIT = 300
 # the state of a run: the parts of a checkpoint on which its next steps depend
-STATE = ("model", "optimizer", "scaler", "rng", "step", "best_val_loss")
+STATE = (
+    "model",
+    "optimizer",
+    "scaler",
+    "rng",
+    "step",
+    "best_val_loss",
+    "data_start",
+    "skips",
+    "norms",
+)
 # files that are always there, without a download
 SOURCE = (REPO / "train.py", REPO / "model.py")
 # what two equal runs may log differently
@@ -225,7 +235,8 @@ def digest(value: Any) -> str:
 def state_of(bundle: Bundle, keys: Iterable[str] = STATE) -> str:
     """Return the digest of those parts of a checkpoint. Runs with equal digests are in the same
     state."""
-    return digest({key: bundle[key] for key in keys})
+    # an older checkpoint lacks some
+    return digest({key: bundle.get(key) for key in keys})
 
 
 def full_state_of(bundle: Bundle) -> str:
@@ -240,10 +251,12 @@ def full_state_of(bundle: Bundle) -> str:
 
 def read_state(path: Path) -> str:
     """Return the full state in a checkpoint file, "corrupt", or "" if it does not exist."""
+    if not path.exists():
+        return ""
     try:
         return full_state_of(read_bundle(path))
     except CorruptCheckpoint:
-        return "corrupt" if path.exists() else ""
+        return "corrupt"
 
 
 def newest_state(folder: Path) -> str:
