@@ -114,7 +114,7 @@ def write_bundle(bundle: dict[str, Any], path: Path, disk: Disk) -> None:
             disk.close(out.file)
 
 
-def link(name: Path, target: Path, disk: Disk) -> None:
+def link(target: Path, name: Path, disk: Disk) -> None:
     """Make `name` another name of the file `target`; a copy where there are no hard links."""
     temporary = name.with_suffix(".pt.tmp")
     try:
@@ -161,7 +161,7 @@ def commit(
         if keep_every and bundle["step"] % keep_every == 0:
             names.insert(0, path_of(folder, bundle["step"], "step"))
         for name in names:
-            link(name, path, disk)
+            link(path, name, disk)
             disk.fsync_folder(folder)
     except BaseException:
         remove_leftovers(folder, disk)
@@ -171,7 +171,7 @@ def commit(
     try:
         prune(folder, bundle["step"], keep, disk)
     except OSError as e:
-        print(f"\nan old checkpoint can't be removed: {e}", file=sys.stderr, flush=True)
+        warn(f"an old checkpoint can't be removed: {e}")
 
 
 def prune(folder: Path, step: int, keep: int, disk: Disk) -> None:
@@ -196,11 +196,13 @@ def step_of(path: Path) -> int:
     return int(path.stem.partition("-")[2])
 
 
-def numbered(folder: Path, prefix: str = "ckpt") -> list[Path]:
-    """Return the numbered checkpoints of a folder, newest first."""
+def numbered(folder: Path, prefixes: str = "ckpt") -> list[Path]:
+    """Return the numbered checkpoints of a folder, newest first; `prefixes` is a regular
+    expression."""
     # only names that path_of gives
-    name = re.compile(prefix + r"-([0-9]{8}|[1-9][0-9]{8,})\.pt")
+    name = re.compile(prefixes + r"-([0-9]{8}|[1-9][0-9]{8,})\.pt")
     paths = [path for path in folder.glob("*-*.pt") if name.fullmatch(path.name)]
+    # first by name: a step may have two
     return sorted(sorted(paths), key=step_of, reverse=True)
 
 
@@ -316,7 +318,7 @@ def read_intact(
         try:
             bundle = read_bundle(path)
         except (CorruptCheckpoint, OSError) as e:
-            print(f"skipping {path}: {e}", file=sys.stderr)
+            warn(f"skipping {path}: {e}")
             errors.append(e)
         else:
             yield path, bundle
@@ -354,9 +356,9 @@ def find_step(folder: Path, step: int) -> tuple[Path, dict[str, Any]]:
         if bundle["step"] == step:
             return path, bundle
     steps = {step_of(path) for path in by_step(folder)} - {step}
-    there = ", ".join(map(str, sorted(steps))) or "none"
+    others = ", ".join(map(str, sorted(steps))) or "none"
     raise UserError(
-        f"{folder}: no intact checkpoint of step {step}. There are those of steps: {there}"
+        f"{folder}: no intact checkpoint of step {step}. Steps of the others: {others}"
     )
 
 
@@ -407,7 +409,7 @@ def move_aside(
         disk.rename(other, aside / other.name)
     disk.fsync_folder(aside)
     # last: until then ckpt.pt names the file that was the newest
-    link(folder / "ckpt.pt", path, disk)
+    link(path, folder / "ckpt.pt", disk)
     disk.fsync_folder(folder)
     return aside
 

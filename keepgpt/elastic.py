@@ -90,5 +90,5 @@ def add_in_pairs(ranks: Ranks, tensors: list[Tensor]) -> None:
 
     # copy them back: a tensor's alignment in memory may change a kernel's order of additions
     sums = total.split([tensor.numel() for tensor in tensors])
-    sums = [sum.view_as(tensor) for sum, tensor in zip(sums, tensors)]
+    sums = [flat.view_as(tensor) for flat, tensor in zip(sums, tensors)]
     torch._foreach_copy_(tensors, sums)

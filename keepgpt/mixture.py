@@ -135,7 +135,8 @@ class Mixture(Windows):
         return np.diff(self.count_before(n))
 
     def count_before(self, n: int) -> np.ndarray:
-        """Return how many of the first n windows the splits before each one have, and n."""
+        """Return the first number of each split's windows if the first n were sorted by split, and
+        n."""
         return np.array([int(n * bound) for bound in self.bounds])
 
     def locate(self, numbers: Sequence[int]) -> list[tuple[Split, int]]:

@@ -187,9 +187,9 @@ def test_the_later_of_two_flags_or_files_wins(file):
     assert (config.n_layer, config.n_head) == (4, 3)
 
 
-def test_given_settings_include_those_equal_to_a_default(file):
-    given = parse(TrainConfig, "", [str(file("n_head = 12")), "--seed=1337"])[1]
-    assert given == {"n_head": 12, "seed": 1337}
+def test_the_settings_of_a_command_include_those_equal_to_a_default(file):
+    overrides = parse(TrainConfig, "", [str(file("n_head = 12")), "--seed=1337"])[1]
+    assert overrides == {"n_head": 12, "seed": 1337}
 
 
 @pytest.mark.parametrize("settings", [TrainConfig, SampleConfig])
@@ -461,12 +461,12 @@ init_from = '{}'
     ids=["characters", "scratch", "finetune", "gpt2", "medium", "large", "xl"],
 )
 def test_files_in_nanogpts_style_are_valid(file, text):
-    config, given, _ = parse(TrainConfig, "", [str(file(text))])
+    config, overrides, _ = parse(TrainConfig, "", [str(file(text))])
     for line in text.splitlines():
         key, equals, value = line.partition(" = ")
         if equals and key.isidentifier() and "time" not in value:
-            assert given.pop(key) == getattr(config, key) == eval(value)
-    assert given.keys() <= {"wandb_run_name"}
+            assert overrides.pop(key) == getattr(config, key) == eval(value)
+    assert overrides.keys() <= {"wandb_run_name"}
 
 
 TRAINING_KEYS = """
@@ -720,8 +720,8 @@ def test_odd_settings_get_a_note(settings, says):
     "path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.name
 )
 def test_files_in_config_fit_together(path):
-    config, given, _ = parse(TrainConfig, "", [str(path)])
-    assert check_settings(config, given, resumed=False) == (config, [])
+    config, overrides, _ = parse(TrainConfig, "", [str(path)])
+    assert check_settings(config, overrides, resumed=False) == (config, [])
 
 
 @pytest.mark.parametrize(
@@ -730,8 +730,8 @@ def test_files_in_config_fit_together(path):
     ids=["characters", "scratch", "finetune", "evaluate"],
 )
 def test_files_in_nanogpts_style_fit_together(file, text):
-    config, given, _ = parse(TrainConfig, "", [str(file(text))])
-    assert check_settings(config, given, resumed=False) == (config, [])
+    config, overrides, _ = parse(TrainConfig, "", [str(file(text))])
+    assert check_settings(config, overrides, resumed=False) == (config, [])
 
 
 def test_the_defaults_fit_together():

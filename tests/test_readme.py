@@ -51,8 +51,8 @@ def test_commands_use_existing_keys(page):
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
     keys = {f.name for f in fields(TrainConfig)}
     for arguments in re.findall(r" train\.py(.*)", text):
-        given = re.findall(r"--(\w+)=", arguments.split("`")[0].split("#")[0])
-        assert set(given) <= keys
+        flags = re.findall(r"--(\w+)=", arguments.split("`")[0].split("#")[0])
+        assert set(flags) <= keys
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -11,5 +11,5 @@ from keepgpt.config import TrainConfig, parse
 
 def run_train() -> None:
     """Train with the flags of the command line and exit."""
-    config, given, _ = parse(TrainConfig, "", sys.argv[1:])
-    sys.exit(train.main(config, given))
+    config, overrides, _ = parse(TrainConfig, "", sys.argv[1:])
+    sys.exit(train.main(config, overrides))
