@@ -17,7 +17,8 @@ FEW = {
     "skip": 1,
     "prepare": 30,
 }
-ENOUGH = {"kill": 1, "nth": 20, "power": 20, "rot": 30, "full": 2, "prepare": 10}
+# a kill before the first save shows nothing: several
+ENOUGH = {"kill": 4, "nth": 20, "power": 20, "rot": 30, "full": 2, "prepare": 10}
 BROKEN = [
     ("kill", "forget_the_optimizer"),
     ("nth", "leave_temporary_files"),
