@@ -19,7 +19,7 @@ import numpy as np
 from keepgpt.dataset import SPLITS, BadData, dataset_folder, read_crc32, read_meta
 from keepgpt.loader import Split, Windows, mix, permute, seed_of
 
-# after each so many windows, every source has had its share, but for a part of one window
+# windows after which every source has had its share, but for a part of one window
 CYCLE = 256
 
 

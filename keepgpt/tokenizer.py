@@ -354,8 +354,9 @@ def describe_folder(folder: Path) -> dict[str, Any]:
     its tokenizer.json, or that of its vocab.json and merges.txt, and the id of its end-of-text
     token. Raises UserError."""
     # a dataset, also one of another program
-    if (folder / "meta.json").exists() or any(folder.glob("*train*.bin")):
-        return read_meta(folder)["tokenizer"]
+    for pattern in ("meta.json", "train.bin", "*_train_*.bin"):
+        if any(folder.glob(pattern)):
+            return read_meta(folder)["tokenizer"]
     try:
         config = read_json(folder / "tokenizer_config.json")
         content = read_json(folder / "tokenizer.json")

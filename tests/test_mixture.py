@@ -246,7 +246,7 @@ def test_a_name_stands_for_one_mixture(data_dir, dataset, name):
 
 
 def test_inspect_counts_the_epochs_as_the_run_does(data_dir, tmp_path):
-    # large windows, of which a source has few
+    # a source has few of these large windows
     large = {"block_size": 1024, "batch_size": 2, "max_iters": 5, "eval_iters": 1}
     flags = make_flags(data_dir, dataset="a:0.5+b:0.5", **large)
     run("train.py", out_dir=tmp_path, **flags)

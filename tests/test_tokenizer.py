@@ -491,6 +491,14 @@ def test_bytes_that_are_not_utf_8_are_replaced(text, tmp_path):
     assert "".join(map(decode, rest)) == "\ufffd a b"
 
 
+def test_other_files_of_a_training_are_no_dataset(qwen, tmp_path):
+    # what the Trainer of Transformers leaves beside the weights
+    folder = tmp_path / qwen.name
+    shutil.copytree(qwen, folder)
+    (folder / "training_args.bin").write_bytes(b"PK")
+    assert describe(folder) == describe(qwen)
+
+
 def test_folder_without_a_tokenizer_is_refused(tmp_path, play):
     flags = {"name": "x", "tokenizer": tmp_path, "data_dir": tmp_path}
     for content in ("", "{}", "[", '{"added_tokens": []}'):
