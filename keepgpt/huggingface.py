@@ -11,7 +11,7 @@ import reprlib
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,9 @@ class Format:
     fixed: dict[str, tuple]
     # keys with our dropout
     dropouts: tuple[str, ...]
-    # our sizes that may be absent or null
-    optional: tuple[str, ...] = ()
-    # with RMSNorm, no biases, and an output layer that may be tied
+    # our sizes that may be absent or null, and what they are then in Transformers
+    optional: dict[str, Any]
+    # with rotary positions and no biases
     is_rotary: bool = True
     # endings of names: (in, out) there, (out, in) here
     transposed: tuple[str, ...] = ()
@@ -64,17 +64,30 @@ class Format:
     interleaved: tuple[str, ...] = ()
 
 
-LLAMA_SIZES = {
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_kv_head": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "n_embd": "hidden_size",
-    "n_ff": "intermediate_size",
-    "vocab_size": "vocab_size",
-    "block_size": "max_position_embeddings",
-}
-# the first value is the default, and the one that tools.export writes
+QWEN3 = Format(
+    class_name="Qwen3ForCausalLM",
+    prefix="model.",
+    sizes={
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_kv_head": "num_key_value_heads",
+        "head_dim": "head_dim",
+        "n_embd": "hidden_size",
+        "n_ff": "intermediate_size",
+        "vocab_size": "vocab_size",
+        "block_size": "max_position_embeddings",
+        "norm_eps": "rms_norm_eps",
+        "tie_embeddings": "tie_word_embeddings",
+    },
+    # of several values, tools.export writes the first
+    fixed={
+        "hidden_act": ("silu", "swish"),
+        "attention_bias": (False,),
+        "tie_word_embeddings": (False, True),
+    },
+    dropouts=("attention_dropout",),
+    optional={"n_kv_head": 0, "norm_eps": 1e-6, "tie_embeddings": False},
+)
 FORMATS = {
     "gpt2": Format(
         class_name="GPT2LMHeadModel",
@@ -103,38 +116,21 @@ FORMATS = {
             "tie_word_embeddings": (True,),
         },
         dropouts=("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+        optional={},
         is_rotary=False,
         transposed=("c_attn.weight", "c_proj.weight", "c_fc.weight"),
     ),
-    "llama": Format(
+    "llama": replace(
+        QWEN3,
         class_name="LlamaForCausalLM",
-        prefix="model.",
-        sizes=LLAMA_SIZES,
-        fixed={
-            "hidden_act": ("silu", "swish"),
-            "attention_bias": (False,),
-            "mlp_bias": (False,),
-            "tie_word_embeddings": (False, True),
-        },
-        dropouts=("attention_dropout",),
-        optional=("n_kv_head", "head_dim"),
+        optional=QWEN3.optional | {"head_dim": 0},
         interleaved=("q_proj.weight", "k_proj.weight"),
     ),
-    "qwen3": Format(
-        class_name="Qwen3ForCausalLM",
-        prefix="model.",
-        sizes=LLAMA_SIZES,
-        fixed={
-            "hidden_act": ("silu", "swish"),
-            "attention_bias": (False,),
-            "use_sliding_window": (False,),
-            "tie_word_embeddings": (False, True),
-        },
-        dropouts=("attention_dropout",),
-        optional=("n_kv_head",),
-    ),
+    "qwen3": QWEN3,
 }
 FIXED_IN_ALL = {
+    "mlp_bias": (False,),
+    "use_sliding_window": (False,),
     "is_causal": (True,),
     "is_encoder_decoder": (False,),
     "pruned_heads": ({}, []),
@@ -176,7 +172,6 @@ HARMLESS_TEXT = """
 HARMLESS = set(HARMLESS_TEXT.split())
 # keys that have checks of their own
 ROTARY_KEYS = {
-    "rms_norm_eps",
     "layer_types",
     "rope_theta",
     "rope_scaling",
@@ -371,12 +366,11 @@ def read_args(folder: Path) -> dict:
         form = FORMATS[kind]
         check_keys(path, config, form)
 
-        # any other size is an error if it is absent
+        # any size that is not optional is an error if it is absent
         args = {"architecture": kind, "bias": not form.is_rotary, "dropout": 0.0}
+        args |= form.optional
         for size, name in form.sizes.items():
-            if size in form.optional:
-                args[size] = config.get(name) or 0
-            else:
+            if size not in args or config.get(name) is not None:
                 args[size] = config[name]
         if not form.is_rotary:
             n_inner = config.get("n_inner")
@@ -385,11 +379,10 @@ def read_args(folder: Path) -> dict:
 
         for layer in config.get("layer_types") or []:
             check_value(path, "layer_types", layer, ("full_attention", "attention"))
-        # the defaults of Transformers
+        # 0 follows from other sizes
         args["n_kv_head"] = args["n_kv_head"] or args["n_head"]
         args["head_dim"] = args["head_dim"] or args["n_embd"] // args["n_head"]
-        args["norm_eps"] = float(config.get("rms_norm_eps", 1e-6))
-        args["tie_embeddings"] = config.get("tie_word_embeddings", False)
+        args["norm_eps"] = float(args["norm_eps"])
         args["rope_theta"] = read_rope_theta(path, config)
     return args
 
@@ -398,17 +391,15 @@ def make_config(sizes: dict) -> dict:
     """Return the content of config.json for ModelArgs as a dict, whose sizes are not 0."""
     kind = sizes["architecture"]
     form = FORMATS[kind]
-    # a key with several allowed values gets the first
+    # a key with several allowed values gets the first, unless it is a size
     config = {"architectures": [form.class_name], "model_type": kind}
-    config |= {name: sizes[size] for size, name in form.sizes.items()}
     config |= {key: values[0] for key, values in form.fixed.items()}
+    config |= {name: sizes[size] for size, name in form.sizes.items()}
     config |= dict.fromkeys(form.dropouts, sizes["dropout"])
     if not form.is_rotary:
         return config | {"n_inner": None, "n_ctx": sizes["block_size"]}
     rope_theta = sizes["rope_theta"]
     return config | {
-        "rms_norm_eps": sizes["norm_eps"],
-        "tie_word_embeddings": sizes["tie_embeddings"],
         # read by Transformers 4; the next line by 5
         "rope_theta": rope_theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},

@@ -13,13 +13,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from keepgpt.dataset import BLOCK, BadData, split_files
+from keepgpt.dataset import BLOCK, BadData, Meta, split_files
 from keepgpt.errors import name_path
 
 
@@ -92,7 +91,7 @@ class Split(Windows):
         self,
         folder: Path,
         split: str,
-        meta: dict[str, Any],
+        meta: Meta,
         block_size: int,
         seed: int,
         shift: bool,
