@@ -247,7 +247,7 @@ def find_data(
     """Return the sources of the data, with the checksums of their blocks, and its description.
     Raises UserError unless it is the same on all ranks, and fits the `bundle`."""
     sources = ranks.on_each(lambda: find_sources(config.data_dir, config.dataset))
-    data = describe_sources(sources)
+    data = describe_sources(sources, config.dataset)
     saved_data = bundle["data"] if bundle else {}
     identity = {key: data[key] for key in IDENTITY}
     if bundle:
@@ -265,7 +265,7 @@ def find_data(
     ranks.on_first(lambda: read_checksums(sources, saved_data))
     for source in sources:
         source.meta["crc32"] = ranks.from_first(source.meta.get("crc32"))
-    return sources, describe_sources(sources)
+    return sources, describe_sources(sources, config.dataset)
 
 
 def start_other_data(bundle: Bundle, data: Meta) -> None:

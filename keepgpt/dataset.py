@@ -65,7 +65,8 @@ def read_meta(folder: Path) -> Meta:
     try:
         meta = json.loads(path.read_bytes())
         check_meta(meta)
-        return meta
+        # the folder may have been renamed
+        return meta | {"name": folder.name}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise BadData(
             f"{path}: corrupt or unfinished ({e!r}). Try: prepare.py again"

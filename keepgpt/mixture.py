@@ -63,8 +63,9 @@ def parse_mixture(dataset: str) -> list[tuple[str, Fraction]]:
     for part in dataset.split("+"):
         name, _, number = part.rpartition(":")
         try:
-            weight = Fraction(number)
-        except (ValueError, ZeroDivisionError):
+            # the decimal number itself, 7/10 for 0.7; infinity and NaN are errors
+            weight = Fraction(repr(float(number)))
+        except ValueError:
             weight = 0
         if not name or weight <= 0:
             raise BadData(
@@ -94,9 +95,9 @@ def check_sources(sources: list[Source]) -> None:
         )
 
 
-def describe_sources(sources: list[Source]) -> Meta:
-    """Return the description of the data as read_meta does; that of a mixture has its "sources",
-    each with its "share"."""
+def describe_sources(sources: list[Source], dataset: str) -> Meta:
+    """Return the description of the `dataset` with these sources, as read_meta does; that of a
+    mixture has its "sources", each with its "share"."""
     if len(sources) == 1:
         return sources[0].meta
     parts = [source.meta | {"share": str(source.share)} for source in sources]
@@ -104,16 +105,9 @@ def describe_sources(sources: list[Source]) -> Meta:
     tokenizers = [part.pop("tokenizer") for part in parts]
     # the same sources in other shares are other data
     identity = json.dumps([[part["fingerprint"], part["share"]] for part in parts])
-    # a short decimal number, unless it would be another one
-    names = []
-    for source in sources:
-        number = f"{float(source.share):.4g}"
-        if Fraction(number) != source.share:
-            number = str(source.share)
-        names.append(f"{source.meta['name']}:{number}")
     return {
         "format": 1,
-        "name": "+".join(names),
+        "name": dataset,
         "tokenizer": tokenizers[0],
         "vocab_size": parts[0]["vocab_size"],
         "dtype": "+".join(sorted({part["dtype"] for part in parts})),
