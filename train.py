@@ -753,8 +753,8 @@ def record_evaluation(run: Run, losses: dict[str, float]) -> bool:
     run.state.evaluation = {"step": run.state.step, **losses}
     run.saver.wait()  # a save in progress may replace best.pt
     is_lower = losses["val_loss"] < run.saver.best_val_loss
-    is_saved = run.saver.folder is not None and run.state.step > 0
-    return run.ranks.from_first(is_saved and is_lower)
+    is_savable = run.saver.folder is not None and run.state.step > 0
+    return run.ranks.from_first(is_savable and is_lower)
 
 
 @torch.no_grad()
@@ -871,13 +871,13 @@ def save_last(run: Run, best: bool) -> bool:
     if not run.is_good:
         rewind(run)
     for _ in range(2):
-        if is_saved(run):
+        if is_on_disk(run):
             return True
         save(run, best)
-    return is_saved(run)
+    return is_on_disk(run)
 
 
-def is_saved(run: Run) -> bool:
+def is_on_disk(run: Run) -> bool:
     """Wait for the save in progress. Return True if this step is on disk, or it is step 0."""
     run.saver.wait()
     saved = run.state.step == 0 or run.saver.saved == run.state.progress

@@ -338,7 +338,8 @@ def find_bundle(
     best = [folder / "best.pt"]
     candidates = best + newest if prefer_best else newest + best
     errors: list[Exception] = []
-    for found in read_intact(candidates, errors):
+    found = next(read_intact(candidates, errors), None)
+    if found:
         return found
 
     # a folder with nothing but a ckpt.pt may be nanoGPT's

@@ -193,14 +193,13 @@ def read_weights(source: str) -> Weights:
         path = download(source)
     if not path.exists():
         raise UserError(
-            f"init_from={source}: no such file, folder or model. Try: one of "
+            f"{source}: no such file, folder or model. Try: one of "
             f"{', '.join(NAMES)}, or OWNER/NAME of a Llama or Qwen3"
         )
     if (path / "ckpt.pt").exists():
         # a run has several checkpoints
         raise UserError(
-            f"init_from={source}: expected a file, got a run's folder. "
-            f"Try: --init_from={path / 'ckpt.pt'}"
+            f"{source}: expected a file, got a run's folder. Try: {path / 'ckpt.pt'}"
         )
     if path.is_dir():
         args, state = read_hugging_face(path)
@@ -217,9 +216,10 @@ def read_checkpoint(path: Path) -> Weights:
     saved = load_tensors(path)
     # all of nanoGPT's, whose absence is an error, and those that only keepGPT has
     args = {key: saved["model_args"][key] for key in ARGS} | saved["model_args"]
-    for key in args.keys() - {*ARGS, *ARCHITECTURE}:
+    unknown = min(args.keys() - {*ARGS, *ARCHITECTURE}, default=None)
+    if unknown:
         raise UserError(
-            f"{path}: model_args has {key}={args[key]!r}, which model.py lacks"
+            f"{path}: model_args has {unknown}={args[unknown]!r}, which model.py lacks"
         )
     # nanoGPT saves the names of a compiled model
     state = {name.removeprefix("_orig_mod."): t for name, t in saved["model"].items()}
@@ -278,9 +278,10 @@ def read_hugging_face(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     for file, expected in find_weight_files(folder).items():
         with name_in_errors(file, "tensors"):
             tensors = load_tensors(file)
-            for name in sorted(expected - tensors.keys()):
+            missing = min(expected - tensors.keys(), default=None)
+            if missing:
                 raise UserError(
-                    f"{file}: expected the tensor {name}, which the index names"
+                    f"{file}: expected the tensor {missing}, which the index names"
                 )
             for name, tensor in drop_masks(tensors).items():
                 # quantized weights need their scales, too
@@ -501,6 +502,6 @@ def download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=PATTERNS))
     except Exception as e:
         raise UserError(
-            f"{name}: can't be downloaded ({type(e).__name__}). Try: --init_from="
-            "FOLDER, one with its config.json and model.safetensors"
+            f"{name}: can't be downloaded ({type(e).__name__}). Try: a folder with its config.json "
+            "and model.safetensors"
         ) from None

@@ -69,7 +69,8 @@ def batch_number(step: int, skips: dict[int, int], start: int = 0) -> int:
 
 
 class Windows:
-    """Windows of tokens in one sequence without an end, read by their numbers in it."""
+    """Windows of tokens in one sequence without an end, read by their numbers in it. A subclass
+    says where they are: `locate(numbers)` returns a Split and the first token in it for each."""
 
     def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Return windows first ... first + count - 1: inputs and targets, (count, T) int64 each.
@@ -225,7 +226,7 @@ class Loader:
     """This rank's micro-batches of each batch: of `micro_batches` with `batch_size` windows, those
     numbered in `local`. A thread reads the next one during training."""
 
-    split: Split
+    split: Windows
     batch_size: int
     micro_batches: int
     local: range
