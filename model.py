@@ -421,6 +421,7 @@ class GPT(nn.Module):
             n -= self.get_parameter(f"{self.positions}.weight").numel()
         if self.lm_head:
             n -= self.embedding.weight.numel()
+        # 2 for each product forward and 4 backward; attention has two such products per layer
         return 6 * n + 12 * args.n_layer * args.n_head * args.D * args.block_size
 
     def make_cache(self, batch_size: int, size: int | None = None) -> KVCache:
@@ -429,6 +430,7 @@ class GPT(nn.Module):
         args = self.args
         weight = self.embedding.weight
         dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
+        # keys and values in one tensor
         shape = (2, batch_size, args.K, size or args.block_size, args.D)
         layers = [weight.new_zeros(shape, dtype=dtype) for _ in range(args.n_layer)]
         return KVCache(layers)
@@ -459,6 +461,7 @@ class GPT2(GPT):
     def embed(
         self, idx: Tensor, positions: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        # positions are learned: the blocks need to know nothing about them
         return self.transformer.wte(idx) + self.transformer.wpe(positions), ()
 
     def init_parameter(self, name: str, p: Tensor) -> None:
@@ -502,6 +505,7 @@ class Llama(GPT):
     def embed(
         self, idx: Tensor, positions: Tensor
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        # each block rotates its queries and keys by these angles
         angles = rotary_angles(positions, self.args.D, self.args.rope_theta)
         return self.model.embed_tokens(idx), angles
 
@@ -512,6 +516,7 @@ class Qwen3(Llama):
     block = Qwen3Block
 
 
+# by the name in config.architecture
 ARCHITECTURES: dict[str, type[GPT]] = {"gpt2": GPT2, "llama": Llama, "qwen3": Qwen3}
 
 
@@ -538,6 +543,7 @@ def load_model(
                 f"{source}: expected lm_head.weight equal to {name}, as they are tied, "
                 "got other weights"
             )
+    # names and shapes must be the network's
     try:
         model.load_state_dict(state)
     except RuntimeError as e:

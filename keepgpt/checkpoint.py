@@ -264,6 +264,7 @@ def progress_of(bundle: Bundle) -> tuple[int, int | None]:
 
 def has_run(folder: Path) -> bool:
     """Return True if a folder holds a checkpoint, intact or not."""
+    # a crash may leave one of them alone
     names = (folder / "ckpt.pt", folder / "best.pt")
     return any(path.exists() for path in names) or bool(by_step(folder))
 
@@ -353,6 +354,7 @@ def find_bundle(
 
 def find_step(folder: Path, step: int) -> tuple[Path, Bundle]:
     """Return the checkpoint of a step and its bundle. Raises UserError if no intact one is left."""
+    # a step may have several names, or only best.pt
     paths = [path_of(folder, step), path_of(folder, step, "step")]
     paths += [folder / "best.pt", folder / "ckpt.pt"]
     for path, bundle in read_intact(paths, []):
@@ -403,6 +405,7 @@ def move_aside(
     one. Raises OSError and FolderLost."""
     disk.check(folder)
     aside.mkdir()
+    # a copy: the run continues the log
     log = folder / "metrics.jsonl"
     if log.exists():
         shutil.copyfile(log, aside / log.name)
@@ -418,6 +421,7 @@ def read_trunk(path: Path, step: int) -> Bundle:
     """Return the bundle that a branch starts from: that of a checkpoint file, or in a run's folder
     that of `step`, or if that is 0 of the newest one. Its "trunk" names the file. Raises
     UserError."""
+    # a run's folder, or one checkpoint
     if path.is_dir() and not has_run(path):
         raise UserError(
             f"init_from=branch:{path}: no checkpoint in this folder. Try: the folder of a run"
@@ -434,6 +438,7 @@ def read_trunk(path: Path, step: int) -> Bundle:
             raise UserError(
                 f"init_from=branch:{path}: {reason}. Try: the folder of a run"
             ) from None
+    # what the run's README says about its start
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     trunk = {"path": str(path), "step": bundle["step"], "sha256": sha256}
@@ -514,6 +519,7 @@ class Saver:
         self.started = progress_of(live)
         if not self.folder:
             return
+        # one save at a time: there is one copy
         self.wait()
         self.copied.clear()
         # on the GPU, the last update comes first

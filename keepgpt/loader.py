@@ -32,6 +32,7 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 def seed_of(*numbers: int) -> int:
     """Return a seed below 2**63 that mixes several non-negative numbers."""
+    # an array: numpy's scalars would warn that products wrap around
     seed = np.zeros(1, np.uint64)
     for number in numbers:
         seed = mix(seed ^ number)
@@ -157,6 +158,7 @@ class Split(Windows):
         file = self.files[i]
         first = self.header + start * self.dtype.itemsize
         size = count * self.dtype.itemsize
+        # pread needs no position, so several threads may read one file
         with name_path(file.name):
             content = os.pread(file.fileno(), size, first)
         if len(content) < size:
@@ -240,6 +242,7 @@ class Loader:
     def get_batch(self, batch: int, m: int) -> tuple[Tensor, Tensor]:
         """Return the inputs and targets of micro-batch m of a batch, (B, T) each, on the device.
         Raises BadData."""
+        # the one that was read ahead, unless this is the first step or one again
         rows = self.prefetched.pop((batch, m), None)
         if rows is None:
             rows = self.thread.submit(self._read, batch, m)
