@@ -54,7 +54,7 @@ class Format:
     fixed: dict[str, tuple]
     # keys with our dropout
     dropouts: tuple[str, ...]
-    # our sizes that may be absent or null, and what they are then in Transformers
+    # our sizes that may be absent, and what they are then in Transformers
     optional: dict[str, Any]
     # with rotary positions and no biases
     is_rotary: bool = True
@@ -371,7 +371,7 @@ def read_args(folder: Path) -> dict:
         args = {"architecture": kind, "bias": not form.is_rotary, "dropout": 0.0}
         args |= form.optional
         for size, name in form.sizes.items():
-            if size not in args or config.get(name) is not None:
+            if size not in args or name in config:
                 args[size] = config[name]
         if not form.is_rotary:
             n_inner = config.get("n_inner")
@@ -380,7 +380,7 @@ def read_args(folder: Path) -> dict:
 
         for layer in config.get("layer_types") or []:
             check_value(path, "layer_types", layer, ("full_attention", "attention"))
-        # 0 follows from other sizes
+        # 0 and null follow from other sizes
         args["n_kv_head"] = args["n_kv_head"] or args["n_head"]
         args["head_dim"] = args["head_dim"] or args["n_embd"] // args["n_head"]
         args["norm_eps"] = float(args["norm_eps"])
