@@ -370,22 +370,21 @@ def find_oddities(config: TrainConfig) -> Iterator[tuple[set[str], str]]:
 
 def list_unused(config: TrainConfig, changed: Settings) -> list[str]:
     """Return a note for each group of `changed` settings that has no effect beside the others."""
-    decay = ("lr_decay_iters", "min_lr")
-    schedule = ("lr_schedule", "decay_fraction", "warmup_iters", *decay)
+    decay = ["decay_fraction", "lr_decay_iters", "min_lr"]
+    # a setting -> those that its value leaves unused
+    unused = {}
+    if config.optimizer != "muon":
+        unused["optimizer"] = ["muon_lr", "muon_momentum"]
+    if not config.decay_lr:
+        unused["decay_lr"] = ["lr_schedule", "warmup_iters", *decay]
+    elif config.lr_schedule == "constant":
+        unused["lr_schedule"] = decay
+    elif config.lr_schedule == "cosine":
+        unused["lr_schedule"] = ["decay_fraction"]
     notes = []
-    # a setting, whether its value leaves others unused, and which ones
-    for cause, applies, keys in (
-        ("optimizer", config.optimizer != "muon", ("muon_lr", "muon_momentum")),
-        ("decay_lr", not config.decay_lr, schedule),
-        ("lr_schedule", config.lr_schedule == "constant", decay),
-        (
-            "lr_schedule",
-            config.lr_schedule in ("cosine", "constant"),
-            ("decay_fraction",),
-        ),
-    ):
+    for cause, keys in unused.items():
         names = ", ".join(key for key in keys if key in changed)
-        if applies and names:
+        if names:
             notes.append(f"{names}: no effect with {cause}={getattr(config, cause)}")
     return notes
 

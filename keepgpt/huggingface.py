@@ -1,4 +1,4 @@
-"""The names and sizes of Hugging Face's format, which serve to load weights and to export them.
+"""The names and sizes of Hugging Face's format, and how weights are read. tools.export writes them.
 
 Weights are also read from checkpoints of keepGPT and nanoGPT, and from the hub: always as plain
 dicts of the ModelArgs, the tensors, and a description of the tokens.
@@ -386,44 +386,6 @@ def read_args(folder: Path) -> dict:
         args["norm_eps"] = float(args["norm_eps"])
         args["rope_theta"] = read_rope_theta(path, config)
     return args
-
-
-def make_config(sizes: dict) -> dict:
-    """Return the content of config.json for ModelArgs as a dict, whose sizes are not 0."""
-    kind = sizes["architecture"]
-    form = FORMATS[kind]
-    # a key with several allowed values gets the first, unless it is a size
-    config = {"architectures": [form.class_name], "model_type": kind}
-    config |= {key: values[0] for key, values in form.fixed.items()}
-    config |= {name: sizes[size] for size, name in form.sizes.items()}
-    config |= dict.fromkeys(form.dropouts, sizes["dropout"])
-    if not form.is_rotary:
-        return config | {"n_inner": None, "n_ctx": sizes["block_size"]}
-    rope_theta = sizes["rope_theta"]
-    return config | {
-        # read by Transformers 4; the next line by 5
-        "rope_theta": rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
-    }
-
-
-def make_tensors(state: dict[str, Tensor], architecture: str) -> dict[str, Tensor]:
-    """Return the weights of an architecture with Hugging Face's names and shapes. A bias that
-    GPT-2 lacks becomes 0."""
-    form = FORMATS[architecture]
-    tensors = {}
-    biases = {}
-    for name, tensor in state.items():
-        layer = name.removesuffix(".weight")
-        # embeddings have none, and vectors that are biases have another name
-        if not form.is_rotary and layer != name and not layer.endswith(("wte", "wpe")):
-            biases[f"{layer}.bias"] = tensor.new_zeros(tensor.size(0))
-        if name.endswith(form.transposed):
-            tensor = tensor.t().contiguous()
-        tensors[name] = tensor
-    for name, zeros in biases.items():
-        tensors.setdefault(name, zeros)
-    return tensors
 
 
 def check_keys(path: Path, config: dict, form: Format) -> None:
