@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -318,6 +317,10 @@ class Qwen3Block(LlamaBlock):
     head_norm = RMSNorm
 
 
+# embedded tokens, and what each block needs to know about their positions
+Embedded = tuple[Tensor, tuple[Tensor, ...]]
+
+
 class GPT(nn.Module):
     """The base of all architectures: `model(idx)` returns logits, `model(idx, targets)` the loss.
 
@@ -347,9 +350,7 @@ class GPT(nn.Module):
         """Return the token embedding, whose weight is (V, C)."""
         return self.get_submodule(self.tokens)
 
-    def embed(
-        self, idx: Tensor, positions: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def embed(self, idx: Tensor, positions: Tensor) -> Embedded:
         """Return the embedded tokens `idx` (B, T) at `positions` (T,), as (B, T, C), and what each
         block needs to know about the positions."""
         raise NotImplementedError
@@ -458,9 +459,7 @@ class GPT2(GPT):
         )
         self.init_parameters()
 
-    def embed(
-        self, idx: Tensor, positions: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def embed(self, idx: Tensor, positions: Tensor) -> Embedded:
         # positions are learned: the blocks need to know nothing about them
         return self.transformer.wte(idx) + self.transformer.wpe(positions), ()
 
@@ -502,9 +501,7 @@ class Llama(GPT):
             self.lm_head = nn.Linear(args.n_embd, args.vocab_size, bias=False)
         self.init_parameters()
 
-    def embed(
-        self, idx: Tensor, positions: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def embed(self, idx: Tensor, positions: Tensor) -> Embedded:
         # each block rotates its queries and keys by these angles
         angles = rotary_angles(positions, self.args.D, self.args.rope_theta)
         return self.model.embed_tokens(idx), angles
@@ -526,7 +523,7 @@ def build_model(args: ModelArgs) -> GPT:
 
 
 def load_model(
-    args: dict[str, Any], state: dict[str, Tensor], source: str = "the weights"
+    args: dict, state: dict[str, Tensor], source: str = "the weights"
 ) -> GPT:
     """Return the GPT of these ModelArgs with these weights, in float32. Raises UserError if they
     do not fit; it names their `source`."""
@@ -553,8 +550,8 @@ def load_model(
 
 
 def crop_weights(
-    args: dict[str, Any], state: dict[str, Tensor], vocab_size: int, block_size: int
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    args: dict, state: dict[str, Tensor], vocab_size: int, block_size: int
+) -> tuple[dict, dict[str, Tensor]]:
     """Return the ModelArgs and the weights of the same network with a smaller vocabulary and a
     shorter block."""
     # the names of the matrices with a row for each token or position, and the rows to keep

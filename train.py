@@ -101,7 +101,7 @@ class State:
     scaler: torch.amp.GradScaler
     step: int = 0  # updates done
     # the last one: its step and losses
-    evaluation: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict = field(default_factory=dict)
     wandb_run_id: str | None = None
     # the step where the dataset starts: 0, or that of a branch with other data
     data_start: int = 0
@@ -112,7 +112,7 @@ class State:
     # the last gradient norms, NaN before there are as many; None without spike_factor
     norms: Tensor | None = None
     # the checkpoint that a branch started from, and the step that the run last went back to
-    trunk: dict[str, Any] = field(default_factory=dict)
+    trunk: dict = field(default_factory=dict)
     went_back_to: int = 0
 
     def state_dict(self) -> Bundle:
@@ -170,7 +170,7 @@ class Run:
     splits: dict[str, Split | Mixture | Text]  # see open_data
     compiled_model: Any  # the model itself where it is not compiled
     train_model: Any  # that one in DDP, if there are several ranks
-    accumulate: Callable[[Callable[[int, int], None]], None]  # see compute_gradient
+    accumulate: Callable[[elastic.AddGradient], None]  # see compute_gradient
     dtype: torch.dtype  # of the matrix products
     autocast: Any
     state: State
@@ -531,7 +531,7 @@ def load_pretrained(config: TrainConfig, overrides: Settings, data: Meta) -> GPT
     return load_model(args | {"dropout": config.dropout}, state, f"init_from={source}")
 
 
-def describe_machine(run: Run) -> dict[str, Any]:
+def describe_machine(run: Run) -> dict:
     """Return the facts that decide how this process rounds, settings aside."""
     return {
         "threads": torch.get_num_threads(),
@@ -921,7 +921,7 @@ def compute_gradient(run: Run) -> Tensor:
 
 
 def accumulate_gradient(
-    train_model: Any, micro_batches: range, add_gradient: Callable[[int, int], None]
+    train_model: Any, micro_batches: range, add_gradient: elastic.AddGradient
 ) -> None:
     """Set .grad to the mean gradient of this rank's `micro_batches`. DDP averages it over the
     ranks, once per step."""

@@ -313,7 +313,7 @@ def read_intact(
 ) -> Iterator[tuple[Path, Bundle]]:
     """Yield the path and the bundle of each intact checkpoint among `paths`; several may be names
     of one file, and some not exist. Print which ones are skipped, and append why to `errors`."""
-    tried: list[Path] = []
+    tried = []
     for path in paths:
         if not path.exists() or any(path.samefile(other) for other in tried):
             continue
@@ -338,7 +338,7 @@ def find_bundle(
     # otherwise it comes last: it may be far behind
     best = [folder / "best.pt"]
     candidates = best + newest if prefer_best else newest + best
-    errors: list[Exception] = []
+    errors = []
     found = next(read_intact(candidates, errors), None)
     if found:
         return found
@@ -506,7 +506,7 @@ class Saver:
         self.started = progress_of(bundle) if bundle else None
         self.saved = self.started
         # copies of tensors on the host, by their path in the bundle
-        self.copies: dict[str, Tensor] = {}
+        self.copies = {}
         # set unless a copy is being made
         self.copied = threading.Event()
         self.copied.set()

@@ -201,7 +201,8 @@ def describe_shards(folder: Path) -> Meta:
     """Return the description of a folder with the shards of llm.c or modded-nanogpt,
     NAME_train_NUMBER.bin and NAME_val_NUMBER.bin, in GPT-2's tokens. Raises BadData."""
     digest = hashlib.sha256()
-    files: dict[str, dict[str, int]] = {}
+    # split -> name of a file -> its tokens
+    files = {}
     for split in SPLITS:
         files[split] = {}
         for path in sorted(folder.glob(f"*_{split}_*.bin")):

@@ -9,7 +9,7 @@ import os
 import zlib
 from bisect import bisect_right
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -112,8 +112,8 @@ class Split(Windows):
         self.files = []
         self.ends = [0]
         # for each file: the CRC32s of its blocks, and a byte per block: 1 after it was compared
-        self.crc32: list[str] = []
-        self.intact: list[bytearray] = []
+        self.crc32 = []
+        self.intact = []
         for name, expected in split_files(meta, split).items():
             path = folder / name
             file = open_tokens(path, expected, self.dtype.itemsize, self.header)
@@ -236,8 +236,8 @@ class Loader:
 
     def __post_init__(self) -> None:
         self.thread = ThreadPoolExecutor(1)
-        # (batch, m) -> the next micro-batch
-        self.prefetched: dict[tuple[int, int], Future] = {}
+        # (batch, m) -> the future of the next micro-batch
+        self.prefetched = {}
 
     def get_batch(self, batch: int, m: int) -> tuple[Tensor, Tensor]:
         """Return the inputs and targets of micro-batch m of a batch, (B, T) each, on the device.

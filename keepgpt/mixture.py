@@ -147,7 +147,7 @@ class Mixture(Windows):
         slots = permute(index, CYCLE, mix(cycles ^ self.key))
         # the split of each window, and the numbers of each split's windows
         order = []
-        windows: list[list[int]] = [[] for _ in self.splits]
+        windows = [[] for _ in self.splits]
         for cycle, slot in zip(cycles.tolist(), slots.tolist()):
             # the first slot of each split in this cycle
             before = self.count_before(cycle * CYCLE)

@@ -252,8 +252,8 @@ class HFTokenizer(Tokenizer):
         # a character takes up to four tokens of a ByteLevel that is one of several steps
         most = 4 if "ByteLevel" in self.decoders else 1
         # ids whose text was returned, and ids whose text is incomplete
-        shown: list[int] = []
-        held: list[int] = []
+        shown = []
+        held = []
 
         def decode(i: int) -> str:
             if i in self.tokens:
