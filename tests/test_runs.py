@@ -6,6 +6,7 @@ import pty
 import shlex
 import signal
 import subprocess
+import sys
 import termios
 import time
 from contextlib import suppress
@@ -18,6 +19,7 @@ from tools.common import last_step
 from tools.runs import list_descendants
 
 pytestmark = pytest.mark.slow
+# steps for several kills or signals, at evaluations, saves and between them
 FLAGS = TINY | {
     "max_iters": 80,
     "lr_decay_iters": 80,
@@ -70,7 +72,7 @@ def test_the_loop_finishes_a_killed_run(dataset, tmp_path, whole):
         stderr=subprocess.PIPE,
         text=True,
     )
-    # between the starts a loop has no rank
+    # SIGKILL hits train.py, not the loop. Between the starts a loop has no rank.
     for step in (20, 50):
         until(lambda step=step: last_step(out) >= step and ranks_of(loop), loop)
         os.kill(ranks_of(loop)[0], signal.SIGKILL)
@@ -86,7 +88,7 @@ def test_the_loop_ends_on_a_signal_and_on_a_mistake(dataset, tmp_path):
     flags = FLAGS | {"max_iters": 10**6, "out_dir": out, "dataset": dataset}
     loop = [REPO / "runs/loop.sh", *command("train.py", **flags)]
 
-    # a signal to the loop alone, as a batch system sends it
+    # endless: only a signal ends the run. First to the loop alone, as a batch system sends it
     process = subprocess.Popen(loop, env=ONE_THREAD)
     until(lambda: last_step(out) >= 10, process)
     process.send_signal(signal.SIGTERM)
@@ -110,13 +112,11 @@ def test_the_loop_ends_on_a_signal_and_on_a_mistake(dataset, tmp_path):
     "number", [signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU], ids=lambda n: n.name
 )
 def test_the_loop_passes_a_signal_on(number):
-    """The command stands for a run: it exits with 75 at SIGTERM."""
-    stops = [
-        "bash",
-        "-c",
-        "trap 'exit 75' TERM; echo ready; for i in {1..200}; do sleep 0.1; done",
-    ]
-    process = subprocess.Popen([REPO / "runs/loop.sh", *stops], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [REPO / "runs/loop.sh", "bash", PROGRAMS / "exit_75.sh"],
+        stdout=subprocess.PIPE,
+    )
+    # before this line the command would die of SIGTERM
     process.stdout.readline()
     process.send_signal(number)
     assert process.wait(timeout=180) == 75
@@ -132,10 +132,12 @@ def test_a_closed_terminal_saves_the_run(dataset, tmp_path, prefix, ranks, code)
     out = tmp_path / "out"
     terminal, its_side = pty.openpty()
 
+    # the kernel sends SIGHUP only to the session whose terminal it is
     def take_terminal() -> None:
         os.setsid()
         fcntl.ioctl(its_side, termios.TIOCSCTTY, 0)
 
+    # no evaluation, so only the signal saves
     flags = FLAGS | {"max_iters": 10**6, "eval_interval": 10**5}
     process = subprocess.Popen(
         [
@@ -196,6 +198,7 @@ def test_ranks_do_not_outlive_torchrun(dataset, tmp_path):
     until(lambda: last_step(out) >= 10, process)
     ranks = ranks_of(process)
     assert len(ranks) == 2
+    # SIGKILL gives torchrun no time to end its ranks
     process.kill()
     process.wait()
     # nobody waits for the ranks now: they must notice it themselves
@@ -266,32 +269,21 @@ def test_a_rank_ends_without_destroying_its_groups(dataset, tmp_path):
 
 def test_the_slurm_script_saves_and_requeues(dataset, tmp_path, whole):
     """Stubs replace Slurm's programs."""
-    stubs = tmp_path / "bin"
     out = tmp_path / "out"
-    stubs.mkdir()
-    torchrun = " ".join(command("", ranks=1)[:1]) + " -m torch.distributed.run"
-    programs = {
-        # like Slurm's, it kills the step when it gets SIGTERM
-        "srun": f"""echo $SRUN_CPUS_PER_TASK > {tmp_path}/cores
-trap 'kill -9 $!' TERM; "$@" & echo $! > {tmp_path}/step; wait $!""",
-        "scancel": f'[ "$1" = --signal=TERM ] && kill -TERM $(cat {tmp_path}/step)',
-        "torchrun": f'exec {torchrun} "$@"',
-        "scontrol": f'echo "$@" >> {tmp_path}/scontrol; echo localhost',
-    }
-    for name, text in programs.items():
-        (stubs / name).write_text(f"#!/bin/sh\n{text}\n")
-        (stubs / name).chmod(0o755)
-    flags = [
-        f"--{key}={value}"
-        for key, value in (FLAGS | {"dataset": dataset, "out_dir": out}).items()
-        if key != "init_from"
+    flags = FLAGS | {"dataset": dataset, "out_dir": out}
+    # the script gives this one itself
+    del flags["init_from"]
+    job = [
+        REPO / "runs/slurm.sh",
+        *(f"--{key}={value}" for key, value in flags.items()),
     ]
     env = ONE_THREAD | {
-        "PATH": f"{stubs}:{os.environ['PATH']}",
+        "PATH": f"{PROGRAMS / 'slurm'}:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "STUBS": str(tmp_path),
         "SLURM_JOB_ID": "17",
         "SLURM_CPUS_PER_TASK": "32",
     }
-    job = [REPO / "runs/slurm.sh", *flags]
     process = subprocess.Popen(
         job,
         cwd=REPO,
@@ -306,12 +298,12 @@ trap 'kill -9 $!' TERM; "$@" & echo $! > {tmp_path}/step; wait $!""",
     assert process.wait(timeout=180) == 0
     assert "requeue 17" in (tmp_path / "scontrol").read_text()
     assert (tmp_path / "cores").read_text() == "32\n"
+    # it saved where it was, between the signal and the run's end
     stopped = rows(out)[-1]["step"]
     assert 20 <= stopped < 80
     assert load(out / "ckpt.pt")["step"] == stopped
 
     # the job that was queued again finishes the run
-    done = subprocess.run(job, cwd=REPO, env=env, capture_output=True)
-    assert done.returncode == 0
+    subprocess.run(job, cwd=REPO, env=env, capture_output=True, check=True)
     assert bits(out / "ckpt.pt") == bits(whole / "ckpt.pt")
     assert rows(out) == rows(whole)
