@@ -35,32 +35,45 @@ def corrupt(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "choice", [{"last": 3}, {"steps": "8,4,6,4"}], ids=["last", "steps"]
+# in the order of the steps, whatever the order of the flag
+AVERAGED = ("step-00000004.pt", "ckpt-00000006.pt", "ckpt-00000008.pt")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[{"last": 3}, {"steps": "8,4,6,4"}],
+    ids=["last", "steps"],
 )
-def test_the_mean_is_exact_and_names_its_checkpoints(trained, tmp_path, choice):
-    average(trained, **choice, to=tmp_path / "avg.pt")
-    # in the order of the steps, whatever the order of the flag
-    names = ("step-00000004", "ckpt-00000006", "ckpt-00000008")
-    paths = [trained / f"{name}.pt" for name in names]
-    models = [load(path)["model"] for path in paths]
-    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
-    result = load(tmp_path / "avg.pt")
-    for name, weight in result["model"].items():
+def averaged(request, trained, tmp_path_factory) -> Path:
+    """Average the steps 4, 6 and 8, which two flags can name. Return the new file."""
+    path = tmp_path_factory.mktemp("averaged") / "avg.pt"
+    average(trained, **request.param, to=path)
+    return path
+
+
+@pytest.mark.slow
+def test_the_mean_is_exact(trained, averaged):
+    models = [load(trained / name)["model"] for name in AVERAGED]
+    result = load(averaged)["model"]
+    assert result.keys() == models[0].keys()
+    for name, weight in result.items():
         # in float64 the mean is rounded once
         weights = [model[name].double() for model in models]
         exact = torch.stack(weights).mean(0)
         assert weight.dtype == torch.float32
         assert torch.equal(weight, exact.float())
-    assert result["model"].keys() == models[0].keys()
-    assert result["origin"] == {
+
+
+@pytest.mark.slow
+def test_the_mean_names_its_checkpoints(trained, averaged):
+    contents = [(trained / name).read_bytes() for name in AVERAGED]
+    assert load(averaged)["origin"] == {
         "path": str(trained),
         "steps": [4, 6, 8],
-        "sha256": digests,
+        "sha256": [hashlib.sha256(content).hexdigest() for content in contents],
     }
     # no temporary file is left
-    assert [path.name for path in tmp_path.iterdir()] == ["avg.pt"]
+    assert [path.name for path in averaged.parent.iterdir()] == ["avg.pt"]
 
 
 def test_sample_export_and_train_read_it(trained, dataset, tmp_path):
