@@ -40,6 +40,7 @@ from keepgpt.kernels import (
 )
 from keepgpt.optim import make_optimizer
 from model import (
+    ARCHITECTURES,
     GPT,
     ModelArgs,
     RMSNorm,
@@ -54,40 +55,51 @@ from model import (
 
 # models this small are slower on two threads
 torch.set_num_threads(1)
-ARGS = ModelArgs(
-    n_layer=2,
-    n_head=4,
-    n_embd=32,
-    block_size=16,
-    vocab_size=61,
-    bias=True,
-    dropout=0.0,
-)
-# every size differs from its default: heads with a width of their own, keys and values that several
-# heads of queries share, an output layer with weights of its own
-QWEN3 = ModelArgs(
-    n_layer=2,
-    n_head=4,
-    n_embd=32,
-    block_size=16,
-    vocab_size=61,
-    bias=False,
-    dropout=0.0,
-    architecture="qwen3",
-    n_kv_head=2,
-    head_dim=12,
-    n_ff=48,
-    rope_theta=100.0,
-    tie_embeddings=False,
-)
-LLAMA = replace(QWEN3, architecture="llama")
+# settings that only some architectures have. Each differs from its default: heads with a width of
+# their own, keys and values that several heads of queries share, an output layer with weights of
+# its own.
+SETTINGS = {
+    "bias": True,
+    "n_kv_head": 2,
+    "head_dim": 12,
+    "n_ff": 48,
+    "rope_theta": 100.0,
+    "tie_embeddings": False,
+}
+
+
+def make_args(architecture):
+    """Return small sizes of an architecture, and the settings that it has."""
+    existing = SETTINGS.keys() & set(ARCHITECTURES[architecture].settings)
+    settings = {key: SETTINGS[key] for key in existing}
+    return ModelArgs(
+        n_layer=2,
+        n_head=4,
+        n_embd=32,
+        block_size=16,
+        vocab_size=61,
+        dropout=0.0,
+        architecture=architecture,
+        **{"bias": False} | settings,
+    )
+
+
+ARGS = make_args("gpt2")
+LLAMA = make_args("llama")
+QWEN3 = make_args("qwen3")
 QWEN3_DEFAULTS = replace(QWEN3, n_kv_head=0, head_dim=0, n_ff=0, tie_embeddings=True)
-every_architecture = pytest.mark.parametrize(
-    "args",
-    [ARGS, LLAMA, QWEN3, QWEN3_DEFAULTS],
-    ids=["gpt2", "llama", "qwen3", "qwen3-tied"],
-)
-gpt2_and_qwen3 = pytest.mark.parametrize("args", [ARGS, QWEN3], ids=["gpt2", "qwen3"])
+ALL_ARGS = {name: make_args(name) for name in ARCHITECTURES}
+
+
+def parametrize_args(**more):
+    """Return a mark that runs a test with each architecture's args, and with `more`."""
+    every = ALL_ARGS | more
+    return pytest.mark.parametrize("args", every.values(), ids=every)
+
+
+every_architecture = parametrize_args()
+# also with shared embeddings and default sizes
+every_variant = parametrize_args(qwen3_tied=QWEN3_DEFAULTS)
 # Transformers stores these matrices transposed
 CONV1D = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 
@@ -753,26 +765,26 @@ def test_a_setting_that_the_architecture_lacks_is_refused(settings, name):
         replace(ARGS, **settings)
 
 
-def test_flops_count_the_matrix_products():
-    for args in (ARGS, QWEN3, replace(QWEN3, tie_embeddings=True)):
-        H = args.n_head
-        K = args.K
-        D = args.D
-        C = args.n_embd
-        # the MLP of GPT-2 has two matrices, a SwiGLU has three
-        mlp = 3 * C * args.ff_width
-        if args.architecture == "gpt2":
-            mlp = 2 * C * 128
-        # queries, keys, values and the projection back
-        attention = 2 * C * D * (H + K)
-        matrices = args.n_layer * (attention + mlp) + 61 * C
+@parametrize_args(qwen3_tied=replace(QWEN3, tie_embeddings=True))
+def test_flops_count_the_matrix_products(args):
+    H = args.n_head
+    K = args.K
+    D = args.D
+    C = args.n_embd
+    # the MLP of GPT-2 has two matrices, a SwiGLU has three
+    mlp = 3 * C * args.ff_width
+    if args.architecture == "gpt2":
+        mlp = 2 * C * 128
+    # queries, keys, values and the projection back
+    attention = 2 * C * D * (H + K)
+    # the output layer has 61 tokens; an embedding that it does not share is looked up for free
+    matrices = args.n_layer * (attention + mlp) + 61 * C
 
-        # forward and backward: 6 per parameter (PaLM, appendix B); tokens attend to a whole block
-        model = build_model(args)
-        sizes = [p.numel() for p in model.parameters() if p.dim() == 1]
-        vectors = sum(sizes)
-        products = 12 * args.n_layer * H * D * args.block_size
-        assert model.flops_per_token() == 6 * (matrices + vectors) + products
+    # forward and backward: 6 per parameter (PaLM, appendix B); tokens attend to a whole block
+    model = build_model(args)
+    vectors = sum(p.numel() for p in model.parameters() if p.dim() == 1)
+    products = 12 * args.n_layer * H * D * args.block_size
+    assert model.flops_per_token() == 6 * (matrices + vectors) + products
 
 
 def test_without_bias_there_are_none():
@@ -801,7 +813,7 @@ def test_the_weights_begin_as_gpt2_s():
             assert (p == 1).all(), name
 
 
-@every_architecture
+@every_variant
 def test_a_token_sees_those_before_it_only(args):
     model = build_random_model(args)
     idx = make_tokens(1, 16)
@@ -815,7 +827,7 @@ def test_a_token_sees_those_before_it_only(args):
         assert differs[position:].all()
 
 
-@gpt2_and_qwen3
+@every_architecture
 def test_dropout_acts_in_training_and_repeats_with_its_seed(args):
     model = build_random_model(replace(args, dropout=0.5))
     idx = make_tokens(4, 16)
@@ -832,7 +844,7 @@ def test_dropout_acts_in_training_and_repeats_with_its_seed(args):
     assert torch.equal(first, model(idx))
 
 
-@gpt2_and_qwen3
+@every_architecture
 def test_dropout_acts_on_embedding_attention_and_branches(args, monkeypatch):
     calls = []
 
@@ -859,7 +871,7 @@ def test_dropout_acts_on_embedding_attention_and_branches(args, monkeypatch):
     assert {p for _, p in calls} == {0.0}
 
 
-@every_architecture
+@every_variant
 def test_a_batch_is_learned_by_heart(args):
     torch.manual_seed(0)
     model = build_model(args)
@@ -875,7 +887,7 @@ def test_a_batch_is_learned_by_heart(args):
     assert loss.item() < 0.02
 
 
-@gpt2_and_qwen3
+@every_architecture
 def test_bfloat16_agrees_with_float64_as_far_as_it_can(args):
     model = build_random_model(replace(args, n_embd=64, n_layer=3), std=0.15)
     exact = copy.deepcopy(model).double()
@@ -900,7 +912,7 @@ def pad_output_weight(model):
     return F.pad(weight, (0, 0, 0, 3))
 
 
-@every_architecture
+@every_variant
 def test_padding_the_vocabulary_changes_nothing(args, monkeypatch):
     plain = build_random_model(args)
     padded = copy.deepcopy(plain)
@@ -918,7 +930,7 @@ def test_padding_the_vocabulary_changes_nothing(args, monkeypatch):
         assert_close(padded_p.grad, p.grad, 1e-5)
 
 
-@every_architecture
+@every_variant
 def test_a_step_moves_every_parameter(args):
     model = build_random_model(args)
     before = copy.deepcopy(model.state_dict())
@@ -973,7 +985,7 @@ def continue_without_cache(
     return text[len(prompt) :]
 
 
-@every_architecture
+@every_variant
 def test_the_cache_gives_the_logits_of_the_whole(args):
     model = build_varied_model(args)
     idx = make_tokens(3, 16)
@@ -995,7 +1007,7 @@ def test_the_cache_gives_the_logits_of_the_whole(args):
     assert_close(torch.cat(parts, 1), logits[:, 4:15:5], 1e-5)
 
 
-@gpt2_and_qwen3
+@every_architecture
 @pytest.mark.parametrize("length", [1, 16, 30])
 @pytest.mark.parametrize(
     "settings",
@@ -1018,15 +1030,9 @@ def test_cached_generation_equals_uncached(args, length, settings):
     pick_dtype("auto", torch.device("cpu")) != torch.bfloat16,
     reason="this CPU has no bfloat16 instructions",
 )
-@pytest.mark.parametrize(
-    "args",
-    [
-        ARGS,
-        replace(ARGS, bias=False),
-        QWEN3,
-        replace(QWEN3, tie_embeddings=True),
-    ],
-    ids=["gpt2", "gpt2-no-bias", "qwen3", "qwen3-tied"],
+@parametrize_args(
+    gpt2_no_bias=replace(ARGS, bias=False),
+    qwen3_tied=replace(QWEN3, tie_embeddings=True),
 )
 def test_packed_weights_generate_the_same(args):
     plain = build_random_model(args).bfloat16()
@@ -1041,7 +1047,7 @@ def test_packed_weights_generate_the_same(args):
     assert continue_prompts(packed, prompts, 40, temperature=0) == expected
 
 
-@gpt2_and_qwen3
+@every_architecture
 def test_prompts_in_a_batch_are_continued_as_each_alone(args):
     model = build_varied_model(args)
     prompts = []
