@@ -25,7 +25,7 @@ from keepgpt.optim import (
     orthogonalize,
     set_rates,
 )
-from model import GPT, ModelArgs, build_model
+from model import ARCHITECTURES, GPT, ModelArgs, build_model
 
 sys.path.insert(0, str(PROGRAMS))
 import lion
@@ -38,13 +38,6 @@ ARGS = ModelArgs(
     vocab_size=61,
     bias=True,
     dropout=0.0,
-)
-QWEN3 = replace(
-    ARGS,
-    bias=False,
-    architecture="qwen3",
-    n_kv_head=1,
-    tie_embeddings=False,
 )
 CONFIG = TrainConfig(
     optimizer="muon",
@@ -144,6 +137,7 @@ def test_the_polynomial_acts_on_singular_values():
     x = torch.randn(1, 8, 12, dtype=torch.float64, generator=rng)
     U, S, Vh = torch.linalg.svd(x[0], full_matrices=False)
     S = S / S.norm()
+    # five iterations, as in the paper
     a, b, c = COEFFICIENTS
     for _ in range(5):
         S = a * S + b * S**3 + c * S**5
@@ -260,6 +254,7 @@ def test_a_skip_on_the_device_leaves_every_bit():
     optimizer.step()
     before = poison(model)
     state = copy.deepcopy(optimizer.state_dict()["state"])
+    # Muon's groups; AdamW's own skip is PyTorch's
     for group in optimizer.param_groups:
         if "momentum" in group:
             optimizer.update_matrices(group, torch.tensor(True))
@@ -302,33 +297,52 @@ def test_gradscaler_skips_an_overflow_and_goes_on():
 # groups and schedules
 
 
-@pytest.mark.parametrize("args", [ARGS, QWEN3], ids=["gpt2", "qwen3"])
-def test_the_groups_cover_the_model(args):
-    model = build_model(args)
-    optimizer = make_optimizer(model, CONFIG)
-    # each parameter is in one group
-    group_of = {}
-    count = 0
-    for group in optimizer.param_groups:
-        count += len(group["params"])
+every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
+
+
+def build_architecture(name: str) -> GPT:
+    """Return a small model of an architecture, with all kinds of parameters that it can have."""
+    settings = {"bias": True, "n_kv_head": 1, "tie_embeddings": False}
+    existing = settings.keys() & set(ARCHITECTURES[name].settings)
+    own = {key: settings[key] for key in existing}
+    return build_model(replace(ARGS, architecture=name, **{"bias": False} | own))
+
+
+@every_architecture
+def test_each_parameter_is_in_one_group(name):
+    model = build_architecture(name)
+    grouped = []
+    for group in make_optimizer(model, CONFIG).param_groups:
+        grouped += map(id, group["params"])
+    assert sorted(grouped) == sorted(map(id, model.parameters()))
+
+
+@every_architecture
+def test_muon_takes_the_matrices_of_the_blocks(name):
+    model = build_architecture(name)
+    taken = {}
+    for group in make_optimizer(model, CONFIG).param_groups:
         for p in group["params"]:
-            group_of[id(p)] = group
-    assert count == len(group_of)
-    assert count == len(list(model.parameters()))
-
-    for name, p in model.named_parameters():
-        # Muon takes the matrices of the blocks; c_attn holds three
-        parts = None
-        in_block = ".h." in name or ".layers." in name
+            taken[id(p)] = group.get("parts")
+    for path, p in model.named_parameters():
+        in_block = ".h." in path or ".layers." in path
+        expected = None
         if in_block and p.dim() == 2:
-            parts = 3 if "c_attn" in name else 1
-        group = group_of[id(p)]
-        assert group.get("parts") == parts, name
-        # vectors do not decay
-        weight_decay = 0.1 if p.dim() == 2 else 0.0
-        assert group["weight_decay"] == weight_decay, name
+            # c_attn holds three: queries, keys and values
+            expected = 3 if "c_attn" in path else 1
+        assert taken[id(p)] == expected, path
 
-    # the default has no groups for Muon
+
+@every_architecture
+def test_only_matrices_decay(name):
+    model = build_architecture(name)
+    for group in make_optimizer(model, CONFIG).param_groups:
+        for p in group["params"]:
+            assert group["weight_decay"] == (0.1 if p.dim() == 2 else 0.0)
+
+
+def test_the_default_optimizer_has_no_group_for_muon():
+    model = build_model(ARGS)
     assert type(make_optimizer(model, TrainConfig())) is AdamW
 
 
