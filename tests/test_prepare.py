@@ -20,9 +20,11 @@ import time
 import urllib.parse
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -507,37 +509,60 @@ SCRIPTS = (
 )
 
 
-def test_a_bpe_of_mixed_scripts(shakespeare, tmp_path):
+@dataclass
+class PreparedBPE:
+    """A text, cut in two, that was prepared with one and with three threads."""
+
+    train_text: str
+    val_text: str
+    datasets: list[tuple[dict, list[int], list[int]]]
+
+
+@pytest.fixture(scope="module")
+def mixed_scripts(shakespeare, tmp_path_factory) -> PreparedBPE:
+    folder = tmp_path_factory.mktemp("scripts")
     # "quixotry" occurs only in the part for validation
     text = SCRIPTS * 300 + shakespeare[:300_000] + "quixotry " * 40_000
-    (tmp_path / "a.txt").write_bytes(text.encode())
-    text = text.replace("\r\n", "\n")
+    (folder / "a.txt").write_bytes(text.encode())
     datasets = []
-    flags = {"name": "x", "tokenizer": "bpe:1000", "val_fraction": 0.6}
     for threads in ("1", "3"):
         done = run(
             "prepare.py",
-            tmp_path / "a.txt",
-            data_dir=tmp_path / threads,
+            folder / "a.txt",
+            name="x",
+            tokenizer="bpe:1000",
+            val_fraction=0.6,
+            data_dir=folder / threads,
             env={"RAYON_NUM_THREADS": threads},
-            **flags,
         )
         assert "val tokens of bpe:1000, 1,000 in the vocabulary" in done.stdout
-        datasets.append(read_dataset(tmp_path / threads / "x"))
-    # the number of threads changes nothing
-    assert datasets[0] == datasets[1]
-    meta, train, val = datasets[0]
-    tokenizer = from_meta(meta)
+        datasets.append(read_dataset(folder / threads / "x"))
+    text = text.replace("\r\n", "\n")
     cut = int(len(text) * 0.4)
-    train_text = text[:cut]
-    val_text = text[cut:]
-    assert "quixotry" not in train_text
-    assert tokenizer.decode(train) == train_text
-    assert tokenizer.decode(val) == val_text
-    assert train == tokenizer.encode(train_text)
-    assert val == tokenizer.encode(val_text)
-    # it has learned something, and nothing of val
-    assert len(train) < 0.5 * len(train_text.encode())
+    assert "quixotry" not in text[:cut]
+    return PreparedBPE(text[:cut], text[cut:], datasets)
+
+
+def test_a_bpe_is_the_same_with_any_number_of_threads(mixed_scripts):
+    one, three = mixed_scripts.datasets
+    assert one == three
+
+
+def test_a_bpe_of_mixed_scripts_gives_its_text(mixed_scripts):
+    meta, train, val = mixed_scripts.datasets[0]
+    tokenizer = from_meta(meta)
+    for ids, text in (
+        (train, mixed_scripts.train_text),
+        (val, mixed_scripts.val_text),
+    ):
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.encode(text) == ids
+
+
+def test_a_bpe_learns_from_the_part_for_training(mixed_scripts):
+    meta, train, _ = mixed_scripts.datasets[0]
+    assert len(train) < 0.5 * len(mixed_scripts.train_text.encode())
+    tokenizer = from_meta(meta)
     tokens = [tokenizer.token_bytes(i) for i in range(1000)]
     assert b" the" in tokens
     assert any("東京は夜".encode() in token for token in tokens)
@@ -562,44 +587,55 @@ def write_tokenizer(folder: Path, text: str, **steps: object) -> Path:
     return folder
 
 
+def read_note(tmp_path: Path, file: Path, tokenizer: Path) -> str:
+    """Prepare a file with a tokenizer. Return the only line on stderr."""
+    flags = {"name": tokenizer.name, "data_dir": tmp_path / "data"}
+    note = run("prepare.py", file, tokenizer=tokenizer, **flags).stderr
+    assert note.startswith("note: "), note
+    assert note.count("\n") == 1, note
+    return note
+
+
+@pytest.fixture(scope="module")
+def letters(play) -> str:
+    """Return a text with all letters of the play, but short: it is one word, whose merges take ever
+    longer."""
+    text = play.read_text(encoding="utf-8")
+    return text[:20_000] + "".join(sorted(set(text)))
+
+
 @pytest.mark.slow
-def test_a_tokenizer_that_loses_text_is_noted(play, tmp_path):
+def test_a_tokenizer_that_loses_some_of_any_text_is_noted(play, letters, tmp_path):
     from tokenizers import normalizers, pre_tokenizers
 
+    lowercase = normalizers.Lowercase()
+    lower = write_tokenizer(tmp_path / "lower", letters, normalizer=lowercase)
+    # no token stands for unknown text
+    assert " 0.00%" in read_note(tmp_path, play, lower)
+    whitespace = pre_tokenizers.Whitespace()
+    spaces = write_tokenizer(tmp_path / "spaces", letters, pre_tokenizer=whitespace)
+    read_note(tmp_path, play, spaces)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unk_token", [None, "<unk>"], ids=["drops", "unknown"])
+def test_a_tokenizer_that_lacks_a_letter_is_noted(play, letters, tmp_path, unk_token):
     text = play.read_text(encoding="utf-8")
-    # these two lose only letters that the play lacks; the first such letter comes late
+    # the first letter that the play lacks comes late
     late = tmp_path / "late.jsonl"
     documents = [text[start : start + 200] for start in range(0, 40_000, 200)]
     write_jsonl(late, [*documents, "Ünique " * 20])
-    # a part with all letters of the play: it is one word, whose merges take ever longer
-    part = text[:20_000] + "".join(sorted(set(text)))
-    drops = write_tokenizer(tmp_path / "drops", part)
-    unknown = write_tokenizer(tmp_path / "unknown", part, unk_token="<unk>")
-    # these two lose some of any text
-    lowercase = normalizers.Lowercase()
-    lower = write_tokenizer(tmp_path / "lower", part, normalizer=lowercase)
-    whitespace = pre_tokenizers.Whitespace()
-    spaces = write_tokenizer(tmp_path / "spaces", part, pre_tokenizer=whitespace)
-    notes = {}
-    for folder, file in (
-        (lower, play),
-        (spaces, play),
-        (drops, late),
-        (unknown, late),
-    ):
-        flags = {"name": folder.name, "data_dir": tmp_path / "data"}
-        note = run("prepare.py", file, tokenizer=folder, **flags).stderr
-        assert note.startswith("note: "), note
-        assert note.count("\n") == 1, note
-        notes[folder.name] = note
+    tokenizer = write_tokenizer(tmp_path / "own", letters, unk_token=unk_token)
+    note = read_note(tmp_path, late, tokenizer)
     # the share of tokens that stand for unknown text: a letter that is dropped leaves none
-    assert " 0.00%" in notes["drops"]
-    assert " 0.00%" in notes["lower"]
-    assert " 0.00%" not in notes["unknown"]
-    assert "Ünique" in notes["unknown"]
-    for folder in (drops, unknown):
-        flags = {"name": "kept", "data_dir": tmp_path / f"kept-{folder.name}"}
-        assert not run("prepare.py", play, tokenizer=folder, **flags).stderr
+    if unk_token:
+        assert " 0.00%" not in note
+        assert "Ünique" in note
+    else:
+        assert " 0.00%" in note
+    # the play itself loses nothing
+    flags = {"name": "kept", "data_dir": tmp_path / "kept"}
+    assert not run("prepare.py", play, tokenizer=tokenizer, **flags).stderr
 
 
 def test_an_encoding_that_drops_text_is_noted(play, tmp_path):
@@ -780,10 +816,9 @@ def joined(folder: Path) -> tuple[dict, bytes, bytes]:
     return meta, train, val
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "tokenizer, count",
-    [
+@pytest.fixture(
+    scope="module",
+    params=[
         ("gpt2", 250),
         ("gpt2", 60),
         ("char", 150),
@@ -791,14 +826,17 @@ def joined(folder: Path) -> tuple[dict, bytes, bytes]:
     ],
     ids=["gpt2 250", "gpt2 60", "char 150", "bpe 130"],
 )
-def test_several_files_give_what_one_gives(shakespeare, tmp_path, tokenizer, count):
+def sources(request, shakespeare, tmp_path_factory) -> SimpleNamespace:
+    """Prepare the same texts from a file of JSON, a Parquet file, and a folder of several."""
+    tokenizer, count = request.param
+    folder = tmp_path_factory.mktemp("sources")
     texts = texts_of(shakespeare, count, 700)
     texts[9] = ""
     if count == 250:
         # over 2**20 characters: this one is split
         texts[9] = shakespeare[:1_100_000]
-    write_jsonl(tmp_path / "all.jsonl", texts)
-    write_parquet(tmp_path / "all.parquet", texts)
+    write_jsonl(folder / "all.jsonl", texts)
+    write_parquet(folder / "all.parquet", texts)
     # four files, one of them without rows. The number of a document decides its split, and
     # continues from one file to the next.
     parts = [
@@ -808,27 +846,43 @@ def test_several_files_give_what_one_gives(shakespeare, tmp_path, tokenizer, cou
         texts[120:],
     ]
     for i, part in enumerate(parts):
-        write_parquet(tmp_path / "parts" / f"{i}.parquet", part)
-    flags = {"tokenizer": tokenizer, "data_dir": tmp_path / "data"}
+        write_parquet(folder / "parts" / f"{i}.parquet", part)
+    flags = {"tokenizer": tokenizer, "data_dir": folder / "data", "cwd": folder}
     datasets = {}
     for source in ("all.jsonl", "all.parquet", "parts"):
-        run("prepare.py", source, name=source, cwd=tmp_path, **flags)
-        datasets[source] = joined(tmp_path / "data" / source)
-    meta, *tokens = datasets["all.jsonl"]
-    for source in ("all.parquet", "parts"):
-        other_meta, *other_tokens = datasets[source]
-        assert other_tokens == tokens
-        for key in ("tokenizer", "tokens", "fingerprint", "dtype", "vocab_size"):
-            assert other_meta[key] == meta[key]
-    # each file of a folder has its own shards
-    files = datasets["parts"][0]["files"]
-    assert sum(files["train"].values()) == meta["tokens"]["train"]
+        run("prepare.py", source, name=source, **flags)
+        datasets[source] = joined(folder / "data" / source)
+    return SimpleNamespace(flags=flags, datasets=datasets)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["all.parquet", "parts"])
+def test_several_files_give_what_one_gives(sources, source):
+    meta, *tokens = sources.datasets["all.jsonl"]
+    other_meta, *other_tokens = sources.datasets[source]
+    assert other_tokens == tokens
+    for key in ("tokenizer", "tokens", "fingerprint", "dtype", "vocab_size"):
+        assert other_meta[key] == meta[key]
+
+
+@pytest.mark.slow
+def test_each_file_of_a_folder_has_its_own_shards(sources):
+    one_meta, *_ = sources.datasets["all.jsonl"]
+    parquet_meta, *_ = sources.datasets["all.parquet"]
+    folder_meta, *_ = sources.datasets["parts"]
+    files = folder_meta["files"]
+    assert sum(files["train"].values()) == one_meta["tokens"]["train"]
+    assert list(files) == ["train", "val"]
     for split, shards in files.items():
         assert list(shards) == [f"{split}-{i:05}.bin" for i in range(4)]
-    assert list(files) == ["train", "val"]
-    assert "files" not in meta
-    assert "files" not in datasets["all.parquet"][0]
-    done = run("prepare.py", "parts", name="parts", cwd=tmp_path, **flags)
+    # one file, one shard
+    assert "files" not in one_meta
+    assert "files" not in parquet_meta
+
+
+@pytest.mark.slow
+def test_a_folder_of_shards_is_prepared_once(sources):
+    done = run("prepare.py", "parts", name="parts", **sources.flags)
     assert "exists already" in done.stdout
 
 
@@ -957,14 +1011,15 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def hub(hub_folder, tmp_path):
+@contextmanager
+def serve_hub(folder: Path, home: Path) -> Iterator[http.server.ThreadingHTTPServer]:
+    """Serve the files of a folder as the Hugging Face Hub, with its cache in `home`."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        server.folder = hub_folder
+        server.folder = folder
         server.asked = []
         server.env = {
             "HF_HUB_OFFLINE": "0",
-            "HF_HOME": str(tmp_path / "home"),
+            "HF_HOME": str(home),
             "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
         }
         # shutdown waits for the next look at it, by default every half second
@@ -972,6 +1027,12 @@ def hub(hub_folder, tmp_path):
         threading.Thread(target=serve, daemon=True).start()
         yield server
         server.shutdown()
+
+
+@pytest.fixture
+def hub(hub_folder, tmp_path):
+    with serve_hub(hub_folder, tmp_path / "home") as server:
+        yield server
 
 
 @pytest.mark.slow
@@ -1141,62 +1202,104 @@ def test_folders_behind_links_are_searched(tmp_path):
     assert prepare(tmp_path, "d")[0]["source"]["files"] == 2
 
 
+@pytest.fixture
+def learned(tmp_path) -> Path:
+    """Prepare tmp_path/data/x, characters of tmp_path/a.txt. Return its folder."""
+    (tmp_path / "a.txt").write_text("something to learn\n" * 9)
+    prepare(tmp_path, tmp_path / "a.txt", tokenizer="char")
+    return tmp_path / "data/x"
+
+
+def was_prepared(folder: Path, **flags: object) -> bool:
+    """Prepare the dataset of `learned` again. Return False if it existed already."""
+    text = folder.parent.parent / "a.txt"
+    flags = {"tokenizer": "char"} | flags
+    done = run("prepare.py", text, name="x", data_dir=folder.parent, **flags)
+    return "exists already" not in done.stdout
+
+
+def cut_val(folder: Path) -> None:
+    os.truncate(folder / "val.bin", 6)
+
+
+def lose_train(folder: Path) -> None:
+    (folder / "train.bin").unlink()
+
+
+def reverse_val(folder: Path) -> None:
+    tokens = (folder / "val.bin").read_bytes()
+    (folder / "val.bin").write_bytes(tokens[::-1])
+
+
+def reverse_val_without_checksums(folder: Path) -> None:
+    """Do so in a dataset of an older version."""
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["crc32"]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    reverse_val(folder)
+
+
+def change_a_checksum(folder: Path) -> None:
+    text = (folder / "meta.json").read_text()
+    crc32 = json.loads(text)["crc32"]["val.bin"]
+    (folder / "meta.json").write_text(text.replace(crc32, crc32[::-1]))
+
+
+def empty_meta(folder: Path) -> None:
+    (folder / "meta.json").write_text("")
+
+
+def replace_meta(folder: Path) -> None:
+    (folder / "meta.json").write_text('{"tokens": 5}')
+
+
 @pytest.mark.slow
-def test_changed_or_corrupt_dataset_is_prepared_again(tmp_path):
-    text = tmp_path / "a.txt"
-    folder = tmp_path / "data" / "x"
-    text.write_text("something to learn\n" * 9)
-    first = prepare(tmp_path, text, tokenizer="char")
-
-    def again(**flags) -> bool:
-        """Return True if the dataset existed already."""
-        flags = {"name": "x", "data_dir": tmp_path / "data", **flags}
-        done = run("prepare.py", text, **{"tokenizer": "char", **flags})
-        return "exists already" in done.stdout
-
-    def reverse_tokens() -> None:
-        tokens = (folder / "val.bin").read_bytes()
-        (folder / "val.bin").write_bytes(tokens[::-1])
-
-    def reverse_tokens_of_an_older_dataset() -> None:
-        meta = {key: first[0][key] for key in first[0] if key != "crc32"}
-        (folder / "meta.json").write_text(json.dumps(meta))
-        reverse_tokens()
-
-    def change_a_checksum() -> None:
-        text = (folder / "meta.json").read_text()
-        crc32 = first[0]["crc32"]["val.bin"]
-        (folder / "meta.json").write_text(text.replace(crc32, crc32[::-1]))
-
-    assert again()
-    for damage in (
-        partial(os.truncate, folder / "val.bin", 6),
-        (folder / "train.bin").unlink,
-        reverse_tokens,
-        reverse_tokens_of_an_older_dataset,
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut_val,
+        lose_train,
+        reverse_val,
+        reverse_val_without_checksums,
         change_a_checksum,
-        partial((folder / "meta.json").write_text, ""),
-        partial((folder / "meta.json").write_text, '{"tokens": 5}'),
-    ):
-        damage()
-        # files of a larger dataset and of a killed preparation go, too
-        (folder / "train-00003.bin").touch()
-        (folder / "val.bin.tmp").touch()
-        assert not again()
-        assert read_dataset(folder) == first
-        assert sorted(dataset_files(folder)) == ["meta.json", "train.bin", "val.bin"]
+        empty_meta,
+        replace_meta,
+    ],
+)
+def test_a_corrupt_dataset_is_prepared_again(learned, damage):
+    first = read_dataset(learned)
+    assert not was_prepared(learned)
+    damage(learned)
+    # files of a larger dataset and of a killed preparation go, too
+    (learned / "train-00003.bin").touch()
+    (learned / "val.bin.tmp").touch()
+    assert was_prepared(learned)
+    assert read_dataset(learned) == first
+    assert sorted(dataset_files(learned)) == ["meta.json", "train.bin", "val.bin"]
+
+
+@pytest.mark.slow
+def test_a_dataset_with_other_settings_is_prepared_again(learned):
+    # each differs from the one before
     for flags in (
         {"val_fraction": 0.5},
         {"tokenizer": "gpt2"},
         {"tokenizer": "bpe:300"},
         {"tokenizer": "bpe:257"},
     ):
-        assert not again(**flags)
-        assert again(**flags)
+        assert was_prepared(learned, **flags)
+        assert not was_prepared(learned, **flags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokenizer", ["char", "bpe:257"])
+def test_a_dataset_of_a_changed_text_is_prepared_again(learned, tokenizer):
+    was_prepared(learned, tokenizer=tokenizer)
     # a text of the same length
+    text = learned.parent.parent / "a.txt"
     text.write_text("Something to learn\n" * 9)
-    assert not again(**flags)
-    assert again(**flags)
+    assert was_prepared(learned, tokenizer=tokenizer)
+    assert not was_prepared(learned, tokenizer=tokenizer)
 
 
 def test_bin_files_of_another_program_are_kept(tmp_path):
@@ -1246,12 +1349,13 @@ def test_hub_dataset_is_downloaded_once(hub, hub_folder, tmp_path):
     )
 
 
-@pytest.mark.slow
-def test_ready_shards_are_downloaded_and_trained_on(hub, tmp_path):
-    # shards of 100 tokens in the format of llm.c: a header of 256 numbers (magic number, version,
-    # count), then the tokens
-    hub.folder = tmp_path / "shards"
-    hub.folder.mkdir()
+@pytest.fixture(scope="module")
+def fineweb(tmp_path_factory) -> Iterator[SimpleNamespace]:
+    """Serve and prepare shards of 100 tokens in the format of llm.c: a header of 256 numbers (magic
+    number, version, count), then the tokens."""
+    place = tmp_path_factory.mktemp("fineweb")
+    shards = place / "shards"
+    shards.mkdir()
     header = np.zeros(256, "<i4")
     header[:3] = (20240520, 1, 100)
     names = ["fineweb_val_000000.bin"]
@@ -1261,34 +1365,57 @@ def test_ready_shards_are_downloaded_and_trained_on(hub, tmp_path):
     for name in names:
         tokens = rng.integers(50257, size=100, dtype="<u2")
         content[name] = header.tobytes() + tokens.tobytes()
-        (hub.folder / name).write_bytes(content[name])
-    done = run("prepare.py", "fineweb10B", data_dir=tmp_path, env=hub.env)
-    assert "10,300 train and 100 val tokens of gpt2" in done.stdout
-    shards = (tmp_path / "fineweb10B").glob("*.bin")
-    assert {path.name: path.read_bytes() for path in shards} == content
-    assert any("/resolve/889765ea1f903759787add" in path for path in hub.asked)
-    # again, without a network
-    offline = hub.env | {"HF_HUB_OFFLINE": "1"}
-    done = run("prepare.py", "fineweb10B", data_dir=tmp_path, env=offline)
+        (shards / name).write_bytes(content[name])
+    with serve_hub(shards, place / "home") as hub:
+        done = run("prepare.py", "fineweb10B", data_dir=place, env=hub.env)
+        yield SimpleNamespace(
+            place=place,
+            folder=place / "fineweb10B",
+            content=content,
+            printed=done.stdout,
+            hub=hub,
+            offline=hub.env | {"HF_HUB_OFFLINE": "1"},
+        )
+
+
+@pytest.mark.slow
+def test_ready_shards_are_downloaded(fineweb):
+    assert "10,300 train and 100 val tokens of gpt2" in fineweb.printed
+    shards = fineweb.folder.glob("*.bin")
+    assert {path.name: path.read_bytes() for path in shards} == fineweb.content
+    # the commit that the recipe names
+    commit = "/resolve/889765ea1f903759787add"
+    assert any(commit in path for path in fineweb.hub.asked)
+
+
+@pytest.mark.slow
+def test_ready_shards_are_found_without_a_network(fineweb):
+    flags = {"data_dir": fineweb.place, "env": fineweb.offline}
+    done = run("prepare.py", "fineweb10B", **flags)
     assert "exists already" in done.stdout
-    flags = TINY | {"data_dir": tmp_path, "dataset": "fineweb10B", "max_iters": 2}
-    run("train.py", out_dir=tmp_path / "out", **flags)
+
+
+@pytest.mark.slow
+def test_ready_shards_are_trained_on(fineweb, tmp_path):
+    flags = TINY | {"data_dir": fineweb.place, "dataset": "fineweb10B"}
+    run("train.py", out_dir=tmp_path / "out", **flags | {"max_iters": 2})
+
+
+@pytest.mark.slow
+def test_a_truncated_ready_shard_is_refused(fineweb):
     # a download that was cut
-    path = tmp_path / "fineweb10B/fineweb_train_000007.bin"
-    path.write_bytes(content[path.name][:-2])
-    done = run(
-        "prepare.py",
-        "fineweb10B",
-        data_dir=tmp_path,
-        env=offline,
-        code=2,
-    )
+    path = fineweb.folder / "fineweb_train_000007.bin"
+    path.write_bytes(fineweb.content[path.name][:-2])
+    flags = {"data_dir": fineweb.place}
+    done = run("prepare.py", "fineweb10B", env=fineweb.offline, code=2, **flags)
     assert "1,224 bytes" in complaint(done)
     # its hint works
     path.unlink()
-    run("prepare.py", "fineweb10B", data_dir=tmp_path, env=hub.env)
-    assert path.read_bytes() == content[path.name]
-    # ready tokens are those of their tokenizer
+    run("prepare.py", "fineweb10B", env=fineweb.hub.env, **flags)
+    assert path.read_bytes() == fineweb.content[path.name]
+
+
+def test_ready_shards_have_a_tokenizer_already(tmp_path):
     flags = {"name": "other", "tokenizer": "char", "data_dir": tmp_path}
     assert "--tokenizer" in complaint(run("prepare.py", "fineweb10B", code=2, **flags))
 
@@ -1351,6 +1478,19 @@ def test_corrupt_file_is_found_before_the_first_shard(hub_folder, tmp_path):
     assert dataset_files(tmp_path / "x") == {}
 
 
+def stop_at_file(child: Any, path: Path, stop_signal: int) -> None:
+    """Send a signal to a preparation as soon as a file exists. Wait until it ends."""
+    while child.poll() is None and not path.exists():
+        time.sleep(0.001)
+    child.send_signal(stop_signal)
+    child.communicate()
+
+
+def list_times(paths: Iterable[Path]) -> dict[Path, int]:
+    """Return when each file was last written."""
+    return {path: path.stat().st_mtime_ns for path in paths}
+
+
 @pytest.mark.slow
 def test_killed_preparation_continues(hub_folder, tmp_path):
     source = hub_folder / "sample"
@@ -1363,22 +1503,18 @@ def test_killed_preparation_continues(hub_folder, tmp_path):
         ("train-00009.bin", signal.SIGINT, 130),
     ):
         child = start("prepare.py", source, name="x", data_dir=tmp_path)
-        while child.poll() is None and not (folder / file).exists():
-            time.sleep(0.001)
-        child.send_signal(stop_signal)
-        child.communicate()
+        stop_at_file(child, folder / file, stop_signal)
         assert child.returncode == code
         # the shards of an incomplete dataset can't be trained on
         with pytest.raises(BadData):
             read_meta(folder)
-    early = {path: path.stat().st_mtime_ns for path in folder.glob("*-0000[0-7].bin")}
+    early = list_times(folder.glob("*-0000[0-7].bin"))
     done = run("prepare.py", source, name="x", data_dir=tmp_path)
     assert re.search(r"(9|10) of 14 shards", done.stdout)
     assert dataset_files(folder) == dataset_files(tmp_path / "new/x")
     # complete shards were not written again
     assert early
-    for path, modified in early.items():
-        assert path.stat().st_mtime_ns == modified
+    assert list_times(early) == early
 
 
 @pytest.mark.slow
