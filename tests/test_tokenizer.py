@@ -204,20 +204,29 @@ def qwen(play, tmp_path_factory) -> Path:
 def test_hugging_face_ids_equal_transformers(qwen, play):
     tokenizer = from_meta({"tokenizer": describe_tokenizer(str(qwen))})
     expected = AutoTokenizer.from_pretrained(qwen)
+    assert tokenizer.vocab_size == len(expected)
+    assert tokenizer.eot == expected.eos_token_id
     text = MIXED * 3 + play.read_text(encoding="utf-8")[:20_000] + MIXED
     ids = tokenizer.encode(text)
     flags = {"split_special_tokens": True, "truncation": False}
     assert ids == expected(text, **flags)["input_ids"]
-    assert expected.eos_token_id == tokenizer.eot
-    # the names of special tokens in a text are plain text
-    assert tokenizer.eot not in ids
-    assert tokenizer.eot - 2 not in ids
-    assert tokenizer.vocab_size == len(expected)
-    assert max(ids) < tokenizer.vocab_size
     decoded = tokenizer.decode(ids)
     assert decoded == expected.decode(ids)
     assert decoded == "".join(map(tokenizer.make_decoder(), ids))
-    # of any ids, the text token by token lacks at most the part of a character at the end
+
+
+def test_special_tokens_of_a_folder_are_plain_text(qwen):
+    tokenizer = from_meta({"tokenizer": describe_tokenizer(str(qwen))})
+    # the text has the names of both
+    ids = tokenizer.encode(MIXED)
+    assert tokenizer.eot not in ids
+    assert tokenizer.eot - 2 not in ids
+    assert max(ids) < tokenizer.vocab_size
+
+
+def test_a_decoder_lacks_at_most_a_part_of_a_character(qwen):
+    tokenizer = from_meta({"tokenizer": describe_tokenizer(str(qwen))})
+    # of any ids: few of them are texts
     rng = random.Random(1)
     for _ in range(300):
         ids = [rng.randrange(tokenizer.vocab_size) for _ in range(20)]
