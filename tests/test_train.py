@@ -12,6 +12,7 @@ import subprocess
 import termios
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -359,13 +360,18 @@ def read_terminal(*args: str, **flags) -> str:
     return written.decode()
 
 
+def cut_loss(line: str) -> str:
+    """Return the start of a line of progress, with its step."""
+    return line.split(" loss")[0]
+
+
 @pytest.mark.slow
 def test_progress_is_one_line_in_a_terminal(train, dataset, tmp_path):
     piped = train(out="piped").stdout.splitlines()
     written = read_terminal(out_dir=tmp_path / "tty", dataset=dataset, **TINY)
     steps = [f"step {step}/20:" for step in (5, 10, 15, 20)]
     progress = [line for line in piped if line.startswith(tuple(steps))]
-    assert [line.split(" loss")[0] for line in progress] == steps
+    assert list(map(cut_loss, progress)) == steps
     # in the terminal each line of progress replaces the one before
     replaced = []
     last_texts = []
@@ -373,7 +379,7 @@ def test_progress_is_one_line_in_a_terminal(train, dataset, tmp_path):
         *earlier, last = line.split("\r\033[K")
         replaced += earlier
         last_texts.append(last)
-    assert [text.split(" loss")[0] for text in replaced] == steps
+    assert list(map(cut_loss, replaced)) == steps
     # the terminal's width less one
     assert max(map(len, replaced)) == 49
     # the other lines stay
@@ -418,6 +424,32 @@ def decode_items(items) -> dict:
     return values
 
 
+@dataclass
+class WandbFiles:
+    """What wandb would upload from its files: a run, as it joins them."""
+
+    ids: set[str]
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    losses: dict[int, float]
+
+
+def join_wandb_files(files: list[Path]) -> WandbFiles:
+    """Read the files of a run's starts, in their order."""
+    joined = WandbFiles(set(), {}, {}, {})
+    for file in files:
+        for record in read_wandb_records(file):
+            joined.ids.add(record.run.run_id)
+            joined.config |= decode_items(record.run.config.update)
+            joined.summary |= decode_items(record.summary.update)
+            row = decode_items(record.history.item)
+            if "loss" in row:
+                joined.losses[row["step"]] = row["loss"]
+    # most records are not about the run and have no id
+    joined.ids.discard("")
+    return joined
+
+
 @pytest.mark.slow
 def test_a_resumed_run_keeps_its_wandb_id(train, tmp_path):
     env = {
@@ -429,28 +461,17 @@ def test_a_resumed_run_keeps_its_wandb_id(train, tmp_path):
         train(wandb_log=True, wandb_run_name="hamlet", env=env, **flags)
     files = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 2
+    files.sort(key=lambda path: path.stat().st_mtime_ns)
 
-    # both files together, as wandb joins them when they are uploaded
-    ids = set()
-    config = {}
-    summary = {}
-    losses = {}
-    for file in sorted(files, key=lambda path: path.stat().st_mtime_ns):
-        for record in read_wandb_records(file):
-            ids.add(record.run.run_id)
-            config |= decode_items(record.run.config.update)
-            summary |= decode_items(record.summary.update)
-            row = decode_items(record.history.item)
-            if "loss" in row:
-                losses[row["step"]] = row["loss"]
+    joined = join_wandb_files(files)
     bundle = load(tmp_path / "out/ckpt.pt")
-    # most records are not about the run and have no id
-    assert ids - {""} == {bundle["wandb_run_id"]}
-    expected = TINY | {"max_iters": config["max_iters"]}
-    assert config.items() >= expected.items()
-    assert summary["best_val_loss"] == bundle["best_val_loss"]
+    assert joined.ids == {bundle["wandb_run_id"]}
+    # the two starts differ in max_iters
+    expected = TINY | {"max_iters": joined.config["max_iters"]}
+    assert joined.config.items() >= expected.items()
+    assert joined.summary["best_val_loss"] == bundle["best_val_loss"]
     logged = {row["step"]: row["loss"] for row in rows(tmp_path / "out", "loss")}
-    assert losses == logged
+    assert joined.losses == logged
 
 
 def test_float16_and_compile_fall_back_with_a_note(train, whole, tmp_path):
