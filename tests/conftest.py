@@ -45,7 +45,9 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 REPO = Path(__file__).resolve().parent.parent
 PROGRAMS = REPO / "tests" / "programs"  # broken versions of the scripts
 sys.path.insert(0, str(REPO))
-from tools.runs import read_rows, state_of
+
+# tests import read_rows from here, as the helpers below
+from tools.runs import read_rows, state_of  # noqa: F401
 
 # a run of half a second: what costs time is the number of steps and of layers, not their width
 TINY = {
@@ -80,7 +82,7 @@ IMPORTS = {
 OTHER_IMPORTS = ["tools.crash.__main__"]  # train.py and all of the package with it
 
 
-def command(
+def make_command(
     script: str, *args: str, ranks: int = 1, last: str = "", **flags: Any
 ) -> list[str]:
     """Return the command line of a script or module, behind torchrun for several ranks. `last` is
@@ -92,11 +94,11 @@ def command(
         sys.executable,
         *(torchrun if ranks > 1 else []),
         *module,
-        *arguments(script, *args, last=last, **flags),
+        *make_arguments(script, *args, last=last, **flags),
     ]
 
 
-def arguments(script: str, *args: str, last: str = "", **flags: Any) -> list[str]:
+def make_arguments(script: str, *args: str, last: str = "", **flags: Any) -> list[str]:
     """Return sys.argv of a script or module."""
     return [
         str(REPO / script) if str(script).endswith(".py") else script,
@@ -107,7 +109,7 @@ def arguments(script: str, *args: str, last: str = "", **flags: Any) -> list[str
 
 
 @functools.cache
-def fork_server() -> subprocess.Popen:
+def start_fork_server() -> subprocess.Popen:
     """Start this test process's fork server. It ends when its stdin closes."""
     return subprocess.Popen(
         [sys.executable, REPO / "tests/fork_server.py"],
@@ -141,7 +143,7 @@ class Forks:
             "argv": argv,
             "ranks": ranks,
             "cwd": str(cwd),
-            "env": env | (environment_of_ranks(ranks) if ranks > 1 else {}),
+            "env": env | (make_environment(ranks) if ranks > 1 else {}),
             "timeout": 600,
             "imports": [
                 *IMPORTS.get(script, OTHER_IMPORTS),
@@ -149,10 +151,10 @@ class Forks:
                 *(["torch._dynamo"] if ranks > 1 else []),
             ],
             "stdout": stdout,
-            "stderr": path_of(self.stderr.fileno()),
-            "answer": path_of(write),
+            "stderr": make_path(self.stderr.fileno()),
+            "answer": make_path(write),
         }
-        server = fork_server()
+        server = start_fork_server()
         print(json.dumps(request), file=server.stdin, flush=True)
         self.pids = json.loads(server.stdout.readline())
         os.close(write)
@@ -195,12 +197,12 @@ class Forks:
         self.send_signal(signal.SIGKILL)
 
 
-def path_of(descriptor: int) -> str:
+def make_path(descriptor: int) -> str:
     """Return a path by which another process can open a file of this one."""
     return f"/proc/{os.getpid()}/fd/{descriptor}"
 
 
-def environment_of_ranks(ranks: int) -> dict[str, str]:
+def make_environment(ranks: int) -> dict[str, str]:
     """Return what torchrun sets for all its ranks."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -235,7 +237,7 @@ def run(
     fresh = fresh or "PYTHONIOENCODING" in (env or {})
     if fresh or sys.platform != "linux":
         done = subprocess.run(
-            command(script, *args, ranks=ranks, **flags),
+            make_command(script, *args, ranks=ranks, **flags),
             capture_output=True,
             text=True,
             cwd=cwd,
@@ -243,7 +245,7 @@ def run(
             timeout=600,
         )
     else:
-        argv = arguments(script, *args, **flags)
+        argv = make_arguments(script, *args, **flags)
         with tempfile.TemporaryFile("w+") as printed:
             forks = Forks(
                 script,
@@ -251,7 +253,7 @@ def run(
                 ranks,
                 cwd,
                 full_env,
-                stdout or path_of(printed.fileno()),
+                stdout or make_path(printed.fileno()),
             )
             forks.wait()
             done = subprocess.CompletedProcess(
@@ -273,13 +275,13 @@ def start(
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     if sys.platform == "linux":
         read, write = os.pipe()
-        argv = arguments(script, *args, **flags)
-        forks = Forks(script, argv, ranks, REPO, env, path_of(write))
+        argv = make_arguments(script, *args, **flags)
+        forks = Forks(script, argv, ranks, REPO, env, make_path(write))
         os.close(write)
         forks.stdout = open(read)
         return forks
     process = subprocess.Popen(
-        command(script, *args, ranks=ranks, **flags),
+        make_command(script, *args, ranks=ranks, **flags),
         text=True,
         env=env,
         stdout=subprocess.PIPE,
@@ -354,17 +356,13 @@ def load(path: Path) -> dict[str, Any]:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def bits(path: Path) -> str:
+def hash_state(path: Path) -> str:
     """Return the sha256 of the parts of a bundle that training depends on. Runs with equal hashes
     are in the same state."""
     return state_of(load(path))
 
 
-# rows(out_dir, *keys): the rows of metrics.jsonl that have all of `keys`
-rows = read_rows
-
-
-def complaint(done: subprocess.CompletedProcess, silent: bool = True) -> str:
+def read_error(done: subprocess.CompletedProcess, silent: bool = True) -> str:
     """Return the one line on stderr after a user's mistake. If `silent`, stdout must be empty."""
     assert done.returncode == 2, done.stdout + done.stderr
     lines = done.stderr.splitlines()

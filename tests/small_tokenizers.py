@@ -24,7 +24,7 @@ QWEN = (
 EOT = "<|endoftext|>"
 
 
-def byte_level(text: str, pattern: str | None = None) -> Tokenizer:
+def train_byte_level(text: str, pattern: str | None = None) -> Tokenizer:
     """Return a BPE over bytes of 500 tokens, of GPT-2's kind or with another pattern."""
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -49,7 +49,7 @@ def byte_level(text: str, pattern: str | None = None) -> Tokenizer:
     return made
 
 
-def sentencepiece(text: str) -> Tokenizer:
+def train_sentencepiece(text: str) -> Tokenizer:
     """Return a tokenizer of Llama 2's kind: `▁` for spaces, bytes for unknown characters, and a
     post-processor that adds <s>."""
     made = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
@@ -86,7 +86,7 @@ def sentencepiece(text: str) -> Tokenizer:
     return made
 
 
-def wordpiece(text: str) -> Tokenizer:
+def train_wordpiece(text: str) -> Tokenizer:
     """Return a tokenizer of BERT's kind, with cased letters."""
     made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -100,7 +100,7 @@ def wordpiece(text: str) -> Tokenizer:
     return made
 
 
-def unigram(text: str) -> Tokenizer:
+def train_unigram(text: str) -> Tokenizer:
     """Return a tokenizer of T5's kind."""
     made = Tokenizer(models.Unigram())
     made.pre_tokenizer = pre_tokenizers.Metaspace()

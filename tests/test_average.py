@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, complaint, load, run
+from conftest import TINY, load, read_error, run
 
 from tools.runs import digest
 
@@ -100,7 +100,7 @@ def test_it_is_no_checkpoint_to_resume(trained, dataset, tmp_path):
     assert f"--init_from={path}" in done.stderr
     branch = {"out_dir": tmp_path / "new", "init_from": f"branch:{path}"}
     done = run("train.py", **settings, **branch, code=None)
-    assert "not a checkpoint" in complaint(done)
+    assert "not a checkpoint" in read_error(done)
 
 
 def test_corrupt_checkpoints_are_named_and_skipped(trained, tmp_path):
@@ -137,10 +137,10 @@ def test_corrupt_checkpoints_are_named_and_skipped(trained, tmp_path):
 def test_a_mistake_exits_2_with_one_line(trained, dataset, tmp_path):
     to = tmp_path / "avg.pt"
     # no folder, no --to, a file of the run, missing folders
-    complaint(average(to=to, code=None))
-    complaint(average(trained, code=None))
-    complaint(average(trained, to=trained / "ckpt.pt", code=None))
-    complaint(
+    read_error(average(to=to, code=None))
+    read_error(average(trained, code=None))
+    read_error(average(trained, to=trained / "ckpt.pt", code=None))
+    read_error(
         average(
             trained,
             to=tmp_path / "no/avg.pt",
@@ -148,7 +148,7 @@ def test_a_mistake_exits_2_with_one_line(trained, dataset, tmp_path):
             code=None,
         )
     )
-    complaint(average(tmp_path / "nothing", to=to, code=None))
+    read_error(average(tmp_path / "nothing", to=to, code=None))
     # the run has three checkpoints: 4, 6 and 8
     for choice in (
         {"last": 4},
@@ -156,7 +156,7 @@ def test_a_mistake_exits_2_with_one_line(trained, dataset, tmp_path):
         {"steps": "4;6"},
         {"steps": "5"},
     ):
-        complaint(average(trained, to=to, code=None, **choice))
+        read_error(average(trained, to=to, code=None, **choice))
 
     # a checkpoint of another network that was copied here
     other = TINY | {"n_layer": 2, "max_iters": 10, "eval_interval": 10}
@@ -164,7 +164,7 @@ def test_a_mistake_exits_2_with_one_line(trained, dataset, tmp_path):
     folder = tmp_path / "mixed"
     shutil.copytree(trained, folder)
     shutil.copy(tmp_path / "other/ckpt-00000010.pt", folder)
-    line = complaint(
+    line = read_error(
         average(
             folder,
             last=2,

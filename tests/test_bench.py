@@ -7,7 +7,7 @@ from multiprocessing import get_context
 
 import pytest
 import torch
-from conftest import complaint, run
+from conftest import read_error, run
 
 from keepgpt.errors import UserError
 from model import build_model
@@ -43,7 +43,7 @@ def one_thread(monkeypatch):
     ids=" ".join,
 )
 def test_a_mistake_exits_2_with_one_line(args):
-    complaint(run(*args, code=2))
+    read_error(run(*args, code=2))
 
 
 def test_demo_help_exits_0():

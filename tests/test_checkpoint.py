@@ -126,12 +126,12 @@ def test_a_failed_save_restores_best_val_loss(bundle, tmp_path):
 def test_a_drive_without_links_saves_copies(
     bundle, tmp_path, capsys, monkeypatch, number
 ):
-    def unsupported(*_):
+    def refuse_operation(*_):
         raise OSError(number, os.strerror(number))
 
     # earlier tests of this process may have printed the note, which is printed once
     monkeypatch.setattr(errors, "TOPICS", set())
-    disk = FaultyDisk("link", unsupported)
+    disk = FaultyDisk("link", refuse_operation)
     for step in (1, 2, 3):
         commit(bundle | {"step": step}, tmp_path, 2, True, disk)
     assert read_bundle(tmp_path / "ckpt.pt")["step"] == 3

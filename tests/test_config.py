@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
-from conftest import PROGRAMS, complaint
+from conftest import PROGRAMS, read_error
 
 from keepgpt.checkpoint import Disk, read_bundle, write_bundle
 from keepgpt.config import (
@@ -40,7 +40,7 @@ def read(*argv):
     return parse(TrainConfig, "", [str(a) for a in argv])[0]
 
 
-def read_error(*argv):
+def expect_error(*argv):
     """Return the message of a command line that is refused."""
     with pytest.raises(UserError) as error:
         read(*argv)
@@ -147,7 +147,7 @@ def test_a_value_in_a_file_is_converted_to_its_type(write_config, key, spelling,
     ],
 )
 def test_a_wrong_value_of_a_flag_is_refused(flag):
-    assert read_error(flag).startswith(f"{flag}: ")
+    assert expect_error(flag).startswith(f"{flag}: ")
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_a_wrong_value_of_a_flag_is_refused(flag):
 )
 def test_a_wrong_value_in_a_file_names_key_and_file(write_config, line):
     path = write_config(line)
-    assert read_error(path).startswith(f"{path}: {line.split()[0]}: expected ")
+    assert expect_error(path).startswith(f"{path}: {line.split()[0]}: expected ")
 
 
 # precedence
@@ -234,7 +234,7 @@ def test_a_file_sees_neither_the_program_nor_another_file(write_config):
     one = write_config("_mine = 1\nn_layer = 3", "one.py")
     # names of keepgpt/config.py, and one of the first file
     for name in ("TrainConfig", "fields", "settings", "path", "_mine"):
-        message = read_error(one, write_config(f"_x = {name}"))
+        message = expect_error(one, write_config(f"_x = {name}"))
         assert f"NameError: name '{name}' is not defined" in message
     assert (
         read(one, write_config("n_head = n_layer", "two.py")).n_head == DEFAULTS.n_layer
@@ -296,7 +296,7 @@ def test_numpy_and_torch_scalars_and_paths_are_values():
     ],
 )
 def test_a_misspelled_key_is_refused(write_config, text, near):
-    assert f"did you mean {near}?" in read_error(write_config(text))
+    assert f"did you mean {near}?" in expect_error(write_config(text))
 
 
 @pytest.mark.parametrize(
@@ -401,33 +401,33 @@ def test_every_nanogpt_key_is_known(settings, keys):
 )
 def test_an_unknown_key_names_the_nearest_key_and_its_place(write_config, wrong, near):
     hint = f"unknown key {wrong!r}; did you mean {near}?"
-    message = read_error(f"--{wrong}=3")
+    message = expect_error(f"--{wrong}=3")
     assert hint in message
     assert f"--{wrong}=3" in message
     # a name with a hyphen is no line of a file
     if wrong.isidentifier():
         path = write_config(f"{wrong} = 3")
-        assert f"{path}: {hint}" in read_error(path)
+        assert f"{path}: {hint}" in expect_error(path)
 
 
 def test_an_unknown_key_unlike_any_other_points_to_help():
-    assert "--help" in read_error("--zzzzzzzz=3")
+    assert "--help" in expect_error("--zzzzzzzz=3")
 
 
 @pytest.mark.parametrize("flag", ["--n_layer", "-n_layer=3", "--", "-", "--compile"])
 def test_a_flag_not_written_key_equals_value_is_refused(flag):
-    message = read_error(flag)
+    message = expect_error(flag)
     assert flag in message
     assert "--key=value" in message
 
 
 def test_a_missing_file_or_a_folder_is_refused(tmp_path):
-    assert f"{tmp_path}/none.py: " in read_error(tmp_path / "none.py")
-    message = read_error(tmp_path)
+    assert f"{tmp_path}/none.py: " in expect_error(tmp_path / "none.py")
+    message = expect_error(tmp_path)
     assert "directory" in message
     assert str(tmp_path) in message
     # without hyphens it names a file
-    assert "n_layer=3" in read_error("n_layer=3")
+    assert "n_layer=3" in expect_error("n_layer=3")
 
 
 @pytest.mark.parametrize(
@@ -444,7 +444,7 @@ def test_a_syntax_error_in_a_file_names_its_line(write_config, text, line):
     path = write_config(text)
     # bytes that are no UTF-8 have no line
     place = f"{path}:{line}: " if line else f"{path}:"
-    assert place in read_error(path)
+    assert place in expect_error(path)
 
 
 @pytest.mark.parametrize(
@@ -461,7 +461,7 @@ def test_a_syntax_error_in_a_file_names_its_line(write_config, text, line):
 )
 def test_an_exception_in_a_file_names_its_line(write_config, text, line, says):
     path = write_config(text)
-    message = read_error(path)
+    message = expect_error(path)
     assert f"{path}:{line}: " in message
     assert says in message
 
@@ -482,7 +482,7 @@ def test_a_mistake_exits_2_with_one_line(write_config, script, argv, says):
     # its second line fails
     path = write_config("n_layer = 3\nn_head = nothing\n")
     done = run(script, *(a.format(file=path) for a in argv))
-    assert says in complaint(done)
+    assert says in read_error(done)
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
@@ -668,7 +668,7 @@ def test_a_run_prints_notes_and_keeps_the_lower_min_lr(train, tmp_path):
     done = train(init_from="resume", **SHORT)
     assert "min_lr" not in done.stdout + done.stderr
     # a min_lr above the rate that was asked for is a mistake
-    complaint(train(out="other", code=None, min_lr=1e-3, **SHORT))
+    read_error(train(out="other", code=None, min_lr=1e-3, **SHORT))
     assert not (tmp_path / "other/ckpt.pt").exists()
 
 

@@ -4,7 +4,7 @@ import subprocess
 import tempfile
 
 import pytest
-from conftest import PROGRAMS, complaint, run
+from conftest import PROGRAMS, read_error, run
 
 # cases of each part that find nothing, and those that find a fault
 FEW = {
@@ -61,12 +61,12 @@ def test_a_failure_repeats_with_the_printed_flags():
 
 
 def test_an_unknown_part_exits_2():
-    complaint(run("tools.crash", "nosuch", code=2))
+    read_error(run("tools.crash", "nosuch", code=2))
 
 
 @pytest.mark.slow
 def test_an_uninterrupted_run_that_hangs_is_an_error():
-    complaint(crash("kill", "--cases=1", fault="limit_the_time", code=2))
+    read_error(crash("kill", "--cases=1", fault="limit_the_time", code=2))
 
 
 @pytest.mark.slow

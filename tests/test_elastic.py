@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import PROGRAMS, TINY, complaint, load, rows, run
+from conftest import PROGRAMS, TINY, load, read_error, read_rows, run
 
 from tools.runs import STATE, state_of
 
@@ -21,14 +21,14 @@ FLAGS = {
 }
 
 
-def outcome(out: Path) -> tuple[str, list[dict]]:
+def read_outcome(out: Path) -> tuple[str, list[dict]]:
     """Return the sha256 of a run's weights, moments and last evaluation, and its metrics without
     the evaluations at the ends of shorter runs."""
     bundle = load(out / "ckpt.pt")
     state = state_of(bundle, {*STATE, "evaluation"} - {"rng"})
     return state, [
         row
-        for row in rows(out)
+        for row in read_rows(out)
         if "loss" in row or row["step"] % FLAGS["eval_interval"] == 0
     ]
 
@@ -38,20 +38,20 @@ def alone_out(dataset, tmp_path_factory) -> Path:
     """Return the folder of a run on one rank."""
     out = tmp_path_factory.mktemp("runs") / "alone"
     run("train.py", out_dir=out, dataset=dataset, elastic=True, **TINY | FLAGS)
-    assert len(rows(out, "loss")) == 12
+    assert len(read_rows(out, "loss")) == 12
     return out
 
 
 @pytest.fixture
 def alone(alone_out) -> tuple[str, list[dict]]:
     """Return its outcome."""
-    return outcome(alone_out)
+    return read_outcome(alone_out)
 
 
 @pytest.mark.slow
 def test_two_ranks_are_bit_identical_to_one(train, tmp_path, alone):
     train(ranks=2, elastic=True, **FLAGS)
-    assert outcome(tmp_path / "out") == alone
+    assert read_outcome(tmp_path / "out") == alone
 
 
 def test_tools_same_compares_the_states_of_runs(train, tmp_path, alone_out):
@@ -61,8 +61,8 @@ def test_tools_same_compares_the_states_of_runs(train, tmp_path, alone_out):
     other = run("tools.same", alone_out, tmp_path / "other", code=1).stdout.splitlines()
     hashes = [line.split("sha256 ")[1] for line in (*same[:2], *other[:2])]
     assert hashes[0] == hashes[1] == hashes[2] != hashes[3]
-    complaint(run("tools.same", tmp_path, alone_out, code=2))
-    complaint(run("tools.same", alone_out, code=2))
+    read_error(run("tools.same", tmp_path, alone_out, code=2))
+    read_error(run("tools.same", alone_out, code=2))
 
 
 @pytest.mark.slow
@@ -71,19 +71,19 @@ def test_a_run_may_change_ranks_bit_identical(train, tmp_path, alone):
         done = train(ranks=ranks, elastic=True, **FLAGS | {"max_iters": steps})
         if steps > 3:
             assert f"-> {ranks}" in done.stdout and "rounding" not in done.stdout
-    assert outcome(tmp_path / "out") == alone
+    assert read_outcome(tmp_path / "out") == alone
 
 
 def test_a_resumed_run_keeps_its_number_of_threads(train, tmp_path, alone):
     train(elastic=True, **FLAGS | {"max_iters": 5})
     train(elastic=True, env={"OMP_NUM_THREADS": "2"}, **FLAGS)
-    assert outcome(tmp_path / "out") == alone
+    assert read_outcome(tmp_path / "out") == alone
 
 
 def test_all_ranks_use_rank_0s_number_of_threads(dataset, tmp_path, alone):
     flags = TINY | FLAGS | {"out_dir": tmp_path / "out", "dataset": dataset}
     run(PROGRAMS / "threads_by_rank.py", ranks=2, elastic=True, **flags)
-    assert outcome(tmp_path / "out") == alone
+    assert read_outcome(tmp_path / "out") == alone
 
 
 def test_resuming_a_ddp_run_does_not_promise_equal_bits(train):
@@ -97,7 +97,7 @@ def test_plain_ddp_rounds_differently_on_two_ranks(train, tmp_path):
     """Without a difference here the tests above would show nothing."""
     for ranks in (1, 2):
         train(out=str(ranks), ranks=ranks, **FLAGS)
-    one, two = (rows(tmp_path / str(ranks), "loss") for ranks in (1, 2))
+    one, two = (read_rows(tmp_path / str(ranks), "loss") for ranks in (1, 2))
     assert one != two
     assert one[0]["loss"] == two[0]["loss"]  # the same batch, the same dropout
     assert all(abs(a["loss"] - b["loss"]) < 0.02 for a, b in zip(one, two))
@@ -114,4 +114,4 @@ def test_settings_that_change_rounding_are_refused(train, tmp_path):
         elastic=True,
         **FLAGS | {"batch_size": 4, "gradient_accumulation_steps": 6},
     )
-    assert "batch_size" in complaint(done)
+    assert "batch_size" in read_error(done)

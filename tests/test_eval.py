@@ -15,7 +15,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import pytest
 import torch
-from conftest import complaint, run, start
+from conftest import read_error, run, start
 
 from keepgpt.errors import UserError
 from keepgpt.tokenizer import Tokenizer, from_meta, train_bpe
@@ -734,7 +734,7 @@ def test_mistakes_are_one_line(args, part, char, tmp_path):
     files["LETTER"].write_text("a")
     for name, path in files.items():
         args = [arg.replace(name, str(path)) for arg in args]
-    assert part in complaint(run("tools.eval", *args, code=2))
+    assert part in read_error(run("tools.eval", *args, code=2))
     assert not list(tmp_path.glob("eval-*"))
 
 

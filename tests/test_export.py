@@ -19,8 +19,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import tiktoken_ext.openai_public
 import torch
-from conftest import PROGRAMS, REPO, command, complaint, run
-from small_tokenizers import QWEN, byte_level, save, sentencepiece, unigram, wordpiece
+from conftest import PROGRAMS, REPO, make_command, read_error, run
+from small_tokenizers import (
+    QWEN,
+    save,
+    train_byte_level,
+    train_sentencepiece,
+    train_unigram,
+    train_wordpiece,
+)
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -82,7 +89,7 @@ ELSEWHERE = [sys.executable, "-I"]
 
 # it imports Transformers once for all tests
 @functools.cache
-def transformers_server() -> subprocess.Popen:
+def start_transformers_server() -> subprocess.Popen:
     """Start a process with Transformers, which ends with this one."""
     return subprocess.Popen(
         [*ELSEWHERE, PROGRAMS / "read_folder.py"],
@@ -98,7 +105,7 @@ def read_with_transformers(folder: Path, work: dict, tmp_path: Path) -> dict:
     work_file = tmp_path / "work.json"
     work_file.write_text(json.dumps(work))
     result = tmp_path / "read.pt"
-    server = transformers_server()
+    server = start_transformers_server()
     print(folder, work_file, result, sep="\t", file=server.stdin, flush=True)
     assert server.stdout.readline() == "done\n"
     return torch.load(result)
@@ -354,7 +361,7 @@ def test_llama_cpp_reads_a_folder_s_tokenizer(pattern, text, tmp_path):
         add_tokens(content, "<think>", "king", " the ")
         content["post_processor"] = template
 
-    folder = save(byte_level(text, pattern), tmp_path / "source", change)
+    folder = save(train_byte_level(text, pattern), tmp_path / "source", change)
     description = describe_tokenizer(str(folder))
     vocabulary = from_meta({"tokenizer": description})
     # the added tokens are used
@@ -476,10 +483,10 @@ def drop_a_byte(content: dict) -> None:
 )
 def test_gguf_refuses_a_tokenizer_with_another_part(change, part, text, tmp_path):
     # without the change it is accepted
-    folder = save(byte_level(text, QWEN), tmp_path / "own")
+    folder = save(train_byte_level(text, QWEN), tmp_path / "own")
     description = describe_tokenizer(str(folder))
     to_gguf_tokenizer(from_meta({"tokenizer": description}))
-    save(byte_level(text, QWEN), folder, change)
+    save(train_byte_level(text, QWEN), folder, change)
     description = describe_tokenizer(str(folder))
     with pytest.raises(UserError) as error:
         to_gguf_tokenizer(from_meta({"tokenizer": description}))
@@ -487,7 +494,7 @@ def test_gguf_refuses_a_tokenizer_with_another_part(change, part, text, tmp_path
     assert "--format=hf" in str(error.value)
 
 
-@pytest.mark.parametrize("make", [sentencepiece, wordpiece, unigram])
+@pytest.mark.parametrize("make", [train_sentencepiece, train_wordpiece, train_unigram])
 def test_gguf_refuses_other_kinds_and_writes_nothing(make, text, tmp_path):
     folder = save(make(text), tmp_path / "own")
     description = describe_tokenizer(str(folder))
@@ -498,14 +505,14 @@ def test_gguf_refuses_other_kinds_and_writes_nothing(make, text, tmp_path):
     save_random(checkpoint, args, description)
     done = run("tools.export", init_from=checkpoint, to=file, format="gguf", code=2)
     # the format that keeps every tokenizer
-    assert "--format=hf" in complaint(done)
+    assert "--format=hf" in read_error(done)
     assert not list(tmp_path.glob("model*"))
 
 
 @pytest.mark.slow
 def test_an_exported_tokenizer_gives_the_ids_of_training(text, tmp_path):
     # SentencePiece writes a space as a letter of its own
-    folder = save(sentencepiece(text), tmp_path / "own")
+    folder = save(train_sentencepiece(text), tmp_path / "own")
     description = describe_tokenizer(str(folder))
     vocabulary = from_meta({"tokenizer": description})
     args = ModelArgs(1, 2, 16, 64, vocabulary.vocab_size, True, 0.0)
@@ -720,13 +727,13 @@ def test_corrupt_weights_are_refused(tmp_path):
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     done = run("tools.export", init_from=path, to=tmp_path / "to", code=2)
-    assert "is corrupt" in complaint(done)
+    assert "is corrupt" in read_error(done)
 
 
 @pytest.mark.slow
 def test_mistakes_are_answered_with_one_line(tmp_path):
     def export(**flags):
-        return complaint(run("tools.export", code=2, **flags))
+        return read_error(run("tools.export", code=2, **flags))
 
     to = tmp_path / "to"
     assert "--to" in export(out_dir=tmp_path)
@@ -740,14 +747,14 @@ def test_mistakes_are_answered_with_one_line(tmp_path):
     assert "expected a new file" in error
     assert (full / "file").exists()
     # a limit of 15 KiB for any file: the weights are larger
-    args = command("tools.export", init_from=save_weights(tmp_path), to=to)
+    args = make_command("tools.export", init_from=save_weights(tmp_path), to=to)
     done = subprocess.run(
         ["bash", "-c", 'ulimit -f 30; exec "$@"', "bash", *args],
         capture_output=True,
         text=True,
         cwd=REPO,
     )
-    assert f"--to={to}: [Errno 27]" in complaint(done)
+    assert f"--to={to}: [Errno 27]" in read_error(done)
     # a file of PyTorch that is no checkpoint
     torch.save({"model": {}}, tmp_path / "no.pt")
     error = export(init_from=tmp_path / "no.pt", to=to)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROGRAMS, TINY, complaint, run, start
+from conftest import PROGRAMS, TINY, read_error, run, start
 
 import prepare
 from keepgpt import errors
@@ -370,7 +370,7 @@ def test_a_folder_that_is_none_exits_2(make, dataset, play, tmp_path):
         (["prepare.py", play], prepare_flags),
     ):
         done = run(*args, code=2, **flags)
-        assert f"{tmp_path.name}/x" in complaint(done)
+        assert f"{tmp_path.name}/x" in read_error(done)
     # nothing is written through the link
     assert not (tmp_path / "nothing").exists()
 
@@ -493,6 +493,6 @@ def test_two_exports_to_one_target_do_not_mix(weights, tmp_path):
     lock = FolderLock(tmp_path / "to.export.tmp")
     lock.acquire(0)
     done = run("tools.export", init_from=weights, to=tmp_path / "to", code=2)
-    assert "another process" in complaint(done)
+    assert "another process" in read_error(done)
     assert read_files(lock.folder) == {".lock": b""}
     assert not (tmp_path / "to").exists()

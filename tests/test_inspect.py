@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import PROGRAMS, TINY, complaint, run
+from conftest import PROGRAMS, TINY, read_error, run
 
 from keepgpt.checkpoint import find_bundle
 from keepgpt.files import FolderLock
@@ -273,7 +273,7 @@ def test_a_run_before_its_first_save_is_shown(folder):
     assert "checkpoints, the newest last: none" in shown
     assert "skipped batches: 2 before step 3, 1 before step 5, 1 before step 8" in shown
     # but its batches depend on the dataset, which only a checkpoint has
-    complaint(inspect(folder, code=None, step=3))
+    read_error(inspect(folder, code=None, step=3))
 
 
 def test_a_damaged_folder_is_shown(runs, folder):
@@ -310,9 +310,9 @@ def test_an_empty_folder_is_shown(tmp_path):
 
 def test_missing_or_changed_data_is_one_line(runs, dataset, tmp_path):
     # the branch's own data starts at step 8
-    assert str(runs.trunk) in complaint(inspect(runs.turned, code=None, step=8))
-    complaint(inspect(tmp_path / "nothing", code=None))
-    complaint(inspect(runs.trunk, code=None, step=-1))
+    assert str(runs.trunk) in read_error(inspect(runs.turned, code=None, step=8))
+    read_error(inspect(tmp_path / "nothing", code=None))
+    read_error(inspect(runs.trunk, code=None, step=-1))
 
     data = runs.place / "other"
     content = (data / "train.bin").read_bytes()
@@ -324,18 +324,18 @@ def test_missing_or_changed_data_is_one_line(runs, dataset, tmp_path):
         for i in range(0, len(content), 2):
             changed[i] ^= 1
         (data / "train.bin").write_bytes(changed)
-        assert "has changed" in complaint(inspect(runs.turned, code=None, step=9))
+        assert "has changed" in read_error(inspect(runs.turned, code=None, step=9))
         # cut short
         (data / "train.bin").write_bytes(content[:-2])
-        assert "train.bin" in complaint(inspect(runs.turned, code=None, step=9))
+        assert "train.bin" in read_error(inspect(runs.turned, code=None, step=9))
         (data / "train.bin").unlink()
-        assert "train.bin" in complaint(inspect(runs.turned, code=None, step=9))
+        assert "train.bin" in read_error(inspect(runs.turned, code=None, step=9))
         # another dataset at this place
         shutil.rmtree(data)
         shutil.copytree(dataset, data)
-        assert "not the other" in complaint(inspect(runs.turned, code=None, step=9))
+        assert "not the other" in read_error(inspect(runs.turned, code=None, step=9))
         shutil.rmtree(data)
-        complaint(inspect(runs.turned, code=None, step=9))
+        read_error(inspect(runs.turned, code=None, step=9))
         # the run itself is shown without its data
         assert "step 12 of 12" in inspect(runs.turned).stdout
     finally:

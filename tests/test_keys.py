@@ -2,7 +2,7 @@
 
 from dataclasses import fields
 
-from conftest import REPO, complaint, run
+from conftest import REPO, read_error, run
 
 from keepgpt.config import TrainConfig
 from tools.keys import SECTIONS
@@ -31,5 +31,5 @@ def test_every_section_starts_at_a_key():
 
 
 def test_a_mistake_exits_2_with_one_line(tmp_path):
-    complaint(run("tools.keys", "README.md", code=2))
-    complaint(run("tools.keys", to=tmp_path / "nothing" / "KEYS.md", code=None))
+    read_error(run("tools.keys", "README.md", code=2))
+    read_error(run("tools.keys", to=tmp_path / "nothing" / "KEYS.md", code=None))

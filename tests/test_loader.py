@@ -350,7 +350,7 @@ def test_an_id_outside_the_vocabulary_names_its_file(write_tokens):
 # a split with checksums
 
 
-def split_with_crc32(*names):
+def make_split_with_crc32(*names):
     """Return the split of these files of x, with the CRC32s that they have now."""
     sizes = {}
     crc32 = {}
@@ -397,7 +397,7 @@ def test_a_changed_byte_is_never_returned(write_tokens, block, position):
     # 400,002 bytes: three blocks and a part
     write_tokens(200_001)
     intact = open_split(8)
-    split = split_with_crc32("train.bin")
+    split = make_split_with_crc32("train.bin")
     byte = Path("x/train.bin").read_bytes()[position]
     replace_bytes("x/train.bin", position, bytes([byte ^ 1]))
     for first in range(0, split.ends[-1] - 9, 1000):
@@ -426,7 +426,7 @@ def record_reads(monkeypatch):
 
 def test_each_block_is_compared_once(write_tokens, monkeypatch):
     write_tokens(200_001)
-    split = split_with_crc32("train.bin")
+    split = make_split_with_crc32("train.bin")
     reads = record_reads(monkeypatch)
     for epoch in range(2):
         split.rows(epoch * split.windows, split.windows)
@@ -442,7 +442,7 @@ def test_swapped_files_are_refused(write_tokens):
     for first, path in zip((0, 7), paths):
         write_tokens(100_000, first=first)
         os.rename("x/train.bin", path)
-    split = split_with_crc32(*names)
+    split = make_split_with_crc32(*names)
     contents = [path.read_bytes() for path in paths]
     for k, path in enumerate(paths):
         path.write_bytes(contents[1 - k])
@@ -695,7 +695,7 @@ def list_batches(loader, step):
     return rows
 
 
-def first_tokens(loader, steps):
+def list_first_tokens(loader, steps):
     """Return the first token of each row of these steps."""
     tokens = []
     for step in steps:
@@ -731,7 +731,7 @@ def test_steps_of_an_epoch_read_every_window_once(write_tokens):
     write_tokens(8 * 25)
     loader = make_loader()
     for epoch in range(3):
-        rows = first_tokens(loader, (2 * epoch, 2 * epoch + 1))
+        rows = list_first_tokens(loader, (2 * epoch, 2 * epoch + 1))
         assert loader.split.windows == 24
         assert len(rows) == 24
         assert len(set(rows)) == 24
@@ -783,7 +783,7 @@ def test_a_distant_step_needs_no_scan(write_tokens):
     write_tokens(8 * 25)
     loader = make_loader()
     # the two steps of an epoch
-    rows = first_tokens(loader, (10**9, 10**9 + 1))
+    rows = list_first_tokens(loader, (10**9, 10**9 + 1))
     assert np.diff(sorted(rows)).tolist() == [8] * 23
 
 

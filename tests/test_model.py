@@ -127,7 +127,7 @@ def assert_close(actual, expected, tolerance):
     assert error < tolerance, f"they differ by {error:.1e} of the largest value"
 
 
-def relative_error(actual, expected):
+def compute_relative_error(actual, expected):
     """Return the norm of the difference, as a share of the norm of the expected tensor."""
     return ((actual - expected).norm() / expected.norm()).item()
 
@@ -902,7 +902,7 @@ def test_bfloat16_agrees_with_float64_as_far_as_it_can(args):
     loss.backward()
     exact(x, y).backward()
     for (name, p), exact_p in zip(model.named_parameters(), exact.parameters()):
-        error = relative_error(p.grad, exact_p.grad)
+        error = compute_relative_error(p.grad, exact_p.grad)
         assert error < 0.02, f"{name}: {error:.3f}"
 
 
@@ -1312,7 +1312,7 @@ def test_attention_in_bfloat16_agrees_with_float64(T):
     error = attend(*inputs, 0.0) - expected
     assert error.abs().max() < 0.03
     for tensor, exact_tensor in zip(inputs, exact):
-        error = relative_error(tensor.grad, exact_tensor.grad)
+        error = compute_relative_error(tensor.grad, exact_tensor.grad)
         assert error < 0.01, error
 
 
@@ -1373,7 +1373,7 @@ def test_the_loss_by_parts_in_bfloat16_agrees_with_float64(monkeypatch):
     expected_gradients = torch.autograd.grad(expected, exact)
     for gradient, expected_gradient in zip(gradients, expected_gradients):
         assert gradient.dtype == torch.float32
-        assert relative_error(gradient, expected_gradient) < 3e-3
+        assert compute_relative_error(gradient, expected_gradient) < 3e-3
 
 
 def test_a_frequent_token_does_not_overflow_float16():

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, complaint, rows, run
+from conftest import TINY, read_error, read_rows, run
 
 from keepgpt.dataset import BadData, read_meta
 from keepgpt.tokenizer import describe_tokenizer
@@ -60,11 +60,11 @@ def checkpoint(place):
 @pytest.mark.slow
 def test_both_datasets_train_identically(place, checkpoint, dataset):
     run("train.py", **TINY | {"dataset": dataset, "out_dir": place / "ours"})
-    assert rows(place / "ours") == rows(place / "out")
+    assert read_rows(place / "ours") == read_rows(place / "out")
 
 
 def test_dataset_supplies_a_checkpoints_vocabulary(place, checkpoint):
-    line = complaint(run("sample.py", code=None, init_from=checkpoint))
+    line = read_error(run("sample.py", code=None, init_from=checkpoint))
     assert "--dataset" in line
     flags = {"init_from": checkpoint, "dataset": place / "tutorial"}
     sample = {"start": "HAM", "temperature": 0, "num_samples": 1, "max_new_tokens": 20}
@@ -79,8 +79,8 @@ def test_dataset_supplies_a_checkpoints_vocabulary(place, checkpoint):
 def test_a_nanogpt_checkpoint_can_be_fine_tuned(place, checkpoint):
     flags = {"data_dir": place, "dataset": "tutorial", "out_dir": place / "further"}
     run("train.py", init_from=checkpoint, **TINY | flags)
-    before = rows(place / "out", "val_loss")[-1]["val_loss"]
-    after = rows(place / "further", "val_loss")
+    before = read_rows(place / "out", "val_loss")[-1]["val_loss"]
+    after = read_rows(place / "further", "val_loss")
     # it starts with the checkpoint's weights
     assert after[0]["val_loss"] == pytest.approx(before, abs=1e-5)
     assert after[-1]["val_loss"] < before
@@ -198,7 +198,7 @@ def test_a_first_start_on_changed_data_is_refused(tmp_path, kind):
     write_dataset(tmp_path, kind)
     path = tmp_path / "x/train.bin"
     path.write_bytes(zero_half(path.read_bytes()))
-    assert str(tmp_path / "x") in complaint(train_on(tmp_path, code=2), silent=False)
+    assert str(tmp_path / "x") in read_error(train_on(tmp_path, code=2), silent=False)
 
 
 def test_a_changed_description_is_refused(train, dataset, tmp_path):
@@ -209,7 +209,7 @@ def test_a_changed_description_is_refused(train, dataset, tmp_path):
     # the same tokens would be another text
     meta["tokenizer"]["chars"] = meta["tokenizer"]["chars"][::-1]
     (tmp_path / "x/meta.json").write_text(json.dumps(meta))
-    complaint(train(dataset=tmp_path / "x", max_iters=4, init_from="resume", code=2))
+    read_error(train(dataset=tmp_path / "x", max_iters=4, init_from="resume", code=2))
 
 
 def test_checksums_are_computed_once(train, dataset, tmp_path):
@@ -260,7 +260,7 @@ def test_shards_train_as_their_tokens_do(shards):
     for name in ("fineweb", "plain"):
         flags = SMALL | {"data_dir": shards, "dataset": name}
         run("train.py", out_dir=shards / f"out-{name}", **flags)
-    assert rows(shards / "out-fineweb") == rows(shards / "out-plain")
+    assert read_rows(shards / "out-fineweb") == read_rows(shards / "out-plain")
 
     # a byte that changes later is noticed
     path = shards / "fineweb/fineweb_train_000001.bin"
@@ -268,7 +268,7 @@ def test_shards_train_as_their_tokens_do(shards):
     content[-5] ^= 1
     path.write_bytes(content)
     again = {"out_dir": shards / "out-fineweb", "init_from": "resume", "max_iters": 6}
-    assert "not the fineweb" in complaint(run("train.py", code=2, **again))
+    assert "not the fineweb" in read_error(run("train.py", code=2, **again))
 
 
 @pytest.mark.parametrize(
@@ -283,7 +283,7 @@ def test_shards_train_as_their_tokens_do(shards):
 def test_a_wrong_shard_is_one_line(shards, change, parts):
     write_shard(shards / "fineweb/fineweb_train_000001.bin", range(3000), **change)
     flags = SMALL | {"data_dir": shards, "dataset": "fineweb"}
-    error = complaint(run("train.py", code=2, out_dir=shards / "out", **flags))
+    error = read_error(run("train.py", code=2, out_dir=shards / "out", **flags))
     for part in parts:
         assert part in error
 
@@ -303,5 +303,5 @@ def test_other_text_may_have_the_tokens_of_shards(shards):
 def test_shards_of_one_split_are_one_line(shards):
     (shards / "fineweb/fineweb_val_000000.bin").unlink()
     flags = SMALL | {"data_dir": shards, "dataset": "fineweb"}
-    error = complaint(run("train.py", code=2, out_dir=shards / "out", **flags))
+    error = read_error(run("train.py", code=2, out_dir=shards / "out", **flags))
     assert "*_val_*.bin" in error

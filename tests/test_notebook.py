@@ -1,7 +1,7 @@
 """The scripts run in a notebook: several times in one kernel, which survives them."""
 
 import pytest
-from conftest import PROGRAMS, REPO, TINY, bits
+from conftest import PROGRAMS, REPO, TINY, hash_state
 from nbclient import NotebookClient
 from nbformat.v4 import new_code_cell, new_notebook
 
@@ -31,7 +31,7 @@ def execute(monkeypatch):
         yield execute
 
 
-def to_line(script: str, *args: object, **flags: object) -> str:
+def make_line(script: str, *args: object, **flags: object) -> str:
     """Return the line that runs a script in a notebook."""
     return " ".join(
         [
@@ -46,7 +46,7 @@ def to_line(script: str, *args: object, **flags: object) -> str:
 def test_one_kernel_prepares_trains_resumes_and_samples(
     execute, play, dataset, whole, tmp_path
 ):
-    prepare = to_line(
+    prepare = make_line(
         "prepare.py", play, name="mine", tokenizer="char", data_dir=tmp_path
     )
     # the second time shows that the first one has released its lock
@@ -58,16 +58,16 @@ def test_one_kernel_prepares_trains_resumes_and_samples(
 
     out = tmp_path / "out"
     flags = TINY | {"dataset": dataset, "out_dir": out, "init_from": "auto"}
-    half = execute(to_line("train.py", **flags | {"max_iters": 10}))
+    half = execute(make_line("train.py", **flags | {"max_iters": 10}))
     assert "done at step 10" in half
     # the kernel also survives a mistake: the checkpoint has one layer
-    assert "n_layer" in execute(to_line("train.py", **flags | {"n_layer": 3}))
-    assert "done at step 20" in execute(to_line("train.py", **flags))
-    text = execute(to_line("sample.py", out_dir=out, max_new_tokens=5))
+    assert "n_layer" in execute(make_line("train.py", **flags | {"n_layer": 3}))
+    assert "done at step 20" in execute(make_line("train.py", **flags))
+    text = execute(make_line("sample.py", out_dir=out, max_new_tokens=5))
     # between three samples
     assert text.count("\n---------------\n") == 2
     # the reference was trained in one process per run, and without a stop
-    assert bits(out / "ckpt.pt") == bits(whole / "ckpt.pt")
+    assert hash_state(out / "ckpt.pt") == hash_state(whole / "ckpt.pt")
 
 
 def test_an_interrupt_saves_and_gives_the_prompt_back(
@@ -80,10 +80,10 @@ def test_an_interrupt_saves_and_gives_the_prompt_back(
     execute(f"%run {PROGRAMS / 'interrupt_kernel.py'}")
     handlers = execute("print(list_handlers())")
     # only an interrupt ends these runs
-    endless = to_line("train.py", **flags | {"max_iters": 10**6})
+    endless = make_line("train.py", **flags | {"max_iters": 10**6})
     for step in (5, 10):
         execute(f"interrupt_at({str(out / 'metrics.jsonl')!r}, {step})")
         assert "saved in" in execute(endless)
     assert execute("print(list_handlers())") == handlers
-    assert "done at step 20" in execute(to_line("train.py", **flags))
-    assert bits(out / "ckpt.pt") == bits(whole / "ckpt.pt")
+    assert "done at step 20" in execute(make_line("train.py", **flags))
+    assert hash_state(out / "ckpt.pt") == hash_state(whole / "ckpt.pt")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROGRAMS, TINY, bits, complaint, load, rows, run
+from conftest import PROGRAMS, TINY, hash_state, load, read_error, read_rows, run
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -79,8 +79,8 @@ def assert_same_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
 
 def assert_same_runs(folder: Path) -> None:
     """Raise AssertionError unless the last checkpoints of whole and parts are bit-identical."""
-    whole = bits(folder / "whole/ckpt.pt")
-    assert bits(folder / "parts/ckpt.pt") == whole
+    whole = hash_state(folder / "whole/ckpt.pt")
+    assert hash_state(folder / "parts/ckpt.pt") == whole
 
 
 def make_muon(parameters: list, momentum: float = 0.95, **settings: object) -> Muon:
@@ -425,11 +425,11 @@ def test_ten_muon_steps_and_ten_more_equal_twenty(train, whole, tmp_path):
     train(out="parts", init_from="resume")
     parts = tmp_path / "parts"
     assert_same_runs(tmp_path)
-    assert rows(tmp_path / "whole") == rows(parts)
+    assert read_rows(tmp_path / "whole") == read_rows(parts)
 
     # it learns faster than AdamW
-    adamw_row = rows(whole, "val_loss")[-1]
-    muon_row = rows(parts, "val_loss")[-1]
+    adamw_row = read_rows(whole, "val_loss")[-1]
+    muon_row = read_rows(parts, "val_loss")[-1]
     assert muon_row["val_loss"] < adamw_row["val_loss"] - 0.03
 
     # Muon has the four matrices of a block, AdamW the other parameters
@@ -490,8 +490,8 @@ def test_changed_rates_of_muon_are_printed(train, tmp_path):
 
 def test_another_optimizer_is_refused(train, half, first_half):
     done = train(init_from="resume", optimizer="muon", code=2)
-    assert "optimizer adamw -> muon" in complaint(done)
-    assert bits(half / "ckpt.pt") == bits(first_half / "ckpt.pt")
+    assert "optimizer adamw -> muon" in read_error(done)
+    assert hash_state(half / "ckpt.pt") == hash_state(first_half / "ckpt.pt")
 
 
 def test_a_checkpoint_of_before_muon_is_an_adamw_run(train, half):
@@ -502,7 +502,7 @@ def test_a_checkpoint_of_before_muon_is_an_adamw_run(train, half):
         del bundle["config"][key]
     checkpoint.write_bundle(bundle, path, checkpoint.Disk())
     done = train(init_from="resume", optimizer="muon", code=2)
-    assert "optimizer adamw -> muon" in complaint(done)
+    assert "optimizer adamw -> muon" in read_error(done)
     train(init_from="resume", max_iters=11)
 
 
@@ -539,7 +539,7 @@ def test_a_learning_rate_of_0_leaves_muons_rate(train, tmp_path):
 )
 def test_an_unknown_optimizer_or_schedule_is_refused(train, key, value):
     done = train(code=None, **{key: value})
-    assert key in complaint(done, silent=False)
+    assert key in read_error(done, silent=False)
 
 
 # the contract, and an optimizer that a user adds

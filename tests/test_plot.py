@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PROGRAMS, complaint, run
+from conftest import PROGRAMS, read_error, run
 
 from tools.plot import draw, read_run
 
@@ -245,8 +245,8 @@ def test_a_mistake_exits_2_with_one_line(tmp_path):
     folder = write_run(tmp_path / "run", ROWS)
     to = f"--to={tmp_path}/a.png"
     # no folder, and a missing one
-    complaint(run_plot(to))
-    complaint(run_plot(tmp_path / "nothing", to))
+    read_error(run_plot(to))
+    read_error(run_plot(tmp_path / "nothing", to))
     # no JSON, a row without values, no object, an event without its step, a word for a number
     lines = [
         "}",
@@ -258,7 +258,7 @@ def test_a_mistake_exits_2_with_one_line(tmp_path):
     for i, line in enumerate(lines):
         corrupt = write_run(tmp_path / f"corrupt{i}", ROWS, f"{line}\n")
         # a long line is quoted from its start
-        assert line[:40] in complaint(run_plot(corrupt, to))
+        assert line[:40] in read_error(run_plot(corrupt, to))
     # an unknown flag, an unknown axis, a missing folder, an unknown format
     for flag in (
         "--too=a.png",
@@ -266,11 +266,11 @@ def test_a_mistake_exits_2_with_one_line(tmp_path):
         f"--to={tmp_path}/no/a.png",
         f"--to={tmp_path}/a.x",
     ):
-        complaint(run_plot(folder, flag))
+        read_error(run_plot(folder, flag))
     assert not (tmp_path / "a.png").exists()
 
 
 def test_drawing_without_matplotlib_exits_2(tmp_path):
     folder = write_run(tmp_path / "run", ROWS)
     done = run(PROGRAMS / "plot_without_matplotlib.py", folder, code=2)
-    assert "pip install matplotlib" in complaint(done)
+    assert "pip install matplotlib" in read_error(done)

@@ -31,7 +31,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import REPO, TINY, command, complaint, run, start
+from conftest import REPO, TINY, make_command, read_error, run, start
 
 from keepgpt.dataset import BadData, read_meta
 from keepgpt.errors import UserError
@@ -56,7 +56,7 @@ def read_dataset(folder: Path) -> tuple[dict, list[int], list[int]]:
     return meta, train, val
 
 
-def files_in(folder: Path) -> list[Path]:
+def list_files(folder: Path) -> list[Path]:
     """Return all files in a folder and its subfolders, except locks."""
     return [
         path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"
@@ -354,7 +354,7 @@ def test_compressed_text_is_read(tmp_path, name, compress_with):
     assert GPT2.decode(train) + GPT2.decode(val) == TEXT
 
 
-def zip_of(text: bytes) -> bytes:
+def make_zip(text: bytes) -> bytes:
     """Return a zip archive with one file."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
@@ -362,7 +362,7 @@ def zip_of(text: bytes) -> bytes:
     return file.getvalue()
 
 
-def tar_of(text: bytes) -> bytes:
+def make_tar(text: bytes) -> bytes:
     """Return a compressed tar archive with one file."""
     file = io.BytesIO()
     info = tarfile.TarInfo("a.txt")
@@ -377,10 +377,10 @@ ZSTD = b"\x28\xb5\x2f\xfd" + bytes(range(256))
 
 # an id: the name of the file, its content, and a part of the error
 OTHER_FORMATS = {
-    "zip": ("a.zip", zip_of(TEXT.encode()), "unzip"),
-    "docx": ("a.docx", zip_of(TEXT.encode()), "zip archive"),
-    "zip in gzip": ("a.txt.gz", compress(zip_of(TEXT.encode())), "unzip"),
-    "tar": ("a.tar.gz", tar_of(TEXT.encode()), "tar -xf"),
+    "zip": ("a.zip", make_zip(TEXT.encode()), "unzip"),
+    "docx": ("a.docx", make_zip(TEXT.encode()), "zip archive"),
+    "zip in gzip": ("a.txt.gz", compress(make_zip(TEXT.encode())), "unzip"),
+    "tar": ("a.tar.gz", make_tar(TEXT.encode()), "tar -xf"),
     "zstd": ("a.jsonl.zst", ZSTD, "zstd -d"),
     "zstd named jsonl": ("a.jsonl", ZSTD, "zstd -d"),
     "zstd named txt": ("a.txt", ZSTD, "zstd -d"),
@@ -405,7 +405,7 @@ OTHER_FORMATS = {
 def test_other_formats_are_named(tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content)
     flags = {"name": "x", "data_dir": tmp_path / "data"}
-    line = complaint(
+    line = read_error(
         run(
             "prepare.py",
             name,
@@ -416,7 +416,7 @@ def test_other_formats_are_named(tmp_path, name, content, expected):
     )
     assert name in line
     assert expected in line
-    assert files_in(tmp_path / "data") == []
+    assert list_files(tmp_path / "data") == []
 
 
 @pytest.mark.slow
@@ -474,10 +474,10 @@ def test_line_ends_in_rows_are_those_of_files(tmp_path):
         assert tokens == expected
 
 
-def peak_memory(tmp_path: Path, *args: object, name: str) -> int:
+def measure_peak_memory(tmp_path: Path, *args: object, name: str) -> int:
     """Return the bytes of memory that prepare.py takes for a dataset of characters."""
     flags = {"name": name, "tokenizer": "char", "data_dir": tmp_path / "data"}
-    python, *script = command("prepare.py", *args, **flags)
+    python, *script = make_command("prepare.py", *args, **flags)
     done = subprocess.run(
         [python, PROGRAMS / "peak_memory.py", *script],
         capture_output=True,
@@ -496,7 +496,9 @@ def test_memory_does_not_grow_with_the_text(shakespeare, tmp_path):
     peaks = []
     for times in (1, 7):
         (tmp_path / f"{times}.txt").write_text(shakespeare * times)
-        peaks.append(peak_memory(tmp_path, tmp_path / f"{times}.txt", name=f"x{times}"))
+        peaks.append(
+            measure_peak_memory(tmp_path, tmp_path / f"{times}.txt", name=f"x{times}")
+        )
     # the text is 29 MB longer, and its tokens 57 MB
     assert peaks[1] - peaks[0] < 15e6
 
@@ -707,7 +709,7 @@ def test_a_signal_ends_the_training_of_a_bpe(tmp_path, stop_signal):
     assert time.monotonic() - sent < 2
     assert child.returncode == -stop_signal
     assert not err
-    assert files_in(tmp_path / "data") == []
+    assert list_files(tmp_path / "data") == []
 
 
 @pytest.mark.slow
@@ -732,7 +734,7 @@ def test_a_signal_does_not_wait_for_an_encoder(shakespeare, tmp_path, stop_signa
     assert time.monotonic() - sent < 2
     assert child.returncode == 130
     assert not err
-    assert files_in(tmp_path / "data") == []
+    assert list_files(tmp_path / "data") == []
 
 
 def test_checkpoint_holds_an_encoding_of_tiktoken(play, tmp_path):
@@ -744,7 +746,7 @@ def test_checkpoint_holds_an_encoding_of_tiktoken(play, tmp_path):
     assert sum(token > 65_536 for token in train) > len(train) / 4
     assert from_meta(meta).decode(train + val) == play.read_text()
     # where the plugin is not installed
-    complaint(run("prepare.py", play, name="y", code=2, **flags))
+    read_error(run("prepare.py", play, name="y", code=2, **flags))
     run(
         "train.py",
         dataset=tmp_path / "x",
@@ -791,7 +793,7 @@ def write_jsonl(path: Path, texts: list[str]) -> None:
     path.write_text("".join(lines))
 
 
-def texts_of(shakespeare: str, count: int, size: int) -> list[str]:
+def cut_texts(shakespeare: str, count: int, size: int) -> list[str]:
     """Return `count` texts of `size` characters, one of them empty."""
     starts = range(0, count * size, size)
     texts = [shakespeare[start : start + size] for start in starts]
@@ -799,7 +801,7 @@ def texts_of(shakespeare: str, count: int, size: int) -> list[str]:
     return texts
 
 
-def joined(folder: Path) -> tuple[dict, bytes, bytes]:
+def join_files(folder: Path) -> tuple[dict, bytes, bytes]:
     """Return meta.json and the bytes of all files of train, and of val."""
     meta = json.loads((folder / "meta.json").read_text())
     files = meta.get(
@@ -810,7 +812,7 @@ def joined(folder: Path) -> tuple[dict, bytes, bytes]:
         },
     )
     expected = ["meta.json", *files["train"], *files["val"]]
-    assert sorted(dataset_files(folder)) == sorted(expected)
+    assert sorted(read_files(folder)) == sorted(expected)
     train = b"".join((folder / file).read_bytes() for file in files["train"])
     val = b"".join((folder / file).read_bytes() for file in files["val"])
     return meta, train, val
@@ -830,7 +832,7 @@ def sources(request, shakespeare, tmp_path_factory) -> SimpleNamespace:
     """Prepare the same texts from a file of JSON, a Parquet file, and a folder of several."""
     tokenizer, count = request.param
     folder = tmp_path_factory.mktemp("sources")
-    texts = texts_of(shakespeare, count, 700)
+    texts = cut_texts(shakespeare, count, 700)
     texts[9] = ""
     if count == 250:
         # over 2**20 characters: this one is split
@@ -851,7 +853,7 @@ def sources(request, shakespeare, tmp_path_factory) -> SimpleNamespace:
     datasets = {}
     for source in ("all.jsonl", "all.parquet", "parts"):
         run("prepare.py", source, name=source, **flags)
-        datasets[source] = joined(folder / "data" / source)
+        datasets[source] = join_files(folder / "data" / source)
     return SimpleNamespace(flags=flags, datasets=datasets)
 
 
@@ -919,7 +921,7 @@ def test_memory_does_not_grow_with_the_number_of_files(shakespeare, tmp_path):
     for file in files:
         write_parquet(file, texts)
     peaks = [
-        peak_memory(
+        measure_peak_memory(
             tmp_path,
             *files[:count],
             name=count,
@@ -934,7 +936,7 @@ def test_local_parquet_needs_no_server_and_no_cache(tmp_path):
     write_parquet(tmp_path / "a.parquet", ["text " * 99])
     (tmp_path / "home").mkdir()
     flags = {"name": "x", "data_dir": tmp_path / "data"}
-    python, *script = command("prepare.py", tmp_path / "a.parquet", **flags)
+    python, *script = make_command("prepare.py", tmp_path / "a.parquet", **flags)
     done = subprocess.run(
         # any connection ends that program
         [python, PROGRAMS / "without_network.py", *script],
@@ -952,7 +954,7 @@ def test_local_parquet_needs_no_server_and_no_cache(tmp_path):
 def hub_folder(shakespeare, tmp_path_factory) -> Path:
     """Write small stand-ins for the files of tinystories and fineweb-edu. Return their folder."""
     folder = tmp_path_factory.mktemp("hub")
-    texts = texts_of(shakespeare, 2800, 400)
+    texts = cut_texts(shakespeare, 2800, 400)
     # tinystories
     for i in range(4):
         path = folder / "data" / f"train-{i:05}-of-00004-abc.parquet"
@@ -986,7 +988,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if re.fullmatch(r"/api/datasets/[^/]+/[^/]+/tree/\w{40}", path):
             # the list of the files
             entries = []
-            for entry in files_in(folder):
+            for entry in list_files(folder):
                 name = str(entry.relative_to(folder))
                 size = entry.stat().st_size
                 entries.append(
@@ -1038,7 +1040,7 @@ def hub(hub_folder, tmp_path):
 @pytest.mark.slow
 def test_share_of_a_hub_dataset_is_for_validation(hub, hub_folder, tmp_path):
     run("prepare.py", "fineweb-edu", data_dir=tmp_path, env=hub.env)
-    _, _, val = joined(tmp_path / "fineweb-edu")
+    _, _, val = join_files(tmp_path / "fineweb-edu")
     texts = []
     for path in sorted((hub_folder / "sample/10BT").iterdir()):
         texts += pyarrow.parquet.read_table(path)["text"].to_pylist()
@@ -1046,7 +1048,7 @@ def test_share_of_a_hub_dataset_is_for_validation(hub, hub_folder, tmp_path):
     assert GPT2.decode(np.frombuffer(val, "<u2").tolist()) == texts[1999]
     flags = {"name": "other", "tokenizer": "char", "val_fraction": 0.5}
     run("prepare.py", "fineweb-edu", data_dir=tmp_path, env=hub.env, **flags)
-    meta, _, val = joined(tmp_path / "other")
+    meta, _, val = join_files(tmp_path / "other")
     val_text = from_meta(meta).decode(np.frombuffer(val, "<u2").tolist())
     assert val_text == "\n".join(filter(None, texts[1::2]))
 
@@ -1054,7 +1056,7 @@ def test_share_of_a_hub_dataset_is_for_validation(hub, hub_folder, tmp_path):
 # --- what goes wrong -----------------------------------------------------------------------------
 
 
-def parquet_bytes() -> bytes:
+def make_parquet() -> bytes:
     """Return a file of numbers and texts; one text is missing."""
     file = pyarrow.BufferOutputStream()
     table = pyarrow.table(
@@ -1075,7 +1077,7 @@ def corrupt(data: bytes) -> bytes:
     return data[:at] + b"\xff" * 30 + data[at + 30 :]
 
 
-PARQUET = parquet_bytes()
+PARQUET = make_parquet()
 
 
 def limit_files() -> None:
@@ -1112,7 +1114,7 @@ def test_names_that_are_not_utf8(tmp_path):
     assert sorted(os.listdir(os.fsencode(tmp_path / "data"))) == names
 
 
-def dataset_files(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     """Return the content of each file in a folder, by name, except the lock."""
     return {
         path.name: path.read_bytes()
@@ -1140,22 +1142,22 @@ def test_plays(prepared_plays, shakespeare, name, vocab_size, counts):
     # the fingerprint covers the tokenizer and every token
     described = [meta["tokenizer"], list(meta["tokens"].values())]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
-    files = dataset_files(prepared_plays / name)
+    files = read_files(prepared_plays / name)
     digest.update(files["train.bin"] + files["val.bin"])
     assert meta["fingerprint"] == digest.hexdigest()
     assert sorted(files) == ["meta.json", "train.bin", "val.bin"]
 
 
 def test_existing_dataset_is_left_alone(tmp_path):
-    def stats() -> list:
+    def list_stats() -> list:
         files = sorted((tmp_path / "plays_char").iterdir())
         return [(file.stat().st_ino, file.stat().st_mtime_ns) for file in files]
 
     run("prepare.py", "plays_char", data_dir=tmp_path)
-    before = stats()
+    before = list_stats()
     done = run("prepare.py", "plays_char", data_dir=tmp_path)
     assert "exists already" in done.stdout
-    assert stats() == before
+    assert list_stats() == before
 
 
 def test_no_network_names_the_offline_dataset(tmp_path):
@@ -1168,14 +1170,14 @@ def test_no_network_names_the_offline_dataset(tmp_path):
         code=2,
         env=env,
     )
-    assert complaint(done).endswith("python prepare.py plays_char")
-    assert files_in(tmp_path) == []
+    assert read_error(done).endswith("python prepare.py plays_char")
+    assert list_files(tmp_path) == []
 
 
 def test_another_text_as_tinyshakespeare_is_refused(tmp_path):
     (tmp_path / "tinyshakespeare").mkdir()
     (tmp_path / "tinyshakespeare" / "input.txt").write_text("First Citizen:\n")
-    line = complaint(run("prepare.py", "shakespeare", data_dir=tmp_path, code=2))
+    line = read_error(run("prepare.py", "shakespeare", data_dir=tmp_path, code=2))
     assert "tinyshakespeare/input.txt" in line
 
 
@@ -1210,7 +1212,7 @@ def learned(tmp_path) -> Path:
     return tmp_path / "data/x"
 
 
-def was_prepared(folder: Path, **flags: object) -> bool:
+def prepare_again(folder: Path, **flags: object) -> bool:
     """Prepare the dataset of `learned` again. Return False if it existed already."""
     text = folder.parent.parent / "a.txt"
     flags = {"tokenizer": "char"} | flags
@@ -1268,14 +1270,14 @@ def replace_meta(folder: Path) -> None:
 )
 def test_a_corrupt_dataset_is_prepared_again(learned, damage):
     first = read_dataset(learned)
-    assert not was_prepared(learned)
+    assert not prepare_again(learned)
     damage(learned)
     # files of a larger dataset and of a killed preparation go, too
     (learned / "train-00003.bin").touch()
     (learned / "val.bin.tmp").touch()
-    assert was_prepared(learned)
+    assert prepare_again(learned)
     assert read_dataset(learned) == first
-    assert sorted(dataset_files(learned)) == ["meta.json", "train.bin", "val.bin"]
+    assert sorted(read_files(learned)) == ["meta.json", "train.bin", "val.bin"]
 
 
 @pytest.mark.slow
@@ -1287,19 +1289,19 @@ def test_a_dataset_with_other_settings_is_prepared_again(learned):
         {"tokenizer": "bpe:300"},
         {"tokenizer": "bpe:257"},
     ):
-        assert was_prepared(learned, **flags)
-        assert not was_prepared(learned, **flags)
+        assert prepare_again(learned, **flags)
+        assert not prepare_again(learned, **flags)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tokenizer", ["char", "bpe:257"])
 def test_a_dataset_of_a_changed_text_is_prepared_again(learned, tokenizer):
-    was_prepared(learned, tokenizer=tokenizer)
+    prepare_again(learned, tokenizer=tokenizer)
     # a text of the same length
     text = learned.parent.parent / "a.txt"
     text.write_text("Something to learn\n" * 9)
-    assert was_prepared(learned, tokenizer=tokenizer)
-    assert not was_prepared(learned, tokenizer=tokenizer)
+    assert prepare_again(learned, tokenizer=tokenizer)
+    assert not prepare_again(learned, tokenizer=tokenizer)
 
 
 def test_bin_files_of_another_program_are_kept(tmp_path):
@@ -1308,8 +1310,8 @@ def test_bin_files_of_another_program_are_kept(tmp_path):
     folder.mkdir(parents=True)
     (folder / "val.bin").write_bytes(b"foreign")
     flags = {"name": "x", "data_dir": tmp_path / "data"}
-    complaint(run("prepare.py", tmp_path / "a.txt", code=2, **flags))
-    assert dataset_files(folder) == {"val.bin": b"foreign"}
+    read_error(run("prepare.py", tmp_path / "a.txt", code=2, **flags))
+    assert read_files(folder) == {"val.bin": b"foreign"}
 
 
 @pytest.mark.slow
@@ -1324,7 +1326,7 @@ def test_hub_dataset_is_downloaded_once(hub, hub_folder, tmp_path):
     train_file = f"/resolve/{commit}/data/train-00003"
     assert any(train_file in path for path in hub.asked)
     assert not any("README" in path for path in hub.asked)
-    meta, train, val = joined(tmp_path / "tinystories")
+    meta, train, val = join_files(tmp_path / "tinystories")
     train_documents = filter(None, sum(train_texts, []))
     val_documents = filter(None, val_texts)
     train_ids = np.frombuffer(train, "<u2").tolist()
@@ -1337,7 +1339,7 @@ def test_hub_dataset_is_downloaded_once(hub, hub_folder, tmp_path):
     # a second time, the files come from the cache
     offline = hub.env | {"HF_HUB_OFFLINE": "1"}
     run("prepare.py", "tinystories", data_dir=tmp_path / "again", env=offline)
-    assert joined(tmp_path / "again/tinystories") == (meta, train, val)
+    assert join_files(tmp_path / "again/tinystories") == (meta, train, val)
     # unless it lacks one
     next((tmp_path / "home").rglob("train-00002*")).unlink()
     run(
@@ -1408,7 +1410,7 @@ def test_a_truncated_ready_shard_is_refused(fineweb):
     path.write_bytes(fineweb.content[path.name][:-2])
     flags = {"data_dir": fineweb.place}
     done = run("prepare.py", "fineweb10B", env=fineweb.offline, code=2, **flags)
-    assert "1,224 bytes" in complaint(done)
+    assert "1,224 bytes" in read_error(done)
     # its hint works
     path.unlink()
     run("prepare.py", "fineweb10B", env=fineweb.hub.env, **flags)
@@ -1417,7 +1419,7 @@ def test_a_truncated_ready_shard_is_refused(fineweb):
 
 def test_ready_shards_have_a_tokenizer_already(tmp_path):
     flags = {"name": "other", "tokenizer": "char", "data_dir": tmp_path}
-    assert "--tokenizer" in complaint(run("prepare.py", "fineweb10B", code=2, **flags))
+    assert "--tokenizer" in read_error(run("prepare.py", "fineweb10B", code=2, **flags))
 
 
 @pytest.mark.slow
@@ -1455,7 +1457,7 @@ def test_an_incomplete_download_is_refused(hub_folder, tmp_path, monkeypatch):
 def test_hub_without_a_network_is_one_line(tmp_path):
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     flags = {"name": "mine", "tokenizer": "char", "data_dir": tmp_path / "data"}
-    line = complaint(
+    line = read_error(
         run(
             "prepare.py",
             "tinystories",
@@ -1465,7 +1467,7 @@ def test_hub_without_a_network_is_one_line(tmp_path):
         )
     )
     assert "roneneldan/TinyStories" in line
-    assert files_in(tmp_path / "data") == []
+    assert list_files(tmp_path / "data") == []
 
 
 def test_corrupt_file_is_found_before_the_first_shard(hub_folder, tmp_path):
@@ -1474,8 +1476,8 @@ def test_corrupt_file_is_found_before_the_first_shard(hub_folder, tmp_path):
     third = folder / "train-00002-of-00004-abc.parquet"
     third.write_bytes(corrupt(third.read_bytes()))
     done = run("prepare.py", folder, name="x", data_dir=tmp_path, code=2)
-    assert str(third) in complaint(done)
-    assert dataset_files(tmp_path / "x") == {}
+    assert str(third) in read_error(done)
+    assert read_files(tmp_path / "x") == {}
 
 
 def stop_at_file(child: Any, path: Path, stop_signal: int) -> None:
@@ -1511,7 +1513,7 @@ def test_killed_preparation_continues(hub_folder, tmp_path):
     early = list_times(folder.glob("*-0000[0-7].bin"))
     done = run("prepare.py", source, name="x", data_dir=tmp_path)
     assert re.search(r"(9|10) of 14 shards", done.stdout)
-    assert dataset_files(folder) == dataset_files(tmp_path / "new/x")
+    assert read_files(folder) == read_files(tmp_path / "new/x")
     # complete shards were not written again
     assert early
     assert list_times(early) == early
@@ -1535,12 +1537,12 @@ def test_shards_of_another_request_are_not_used(hub_folder, play, tmp_path):
     # another split
     assert "continuing" not in prepare(source, val_fraction=0.2)
     run("prepare.py", source, val_fraction=0.2, data_dir=tmp_path / "other", **flags)
-    assert joined(folder) == joined(other_folder)
+    assert join_files(folder) == join_files(other_folder)
     # one file, then again several
     prepare(play)
-    assert sorted(dataset_files(folder)) == ["meta.json", "train.bin", "val.bin"]
+    assert sorted(read_files(folder)) == ["meta.json", "train.bin", "val.bin"]
     prepare(source, val_fraction=0.2)
-    assert joined(folder) == joined(other_folder)
+    assert join_files(folder) == join_files(other_folder)
 
 
 TEXT_FILE = {"a.txt": b"text " * 99}
@@ -1600,7 +1602,7 @@ def test_mistakes_end_in_one_line(tmp_path, args, files):
         (tmp_path / path).write_bytes(data)
     # a mistake's own --name comes last and wins
     all_args = ["--name=x", f"--data_dir={tmp_path}/data", *args]
-    line = complaint(run("prepare.py", *all_args, cwd=tmp_path, code=2))
+    line = read_error(run("prepare.py", *all_args, cwd=tmp_path, code=2))
     if len(args) == 1 and args[0] in files:
         # the file, or the dataset
         assert args[0] in line or "x: " in line
@@ -1608,7 +1610,7 @@ def test_mistakes_end_in_one_line(tmp_path, args, files):
         # the existing names
         assert "tinystories" in line
         assert "shakespeare_char" in line
-    assert files_in(tmp_path / "data" / "x") == []
+    assert list_files(tmp_path / "data" / "x") == []
 
 
 @pytest.mark.slow
@@ -1621,7 +1623,7 @@ def test_file_size_limit_keeps_the_existing_dataset(shakespeare, tmp_path):
     text.write_text(shakespeare[:400_000])
     for name in ("x", "y"):
         done = subprocess.run(
-            command("prepare.py", text, name=name, data_dir=data_dir),
+            make_command("prepare.py", text, name=name, data_dir=data_dir),
             capture_output=True,
             text=True,
             preexec_fn=limit_files,
@@ -1630,8 +1632,8 @@ def test_file_size_limit_keeps_the_existing_dataset(shakespeare, tmp_path):
         assert done.stderr.count("\n") == 1
     assert read_dataset(data_dir / "x") == before
     expected = ["meta.json", "train.bin", "val.bin"]
-    assert sorted(dataset_files(data_dir / "x")) == expected
-    assert files_in(data_dir / "y") == []
+    assert sorted(read_files(data_dir / "x")) == expected
+    assert list_files(data_dir / "y") == []
 
 
 @pytest.mark.slow
@@ -1647,7 +1649,7 @@ def test_full_disk_keeps_complete_shards(disk, hub_folder, tmp_path):
     done = run("prepare.py", hub_folder / "sample", data_dir=disk, **flags)
     assert f"{complete} of 14 shards" in done.stdout
     run("prepare.py", hub_folder / "sample", data_dir=tmp_path, **flags)
-    assert joined(disk / "x") == joined(tmp_path / "x")
+    assert join_files(disk / "x") == join_files(tmp_path / "x")
 
 
 @pytest.mark.slow
@@ -1658,7 +1660,7 @@ def test_read_only_disk(disk):
     (disk / "a.txt").write_text(TEXT)
     run("prepare.py", disk / "a.txt", data_dir=disk, name="y")
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    complaint(run("prepare.py", "plays_char", data_dir=disk, code=2))
+    read_error(run("prepare.py", "plays_char", data_dir=disk, code=2))
     # an existing dataset takes no lock, which would be a file
     done = run("prepare.py", disk / "a.txt", data_dir=disk, name="y")
     assert "exists already" in done.stdout
@@ -1678,7 +1680,7 @@ def test_signal_leaves_no_files(shakespeare, tmp_path, stop_signal):
     _, err = child.communicate()
     assert child.returncode == 130
     assert not err
-    assert files_in(data_dir) == []
+    assert list_files(data_dir) == []
 
 
 CHANGES = {
@@ -1719,12 +1721,12 @@ def test_text_that_changes_during_reading_is_refused(
             [str(file)],
             opened,
         )
-    assert files_in(tmp_path / "data") == []
+    assert list_files(tmp_path / "data") == []
 
 
 def test_closed_stdout_keeps_the_dataset(tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)
-    args = command("prepare.py", tmp_path / "a.txt", name="x", data_dir=tmp_path)
+    args = make_command("prepare.py", tmp_path / "a.txt", name="x", data_dir=tmp_path)
     # every write to it fails as on a full disk
     with open("/dev/full", "w") as full:
         done = subprocess.run(

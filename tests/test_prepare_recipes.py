@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import REPO, complaint, run
+from conftest import REPO, read_error, run
 
 from keepgpt import recipe
 from keepgpt.errors import UserError
@@ -75,7 +75,7 @@ def test_the_recipe_in_contributing_is_a_dataset(repository):
 
 def test_a_faulty_recipe_is_one_line(repository):
     (repository / "data/x.py").write_text("files = [\n")
-    line = complaint(run(repository / "prepare.py", "x", fresh=True, code=2))
+    line = read_error(run(repository / "prepare.py", "x", fresh=True, code=2))
     assert "x.py:1: SyntaxError" in line
 
 

@@ -16,7 +16,7 @@ PAGES = [
 README = PAGES[0].read_text(encoding="utf-8")
 
 
-def anchors(page):
+def list_anchors(page):
     """Return the anchors that GitHub makes from a page's headings."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
     return {
@@ -43,7 +43,7 @@ def test_links_lead_to_files_and_headings(page):
         name, _, heading = link.partition("#")
         target = page.parent / name if name else page
         assert target.exists(), link
-        assert not heading or heading in anchors(target), link
+        assert not heading or heading in list_anchors(target), link
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

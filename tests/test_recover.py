@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 import torch
-from conftest import TINY, complaint, load, rows, run
+from conftest import TINY, load, read_error, read_rows, run
 from test_cuda import tiny_run  # noqa: F401
 
 import train as script
@@ -239,7 +239,7 @@ def test_batches_that_give_nan_are_skipped(poisoned):
     # always NaN: it did not help to compute a step again
     assert bundle["replays"] == 0
     # the curve has each step once, and only numbers
-    steps = [row["step"] for row in rows(whole, "loss")]
+    steps = [row["step"] for row in read_rows(whole, "loss")]
     assert steps == list(range(1, 101))
     assert "NaN" not in (whole / "metrics.jsonl").read_text()
 
@@ -252,7 +252,7 @@ def test_skipped_batches_are_listed(poisoned):
     expected = []
     for step, count in skips.items():
         expected += [(step + 1, "skip")] * count
-    events = rows(whole, "event")
+    events = read_rows(whole, "event")
     assert [(row["step"], row["event"]) for row in events] == expected
     card = (whole / "README.md").read_text()
     for step in skips:
@@ -271,7 +271,7 @@ def test_a_resumed_run_skips_the_same(poisoned, tmp_path, ranks):
     # an end is evaluated, which the other run did not do at these steps
     keys = ("model", "optimizer", "step", "skips", "norms")
     assert_equal_ends(out, whole, keys)
-    assert rows(out, "loss") == rows(whole, "loss")
+    assert read_rows(out, "loss") == read_rows(whole, "loss")
 
 
 @pytest.mark.slow
@@ -333,7 +333,7 @@ def test_milestones_are_kept_as_hard_links(trunk):
 def test_sample_takes_the_checkpoint_of_a_step(trunk):
     flags = {"out_dir": trunk, "max_new_tokens": 5, "num_samples": 1}
     assert ": step 6" in run("sample.py", step=6, **flags).stderr
-    error = complaint(
+    error = read_error(
         run(
             "sample.py",
             step=7,
@@ -348,7 +348,7 @@ def test_sample_takes_the_checkpoint_of_a_step(trunk):
 def test_going_back_to_a_missing_step_loses_nothing(copy):
     before = list_names(copy)
     flags = {"init_from": "resume", "step": 5, "out_dir": copy}
-    complaint(run("train.py", code=2, **flags))
+    read_error(run("train.py", code=2, **flags))
     assert list_names(copy) == before
     assert not list(copy.glob("aside-*"))
 
@@ -360,7 +360,7 @@ def test_going_back_drops_what_came_later(copy):
     assert list_names(copy, "step-*.pt") == ["step-00000006.pt"]
     assert list_names(copy, "ckpt-*.pt") == ["ckpt-00000009.pt"]
     assert load(copy / "best.pt")["step"] <= 9
-    assert max(row["step"] for row in rows(copy, "loss")) <= 9
+    assert max(row["step"] for row in read_rows(copy, "loss")) <= 9
     # a restart loop repeats the command: it goes back once
     done = run("train.py", max_iters=12, **flags)
     assert "at step 9" in done.stdout
@@ -415,14 +415,14 @@ def test_a_branch_drops_the_log_of_a_run_that_never_saved(trunk, tmp_path):
     (out / "metrics.jsonl").write_text('{"step": 1, "loss": 9.0}\n')
     branch = {"init_from": f"branch:{trunk}", "step": 12}
     run("train.py", out_dir=out, max_iters=15, **branch)
-    assert [row["step"] for row in rows(out, "loss")] == [15]
+    assert [row["step"] for row in read_rows(out, "loss")] == [15]
 
 
 def test_going_back_without_a_change_ends_the_same(copy, trunk):
     run("train.py", init_from="resume", step=12, out_dir=copy)
     keys = ("model", "optimizer", "step", "evaluation")
     assert_equal_ends(copy, trunk, keys)
-    assert rows(copy, "loss") == rows(trunk, "loss")
+    assert read_rows(copy, "loss") == read_rows(trunk, "loss")
 
 
 def test_a_milestone_is_the_last_resort(copy):
@@ -455,8 +455,8 @@ def test_a_branch_without_a_change_is_its_trunk(trunk, tmp_path):
     keys = ("model", "optimizer", "step", "evaluation", "rng", "best_val_loss")
     assert_equal_ends(out, trunk, keys)
     # the rows before step 12 are the trunk's
-    later = [row for row in rows(trunk, "loss") if row["step"] > 12]
-    assert rows(out, "loss") == later
+    later = [row for row in read_rows(trunk, "loss") if row["step"] > 12]
+    assert read_rows(out, "loss") == later
 
 
 def test_a_branch_names_its_trunk(trunk, tmp_path):
@@ -497,7 +497,7 @@ def test_a_branch_starts_other_data_at_its_beginning(trunk, play, tmp_path):
         code=2,
         **other,
     )
-    assert "not the hamlet" in complaint(done)
+    assert "not the hamlet" in read_error(done)
     branch = {"init_from": f"branch:{trunk}", "out_dir": tmp_path / "branch"}
     done = run("train.py", max_iters=22, **branch, **other)
     assert "with other from its beginning" in done.stdout
@@ -530,11 +530,11 @@ def test_a_branch_may_have_a_longer_context(dataset, tmp_path):
 def test_a_branch_with_a_longer_context_needs_rotary_positions(trunk, tmp_path):
     longer = {"block_size": 64, "batch_size": 2, "init_from": f"branch:{trunk}"}
     done = run("train.py", out_dir=tmp_path / "out", max_iters=30, code=2, **longer)
-    assert "with block_size=64: do not fit the network" in complaint(done)
+    assert "with block_size=64: do not fit the network" in read_error(done)
     # a step has as many tokens as before
     longer["batch_size"] = 4
     done = run("train.py", out_dir=tmp_path / "out", max_iters=30, code=2, **longer)
-    assert "expected 256 as before" in complaint(done)
+    assert "expected 256 as before" in read_error(done)
 
 
 @pytest.mark.parametrize(
@@ -549,16 +549,16 @@ def test_a_branch_with_a_longer_context_needs_rotary_positions(trunk, tmp_path):
 )
 def test_a_wrong_trunk_is_one_line(trunk, tmp_path, source, step, part):
     flags = {"init_from": f"branch:{trunk / source}", "out_dir": tmp_path / "out"}
-    assert part in complaint(run("train.py", step=step, code=2, **flags))
+    assert part in read_error(run("train.py", step=step, code=2, **flags))
 
 
 def test_a_branch_has_steps_left_to_train(trunk, tmp_path):
     flags = {"init_from": f"branch:{trunk}", "step": 12, "out_dir": tmp_path / "out"}
     done = run("train.py", max_iters=12, code=2, **flags)
-    assert "max_iters=12" in complaint(done)
+    assert "max_iters=12" in read_error(done)
     run("train.py", max_iters=13, **flags)
 
 
 def test_a_branch_does_not_replace_a_run(copy, trunk):
     flags = {"init_from": f"branch:{trunk}", "out_dir": copy}
-    assert "already holds a run" in complaint(run("train.py", code=2, **flags))
+    assert "already holds a run" in read_error(run("train.py", code=2, **flags))

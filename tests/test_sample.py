@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, command, complaint, load, run
-from small_tokenizers import save, sentencepiece, unigram, wordpiece
+from conftest import TINY, load, make_command, read_error, run
+from small_tokenizers import save, train_sentencepiece, train_unigram, train_wordpiece
 
 import sample
 import train as train_script
@@ -34,7 +34,7 @@ def test_it_needs_only_the_checkpoint(trained, tmp_path):
         max_new_tokens=50,
         cwd=tmp_path,
     )
-    first, second = samples(done.stdout)
+    first, second = split_samples(done.stdout)
     assert "step 50" in done.stderr and first != second
     assert (
         first.startswith("Ham")
@@ -58,14 +58,14 @@ def test_the_step_of_an_older_loss_is_named(train, tmp_path):
         assert done.stderr.endswith(f"{printed}\n")
 
 
-def samples(text: str) -> list[str]:
+def split_samples(text: str) -> list[str]:
     """The samples that sample.py printed."""
     return text.removesuffix("\n").split("\n---------------\n")
 
 
 def test_a_seed_repeats_and_another_does_not(trained):
     def sample(**flags):
-        return samples(
+        return split_samples(
             run(
                 "sample.py", out_dir=trained, num_samples=1, max_new_tokens=60, **flags
             ).stdout
@@ -86,7 +86,7 @@ def test_the_newest_or_the_best_or_any_file(trained, tmp_path):
         max_new_tokens=40,
         temperature=0,
     )
-    step_40 = samples(done.stdout)
+    step_40 = split_samples(done.stdout)
     shutil.copy(older, tmp_path / "best.pt")
     shutil.copy(trained / "ckpt.pt", tmp_path / "ckpt.pt")
     best = run(
@@ -102,7 +102,7 @@ def test_the_newest_or_the_best_or_any_file(trained, tmp_path):
     )
     assert (
         "step 40" in best.stderr
-        and samples(best.stdout) == step_40
+        and split_samples(best.stdout) == step_40
         and "step 50" in newest.stderr
     )
 
@@ -117,7 +117,9 @@ def test_a_prompt_from_a_file_longer_than_the_block(trained, play, tmp_path):
         num_samples=1,
         max_new_tokens=80,
     ).stdout
-    assert len(samples(text)[0]) == 280 and samples(text)[0].startswith(prompt)
+    assert len(split_samples(text)[0]) == 280 and split_samples(text)[0].startswith(
+        prompt
+    )
 
 
 @pytest.mark.parametrize(
@@ -135,7 +137,7 @@ def test_a_prompt_from_a_file_longer_than_the_block(trained, play, tmp_path):
     ],
 )
 def test_a_mistake_is_answered_with_one_line(trained, flags, shown):
-    assert shown in complaint(
+    assert shown in read_error(
         run("sample.py", code=None, **{"out_dir": trained} | flags)
     )
 
@@ -168,7 +170,7 @@ def test_a_full_stdout_is_one_line(trained):
 @pytest.mark.slow
 def test_a_reader_that_has_seen_enough_ends_it(trained):
     process = subprocess.Popen(
-        command("sample.py", out_dir=trained, max_new_tokens=100_000),
+        make_command("sample.py", out_dir=trained, max_new_tokens=100_000),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -191,14 +193,14 @@ def test_a_nanogpt_checkpoint_is_loaded_safely(trained, tmp_path):
         {"model": state, "model_args": bundle["model_args"], "iter_num": 100},
         tmp_path / "ckpt.pt",
     )
-    line = complaint(run("sample.py", code=None, init_from=tmp_path / "ckpt.pt"))
+    line = read_error(run("sample.py", code=None, init_from=tmp_path / "ckpt.pt"))
     assert "--dataset=" in line
     torch.save({"model": print}, tmp_path / "ckpt.pt")
     done = run("sample.py", code=None, init_from=tmp_path / "ckpt.pt")
-    assert "expected only plain values" in complaint(done)
+    assert "expected only plain values" in read_error(done)
 
 
-@pytest.mark.parametrize("make", [sentencepiece, wordpiece, unigram])
+@pytest.mark.parametrize("make", [train_sentencepiece, train_wordpiece, train_unigram])
 def test_a_space_after_the_prompt_is_printed(make, play, tmp_path, monkeypatch, capsys):
     description = describe_tokenizer(
         str(save(make(play.read_text()), tmp_path / "own"))
@@ -220,7 +222,7 @@ def test_a_space_after_the_prompt_is_printed(make, play, tmp_path, monkeypatch, 
             ),
         )
     sample.main(sample.SampleConfig(start=prompt, num_samples=2))
-    assert samples(capsys.readouterr().out) == [text, text]
+    assert split_samples(capsys.readouterr().out) == [text, text]
     # the sample that training prints starts after the first token
     made = train_script.generate_sample(
         SimpleNamespace(
@@ -233,7 +235,7 @@ def test_a_space_after_the_prompt_is_printed(make, play, tmp_path, monkeypatch, 
 
 
 def test_a_run_prints_samples_with_any_tokenizer(play, tmp_path):
-    folder = save(sentencepiece(play.read_text()), tmp_path / "own")
+    folder = save(train_sentencepiece(play.read_text()), tmp_path / "own")
     run("prepare.py", play, name="x", tokenizer=folder, data_dir=tmp_path)
     flags = TINY | {"max_iters": 2, "eval_interval": 1, "eval_iters": 1}
     done = run(
@@ -247,4 +249,4 @@ def test_a_run_prints_samples_with_any_tokenizer(play, tmp_path):
     out = run(
         "sample.py", out_dir=tmp_path / "out", num_samples=2, max_new_tokens=60
     ).stdout
-    assert len(samples(out)) == 2
+    assert len(split_samples(out)) == 2

@@ -10,8 +10,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiktoken.load
-from conftest import TINY, complaint, run
-from small_tokenizers import QWEN, byte_level, save, sentencepiece, unigram, wordpiece
+from conftest import TINY, read_error, run
+from small_tokenizers import (
+    QWEN,
+    save,
+    train_byte_level,
+    train_sentencepiece,
+    train_unigram,
+    train_wordpiece,
+)
 from tokenizers import (
     AddedToken,
     Regex,
@@ -351,7 +358,7 @@ def text(play) -> str:
 
 @pytest.fixture(scope="module")
 def bpe(text) -> dict:
-    """Return the meta of a dataset with the tokens of byte_level(text), trained by prepare.py."""
+    """Return the meta of a dataset with the tokens of that tokenizer, trained by prepare.py."""
     return {"name": "x", "tokenizer": train_bpe([text], 500), "vocab_size": 500}
 
 
@@ -368,11 +375,11 @@ def bpe(text) -> dict:
     ],
 )
 def test_a_source_with_another_tokenizer_is_refused(change, bpe, text, tmp_path):
-    other = save(byte_level(text), tmp_path / "other")
+    other = save(train_byte_level(text), tmp_path / "other")
     metas = (bpe, describe(other))
     for meta in metas:
         assert not find_difference(other, meta)
-    save(byte_level(text), other, change)
+    save(train_byte_level(text), other, change)
     for meta in metas:
         assert find_difference(other, meta)
 
@@ -410,7 +417,7 @@ def test_another_spelling_of_a_tokenizer_is_the_same(bpe, text, tmp_path):
             "use_regex": True,
         }
 
-    folder = save(byte_level(text), tmp_path / "other", respell)
+    folder = save(train_byte_level(text), tmp_path / "other", respell)
     assert not find_difference(folder, bpe)
     # tools.export writes every pair that gives a token, others write one
     exported = save(to_tokenizers(from_meta(bpe)), tmp_path / "exported")
@@ -419,7 +426,7 @@ def test_another_spelling_of_a_tokenizer_is_the_same(bpe, text, tmp_path):
 
 def test_a_token_of_two_other_tokens_is_another_merge(bpe, text, tmp_path):
     # one pair for each token, and all pairs
-    merges = json.loads(byte_level(text).to_str())["model"]["merges"]
+    merges = json.loads(train_byte_level(text).to_str())["model"]["merges"]
     pairs = json.loads(to_tokenizers(from_meta(bpe)).to_str())["model"]["merges"]
     # another pair that gives the same token
     other = next(pair for pair in pairs if pair not in merges)
@@ -429,12 +436,12 @@ def test_a_token_of_two_other_tokens_is_another_merge(bpe, text, tmp_path):
     def change(content: dict) -> None:
         content["model"]["merges"] = merges
 
-    folder = save(byte_level(text), tmp_path / "other", change)
+    folder = save(train_byte_level(text), tmp_path / "other", change)
     assert "merges" in find_difference(folder, bpe)
 
 
 def test_vocab_json_counts_with_its_merges_txt(bpe, text, tmp_path):
-    model = json.loads(byte_level(text).to_str())["model"]
+    model = json.loads(train_byte_level(text).to_str())["model"]
     lines = [" ".join(pair) for pair in model["merges"]]
     vocabulary = model["vocab"] | {"<|endoftext|>": 499}
     folder = tmp_path / "slow"
@@ -457,7 +464,7 @@ def test_vocab_json_counts_with_its_merges_txt(bpe, text, tmp_path):
 
 def test_a_folder_has_one_tokenizer(bpe, text, tmp_path):
     description = bpe["tokenizer"]
-    tokenizer = byte_level(text)
+    tokenizer = train_byte_level(text)
     folder = save(tokenizer, tmp_path / "exported")
     (folder / "keepgpt.json").write_text(json.dumps({"tokenizer": description}))
     assert read_tokenizer(folder) == {"tokenizer": description}
@@ -469,7 +476,9 @@ def test_a_folder_has_one_tokenizer(bpe, text, tmp_path):
 # --- from ids to text ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [byte_level, sentencepiece, wordpiece, unigram])
+@pytest.mark.parametrize(
+    "make", [train_byte_level, train_sentencepiece, train_wordpiece, train_unigram]
+)
 def test_a_decoder_accepts_any_ids(make, text, tmp_path):
     folder = save(make(text), tmp_path / "own")
     tokenizer = from_meta(describe(folder))
@@ -488,7 +497,7 @@ def test_a_decoder_accepts_any_ids(make, text, tmp_path):
 
 
 def test_bytes_that_are_not_utf_8_are_replaced(text, tmp_path):
-    folder = save(sentencepiece(text), tmp_path / "own")
+    folder = save(train_sentencepiece(text), tmp_path / "own")
     tokenizer = from_meta(describe(folder))
     decode = tokenizer.make_decoder()
     # two bytes of é, one that starts nothing, two of the three bytes of a character
@@ -512,22 +521,24 @@ def test_folder_without_a_tokenizer_is_refused(tmp_path, play):
     flags = {"name": "x", "tokenizer": tmp_path, "data_dir": tmp_path}
     for content in ("", "{}", "[", '{"added_tokens": []}'):
         (tmp_path / "tokenizer.json").write_text(content)
-        complaint(run("prepare.py", play, code=2, **flags))
+        read_error(run("prepare.py", play, code=2, **flags))
 
 
-@pytest.mark.parametrize("make", [byte_level, sentencepiece, wordpiece, unigram])
+@pytest.mark.parametrize(
+    "make", [train_byte_level, train_sentencepiece, train_wordpiece, train_unigram]
+)
 def test_the_bytes_of_the_tokens_are_those_of_the_text(make, text, tmp_path):
     folder = save(make(text), tmp_path / "own")
     tokenizer = from_meta(describe(folder))
     sample = " ".join(text[:3000].split())
     # words and unigrams have one token for all unknown characters
-    if make in (byte_level, sentencepiece):
+    if make in (train_byte_level, train_sentencepiece):
         sample += " é 日本 \u0301 é"
     ids = tokenizer.encode(sample)
     counted = tokenizer.count_bytes()[ids].sum()
     size = len(tokenizer.decode(ids).encode())
     # in the middle of a text a decoder of words puts a space before the first one
-    extra = 0 if make is byte_level else 1
+    extra = 0 if make is train_byte_level else 1
     assert counted == size + extra
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, complaint, run
+from conftest import TINY, read_error, run
 
 import sample
 from keepgpt.errors import UserError
@@ -111,9 +111,9 @@ def test_a_folder_with_the_dataset_s_tokenizer_is_trained_on(
 def test_a_folder_with_another_tokenizer_is_refused(name, exported, dataset, tmp_path):
     other = swap_two_ids(exported, tmp_path / "other", name)
     expected = "'b' as token" if name == "tokenizer.json" else "merges.txt"
-    line = complaint(train(other, dataset, tmp_path / "out", code=None))
+    line = read_error(train(other, dataset, tmp_path / "out", code=None))
     assert expected in line
-    line = complaint(run("sample.py", init_from=other, dataset=dataset, code=None))
+    line = read_error(run("sample.py", init_from=other, dataset=dataset, code=None))
     assert expected in line
 
 
@@ -164,9 +164,9 @@ def test_as_many_other_characters_are_refused(trained, dataset, ciphered, tmp_pa
         for folder in (dataset, ciphered)
     ]
     assert sizes[0] == sizes[1]
-    line = complaint(train(trained / "ckpt.pt", ciphered, tmp_path, code=None))
+    line = read_error(train(trained / "ckpt.pt", ciphered, tmp_path, code=None))
     assert "--dataset=" in line
-    assert complaint(run("sample.py", out_dir=trained, dataset=ciphered, code=None))
+    assert read_error(run("sample.py", out_dir=trained, dataset=ciphered, code=None))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PROGRAMS, TINY, bits, command, complaint, load, rows, run, start
+from conftest import (
+    PROGRAMS,
+    TINY,
+    hash_state,
+    load,
+    make_command,
+    read_error,
+    read_rows,
+    run,
+    start,
+)
 
 import train as script
 from keepgpt import config as configurator
@@ -31,7 +41,7 @@ def test_loss_falls(train, tmp_path):
     # a longer run, whose evaluations are not of a few lucky windows
     flags = {"max_iters": 200, "lr_decay_iters": 200, "learning_rate": 1e-2}
     train(dropout=0.0, eval_interval=200, eval_iters=40, **flags)
-    losses = [row["val_loss"] for row in rows(tmp_path / "out", "val_loss")]
+    losses = [row["val_loss"] for row in read_rows(tmp_path / "out", "val_loss")]
     # an untrained model expects all characters about equally
     assert losses[0] > 3.9
     assert losses[-1] < 3.0
@@ -49,8 +59,8 @@ def test_a_checkpoint_has_the_documented_keys(whole, dataset):
 
 
 def test_metrics_have_a_row_per_interval(whole):
-    assert [row["step"] for row in rows(whole, "loss")] == [5, 10, 15, 20]
-    assert [row["step"] for row in rows(whole, "val_loss")] == [0, 10, 20]
+    assert [row["step"] for row in read_rows(whole, "loss")] == [5, 10, 15, 20]
+    assert [row["step"] for row in read_rows(whole, "val_loss")] == [0, 10, 20]
 
 
 def test_evaluation_does_not_change_training(train, whole, tmp_path):
@@ -59,7 +69,7 @@ def test_evaluation_does_not_change_training(train, whole, tmp_path):
     seldom = load(whole / "ckpt.pt")["model"]
     for name, weight in seldom.items():
         assert torch.equal(often[name], weight)
-    assert rows(tmp_path / "out", "loss") == rows(whole, "loss")
+    assert read_rows(tmp_path / "out", "loss") == read_rows(whole, "loss")
 
 
 def test_one_and_two_ranks_agree_to_rounding(train, tmp_path):
@@ -70,8 +80,8 @@ def test_one_and_two_ranks_agree_to_rounding(train, tmp_path):
             dtype="float32",
             log_interval=1,
         )
-    one = rows(tmp_path / "1")
-    two = rows(tmp_path / "2")
+    one = read_rows(tmp_path / "1")
+    two = read_rows(tmp_path / "2")
     # 20 losses and three evaluations
     assert len(one) == len(two) == 23
     for row_of_one, row_of_two in zip(one, two):
@@ -82,7 +92,7 @@ def test_bfloat16_ends_close_to_float32(train, tmp_path):
     losses = {}
     for dtype in ("float32", "bfloat16"):
         train(out=dtype, dtype=dtype, dropout=0.0)
-        evaluations = rows(tmp_path / dtype, "val_loss")
+        evaluations = read_rows(tmp_path / dtype, "val_loss")
         losses[dtype] = evaluations[-1]["val_loss"]
     assert losses["float32"] != losses["bfloat16"]
     assert losses["float32"] == pytest.approx(losses["bfloat16"], abs=0.02)
@@ -91,7 +101,7 @@ def test_bfloat16_ends_close_to_float32(train, tmp_path):
 def test_metrics_log_the_learning_rate_schedule(train, tmp_path):
     rates = {"learning_rate": 1e-2, "min_lr": 1e-3, "lr_decay_iters": 14}
     train(log_interval=1, **rates)
-    lr = {row["step"]: row["lr"] for row in rows(tmp_path / "out", "loss")}
+    lr = {row["step"]: row["lr"] for row in read_rows(tmp_path / "out", "loss")}
     # the first of 4 steps of warm-up, the peak
     assert lr[1] == pytest.approx(0.002)
     assert lr[5] == pytest.approx(0.01)
@@ -123,7 +133,7 @@ def test_a_diverging_run_keeps_finite_checkpoints(train, half):
     for path in half.glob("*.pt"):
         for weight in load(path)["model"].values():
             assert weight.isfinite().all()
-    assert max(row["step"] for row in rows(half)) < 20
+    assert max(row["step"] for row in read_rows(half)) < 20
 
 
 # eval_only
@@ -138,7 +148,7 @@ def test_eval_only_without_a_run_writes_nothing(train, tmp_path):
 
 def test_eval_only_repeats_the_loss_of_a_run(train, half):
     files = sorted(half.glob("*"))
-    loss = f"val loss {rows(half, 'val_loss')[-1]['val_loss']:.4f}"
+    loss = f"val loss {read_rows(half, 'val_loss')[-1]['val_loss']:.4f}"
     for source in ("auto", "resume", half / "ckpt.pt"):
         done = train(eval_only=True, init_from=source)
         assert loss in done.stdout
@@ -177,7 +187,7 @@ def test_eval_only_repeats_the_loss_of_a_run(train, half):
     ids=lambda flag: flag.strip("-").replace("/", "."),
 )
 def test_a_mistake_exits_2_with_one_line(train, flag, shown, tmp_path):
-    assert shown in complaint(train(last=flag, code=None))
+    assert shown in read_error(train(last=flag, code=None))
     # some are found before the folder is made, some with its lock held
     files = [path.name for path in tmp_path.glob("out/*")]
     assert files in ([], [".lock"])
@@ -194,7 +204,7 @@ def test_weights_with_another_vocabulary_are_refused(train, whole, play, tmp_pat
         dataset=tmp_path / "other",
         code=2,
     )
-    assert "--dataset=" in complaint(done)
+    assert "--dataset=" in read_error(done)
 
 
 def test_prepare_and_train_share_data_dir(play, tmp_path):
@@ -205,7 +215,7 @@ def test_prepare_and_train_share_data_dir(play, tmp_path):
     run("train.py", cwd=tmp_path, out_dir="here", **flags)
     # the checkpoint knows both
     run("train.py", out_dir=tmp_path / "here", init_from="resume", max_iters=3)
-    assert rows(tmp_path / "here")[-1]["step"] == 3
+    assert read_rows(tmp_path / "here")[-1]["step"] == 3
 
 
 @pytest.mark.parametrize("ranks", [1, 2], ids=["1 rank", "2 ranks"])
@@ -217,7 +227,7 @@ def test_a_corrupt_token_id_exits_with_one_line(train, dataset, tmp_path, ranks)
     done = train(ranks=ranks, code=None, dataset=tmp_path / "data")
     # two ranks may print a line each
     if ranks == 1:
-        assert "train.bin" in complaint(done, silent=False)
+        assert "train.bin" in read_error(done, silent=False)
     assert done.returncode != 0
     assert "error: " in done.stderr
     assert "IndexError" not in done.stderr
@@ -250,7 +260,7 @@ def test_micro_batches_must_divide_among_ranks(train):
 
 def test_a_folder_named_metrics_jsonl_is_refused(train, tmp_path):
     (tmp_path / "out/metrics.jsonl").mkdir(parents=True)
-    assert "metrics.jsonl" in complaint(train(code=2), silent=False)
+    assert "metrics.jsonl" in read_error(train(code=2), silent=False)
 
 
 # errors of the machine
@@ -304,7 +314,7 @@ def test_out_of_memory_exits_1_with_one_line(monkeypatch, capsys, error):
 def test_training_continues_when_stdout_is_full(train, tmp_path):
     done = train(stdout="/dev/full")
     assert done.stderr.count("\n") == 1
-    assert rows(tmp_path / "out")[-1]["step"] == 20
+    assert read_rows(tmp_path / "out")[-1]["step"] == 20
 
 
 def test_a_resume_continues_when_stdout_closes(half, dataset):
@@ -315,7 +325,7 @@ def test_a_resume_continues_when_stdout_closes(half, dataset):
     assert process.wait(timeout=120) == 0
     with process.stderr as stderr:
         assert stderr.read() == ""
-    assert rows(half, "loss")[-1]["step"] == 20
+    assert read_rows(half, "loss")[-1]["step"] == 20
 
 
 @pytest.mark.slow
@@ -343,7 +353,7 @@ def read_terminal(*args: str, **flags) -> str:
     window = struct.pack("HHHH", 24, 50, 0, 0)
     fcntl.ioctl(its_side, termios.TIOCSWINSZ, window)
     process = subprocess.Popen(
-        command("train.py", *args, **flags),
+        make_command("train.py", *args, **flags),
         stdout=its_side,
         stderr=its_side,
         env=os.environ | {"COLUMNS": "", "OMP_NUM_THREADS": "1"},
@@ -470,7 +480,7 @@ def test_a_resumed_run_keeps_its_wandb_id(train, tmp_path):
     expected = TINY | {"max_iters": joined.config["max_iters"]}
     assert joined.config.items() >= expected.items()
     assert joined.summary["best_val_loss"] == bundle["best_val_loss"]
-    logged = {row["step"]: row["loss"] for row in rows(tmp_path / "out", "loss")}
+    logged = {row["step"]: row["loss"] for row in read_rows(tmp_path / "out", "loss")}
     assert joined.losses == logged
 
 
@@ -481,7 +491,7 @@ def test_float16_and_compile_fall_back_with_a_note(train, whole, tmp_path):
     assert "float16" in float16
     assert "torch.compile" in compiler
     assert "nosuch" in compiler
-    assert bits(tmp_path / "out/ckpt.pt") == bits(whole / "ckpt.pt")
+    assert hash_state(tmp_path / "out/ckpt.pt") == hash_state(whole / "ckpt.pt")
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import PROGRAMS, TINY, command, rows, start
+from conftest import PROGRAMS, TINY, make_command, read_rows, start
 
 pytestmark = pytest.mark.slow
 
@@ -103,7 +103,7 @@ def test_a_failing_log_is_one_warning(fake, train, tmp_path):
     done = train(wandb_log=True)
     assert done.stdout.count("warning: ") == 1
     assert done.stderr == ""
-    assert rows(tmp_path / "out")[-1]["step"] == 20
+    assert read_rows(tmp_path / "out")[-1]["step"] == 20
 
 
 def test_a_hanging_log_does_not_stop_training(fake, dataset, tmp_path):
@@ -118,7 +118,7 @@ def test_without_its_server_wandb_logs_offline(fake, train, tmp_path):
     done = train(wandb_log=True)
     assert done.stdout.count("warning: ") == 1
     assert "no route to host" in done.stdout
-    assert read_sent_steps(sent) == [row["step"] for row in rows(tmp_path / "out")]
+    assert read_sent_steps(sent) == [row["step"] for row in read_rows(tmp_path / "out")]
 
 
 def test_rows_that_wandb_has_are_not_sent_again(fake, half, train):
@@ -132,7 +132,7 @@ def test_rows_that_wandb_has_are_not_sent_again(fake, half, train):
 def test_training_continues_when_wandb_fails(fake, train, tmp_path):
     fake(init="lack_a_key")
     assert "no key" in train(wandb_log=True).stdout
-    assert rows(tmp_path / "out")[-1]["step"] == 20
+    assert read_rows(tmp_path / "out")[-1]["step"] == 20
 
 
 def test_a_signal_while_wandb_starts_exits_75(fake, dataset, tmp_path):
@@ -159,7 +159,7 @@ def test_no_menu_waits_for_a_login(dataset, tmp_path):
         "WANDB_BASE_URL": "http://127.0.0.1:9",
     }
     process = subprocess.Popen(
-        command(
+        make_command(
             "train.py",
             out_dir=tmp_path / "out",
             dataset=dataset,

@@ -10,7 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from conftest import bits, complaint, rows, run
+from conftest import hash_state, read_error, read_rows, run
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -89,12 +89,12 @@ def test_fine_tuning_goes_on_from_every_kind_of_source(folder, dataset, tmp_path
     # the same weights from both
     first = tune("folder", folder)
     second = tune("nanogpt", nanogpt)
-    assert bits(first / "ckpt.pt") == bits(second / "ckpt.pt")
-    before, after = [row["val_loss"] for row in rows(first, "val_loss")]
+    assert hash_state(first / "ckpt.pt") == hash_state(second / "ckpt.pt")
+    before, after = [row["val_loss"] for row in read_rows(first, "val_loss")]
     assert after < before
     # the first loss of the next run is the last one of that run
     third = tune("bundle", first / "ckpt.pt")
-    assert rows(third, "val_loss")[0]["val_loss"] == after
+    assert read_rows(third, "val_loss")[0]["val_loss"] == after
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +171,7 @@ def test_a_qwen3_is_read_from_the_local_cache_by_its_name(dataset, tmp_path):
     # a flag that says another size is refused
     settings["out_dir"] = tmp_path / "other"
     done = run("train.py", code=2, head_dim=16, **settings)
-    assert "head_dim=8" in complaint(done)
+    assert "head_dim=8" in read_error(done)
 
 
 @pytest.mark.parametrize("source", ["out/ckpt.pt", "tests/Qwen3", "a/b/c", "nothing"])
@@ -185,7 +185,7 @@ def test_a_path_that_does_not_exist_is_not_looked_up(source, dataset):
         env=NO_NETWORK,
     )
     # a look at the hub would end in another error
-    assert "no such file" in complaint(done)
+    assert "no such file" in read_error(done)
 
 
 def test_gpt_2_without_network_and_cache_is_one_line_at_once(dataset, tmp_path):
@@ -196,7 +196,7 @@ def test_gpt_2_without_network_and_cache_is_one_line_at_once(dataset, tmp_path):
         code=2,
         env=NO_NETWORK | {"HF_HUB_CACHE": str(tmp_path)},
     )
-    assert "gpt2: can't be downloaded" in complaint(done)
+    assert "gpt2: can't be downloaded" in read_error(done)
     assert "--init_from=FOLDER" in done.stderr
 
 
@@ -538,4 +538,4 @@ def test_training_from_a_folder_without_a_shard_is_one_line(dataset, tmp_path):
     (folder / shards[1]).unlink()
     flags = {"out_dir": tmp_path / "out", "dataset": dataset, "init_from": folder}
     done = run("train.py", code=2, **flags)
-    assert shards[1] in complaint(done)
+    assert shards[1] in read_error(done)
