@@ -15,6 +15,7 @@ from tools.runs import digest
 def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train a tiny run with checkpoints at steps 6 and 8 and milestones at 4 and 8."""
     out = tmp_path_factory.mktemp("average") / "out"
+    # the last two numbered checkpoints are kept
     settings = {"max_iters": 8, "checkpoint_interval": 2, "keep_every": 4}
     run("train.py", **TINY | settings, dataset=dataset, out_dir=out)
     return out

@@ -25,7 +25,7 @@ def resumed(dataset, tmp_path_factory) -> Path:
 
 
 def read_commit() -> str:
-    """Return this repository's commit, or what a card says without one."""
+    """Return this repository's commit, or the text of a card outside of git."""
     git = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=REPO, capture_output=True, text=True
     )
@@ -69,6 +69,7 @@ def test_the_settings_of_a_card_reproduce_the_run(resumed, train, tmp_path):
     "content", [b"# My notes\n", b"\xff"], ids=["notes", "not utf-8"]
 )
 def test_a_foreign_readme_is_kept(train, tmp_path, content):
+    # a person may have written it before the run started
     (tmp_path / "out").mkdir()
     (tmp_path / "out/README.md").write_bytes(content)
     done = train(max_iters=1)

@@ -122,6 +122,7 @@ def test_a_value_in_a_file_is_converted_to_its_type(write_config, key, spelling,
     assert type(got) is type(value)
 
 
+# no number, not whole, not finite, empty, a truth value, out of range
 @pytest.mark.parametrize(
     "flag",
     [
@@ -202,6 +203,7 @@ def test_overrides_include_values_equal_to_a_default(write_config):
 
 @pytest.mark.parametrize("settings", [TrainConfig, SampleConfig])
 def test_every_default_is_valid_as_a_flag(settings):
+    # so a help text or a README can be copied
     flags = [f"--{f.name}={f.default}" for f in fields(settings)]
     assert parse(settings, "", flags)[0] == settings()
 
@@ -241,6 +243,7 @@ def test_a_file_sees_neither_the_program_nor_another_file(write_config):
     )
 
 
+# each way that Python has to reach the builtins
 @pytest.mark.parametrize(
     "text",
     [
@@ -299,6 +302,7 @@ def test_a_misspelled_key_is_refused(write_config, text, near):
     assert f"did you mean {near}?" in expect_error(write_config(text))
 
 
+# the file uses each of these names itself, so it is not a misspelling
 @pytest.mark.parametrize(
     "text",
     [
@@ -366,6 +370,7 @@ def test_every_size_of_gpt2_is_a_start(write_config, name):
     assert read(write_config(f"init_from = {name!r}")).init_from == name
 
 
+# all of nanoGPT's settings
 TRAINING_KEYS = """
 out_dir eval_interval log_interval eval_iters eval_only always_save_checkpoint init_from wandb_log
 wandb_project wandb_run_name dataset gradient_accumulation_steps batch_size block_size n_layer
@@ -404,7 +409,7 @@ def test_an_unknown_key_names_the_nearest_key_and_its_place(write_config, wrong,
     message = expect_error(f"--{wrong}=3")
     assert hint in message
     assert f"--{wrong}=3" in message
-    # a name with a hyphen is no line of a file
+    # a line of a file can't have a hyphen in a name
     if wrong.isidentifier():
         path = write_config(f"{wrong} = 3")
         assert f"{path}: {hint}" in expect_error(path)
@@ -488,6 +493,7 @@ def test_a_mistake_exits_2_with_one_line(write_config, script, argv, says):
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_rank_prints_an_error_in_one_line(monkeypatch, capsys, rank):
     monkeypatch.setenv("LOCAL_RANK", rank)
+    # no test waits for the seconds that it waits
     pauses = []
     monkeypatch.setattr("keepgpt.errors.time.sleep", pauses.append)
     with pytest.raises(SystemExit) as end:
@@ -643,6 +649,7 @@ def test_odd_settings_get_a_note(settings, says):
     "path", sorted((ROOT / "config").glob("*.py")), ids=lambda path: path.name
 )
 def test_files_in_config_fit_together(path):
+    # no note either, and no setting that is changed for the user
     config, overrides, _ = parse(TrainConfig, "", [str(path)])
     assert check_settings(config, overrides, resumed=False) == (config, [])
 
@@ -692,6 +699,7 @@ def test_a_resume_that_rounds_differently_says_so(train, changes, shown):
     train(**flags)
     flags |= changes | {"init_from": "resume"}
     printed = train(**flags).stdout.splitlines()
+    # one line has all changes
     line = next(line for line in printed if line.startswith("resuming"))
     assert f"{shown}: the same losses up to rounding" in line
     assert line.count("rounding") == line.count(shown) == 1
@@ -706,6 +714,7 @@ def test_a_resume_that_rounds_differently_says_so(train, changes, shown):
 
 def test_a_resume_where_auto_picks_another_dtype_says_so(train, half):
     bundle = read_bundle(half / "ckpt.pt")
+    # whichever this machine picks, the other one is a change
     picked = bundle["dtype"]
     other = {"float32": "bfloat16", "bfloat16": "float32"}[picked]
     # as if it came from a GPU

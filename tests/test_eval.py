@@ -104,6 +104,7 @@ def save_random(path: Path, description: dict, block_size: int = 32, **settings)
 
 def evaluate(*models: Path, **settings) -> None:
     """Run the tool in this process."""
+    # `auto` would take bfloat16 on some processors
     values = {"dtype": "float32", "device": "cpu"}
     for key, value in settings.items():
         values[key] = str(value) if isinstance(value, Path) else value
@@ -274,10 +275,12 @@ def test_a_single_value_has_no_error():
 
 
 def test_a_text_is_cut_where_a_reader_would(text):
+    # a part ends at the first such place behind `chars` characters, or after as many more
     for chars in (10, 300, 2000):
         parts = list(cut_text(text, chars))
         assert "".join(parts) == text
-        assert all(chars < len(part) <= 2 * chars for part in parts[:-1])
+        for part in parts[:-1]:
+            assert chars < len(part) <= 2 * chars
     assert list(cut_text(text, 0)) == [text]
     # a blank line, a line, a word, and no place at all
     assert list(cut_text("abc d\ne\n\nfg hi jk", 4)) == ["abc d\n", "e\n\nfg ", "hi jk"]
@@ -323,7 +326,7 @@ def test_an_interrupted_evaluation_continues(
     source = write_rows(tmp_path / "rows.jsonl", rows)
     # several documents in a batch, and several batches
     settings = {corpus: source, "batch_tokens": 20}
-    # counts batches, of which the one with the number `stop` is interrupted
+    # count the batches, and interrupt the one with the number `stop`
     calls = 0
     stop = 0
     score_windows = results.score_windows
@@ -371,6 +374,7 @@ def test_a_killed_evaluation_continues(text, char, tmp_path):
     while not list((tmp_path / "killed").glob("*.jsonl")):
         time.sleep(0.01)
         assert process.poll() is None
+    # SIGKILL: nothing can be written after it
     process.kill()
     process.communicate()
     assert not list((tmp_path / "killed").glob("*.json"))
@@ -408,7 +412,7 @@ def score_choices(nats: list[list[float]]) -> dict[str, list[float]]:
         bits.append(row[answer] / math.log(2) / size)
         right.append(np.argmin(row) == answer)
         by_length.append(np.argmin(np.divide(row, lengths)) == answer)
-    # neither all right nor all wrong: such a test would show little
+    # some right, some wrong: otherwise the test would show little
     assert 0 < np.mean(right) + np.mean(by_length) < 2
     return {"bits per byte": bits, "accuracy": right, "accuracy by length": by_length}
 
@@ -433,6 +437,7 @@ def test_questions_of_a_file_are_scored(bpe, tmp_path, capsys):
 def test_a_long_context_is_cut_from_the_left(bpe, text, tmp_path, capsys):
     model = save_random(tmp_path / "model.pt", bpe, 16)
     context = text[:500].rstrip()
+    # 500 characters are more than the model's 16 tokens
     long = {
         "context": context,
         "choices": [" the", " king"],
@@ -584,6 +589,7 @@ def test_a_dataset_is_read_by_a_model_with_other_tokens(
 
 
 def test_a_dataset_s_documents_are_those_that_were_prepared(text, tmp_path):
+    # 60 documents of 100 characters
     documents = [text[start : start + 100] for start in range(0, len(text), 100)]
     rows = write_rows(tmp_path / "d.jsonl", [{"text": part} for part in documents])
     run(
@@ -636,12 +642,14 @@ def test_texts_of_one_name_have_results_of_their_own(char, text, tmp_path):
         # one more of the same text
         evaluate(tmp_path / "model.pt", text=tmp_path / folder / "text.txt")
         text = text[:3000]
+    # a name for each text, not for each evaluation
     assert len(list(tmp_path.glob("eval-*.json"))) == 2
 
 
 def test_rows_without_a_text_are_reported(char, tmp_path, capsys):
     save_random(tmp_path / "model.pt", char)
     rows = [{"text": "To be, or not to be"}, {"body": "Who is there"}]
+    # the second row's text has another key
     evaluate(tmp_path / "model.pt", text=write_rows(tmp_path / "d.jsonl", rows))
     printed = capsys.readouterr()
     assert "no text in 1 of 2 rows" in printed.err
@@ -664,6 +672,7 @@ def test_rows_of_other_programs_do_not_count(char, tmp_path):
     evaluate(tmp_path / "model.pt", text=tmp_path / "text.txt")
     (path,) = tmp_path.glob("eval-*.jsonl")
     before = path.read_text()
+    # an evaluation that finds its own rows computes nothing and adds nothing
     path.write_text('{"key": "x"}\ngarbage}\n[]\n' + before)
     evaluate(tmp_path / "model.pt", text=tmp_path / "text.txt")
     assert path.read_text().endswith(before)

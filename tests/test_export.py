@@ -55,6 +55,7 @@ QWEN3 = {
     "norm_eps": 1e-5,
     "tie_embeddings": False,
 }
+# the same sizes: what differs is the norm of queries and keys
 LLAMA = QWEN3 | {"architecture": "llama"}
 # letters that tokenizers split in different ways: a long s, spaces of many kinds, joined emoji,
 # marks
@@ -180,6 +181,7 @@ class Exported:
     model: GPT
     description: dict
     vocabulary: Tokenizer
+    # the input of the other program, and its results
     texts: list[str]
     prompt: list[int]
     result: dict
@@ -380,6 +382,7 @@ def test_llama_cpp_reads_a_folder_s_tokenizer(pattern, text, tmp_path):
     assert result["back"] == texts
 
 
+# changes of a tokenizer.json that llama.cpp's vocabulary can't express
 def set_part(part: str, **values) -> Callable[[dict], None]:
     """Return a function that replaces a part of a tokenizer.json, or removes it."""
     return lambda content: content.update({part: values or None})
@@ -494,6 +497,7 @@ def test_gguf_refuses_a_tokenizer_with_another_part(change, part, text, tmp_path
     assert "--format=hf" in str(error.value)
 
 
+# a GGUF file is written for BPEs over bytes and for characters alone
 @pytest.mark.parametrize("make", [train_sentencepiece, train_wordpiece, train_unigram])
 def test_gguf_refuses_other_kinds_and_writes_nothing(make, text, tmp_path):
     folder = save(make(text), tmp_path / "own")
@@ -626,7 +630,7 @@ def test_a_qwen3_is_sampled_before_any_training(bpe_dataset, tmp_path):
         max_new_tokens=5,
     )
     assert done.stdout.startswith("The king")
-    # also what it made
+    # more than the prompt
     assert len(done.stdout) > len("The king\n")
 
 
@@ -674,7 +678,9 @@ def test_transformers_continues_a_text_as_sample_py_does(train, tmp_path):
     folder = tmp_path / "exported"
     done = run("tools.export", out_dir=out, to=folder)
     assert "step 20" in done.stdout
+    # a folder is written under another name, then renamed
     assert not list(tmp_path.glob("*.tmp"))
+    # only the continuation counts here
     work = {"texts": [], "prompt": "HAMLET ", "ids": [0]}
     result = read_with_transformers(folder, work, tmp_path)
     # the run itself, and both files of the export
@@ -732,6 +738,7 @@ def test_corrupt_weights_are_refused(tmp_path):
 
 @pytest.mark.slow
 def test_mistakes_are_answered_with_one_line(tmp_path):
+    # each of these ends with 2 and one line
     def export(**flags):
         return read_error(run("tools.export", code=2, **flags))
 
@@ -755,7 +762,7 @@ def test_mistakes_are_answered_with_one_line(tmp_path):
         cwd=REPO,
     )
     assert f"--to={to}: [Errno 27]" in read_error(done)
-    # a file of PyTorch that is no checkpoint
+    # a file of PyTorch that is not a checkpoint
     torch.save({"model": {}}, tmp_path / "no.pt")
     error = export(init_from=tmp_path / "no.pt", to=to)
     assert "expected a checkpoint" in error

@@ -5,7 +5,7 @@ from conftest import PROGRAMS, TINY, hash_state, read_rows, run
 
 
 def list_lines(done) -> list[str]:
-    """Return what a run printed, without the lines with its speed."""
+    """Return the lines that a run printed, except those with its speed."""
     return [line for line in done.stdout.splitlines() if "tokens/s" not in line]
 
 

@@ -140,7 +140,7 @@ def test_an_older_checkpoint_and_the_log_explain_later_steps(runs, tmp_path):
 
 @pytest.fixture(scope="module")
 def step_3(runs) -> list[str]:
-    """Return what is shown for a step that skipped two batches, with its whole text."""
+    """Return the lines about a step that skipped two batches, with its whole text."""
     return inspect(runs.trunk, step=3, chars=0).stdout.splitlines()
 
 

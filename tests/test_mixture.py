@@ -57,6 +57,7 @@ def find_source(x):
 
 
 def test_the_proportions_are_exact_in_every_cycle(mixture):
+    # targets are the next tokens, whatever the source
     x, y = mixture.rows(0, 40 * CYCLE)
     assert (x[:, 1:] == y[:, :-1]).all()
     for end in range(CYCLE, 40 * CYCLE + 1, CYCLE):
@@ -129,6 +130,7 @@ MIXTURE = "a:0.7+b:0.2+c:0.1"
 
 def make_flags(data_dir, **more):
     """Return the flags of a tiny run on the mixture."""
+    # elastic: the reference is the same for any number of ranks
     flags = {"dataset": MIXTURE, "data_dir": data_dir, "elastic": True}
     return TINY | flags | more
 
@@ -164,6 +166,7 @@ def test_an_evaluation_has_each_source(whole_mixture):
     expected = sum(float(share) * loss for share, loss in zip(SHARES, losses))
     assert math.isclose(last["val_loss"], expected, rel_tol=1e-6)
     assert len(set(losses)) == 3
+    # the card has the shares, the losses and how often each source was read
     card = (whole_mixture / "README.md").read_text()
     assert "a 70.0%, " in card
     assert f"{last['val_loss']:.4f} ({last['val_bpb']:.4f} bits per byte)" in card
@@ -184,6 +187,7 @@ def test_other_weights_need_a_branch(whole_mixture, tmp_path):
     branch = {"init_from": f"branch:{whole_mixture}", "out_dir": tmp_path / "b"}
     done = run("train.py", dataset="a:0.5+b:0.5", max_iters=22, **branch)
     assert "from its beginning" in done.stdout
+    # the new mixture is read from its first window
     assert load(tmp_path / "b/ckpt.pt")["data_start"] == 20
 
 
@@ -277,6 +281,7 @@ def test_bits_per_byte_are_of_the_windows_evaluated(data_dir, tmp_path):
     count = min(2 * 4, split.windows)
     _, y = split.rows(0, count)
     tokenizer = from_meta(meta)
+    # each token that was predicted, and its bytes
     tokens = [tokenizer.token_bytes(i) for i in y.flatten().tolist()]
     size = len(b"".join(tokens))
     expected = row["val_loss"] / math.log(2) * len(tokens) / size
@@ -284,6 +289,7 @@ def test_bits_per_byte_are_of_the_windows_evaluated(data_dir, tmp_path):
     # characters of one byte
     run("train.py", out_dir=tmp_path / "char", dataset="all", **untrained)
     row = read_rows(tmp_path / "char", "val_loss")[0]
+    # nats to bits; a few characters of the play have two bytes
     expected = row["val_loss"] / math.log(2)
     assert math.isclose(row["val_bpb"], expected, rel_tol=0.02)
 

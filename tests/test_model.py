@@ -144,7 +144,8 @@ def randomize_vectors(model):
 
 @pytest.fixture(scope="module")
 def hf_gpt2(tmp_path_factory):
-    """A random GPT-2 of Transformers, in float32, and the folder that it was saved to."""
+    """Return a random GPT-2 of Transformers, in float32, and the folder that it was saved to."""
+    # large weights, no dropout, and the plain formulas of attention
     torch.manual_seed(0)
     config = GPT2Config(
         n_layer=3,
@@ -192,6 +193,7 @@ def test_gpt2_is_that_of_transformers(hf_gpt2):
     expected_loss = hf_model(idx, labels=idx).loss
     assert_close(loss, expected_loss, 1e-6)
 
+    # other tests use the same model
     hf_model.zero_grad()
     expected_loss.backward()
     loss.backward()
@@ -206,6 +208,7 @@ def test_gpt2_is_that_of_transformers(hf_gpt2):
 
 HF_QWEN3 = (Qwen3ForCausalLM, Qwen3Config)
 HF_LLAMA = (LlamaForCausalLM, LlamaConfig)
+# sizes that differ from each other: a mix-up of two would not fit
 HF_SETTINGS = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
@@ -261,6 +264,7 @@ def test_llama_and_qwen3_are_those_of_transformers(
     hf_model = save_hf_model(tmp_path, kind, **settings).to(dtype)
     model = load_source(tmp_path).to(dtype)
     idx = make_tokens(4, 32, below=101)
+    # the index of several files is read, too
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     # Transformers computes norms in float32 even in a model of float64
     if dtype == torch.float64:
@@ -324,6 +328,7 @@ def test_qwen3_continues_a_padded_batch_as_transformers_does(tmp_path):
     ids=["rope_scaling", "mlp_bias", "rope_parameters"],
 )
 def test_a_llama_that_cannot_be_represented_is_refused(tmp_path, key, value):
+    # positions that are scaled, and biases in the MLP
     save_hf_model(tmp_path / "llama", HF_LLAMA)
     folder = copy_folder(tmp_path / "llama", tmp_path / "folder", **{key: value})
     with pytest.raises(UserError, match=key):
@@ -381,10 +386,9 @@ def test_a_shorter_block_changes_nothing_for_short_inputs(hf_gpt2):
 def test_the_hubs_files_with_causal_masks_are_read(hf_gpt2, tmp_path):
     _, folder = hf_gpt2
     # names without a prefix, the masks of old versions, and the tied weights stored twice
-    state = load_file(folder / "model.safetensors")
-    state = {
-        name.removeprefix("transformer."): tensor for name, tensor in state.items()
-    }
+    state = {}
+    for name, tensor in load_file(folder / "model.safetensors").items():
+        state[name.removeprefix("transformer.")] = tensor
     mask = torch.ones(1, 1, 32, 32).tril()
     for i in range(3):
         state[f"h.{i}.attn.bias"] = mask.clone()
@@ -523,6 +527,7 @@ def test_a_corrupt_pytorch_model_bin_is_refused(hf_gpt2, tmp_path):
     state = hf_model.state_dict()
     torch.save(state, file)
     whole = file.read_bytes()
+    # one bit, in the middle
     flipped = bytearray(whole)
     flipped[len(flipped) // 2] ^= 1
     # a checkpoint of a trainer, not the weights alone
@@ -550,6 +555,7 @@ def test_a_pytorch_model_bin_never_runs_code(hf_gpt2, tmp_path):
     folder = copy_folder(hf_gpt2[1], tmp_path / "folder")
     (folder / "model.safetensors").unlink()
     trap = Trap(tmp_path / "trapped")
+    # a name that the loader asks for
     torch.save({"wte.weight": trap}, folder / "pytorch_model.bin")
     with pytest.raises(UserError, match="pytorch_model.bin"):
         read_weights(str(folder))
@@ -590,6 +596,7 @@ def test_a_spoiled_tokenizer_is_refused(hf_gpt2, tmp_path, name, content):
 def save_nanogpt_checkpoint(model, path, prefix="_orig_mod.", rows=64, **more):
     """Save a checkpoint as nanoGPT does: of a compiled model whose vocabulary is padded."""
     state = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
+    # the embedding and the output layer are one tensor with two names
     wte = state[f"{prefix}transformer.wte.weight"]
     padding = torch.zeros(rows - len(wte), wte.size(1))
     padded = torch.cat([wte, padding])
@@ -840,6 +847,7 @@ def test_dropout_acts_in_training_and_repeats_with_its_seed(args):
     first = model(idx)
     second = model(idx)
     assert not torch.equal(first, second)
+    # the same seed drops the same numbers
     torch.manual_seed(1)
     assert torch.equal(first, model(idx))
 
@@ -866,6 +874,7 @@ def test_dropout_acts_on_embedding_attention_and_branches(args, monkeypatch):
     block = [("attend", 0.5), ("dropout", 0.5), ("dropout", 0.5)]
     assert calls == [("dropout", 0.5)] + block * args.n_layer
 
+    # an evaluation calls them with a probability of 0
     calls.clear()
     model.eval()(make_tokens(4, 16))
     assert {p for _, p in calls} == {0.0}
@@ -884,11 +893,13 @@ def test_a_batch_is_learned_by_heart(args):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+    # a guess among 61 tokens has a loss of 4.1
     assert loss.item() < 0.02
 
 
 @every_architecture
 def test_bfloat16_agrees_with_float64_as_far_as_it_can(args):
+    # logits that are all alike, or one-hot, would hide rounding
     model = build_random_model(replace(args, n_embd=64, n_layer=3), std=0.15)
     exact = copy.deepcopy(model).double()
     x = make_tokens(8, 16)
@@ -923,6 +934,7 @@ def test_padding_the_vocabulary_changes_nothing(args, monkeypatch):
 
     # the padding has no logits, so it has no gradient
     monkeypatch.setattr(GPT, "output_weight", pad_output_weight)
+    # 61 tokens and three rows
     assert padded.output_weight().shape == (64, 32)
     assert_close(padded(x, y), loss, 1e-6)
     padded(x, y).backward()
@@ -950,6 +962,7 @@ def test_a_step_moves_every_parameter(args):
 def build_varied_model(args=ARGS):
     """Return a model whose likeliest next token depends on the position and the text."""
     model = build_random_model(args, std=0.5)
+    # GPT-2's positions would be lost among its tokens; the others rotate queries and keys
     if args.architecture == "gpt2":
         with torch.no_grad():
             model.transformer.wpe.weight.mul_(10)
@@ -1007,6 +1020,7 @@ def test_the_cache_gives_the_logits_of_the_whole(args):
     assert_close(torch.cat(parts, 1), logits[:, 4:15:5], 1e-5)
 
 
+# a prompt of one token, of a whole block, and of more than that
 @every_architecture
 @pytest.mark.parametrize("length", [1, 16, 30])
 @pytest.mark.parametrize(
@@ -1035,6 +1049,7 @@ def test_cached_generation_equals_uncached(args, length, settings):
     qwen3_tied=replace(QWEN3, tie_embeddings=True),
 )
 def test_packed_weights_generate_the_same(args):
+    # weights are packed for bfloat16 on a CPU only
     plain = build_random_model(args).bfloat16()
     packed = copy.deepcopy(plain)
     pack_linear_layers(packed)
@@ -1052,6 +1067,7 @@ def test_prompts_in_a_batch_are_continued_as_each_alone(args):
     model = build_varied_model(args)
     prompts = []
     alone = []
+    # different lengths, and two that are equal
     for length in (7, 1, 4, 4):
         prompt = make_tokens(length, seed=length).tolist()
         prompts.append(prompt)
@@ -1252,6 +1268,7 @@ def test_the_fast_rms_norm_agrees_with_pytorch(dtype, tolerance):
     y = RMSNormFunction.apply(x, weight, 1e-2)
     gradients = torch.autograd.grad(y, (x, weight), dy)
 
+    # PyTorch's own, in float64
     exact = [t.detach().double().requires_grad_() for t in (x, weight)]
     expected = F.rms_norm(exact[0], weight.shape, exact[1], 1e-2)
     expected_gradients = torch.autograd.grad(expected, exact, dy.double())
@@ -1263,6 +1280,7 @@ def test_the_fast_rms_norm_agrees_with_pytorch(dtype, tolerance):
 def test_a_norm_is_the_fast_one_only_in_eager_training_on_a_cpu():
     x = torch.randn(2, 8)
     norm = RMSNorm(8, 1e-6)
+    # the node of the backward pass tells which one was used
     assert "RMSNormFunction" in type(norm(x).grad_fn).__name__
     with torch.no_grad():
         assert not has_fast_norm(x)
@@ -1272,6 +1290,7 @@ def test_a_norm_is_the_fast_one_only_in_eager_training_on_a_cpu():
 def test_rotation_multiplies_by_complex_numbers():
     x = torch.randn(3, 4, 20, 24, dtype=torch.float64)
     angles = torch.randn(20, 12, dtype=torch.float64)
+    # the first and the second half of a head are the real and the imaginary parts
     real, imaginary = x.chunk(2, -1)
     one = torch.ones(()).double()
     rotated = torch.complex(real, imaginary) * torch.polar(one, angles)
@@ -1292,6 +1311,7 @@ def test_heads_that_share_keys_attend_as_with_copies_of_them(p, dtype):
     torch.manual_seed(1)
     y = attend(q, k, v, p)
     torch.manual_seed(1)
+    # six heads of queries share two of keys and values
     heads = [0, 0, 0, 1, 1, 1]
     expected = attend(q, k[:, heads], v[:, heads], p)
     assert torch.equal(y, expected)
@@ -1350,6 +1370,7 @@ def test_the_loss_by_parts_is_the_cross_entropy(columns, monkeypatch):
     for gradient, expected_gradient in zip(gradients, expected_gradients):
         assert torch.allclose(gradient, expected_gradient, rtol=1e-10, atol=1e-12)
 
+    # without gradients the loss takes a shorter path
     with torch.no_grad():
         loss = LinearCrossEntropy.apply(x, weight, targets, 50)
     assert torch.allclose(loss, expected, rtol=1e-12)

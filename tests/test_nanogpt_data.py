@@ -59,6 +59,7 @@ def checkpoint(place):
 
 @pytest.mark.slow
 def test_both_datasets_train_identically(place, checkpoint, dataset):
+    # the losses of each step tell two datasets apart
     run("train.py", **TINY | {"dataset": dataset, "out_dir": place / "ours"})
     assert read_rows(place / "ours") == read_rows(place / "out")
 
@@ -88,6 +89,7 @@ def test_a_nanogpt_checkpoint_can_be_fine_tuned(place, checkpoint):
 
 # data that changes between two starts
 
+# 64 characters of ASCII
 CHARS = "".join(map(chr, range(32, 96)))
 
 
@@ -241,6 +243,7 @@ def shards(tmp_path):
     """Return a folder with three shards, and a dataset of prepare.py with the same tokens."""
     folder = tmp_path / "fineweb"
     folder.mkdir()
+    # GPT-2's ids, over the border of two shards
     ids = np.random.default_rng(0).integers(50257, size=5000).astype(np.uint16)
     write_shard(folder / "fineweb_train_000001.bin", ids[:3000])
     write_shard(folder / "fineweb_train_000002.bin", ids[3000:4500])
@@ -290,6 +293,7 @@ def test_a_wrong_shard_is_one_line(shards, change, parts):
 
 @pytest.mark.parametrize("size", [0, 100, 1024])
 def test_a_truncated_shard_is_called_so(shards, size):
+    # nothing, a part of the header, and the header alone
     path = shards / "fineweb/fineweb_train_000001.bin"
     path.write_bytes(path.read_bytes()[:size])
     with pytest.raises(BadData, match=rf"got {size:,}\..* download it again"):
@@ -301,6 +305,7 @@ def test_other_text_may_have_the_tokens_of_shards(shards):
 
 
 def test_shards_of_one_split_are_one_line(shards):
+    # as after a download of the training shards alone
     (shards / "fineweb/fineweb_val_000000.bin").unlink()
     flags = SMALL | {"data_dir": shards, "dataset": "fineweb"}
     error = read_error(run("train.py", code=2, out_dir=shards / "out", **flags))

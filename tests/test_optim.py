@@ -195,6 +195,7 @@ def check_against_torch(dtype: torch.dtype, tolerance: float) -> None:
 
 def test_q_k_and_v_in_one_parameter_equal_three():
     torch.manual_seed(0)
+    # GPT-2's c_attn holds the three matrices that others keep apart
     fused = nn.Parameter(torch.randn(3 * 16, 16))
     chunks = fused.detach().chunk(3)
     parts = [nn.Parameter(chunk.clone()) for chunk in chunks]
@@ -396,6 +397,7 @@ def test_muons_rate_and_momentum_follow_the_step():
         decay_fraction=0.5,
     )
     optimizer = make_optimizer(build_model(ARGS), config)
+    # at the start, in the middle of the momentum's warm-up, of the decay, and at the end
     for step, lr, momentum in (
         (0, 1e-3, 0.85),
         (150, 1e-3, 0.90),
@@ -420,6 +422,7 @@ def test_muons_rate_and_momentum_follow_the_step():
 
 
 def test_ten_muon_steps_and_ten_more_equal_twenty(train, whole, tmp_path):
+    # the resume takes the optimizer and its schedule from the checkpoint
     train(out="whole", **MUON)
     train(out="parts", **MUON | {"max_iters": 10})
     train(out="parts", init_from="resume")
@@ -516,6 +519,7 @@ def test_a_float16_muon_run_resumes_exactly(train, tmp_path):
 
 
 def test_muon_stops_before_a_loss_that_is_not_finite(train, tmp_path):
+    # one update at this rate overflows
     train(**MUON | {"max_iters": 5})
     flags = {"learning_rate": 1e30, "muon_lr": 1e30, "decay_lr": False}
     train(init_from="resume", checkpoint_interval=1, code=3, **flags)
@@ -525,6 +529,7 @@ def test_muon_stops_before_a_loss_that_is_not_finite(train, tmp_path):
 
 
 def test_a_learning_rate_of_0_leaves_muons_rate(train, tmp_path):
+    # the rate of Muon does not follow from the other one
     train(learning_rate=0.0, **MUON | {"max_iters": 2})
     optimizer = load(tmp_path / "out/ckpt.pt")["optimizer"]
     moves = [group["lr"] > 0 for group in optimizer["param_groups"]]
@@ -576,6 +581,7 @@ def test_the_momentum_of_another_optimizer_is_its_own(monkeypatch):
         group = {"params": list(model.parameters()), "peak_lr": config.learning_rate}
         return torch.optim.SGD([group], momentum=0.5)
 
+    # far behind Muon's warm-up, whose momentum would be 0.95
     monkeypatch.setitem(optim.OPTIMIZERS, "sgd", make_sgd)
     config = replace(CONFIG, optimizer="sgd")
     optimizer = make_optimizer(build_model_with_gradients(), config)
@@ -623,6 +629,7 @@ def test_an_added_optimizer_resumes_and_survives_kills(dataset, tmp_path):
     parts |= {"learning_rate": 1e30, "decay_lr": False}
     run(program, **parts, code=3)
 
+    # two runs that are killed at a random time and resumed
     done = run(program, "kill", "--cases=2", env={"TMPDIR": str(tmp_path)})
     assert " 0 failures" in done.stdout
 
@@ -639,6 +646,7 @@ def test_muon_uses_no_lerp_on_mps():
             assert function not in lerps
             return function(*args, **(kwargs or {}))
 
+    # fake tensors: shapes without numbers, on a device that is not here
     with FakeTensorMode(), RefuseLerp():
         p = nn.Parameter(torch.empty(4, 6, device="mps"), requires_grad=False)
         p.grad = torch.empty_like(p)

@@ -171,6 +171,7 @@ def test_events_restarts_and_branches_are_marked(tmp_path):
     folder = write_run(tmp_path / "run", rows)
     (folder / "README.md").write_text(CARD)
     loss = draw([folder], "tokens").axes[0]
+    # by their names in the legend
     marks = {}
     for mark in loss.collections:
         label = mark.get_label().removeprefix(f"{folder}: ")

@@ -123,10 +123,12 @@ def prepared_plays(tmp_path_factory) -> Path:
     not TINYSHAKESPEARE.exists(), reason=f"needs {TINYSHAKESPEARE.name}, 1.1 MB"
 )
 def test_tinyshakespeare(tmp_path):
+    # where a download would put it
     (tmp_path / "tinyshakespeare").mkdir()
     (tmp_path / "tinyshakespeare" / "input.txt").write_bytes(
         TINYSHAKESPEARE.read_bytes()
     )
+    # the numbers that nanoGPT's README gives
     for name, counts in (
         ("shakespeare", (301_966, 36_059)),
         ("shakespeare_char", (1_003_854, 111_540)),
@@ -214,6 +216,7 @@ def test_characters_and_a_newline_between_documents(tmp_path):
     tokenizer = from_meta(meta)
     assert tokenizer.decode(train) == "abcdé" * 18 + "\n" + "dcba" * 18
     assert tokenizer.decode(val) == "abcdé" * 2 + "\n" + "dcba" * 2
+    # a single document needs no newline in its vocabulary
     meta, train, val = prepare(tmp_path, "b.txt", tokenizer="char")
     assert meta["tokenizer"]["chars"] == "abcd"
     assert len(train) == 72
@@ -230,6 +233,7 @@ def test_more_than_65536_characters_take_four_bytes(tmp_path):
 
 
 def test_folders_and_globs(tmp_path):
+    # a folder gives its texts in order, without hidden files and other formats
     for path in (
         "b/c.py",
         "b/a.TXT",
@@ -276,6 +280,7 @@ def test_every_line_ends_in_a_line_feed(tmp_path, tokenizer):
 
 
 def test_lines_of_json(tmp_path):
+    # an empty line, and half of a pair that UTF-8 can't hold
     lines = [
         '{"body": "caf\\u00e9 au lait, please", "text": 1}',
         "",
@@ -292,6 +297,7 @@ def test_lines_of_json(tmp_path):
     assert GPT2.decode(val) == "it, please<|endoftext|>pair here"
 
 
+# rows with other keys, or without
 ROWS = [
     {
         "text": "one café\nfor all of us, " * 9,
@@ -323,6 +329,7 @@ WRAPPINGS = {
 def test_json_in_any_wrapping_gives_its_texts(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     meta, train, val = prepare(tmp_path, name, val_fraction=0.5, tokenizer="char")
+    # few documents: each is split, here in the middle
     first_halves = []
     second_halves = []
     for row in ROWS:
@@ -372,6 +379,7 @@ def make_tar(text: bytes) -> bytes:
     return file.getvalue()
 
 
+# the signature of the format, and no text
 ZSTD = b"\x28\xb5\x2f\xfd" + bytes(range(256))
 
 
@@ -505,6 +513,7 @@ def test_memory_does_not_grow_with_the_text(shakespeare, tmp_path):
 
 # --- tokenizers ----------------------------------------------------------------------------------
 
+# letters of several bytes, joined emoji, white space, and the name of a special token
 SCRIPTS = (
     "Fluß, naïve 東京は夜。 Привет мир! مرحبا नमस्ते 🎭🏴‍☠️👩‍👩‍👧 e\u0301 \r\n\t<|endoftext|>"
     "\xa0 1603\n"
@@ -526,6 +535,7 @@ def mixed_scripts(shakespeare, tmp_path_factory) -> PreparedBPE:
     # "quixotry" occurs only in the part for validation
     text = SCRIPTS * 300 + shakespeare[:300_000] + "quixotry " * 40_000
     (folder / "a.txt").write_bytes(text.encode())
+    # RAYON_NUM_THREADS: the threads of the library that trains the BPE
     datasets = []
     for threads in ("1", "3"):
         done = run(
@@ -575,6 +585,7 @@ def write_tokenizer(folder: Path, text: str, **steps: object) -> Path:
     """Write the tokenizer.json of a BPE of this text without bytes. Return its folder."""
     import tokenizers
 
+    # it has no token for a letter that the text lacks
     model = tokenizers.models.BPE(unk_token=steps.pop("unk_token", None))
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.decoder = tokenizers.decoders.Fuse()
@@ -747,6 +758,7 @@ def test_checkpoint_holds_an_encoding_of_tiktoken(play, tmp_path):
     assert from_meta(meta).decode(train + val) == play.read_text()
     # where the plugin is not installed
     read_error(run("prepare.py", play, name="y", code=2, **flags))
+    # the checkpoint has the encoding itself, so it needs neither the dataset nor the plugin
     run(
         "train.py",
         dataset=tmp_path / "x",
@@ -784,6 +796,7 @@ def write_parquet(path: Path, texts: list, key: str = "text") -> None:
             key: pyarrow.array(texts, pyarrow.string()),
         }
     )
+    # several groups in a file, as large files have
     pyarrow.parquet.write_table(table, path, row_group_size=40)
 
 
@@ -916,6 +929,7 @@ def test_text_and_jsonl_and_parquet_together(tmp_path):
     not Path("/proc/self/status").exists(), reason="reads the peak from /proc"
 )
 def test_memory_does_not_grow_with_the_number_of_files(shakespeare, tmp_path):
+    # 2.5 million characters a file
     texts = [shakespeare[i : i + 1000] for i in range(0, 2_500_000, 1000)]
     files = [tmp_path / f"{i}.parquet" for i in range(8)]
     for file in files:
@@ -937,8 +951,8 @@ def test_local_parquet_needs_no_server_and_no_cache(tmp_path):
     (tmp_path / "home").mkdir()
     flags = {"name": "x", "data_dir": tmp_path / "data"}
     python, *script = make_command("prepare.py", tmp_path / "a.parquet", **flags)
+    # any connection ends this program
     done = subprocess.run(
-        # any connection ends that program
         [python, PROGRAMS / "without_network.py", *script],
         capture_output=True,
         text=True,
@@ -947,6 +961,7 @@ def test_local_parquet_needs_no_server_and_no_cache(tmp_path):
     assert done.returncode == 0, done.stderr
     assert not done.stderr, done.stderr
     assert done.stdout.count("\n") == 1, done.stderr
+    # no cache was made there
     assert os.listdir(tmp_path / "home") == []
 
 
@@ -1044,8 +1059,9 @@ def test_share_of_a_hub_dataset_is_for_validation(hub, hub_folder, tmp_path):
     texts = []
     for path in sorted((hub_folder / "sample/10BT").iterdir()):
         texts += pyarrow.parquet.read_table(path)["text"].to_pylist()
-    # every 2,000th document, so one of these 2,800
+    # the recipe's own split: every 2,000th document, so one of these 2,800
     assert GPT2.decode(np.frombuffer(val, "<u2").tolist()) == texts[1999]
+    # and a split by flags: every second one
     flags = {"name": "other", "tokenizer": "char", "val_fraction": 0.5}
     run("prepare.py", "fineweb-edu", data_dir=tmp_path, env=hub.env, **flags)
     meta, _, val = join_files(tmp_path / "other")
@@ -1142,6 +1158,7 @@ def test_plays(prepared_plays, shakespeare, name, vocab_size, counts):
     # the fingerprint covers the tokenizer and every token
     described = [meta["tokenizer"], list(meta["tokens"].values())]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
+    # a run compares this sum with the one in its checkpoint
     files = read_files(prepared_plays / name)
     digest.update(files["train.bin"] + files["val.bin"])
     assert meta["fingerprint"] == digest.hexdigest()
@@ -1149,6 +1166,7 @@ def test_plays(prepared_plays, shakespeare, name, vocab_size, counts):
 
 
 def test_existing_dataset_is_left_alone(tmp_path):
+    # a file that is written again is another one, or has another time
     def list_stats() -> list:
         files = sorted((tmp_path / "plays_char").iterdir())
         return [(file.stat().st_ino, file.stat().st_mtime_ns) for file in files]
@@ -1177,6 +1195,7 @@ def test_no_network_names_the_offline_dataset(tmp_path):
 def test_another_text_as_tinyshakespeare_is_refused(tmp_path):
     (tmp_path / "tinyshakespeare").mkdir()
     (tmp_path / "tinyshakespeare" / "input.txt").write_text("First Citizen:\n")
+    # the recipe knows the sha256 of its text
     line = read_error(run("prepare.py", "shakespeare", data_dir=tmp_path, code=2))
     assert "tinyshakespeare/input.txt" in line
 
@@ -1220,6 +1239,7 @@ def prepare_again(folder: Path, **flags: object) -> bool:
     return "exists already" not in done.stdout
 
 
+# each of these makes a dataset corrupt in a way of its own
 def cut_val(folder: Path) -> None:
     os.truncate(folder / "val.bin", 6)
 
@@ -1431,6 +1451,7 @@ def test_climbmix_is_its_first_shards(hub, play, tmp_path):
         some_lines = lines[number % 50 :: 50][:5]
         texts = [f"{line} {number}" for line in some_lines]
         write_parquet(hub.folder / f"shard_{number:05d}.parquet", texts)
+    # the recipe takes the first hundred and the last
     write_parquet(hub.folder / "shard_00100.parquet", ["not among the first"])
     done = run("prepare.py", "climbmix", data_dir=tmp_path, env=hub.env)
     meta = json.loads((tmp_path / "climbmix/meta.json").read_text())
@@ -1455,6 +1476,7 @@ def test_an_incomplete_download_is_refused(hub_folder, tmp_path, monkeypatch):
 
 
 def test_hub_without_a_network_is_one_line(tmp_path):
+    # an empty cache
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     flags = {"name": "mine", "tokenizer": "char", "data_dir": tmp_path / "data"}
     line = read_error(
@@ -1473,6 +1495,7 @@ def test_hub_without_a_network_is_one_line(tmp_path):
 def test_corrupt_file_is_found_before_the_first_shard(hub_folder, tmp_path):
     folder = tmp_path / "less"
     shutil.copytree(hub_folder / "data", folder)
+    # the first two files are intact, but no shard of them is written
     third = folder / "train-00002-of-00004-abc.parquet"
     third.write_bytes(corrupt(third.read_bytes()))
     done = run("prepare.py", folder, name="x", data_dir=tmp_path, code=2)
@@ -1538,13 +1561,14 @@ def test_shards_of_another_request_are_not_used(hub_folder, play, tmp_path):
     assert "continuing" not in prepare(source, val_fraction=0.2)
     run("prepare.py", source, val_fraction=0.2, data_dir=tmp_path / "other", **flags)
     assert join_files(folder) == join_files(other_folder)
-    # one file, then again several
+    # one file, then again several: the files of the other kind go
     prepare(play)
     assert sorted(read_files(folder)) == ["meta.json", "train.bin", "val.bin"]
     prepare(source, val_fraction=0.2)
     assert join_files(folder) == join_files(other_folder)
 
 
+# a text without a fault, for faults of the flags
 TEXT_FILE = {"a.txt": b"text " * 99}
 # an id: the arguments and the files
 MISTAKES = {
@@ -1617,6 +1641,7 @@ def test_mistakes_end_in_one_line(tmp_path, args, files):
 def test_file_size_limit_keeps_the_existing_dataset(shakespeare, tmp_path):
     text = tmp_path / "a.txt"
     data_dir = tmp_path / "data"
+    # a new name, and one whose dataset must stay as it is
     text.write_text("something to learn\n" * 9)
     before = prepare(tmp_path, text)
     # its tokens are larger than the limit
@@ -1640,7 +1665,7 @@ def test_file_size_limit_keeps_the_existing_dataset(shakespeare, tmp_path):
 def test_full_disk_keeps_complete_shards(disk, hub_folder, tmp_path):
     flags = {"name": "x", "tokenizer": "char", "val_fraction": 0.1}
     run("prepare.py", hub_folder / "sample", data_dir=disk, **flags, code=1)
-    # the shards that fit
+    # the shards that fit; a disk may get more room, so they are worth keeping
     complete = len(list((disk / "x").glob("val-*.bin")))
     assert 1 <= complete <= 5
     assert not list((disk / "x").glob("*.tmp"))
@@ -1672,6 +1697,7 @@ def test_read_only_disk(disk):
 def test_signal_leaves_no_files(shakespeare, tmp_path, stop_signal):
     text = tmp_path / "a.txt"
     data_dir = tmp_path / "data"
+    # long enough to be caught while it is encoded
     text.write_text(shakespeare * 10)
     child = start("prepare.py", text, name="x", data_dir=data_dir)
     while child.poll() is None and not (data_dir / "x/train.bin.tmp").exists():
@@ -1742,6 +1768,7 @@ def test_closed_stdout_keeps_the_dataset(tmp_path):
 
 @pytest.mark.slow
 def test_two_preparations_at_once(shakespeare, tmp_path):
+    # both start before one of them ends
     text = tmp_path / "a.txt"
     text.write_text(shakespeare)
     flags = {"name": "x", "data_dir": tmp_path / "data"}

@@ -123,6 +123,7 @@ def test_other_weights_in_a_file_are_named(difference, hosts, train, tmp_path):
 
 @pytest.mark.parametrize("name", ["train.py", "keepgpt/new.py"])
 def test_another_version_of_the_code_is_named(difference, tmp_path, monkeypatch, name):
+    # rank 1's host has a copy of the program in which one file differs
     for path in ("train.py", "model.py"):
         shutil.copy(REPO / path, tmp_path)
     shutil.copytree(REPO / "keepgpt", tmp_path / "keepgpt")
@@ -142,6 +143,7 @@ def test_another_dtype_that_auto_picks_is_named(difference):
 
 
 def test_names_and_places_may_differ_between_hosts(hosts, dataset, tmp_path):
+    # the same data under another name
     shutil.copytree(dataset, tmp_path / "elsewhere/other")
     places = {
         "dataset": "other",
@@ -171,6 +173,7 @@ def test_names_and_places_may_differ_between_hosts(hosts, dataset, tmp_path):
 )
 def test_ranks_that_round_differently_end_unsaved(difference, tmp_path, flags):
     assert "after step" in difference("old_cpu", **flags)
+    # a state that differs between the ranks is no state
     assert not list(tmp_path.glob("out/*.pt"))
 
 
@@ -228,6 +231,7 @@ def test_a_number_in_the_state_counts_and_a_scalar_too():
 
 
 def test_the_first_rank_and_key_that_differ_are_named():
+    # long values are shown by their sha256
     same = flatten({"a": 1, "b": {"c": "x" * 50}})
     facts = [same, same, same]
     assert find_difference(facts) == ""

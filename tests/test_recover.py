@@ -51,6 +51,7 @@ def train_tiny(request, tiny_run, tmp_path, monkeypatch):  # noqa: F811
         return losses
 
     def train(spoil=keep, **settings):
+        # those computed so far, to count the attempts at each
         batches = []
 
         def compute_and_spoil(run):
@@ -90,6 +91,7 @@ def test_a_result_that_does_not_repeat_keeps_its_data(train_tiny, capsys):
             return losses + math.nan
         return losses
 
+    # computed again, the step gives what it gives without the fault
     expected = digest_weights(train_tiny())
     result = train_tiny(spoil)
     assert digest_weights(result) == expected
@@ -112,6 +114,7 @@ def test_the_same_bad_result_twice_skips_its_data(train_tiny):
 
 
 def test_a_gradient_of_nan_is_skipped_as_well(train_tiny):
+    # the loss is finite, the gradient is not
     def spoil(run, losses, count):
         if run.state.batch == 2:
             next(run.state.model.parameters()).grad[0, 0] = math.nan
@@ -121,6 +124,7 @@ def test_a_gradient_of_nan_is_skipped_as_well(train_tiny):
 
 
 def test_more_bad_batches_in_a_row_than_max_skips_end_the_run(train_tiny):
+    # every batch from the fifth step on
     def spoil(run, losses, count):
         return losses + math.inf if run.state.batch >= 4 else losses
 
@@ -142,6 +146,7 @@ def test_a_stop_goes_back_to_the_last_update_that_was_made(train_tiny):
 
 
 def test_a_signal_after_a_failed_save_saves_the_best_again(train_tiny, monkeypatch):
+    # the first evaluation finds the best loss so far; the signal comes before it is saved
     saves = []
 
     def find_best(run, signals):
@@ -219,6 +224,7 @@ def test_float16_counts_only_a_collapsed_scale(tiny_run):  # noqa: F811
 def poisoned(tmp_path_factory):
     """Return the settings of a run with a few batches that give NaN, and its uninterrupted end."""
     folder = tmp_path_factory.mktemp("poisoned")
+    # elastic: one run is the reference for one and for two ranks
     settings = RUN | poison(folder)
     settings |= {
         "elastic": True,
@@ -331,6 +337,7 @@ def test_milestones_are_kept_as_hard_links(trunk):
 
 
 def test_sample_takes_the_checkpoint_of_a_step(trunk):
+    # the error lists the steps that there are
     flags = {"out_dir": trunk, "max_new_tokens": 5, "num_samples": 1}
     assert ": step 6" in run("sample.py", step=6, **flags).stderr
     error = read_error(
@@ -398,6 +405,7 @@ def test_an_evaluation_of_a_step_moves_nothing(copy):
 
 
 def test_two_different_bad_results_are_both_shown(train_tiny, capsys):
+    # infinite at first, then NaN
     def spoil(run, losses, count):
         if run.state.batch != 3:
             return losses
@@ -419,6 +427,7 @@ def test_a_branch_drops_the_log_of_a_run_that_never_saved(trunk, tmp_path):
 
 
 def test_going_back_without_a_change_ends_the_same(copy, trunk):
+    # it computes steps 13 to 20 again
     run("train.py", init_from="resume", step=12, out_dir=copy)
     keys = ("model", "optimizer", "step", "evaluation")
     assert_equal_ends(copy, trunk, keys)

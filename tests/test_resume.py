@@ -32,6 +32,7 @@ def test_ten_steps_and_ten_more_equal_twenty(train, half, whole, tmp_path):
 @pytest.mark.slow
 def test_four_ranks_resume_bit_identical(train, tmp_path):
     """DDP's order of addition matters with more than two ranks and several buckets."""
+    # wide enough for several of DDP's buckets
     flags = {
         "ranks": 4,
         "n_embd": 256,
@@ -45,9 +46,8 @@ def test_four_ranks_resume_bit_identical(train, tmp_path):
     train(out="whole", max_iters=4, **flags)
     train(out="parts", max_iters=2, **flags)
     train(out="parts", max_iters=4, init_from="resume", **flags)
-    assert hash_state(tmp_path / "whole/ckpt.pt") == hash_state(
-        tmp_path / "parts/ckpt.pt"
-    )
+    whole = hash_state(tmp_path / "whole/ckpt.pt")
+    assert hash_state(tmp_path / "parts/ckpt.pt") == whole
 
 
 def test_auto_starts_a_run_and_resumes_it(train, whole, tmp_path):
@@ -58,14 +58,14 @@ def test_auto_starts_a_run_and_resumes_it(train, whole, tmp_path):
 
 def test_auto_with_a_source_starts_there_and_resumes(train, half, tmp_path):
     flags = {"init_from": f"auto:{half / 'ckpt.pt'}", "learning_rate": 1e-4}
+    # it starts with the weights of that checkpoint
     train(out="whole", **flags)
     first, *_ = read_rows(tmp_path / "whole", "val_loss")
     assert first["val_loss"] == read_rows(half, "val_loss")[-1]["val_loss"]
     train(out="parts", max_iters=10, **flags)
     assert "resuming" in train(out="parts", **flags).stdout
-    assert hash_state(tmp_path / "parts/ckpt.pt") == hash_state(
-        tmp_path / "whole/ckpt.pt"
-    )
+    whole = hash_state(tmp_path / "whole/ckpt.pt")
+    assert hash_state(tmp_path / "parts/ckpt.pt") == whole
 
 
 def test_a_resumed_run_keeps_settings_not_given_again(train, tmp_path):
@@ -75,6 +75,7 @@ def test_a_resumed_run_keeps_settings_not_given_again(train, tmp_path):
     assert "at step 2, max_iters 2 -> 4, beta2 0.95 -> 0.9\n" in done.stdout
     bundle = load(tmp_path / "out/ckpt.pt")
     assert bundle["step"] == 4
+    # those given before, and in the optimizer, too
     assert bundle["config"]["n_embd"] == TINY["n_embd"]
     groups = bundle["optimizer"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
@@ -82,9 +83,10 @@ def test_a_resumed_run_keeps_settings_not_given_again(train, tmp_path):
 
 
 def test_micro_batch_size_may_change_on_resume(train, half, whole):
+    # as many tokens per step as 4 x 2, but another dropout
     train(init_from="resume", batch_size=8, gradient_accumulation_steps=1)
-    losses = [read_rows(out, "loss")[-1]["loss"] for out in (half, whole)]
-    assert losses[0] == pytest.approx(losses[1], abs=0.1)
+    last = read_rows(half, "loss")[-1]
+    assert last["loss"] == pytest.approx(read_rows(whole, "loss")[-1]["loss"], abs=0.1)
 
 
 @pytest.mark.parametrize(
@@ -103,6 +105,7 @@ def test_what_makes_another_run_is_refused(train, half, first_half, flag, value,
 
 
 def test_resuming_on_another_dataset_is_refused(train, half, play, tmp_path):
+    # the same text, cut in another place
     flags = {"tokenizer": "char", "data_dir": tmp_path, "val_fraction": 0.2}
     run("prepare.py", play, name="other", **flags)
     done = train(init_from="resume", dataset=tmp_path / "other", code=2)
@@ -139,6 +142,7 @@ def test_a_checkpoint_alone_moves_its_run(train, half, whole, tmp_path):
 # corrupt checkpoints
 
 
+# each of these takes the content of a checkpoint and returns that of a corrupt one
 def flip_a_bit(raw: bytes) -> bytes:
     changed = bytearray(raw)
     changed[len(raw) // 3] ^= 1
@@ -176,6 +180,7 @@ def test_a_corrupt_checkpoint_is_skipped_for_an_older_one(train, half, whole, da
 
 
 def test_no_intact_checkpoint_is_an_error_that_lists_them(train, half):
+    # now there are two
     train(init_from="resume", max_iters=11)
     for path in half.glob("*.pt"):
         path.write_bytes(b"")
@@ -233,6 +238,7 @@ def test_a_run_resumes_bit_identical_after_a_signal(
     out = tmp_path / "out"
     flags = SIGNALLED | {"dataset": dataset, "out_dir": out}
     process = start("train.py", ranks=ranks, **flags)
+    # after the checkpoint of step 30, so that steps are lost if it is killed
     while last_step(out) < 40:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
@@ -242,6 +248,7 @@ def test_a_run_resumes_bit_identical_after_a_signal(
     assert process.returncode == code
     stopped = read_rows(out)[-1]["step"]
     assert stopped < 100
+    # SIGKILL leaves no time to save
     if number != signal.SIGKILL:
         assert load(out / "ckpt.pt")["step"] == stopped
 
@@ -255,6 +262,7 @@ def test_a_signal_before_the_first_step_exits_75(dataset, tmp_path, whole):
     out = tmp_path / "out"
     flags = TINY | {"dataset": dataset, "out_dir": out, "init_from": "auto"}
     process = start("train.py", **flags)
+    # the run takes the lock before it makes its model
     while not (out / ".lock").exists():
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
@@ -285,6 +293,7 @@ def test_a_second_run_in_the_same_folder_is_refused(dataset, tmp_path):
 
 
 def test_newest_best_and_older_checkpoints_are_kept(train, tmp_path):
+    # a save at each evaluation, at 5, 10, 15 and 20
     train(eval_interval=5, keep_checkpoints=3)
     out = tmp_path / "out"
     kept = {"ckpt-00000010.pt", "ckpt-00000015.pt", "ckpt-00000020.pt"}
@@ -312,18 +321,18 @@ def test_a_compiled_run_resumes_bit_identical(train, tmp_path):
     whole = tmp_path / "whole"
     parts = tmp_path / "parts"
     parts.mkdir()
-    for name, target in (("ckpt-00000005.pt", "ckpt.pt"), ("metrics.jsonl",) * 2):
-        shutil.copy(whole / name, parts / target)
+    shutil.copy(whole / "ckpt-00000005.pt", parts / "ckpt.pt")
+    shutil.copy(whole / "metrics.jsonl", parts)
     done = train(out="parts", max_iters=10, init_from="resume", **flags)
-    assert "at step 5" in done.stdout and ", compiled" in done.stdout
+    assert "at step 5" in done.stdout
+    assert ", compiled" in done.stdout
     assert hash_state(whole / "ckpt.pt") == hash_state(parts / "ckpt.pt")
     assert read_rows(whole) == read_rows(parts)
     # compiled and plain code agree up to rounding
     train(out="plain", max_iters=10, **flags | {"compile": False})
-    losses = [
-        read_rows(tmp_path / name, "loss")[-1]["loss"] for name in ("whole", "plain")
-    ]
-    assert losses[0] == pytest.approx(losses[1], abs=0.02)
+    last = read_rows(whole, "loss")[-1]
+    plain = read_rows(tmp_path / "plain", "loss")[-1]
+    assert last["loss"] == pytest.approx(plain["loss"], abs=0.02)
 
 
 class Payload:
@@ -348,12 +357,13 @@ def test_a_malicious_pickle_runs_no_code(train, half, tmp_path):
     assert "out/ckpt.pt: " in done.stderr
     assert "at step 10" in done.stdout
 
+    # also in the weights that a new run or a sample starts with
     path = tmp_path / "evil.pt"
     checkpoint.write_bundle({"model": payload}, path, Disk())
     read_error(train(init_from=path, out="new", code=2))
     read_error(run("sample.py", init_from=path, code=2))
     assert not planted.exists()
-    # the payload works
+    # the payload works where nobody is careful
     torch.load(path, weights_only=False)
     assert planted.exists()
 
@@ -370,6 +380,7 @@ def test_only_rank_0_needs_out_dir(dataset, tmp_path):
     run(program, out_dir="parts", **flags | {"max_iters": 5})
     done = run(program, out_dir="parts", **flags | {"max_iters": 10})
     assert "resuming parts at step 5" in done.stdout
+    # the second rank's folder stays empty
     assert not list((tmp_path / "host1").iterdir())
     host = tmp_path / "host0"
     assert hash_state(host / "whole/ckpt.pt") == hash_state(host / "parts/ckpt.pt")
@@ -382,6 +393,7 @@ def test_a_changed_number_of_ranks_is_printed(train, half):
 
 
 def test_another_version_or_number_of_threads_is_printed(train, half):
+    # a checkpoint as another machine leaves it
     bundle = load(half / "ckpt.pt") | {"torch": "2.6.0", "threads": 7}
     for path in half.glob("*.pt"):
         path.unlink()
@@ -389,6 +401,7 @@ def test_another_version_or_number_of_threads_is_printed(train, half):
     printed = train(init_from="resume", max_iters=11).stdout
     assert "torch 2.6.0 -> " in printed
     assert "threads 7 -> 1" in printed
+    # the second time there is nothing to say
     assert "->" not in train(init_from="resume", max_iters=11).stdout
 
 
@@ -409,7 +422,8 @@ def start_program(name: str, *args: str, **env: str) -> subprocess.Popen:
 
 def test_another_ctrl_c_exits_at_once():
     process = start_program("wait_for_signal.py", "uninterruptible")
-    for pause in (0.3, 1.2):  # torchrun sends the first one twice
+    # torchrun sends the first one twice, so two within a second are one
+    for pause in (0.3, 1.2):
         process.send_signal(signal.SIGINT)
         time.sleep(pause)
         assert process.poll() is None
@@ -431,6 +445,7 @@ def test_another_ctrl_c_exits_at_once():
     ids=["SIGHUP", "SIGXCPU", "SIGUSR2 ignored", "nohup", "nohup of a rank"],
 )
 def test_signals_of_batch_systems_and_terminals(number, ignored, env, seconds, answer):
+    # a new process inherits what its parent ignores; nohup works like this
     before = signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
     process = start_program("wait_for_signal.py", str(seconds), **env)
     signal.signal(number, before)
@@ -450,13 +465,15 @@ LONG_EVALUATION = TINY | {"n_layer": 6, "n_embd": 64, "eval_iters": 400}
 def test_a_signal_interrupts_what_takes_long(dataset, tmp_path, flags):
     flags = LONG_EVALUATION | {"dataset": dataset, "init_from": "auto"} | flags
     process = start("train.py", out_dir=tmp_path / "out", **flags)
+    # the line before the evaluation of step 0, which compiles first
     while "parameters" not in process.stdout.readline():
         pass
     time.sleep(0.5)
     process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=120)
     assert process.returncode == 75
-    assert not read_rows(tmp_path / "out")  # the evaluation at step 0 did not finish
+    # the evaluation at step 0 did not finish
+    assert not read_rows(tmp_path / "out")
 
 
 @pytest.mark.slow
@@ -465,6 +482,7 @@ def test_ranks_leave_an_evaluation_together(dataset, tmp_path):
     process = start("train.py", ranks=2, out_dir=tmp_path / "out", **flags)
     while "step 5/" not in process.stdout.readline():
         pass
+    # in the middle of the evaluation at step 5
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)

@@ -65,7 +65,8 @@ def wait_until(reached, process: subprocess.Popen) -> None:
     """Wait for `reached()`; fail if the process ends before."""
     deadline = time.monotonic() + 300
     while not reached():
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
@@ -239,7 +240,8 @@ def test_a_signalled_rank_waits_for_the_last_save(dataset, tmp_path):
     os.kill(list_ranks(process)[1], signal.SIGUSR1)
     # the save takes seconds, in which both ranks must live
     while not (out / "ckpt.pt").exists():
-        assert process.poll() is None and len(list_ranks(process)) == 2
+        assert process.poll() is None
+        assert len(list_ranks(process)) == 2
         time.sleep(0.02)
     assert process.wait(timeout=180) == 1
     assert load(out / "ckpt.pt")["step"] == last_step(out)
@@ -257,6 +259,7 @@ def test_usr1_to_torchrun_and_ranks_saves(dataset, tmp_path):
     )
     script = (REPO / "runs/slurm.sh").read_text()
     assert "srun env --ignore-signal=USR1,USR2,XCPU torchrun" in script
+    # Slurm sends the signal to every process of a step
     process = subprocess.Popen(
         ["env", "--ignore-signal=USR1", *args],
         env=ONE_THREAD,

@@ -47,6 +47,7 @@ GPT2 = from_meta({"tokenizer": {"kind": "gpt2"}})
 
 def test_gpt2_ids():
     assert GPT2.encode("Hello world") == [15496, 995]
+    # the sizes that checkpoints and shards of GPT-2 rely on
     assert GPT2.vocab_size == 50257
     assert GPT2.eot == 50256
     # the name of a special token in a text is plain text
@@ -136,7 +137,7 @@ def test_characters():
     assert char.decode([4, 2, 0]) == "éa\n"
     assert char.token_bytes(4) == "é".encode()
     assert from_meta({"tokenizer": char.description}).encode("b") == [3]
-    # each unknown character is named once
+    # each unknown character is named once, though Z comes twice
     message = r"not in the vocabulary of 5 characters: 'Z', '東'$"
     with pytest.raises(UserError, match=message):
         char.encode("aZ東Z")
@@ -305,6 +306,7 @@ def test_rows_beyond_the_tokens_are_padding(qwen):
     check_tokenizer("f", size, meta, meta)
     check_tokenizer("f", size + 300, meta, meta)
     check_tokenizer("f", size, {}, meta)
+    # a row less, rows for tokens that nobody knows, and two other tokenizers
     for count, data in (
         (size - 1, meta),
         (size + 300, {}),
@@ -315,6 +317,7 @@ def test_rows_beyond_the_tokens_are_padding(qwen):
             check_tokenizer("f", count, data, meta)
 
 
+# each of these changes a tokenizer.json so that some text gets other tokens
 def swap_merges(content: dict) -> None:
     merges = content["model"]["merges"]
     merges[3], merges[40] = merges[40], merges[3]
@@ -375,6 +378,7 @@ def bpe(text) -> dict:
     ],
 )
 def test_a_source_with_another_tokenizer_is_refused(change, bpe, text, tmp_path):
+    # the dataset's tokens from prepare.py, and from a folder as the source's
     other = save(train_byte_level(text), tmp_path / "other")
     metas = (bpe, describe(other))
     for meta in metas:
@@ -441,6 +445,7 @@ def test_a_token_of_two_other_tokens_is_another_merge(bpe, text, tmp_path):
 
 
 def test_vocab_json_counts_with_its_merges_txt(bpe, text, tmp_path):
+    # a folder as the slow tokenizers of Transformers have it, without a tokenizer.json
     model = json.loads(train_byte_level(text).to_str())["model"]
     lines = [" ".join(pair) for pair in model["merges"]]
     vocabulary = model["vocab"] | {"<|endoftext|>": 499}
@@ -463,6 +468,7 @@ def test_vocab_json_counts_with_its_merges_txt(bpe, text, tmp_path):
 
 
 def test_a_folder_has_one_tokenizer(bpe, text, tmp_path):
+    # tools.export writes both files: they must agree
     description = bpe["tokenizer"]
     tokenizer = train_byte_level(text)
     folder = save(tokenizer, tmp_path / "exported")
@@ -518,6 +524,7 @@ def test_other_files_of_a_training_are_no_dataset(qwen, tmp_path):
 
 
 def test_folder_without_a_tokenizer_is_refused(tmp_path, play):
+    # no file of JSON, an object without a model, a cut file, no model again
     flags = {"name": "x", "tokenizer": tmp_path, "data_dir": tmp_path}
     for content in ("", "{}", "[", '{"added_tokens": []}'):
         (tmp_path / "tokenizer.json").write_text(content)
@@ -530,6 +537,7 @@ def test_folder_without_a_tokenizer_is_refused(tmp_path, play):
 def test_the_bytes_of_the_tokens_are_those_of_the_text(make, text, tmp_path):
     folder = save(make(text), tmp_path / "own")
     tokenizer = from_meta(describe(folder))
+    # single spaces: words and unigrams keep no others
     sample = " ".join(text[:3000].split())
     # words and unigrams have one token for all unknown characters
     if make in (train_byte_level, train_sentencepiece):

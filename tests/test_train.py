@@ -65,6 +65,7 @@ def test_metrics_have_a_row_per_interval(whole):
 
 def test_evaluation_does_not_change_training(train, whole, tmp_path):
     train(eval_interval=4, eval_iters=1, sample_tokens=5)
+    # an evaluation and a sample draw from random states of their own
     often = load(tmp_path / "out/ckpt.pt")["model"]
     seldom = load(whole / "ckpt.pt")["model"]
     for name, weight in seldom.items():
@@ -94,6 +95,7 @@ def test_bfloat16_ends_close_to_float32(train, tmp_path):
         train(out=dtype, dtype=dtype, dropout=0.0)
         evaluations = read_rows(tmp_path / dtype, "val_loss")
         losses[dtype] = evaluations[-1]["val_loss"]
+    # equal losses would mean that both ran in one dtype
     assert losses["float32"] != losses["bfloat16"]
     assert losses["float32"] == pytest.approx(losses["bfloat16"], abs=0.02)
 
@@ -117,7 +119,7 @@ def test_metrics_log_the_learning_rate_schedule(train, tmp_path):
 def test_nan_weights_stop_a_run_before_its_first_update(
     train, whole, tmp_path, ranks, code
 ):
-    # torchrun exits with 1, whatever the code of its ranks
+    # one number of one layer is enough. torchrun exits with 1, whatever the code of its ranks.
     bundle = load(whole / "ckpt.pt")
     bundle["model"]["transformer.ln_f.weight"][3] = math.nan
     torch.save(bundle, tmp_path / "nan.pt")
@@ -127,6 +129,7 @@ def test_nan_weights_stop_a_run_before_its_first_update(
 
 
 def test_a_diverging_run_keeps_finite_checkpoints(train, half):
+    # a rate at which the weights overflow within a few steps, each of which would be saved
     flags = {"learning_rate": 1e30, "grad_clip": 0, "checkpoint_interval": 1}
     done = train(init_from="resume", code=3, **flags)
     assert "--init_from=resume" in done.stderr
@@ -147,6 +150,7 @@ def test_eval_only_without_a_run_writes_nothing(train, tmp_path):
 
 
 def test_eval_only_repeats_the_loss_of_a_run(train, half):
+    # the evaluation that the run itself has logged at its last step
     files = sorted(half.glob("*"))
     loss = f"val loss {read_rows(half, 'val_loss')[-1]['val_loss']:.4f}"
     for source in ("auto", "resume", half / "ckpt.pt"):
@@ -163,6 +167,7 @@ def test_eval_only_repeats_the_loss_of_a_run(train, half):
 # mistakes
 
 
+# a part of each error says what to type instead
 @pytest.mark.parametrize(
     "flag, shown",
     [
@@ -235,6 +240,7 @@ def test_a_corrupt_token_id_exits_with_one_line(train, dataset, tmp_path, ranks)
 
 @pytest.mark.slow
 def test_one_rank_of_torchrun_prints_a_common_error():
+    # forks end by themselves: only torchrun ends the other rank before it prints
     done = run(
         "train.py",
         dataset="missing",
@@ -284,6 +290,7 @@ def test_a_full_disk_at_the_start_exits_1(
     operation, dataset, tmp_path, monkeypatch, capsys
 ):
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    # in this process: in a fork the operation would be the real one
     monkeypatch.setattr(operation, fail_with(full))
     settings = TINY | {"out_dir": tmp_path, "dataset": dataset}
     flags = [f"--{key}={value}" for key, value in settings.items()]
@@ -312,6 +319,7 @@ def test_out_of_memory_exits_1_with_one_line(monkeypatch, capsys, error):
 
 
 def test_training_continues_when_stdout_is_full(train, tmp_path):
+    # each write to it fails as on a full disk
     done = train(stdout="/dev/full")
     assert done.stderr.count("\n") == 1
     assert read_rows(tmp_path / "out")[-1]["step"] == 20
@@ -319,6 +327,7 @@ def test_training_continues_when_stdout_is_full(train, tmp_path):
 
 def test_a_resume_continues_when_stdout_closes(half, dataset):
     flags = TINY | {"out_dir": half, "dataset": dataset, "init_from": "resume"}
+    # as after `| head`
     process = start("train.py", **flags)
     process.stdout.close()
     # a restart loop takes exit code 0 for a run at max_iters

@@ -86,6 +86,7 @@ def test_a_stopped_run_with_a_hanging_finish_exits_75(fake, dataset, tmp_path):
     process = start_run(dataset=dataset, out_dir=tmp_path / "out", max_iters=10**6)
     read_until(process, "step 5/")
     process.terminate()
+    # the save comes before the end of wandb
     read_until(process, "stopped at step")
     assert (tmp_path / "out/ckpt.pt").exists()
     assert terminate_until_exit(process) == 75
@@ -107,6 +108,7 @@ def test_a_failing_log_is_one_warning(fake, train, tmp_path):
 
 
 def test_a_hanging_log_does_not_stop_training(fake, dataset, tmp_path):
+    # training goes on in its own thread
     fake(log="hang")
     process = start_run(dataset=dataset, out_dir=tmp_path / "out")
     read_until(process, "done at step 20")
@@ -114,6 +116,7 @@ def test_a_hanging_log_does_not_stop_training(fake, dataset, tmp_path):
 
 
 def test_without_its_server_wandb_logs_offline(fake, train, tmp_path):
+    # the second attempt is offline, which needs no server
     sent = fake(init="lack_a_network")
     done = train(wandb_log=True)
     assert done.stdout.count("warning: ") == 1
@@ -136,6 +139,7 @@ def test_training_continues_when_wandb_fails(fake, train, tmp_path):
 
 
 def test_a_signal_while_wandb_starts_exits_75(fake, dataset, tmp_path):
+    # its start may wait for a server, and must not be waited for
     fake(init="print_and_hang")
     process = start_run(dataset=dataset, out_dir=tmp_path / "out")
     read_until(process, "starting")

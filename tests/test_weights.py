@@ -24,6 +24,7 @@ from keepgpt.errors import UserError
 from keepgpt.huggingface import read_weights
 from model import GPT, load_model
 
+# batches of a second, instead of those of a GPU
 SMALL = {
     "batch_size": 2,
     "block_size": 32,
@@ -90,6 +91,7 @@ def test_fine_tuning_goes_on_from_every_kind_of_source(folder, dataset, tmp_path
     first = tune("folder", folder)
     second = tune("nanogpt", nanogpt)
     assert hash_state(first / "ckpt.pt") == hash_state(second / "ckpt.pt")
+    # it learns from there
     before, after = [row["val_loss"] for row in read_rows(first, "val_loss")]
     assert after < before
     # the first loss of the next run is the last one of that run
@@ -116,6 +118,7 @@ def test_gpt2_is_evaluated_from_the_local_cache(
     (repository / "refs/main").write_text(commit)
     (repository / "snapshots").mkdir()
     (repository / "snapshots" / commit).symlink_to(folder)
+    # the small model under both names: what counts is where it is found
     config = f"config/eval_gpt2{size.replace('-', '_')}.py"
     env = {"HF_HUB_CACHE": str(tmp_path)}
     done = run("train.py", config, dataset=dataset, env=env, **SMALL)
@@ -136,6 +139,7 @@ def test_a_qwen3_is_read_from_the_local_cache_by_its_name(dataset, tmp_path):
         hidden_size=16,
         intermediate_size=32,
         max_position_embeddings=64,
+        # GPT-2's 50,257 tokens and rows for no token
         vocab_size=50304,
         tie_word_embeddings=False,
     )
@@ -152,6 +156,7 @@ def test_a_qwen3_is_read_from_the_local_cache_by_its_name(dataset, tmp_path):
         "eval_interval": 2,
     }
     run("train.py", max_iters=2, **settings)
+    # a resume needs the folder no more
     run("train.py", max_iters=4, **settings | {"init_from": "resume"})
     bundle = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
     assert bundle["step"] == 4
@@ -189,6 +194,7 @@ def test_a_path_that_does_not_exist_is_not_looked_up(source, dataset):
 
 
 def test_gpt_2_without_network_and_cache_is_one_line_at_once(dataset, tmp_path):
+    # an empty cache
     done = run(
         "train.py",
         "config/eval_gpt2.py",
@@ -249,6 +255,7 @@ def change_config(folder: Path, changes: dict) -> Path:
     return folder
 
 
+# activations, norms, attention, positions and layers that model.py does not have
 @pytest.mark.parametrize(
     "kind, changes",
     [
@@ -321,6 +328,7 @@ def change_config(folder: Path, changes: dict) -> Path:
     ids=str,
 )
 def test_a_key_that_changes_the_network_is_refused(kind, changes, tmp_path):
+    # without the change it is read
     folder = SAVE[kind](tmp_path / "folder")
     read_weights(str(folder))
     change_config(folder, changes)
@@ -333,6 +341,7 @@ def test_a_key_that_changes_the_network_is_refused(kind, changes, tmp_path):
         assert key in str(error.value)
 
 
+# other names for what model.py has, and keys that change nothing
 @pytest.mark.parametrize(
     "kind, changes",
     [
@@ -459,6 +468,7 @@ def write_shards(
     folder: Path, stem: str, suffix: str, write: Callable, state: dict
 ) -> list[str]:
     """Write the weights in two files and their index. Return the names of the files."""
+    # the names that Transformers gives
     names = [f"{stem}-0000{i}-of-00002{suffix}" for i in (1, 2)]
     keys = sorted(state)
     weight_map = {}
@@ -472,6 +482,7 @@ def write_shards(
 
 def test_a_stray_file_is_named_and_not_read(parts, capsys):
     folder, stem, suffix, write, state = parts
+    # other numbers, which must not be in what is read below
     other = {name: tensor + 1 for name, tensor in state.items()}
     head = state["lm_head.weight"]
     stray = f"{stem}_ema{suffix}"
@@ -535,6 +546,7 @@ def test_training_from_a_folder_without_a_shard_is_one_line(dataset, tmp_path):
     state = load_file(path)
     path.unlink()
     shards = write_shards(folder, "model", ".safetensors", write_safetensors, state)
+    # as after an interrupted download
     (folder / shards[1]).unlink()
     flags = {"out_dir": tmp_path / "out", "dataset": dataset, "init_from": folder}
     done = run("train.py", code=2, **flags)

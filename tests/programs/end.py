@@ -1,4 +1,4 @@
-"""A program that prints what it was given and then ends in a way of its own. The first argument
+"""Print the arguments, the folder and the like, then end in one of several ways. The first argument
 names the way, a function of this file."""
 
 import atexit
@@ -43,7 +43,7 @@ def print_at_the_end():
     atexit.register(print, "end")
 
 
-# to stderr, and no letter of ASCII: the encoding is a part of what is given
+# to stderr, and with a letter that ASCII lacks: the encoding must be the same, too
 print("ж", *sys.argv, os.getcwd(), sys.path[0], __name__, __file__, file=sys.stderr)
 print(1)
 globals()[sys.argv[1]]()

@@ -26,7 +26,7 @@ def print_and_hang(mode):
 
 
 def exit_with_1(mode):
-    """End as a command-line program does, with an error that is no Exception."""
+    """End as a command-line program does, with an error that is not an Exception."""
     raise SystemExit(1)
 
 
