@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -318,6 +317,10 @@ class Qwen3Block(LlamaBlock):
     head_norm = RMSNorm
 
 
+# embedded tokens, and what each block needs to know about their positions
+Embedded = tuple[Tensor, tuple[Tensor, ...]]
+
+
 class GPT(nn.Module):
     """The base of all architectures: `model(idx)` returns logits, `model(idx, targets)` the loss.
 
@@ -347,9 +350,7 @@ class GPT(nn.Module):
         """Return the token embedding, whose weight is (V, C)."""
         return self.get_submodule(self.tokens)
 
-    def embed(
-        self, idx: Tensor, positions: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def embed(self, idx: Tensor, positions: Tensor) -> Embedded:
         """Return the embedded tokens `idx` (B, T) at `positions` (T,), as (B, T, C), and what each
         block needs to know about the positions."""
         raise NotImplementedError
@@ -421,6 +422,7 @@ class GPT(nn.Module):
             n -= self.get_parameter(f"{self.positions}.weight").numel()
         if self.lm_head:
             n -= self.embedding.weight.numel()
+        # 2 for each product forward and 4 backward; attention has two such products per layer
         return 6 * n + 12 * args.n_layer * args.n_head * args.D * args.block_size
 
     def make_cache(self, batch_size: int, size: int | None = None) -> KVCache:
@@ -429,6 +431,7 @@ class GPT(nn.Module):
         args = self.args
         weight = self.embedding.weight
         dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
+        # keys and values in one tensor
         shape = (2, batch_size, args.K, size or args.block_size, args.D)
         layers = [weight.new_zeros(shape, dtype=dtype) for _ in range(args.n_layer)]
         return KVCache(layers)
@@ -456,9 +459,8 @@ class GPT2(GPT):
         )
         self.init_parameters()
 
-    def embed(
-        self, idx: Tensor, positions: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def embed(self, idx: Tensor, positions: Tensor) -> Embedded:
+        # positions are learned: the blocks need to know nothing about them
         return self.transformer.wte(idx) + self.transformer.wpe(positions), ()
 
     def init_parameter(self, name: str, p: Tensor) -> None:
@@ -499,9 +501,8 @@ class Llama(GPT):
             self.lm_head = nn.Linear(args.n_embd, args.vocab_size, bias=False)
         self.init_parameters()
 
-    def embed(
-        self, idx: Tensor, positions: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def embed(self, idx: Tensor, positions: Tensor) -> Embedded:
+        # each block rotates its queries and keys by these angles
         angles = rotary_angles(positions, self.args.D, self.args.rope_theta)
         return self.model.embed_tokens(idx), angles
 
@@ -512,6 +513,7 @@ class Qwen3(Llama):
     block = Qwen3Block
 
 
+# by the name in config.architecture
 ARCHITECTURES: dict[str, type[GPT]] = {"gpt2": GPT2, "llama": Llama, "qwen3": Qwen3}
 
 
@@ -521,7 +523,7 @@ def build_model(args: ModelArgs) -> GPT:
 
 
 def load_model(
-    args: dict[str, Any], state: dict[str, Tensor], source: str = "the weights"
+    args: dict, state: dict[str, Tensor], source: str = "the weights"
 ) -> GPT:
     """Return the GPT of these ModelArgs with these weights, in float32. Raises UserError if they
     do not fit; it names their `source`."""
@@ -538,6 +540,7 @@ def load_model(
                 f"{source}: expected lm_head.weight equal to {name}, as they are tied, "
                 "got other weights"
             )
+    # names and shapes must be the network's
     try:
         model.load_state_dict(state)
     except RuntimeError as e:
@@ -547,8 +550,8 @@ def load_model(
 
 
 def crop_weights(
-    args: dict[str, Any], state: dict[str, Tensor], vocab_size: int, block_size: int
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    args: dict, state: dict[str, Tensor], vocab_size: int, block_size: int
+) -> tuple[dict, dict[str, Tensor]]:
     """Return the ModelArgs and the weights of the same network with a smaller vocabulary and a
     shorter block."""
     # the names of the matrices with a row for each token or position, and the rows to keep

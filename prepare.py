@@ -23,9 +23,10 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 from tqdm import tqdm
 
-from keepgpt.config import command_line, setting
+from keepgpt.config import Settings, command_line, setting
 from keepgpt.dataset import (
     SPLITS,
+    Meta,
     compute_crc32,
     compute_fingerprint,
     dataset_folder,
@@ -50,6 +51,7 @@ from keepgpt.recipe import (
 )
 from keepgpt.text import Shard, read_block
 from keepgpt.tokenizer import (
+    Description,
     HFTokenizer,
     Tokenizer,
     describe_tokenizer,
@@ -107,7 +109,7 @@ class Chunk(NamedTuple):
 
 def prepare(
     config: PrepareConfig,
-    overrides: dict[str, Any],
+    overrides: Settings,
     args: list[str],
     opened: ExitStack,
 ) -> None:
@@ -138,7 +140,7 @@ def prepare(
 
 def prepare_shards(
     recipe: Recipe, folder: Path, opened: ExitStack
-) -> tuple[dict[str, Any], bool]:
+) -> tuple[Meta, bool]:
     """Download the shards of a recipe whose text is encoded already, unless they are there. Return
     their description, and whether they are new. Raises UserError."""
     patterns = (recipe.train_files, recipe.val_files)
@@ -155,7 +157,7 @@ def prepare_shards(
 
 def prepare_text(
     name: str, recipe: Recipe, folder: Path, opened: ExitStack
-) -> tuple[dict[str, Any], bool]:
+) -> tuple[Meta, bool]:
     """Encode the text of a recipe, unless that is done. Return the content of meta.json, and
     whether it is new. Raises UserError."""
     # the request, which meta.json records
@@ -196,7 +198,7 @@ def prepare_text(
 
 
 def choose_recipe(
-    config: PrepareConfig, overrides: dict[str, Any], args: list[str]
+    config: PrepareConfig, overrides: Settings, args: list[str]
 ) -> tuple[str, Recipe]:
     """Return the name of the dataset that a command line asks for, and its recipe: that of data/,
     or one for the files and folders `args`. Raises UserError."""
@@ -229,9 +231,7 @@ def choose_recipe(
     return name, replace(recipe, **settings)
 
 
-def read_previous(
-    folder: Path, request: dict[str, Any], wanted: dict[str, Any]
-) -> dict[str, Any]:
+def read_previous(folder: Path, request: Meta, wanted: Description) -> Meta:
     """Return the meta.json that a preparation of this request has left, {} if a file is missing or
     has changed since."""
     try:
@@ -245,7 +245,7 @@ def read_previous(
     return {}
 
 
-def is_intact(folder: Path, meta: dict[str, Any]) -> bool:
+def is_intact(folder: Path, meta: Meta) -> bool:
     """Return True if the .bin files that `meta` lists are those that were written. Raises OSError
     for a missing file, and LookupError for a description without a way to tell."""
     if "fingerprint" not in meta:
@@ -268,7 +268,7 @@ def check_foreign_files(folder: Path) -> None:
         )
 
 
-def start_meta(request: dict[str, Any], tokenizer: dict[str, Any]) -> dict[str, Any]:
+def start_meta(request: Meta, tokenizer: Description) -> Meta:
     """Return the meta of a requested dataset that has no shard yet."""
     vocab_size = from_meta({"tokenizer": tokenizer}).vocab_size
     return request | {
@@ -280,7 +280,7 @@ def start_meta(request: dict[str, Any], tokenizer: dict[str, Any]) -> dict[str, 
     }
 
 
-def complete_tokenizer(wanted: dict[str, Any], shards: list[Shard]) -> dict[str, Any]:
+def complete_tokenizer(wanted: Description, shards: list[Shard]) -> Meta:
     """Return the description of the wanted tokenizer, with the characters of the text, or with a
     byte-pair encoding trained on the first gigabyte that goes to train."""
     # cut as tiktoken may: each kind that is completed here allows that
@@ -343,9 +343,7 @@ def clean_up_on_signals(lock: FolderLock) -> Iterator[None]:
             signal.signal(number, action)
 
 
-def write_dataset(
-    lock: FolderLock, meta: dict[str, Any], shards: list[Shard]
-) -> dict[str, Any]:
+def write_dataset(lock: FolderLock, meta: Meta, shards: list[Shard]) -> Meta:
     """Write the shards that `meta` lacks to the locked folder. Return the complete meta.
 
     meta.json without a fingerprint lists the complete shards of an unfinished dataset. It is there
@@ -387,7 +385,7 @@ def write_dataset(
     return meta
 
 
-def commit_shard(lock: FolderLock, meta: dict[str, Any], names: list[str]) -> None:
+def commit_shard(lock: FolderLock, meta: Meta, names: list[str]) -> None:
     """Rename the temporary files of a shard to `names`, and add them to `meta` and meta.json."""
     folder = lock.folder
     itemsize = np.dtype(meta["dtype"]).itemsize
@@ -404,7 +402,7 @@ def commit_shard(lock: FolderLock, meta: dict[str, Any], names: list[str]) -> No
     write_meta(lock, meta)
 
 
-def write_meta(lock: FolderLock, meta: dict[str, Any]) -> None:
+def write_meta(lock: FolderLock, meta: Meta) -> None:
     """Write the locked folder's meta.json."""
     content = json.dumps(meta, indent=1).encode()
     write_atomically(lock.folder / "meta.json", content, lock)

@@ -63,7 +63,7 @@ import torch
 
 from keepgpt import tokenizer
 from keepgpt.checkpoint import find_bundle, has_run, mention_renamed
-from keepgpt.dataset import dataset_folder, read_meta
+from keepgpt.dataset import GPT2_DATA, Meta, dataset_folder, read_meta
 from keepgpt.device import pick_device, pick_dtype
 from keepgpt.huggingface import read_weights
 from keepgpt.kernels import pack_linear_layers
@@ -74,8 +74,6 @@ from model import GPT, ModelArgs, crop_weights, generate, load_model
 
 # parameters; the weights of fewer stay in a CPU's cache, where float32 is fastest
 SMALL = 4e6
-# the description of the tokens of weights that lack one
-GPT2 = {"name": "GPT-2", "tokenizer": {"kind": "gpt2"}, "vocab_size": 50257}
 
 
 def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
@@ -120,12 +118,12 @@ def load(config: SampleConfig) -> tuple[GPT, tokenizer.Tokenizer, str]:
     return model.eval(), vocabulary, origin
 
 
-def find_meta(config: SampleConfig, origin: str, vocab_size: int, data: dict) -> dict:
+def find_meta(config: SampleConfig, origin: str, vocab_size: int, data: Meta) -> Meta:
     """Return the meta of the weights' tokens: that of --dataset, else the weights' own, else of the
     dataset that nanoGPT's checkpoint names, else GPT-2's if they fit. Raises UserError."""
     if "tokenizer" in data and not config.dataset:
         return data
-    meta = GPT2
+    meta = GPT2_DATA | {"name": "GPT-2"}
     if config.dataset:
         meta = read_meta(dataset_folder(config.data_dir, config.dataset))
     elif data.get("dataset"):

@@ -30,8 +30,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from keepgpt import checkpoint, elastic
 from keepgpt.card import write_card
-from keepgpt.config import ARCHITECTURE, check_settings, resume_config
-from keepgpt.dataset import IDENTITY, check_identity
+from keepgpt.checkpoint import Bundle
+from keepgpt.config import ARCHITECTURE, Settings, check_settings, resume_config
+from keepgpt.dataset import IDENTITY, Meta, check_identity
 from keepgpt.device import (
     device_name,
     peak_flops,
@@ -100,7 +101,7 @@ class State:
     scaler: torch.amp.GradScaler
     step: int = 0  # updates done
     # the last one: its step and losses
-    evaluation: dict[str, Any] = field(default_factory=dict)
+    evaluation: dict = field(default_factory=dict)
     wandb_run_id: str | None = None
     # the step where the dataset starts: 0, or that of a branch with other data
     data_start: int = 0
@@ -111,10 +112,10 @@ class State:
     # the last gradient norms, NaN before there are as many; None without spike_factor
     norms: Tensor | None = None
     # the checkpoint that a branch started from, and the step that the run last went back to
-    trunk: dict[str, Any] = field(default_factory=dict)
+    trunk: dict = field(default_factory=dict)
     went_back_to: int = 0
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Bundle:
         """Return the state as a dict of plain values and live tensors. Every rank must call it."""
         return {
             "model": self.model.state_dict(),
@@ -128,7 +129,7 @@ class State:
             "norms": self.norms,
         }
 
-    def load_state_dict(self, bundle: dict[str, Any]) -> None:
+    def load_state_dict(self, bundle: Bundle) -> None:
         """Load what `state_dict` returned, except the model's weights, which are loaded already.
         The optimizer keeps this command's settings."""
         groups = self.optimizer.state_dict()["param_groups"]
@@ -164,12 +165,12 @@ class Run:
     config: TrainConfig
     ranks: Ranks
     lock: FolderLock  # on out_dir, held by rank 0
-    data: dict[str, Any]  # the dataset's description, see dataset.read_meta
+    data: Meta
     loader: Loader
     splits: dict[str, Split | Mixture | Text]  # see open_data
     compiled_model: Any  # the model itself where it is not compiled
     train_model: Any  # that one in DDP, if there are several ranks
-    accumulate: Callable[[Callable[[int, int], None]], None]  # see compute_gradient
+    accumulate: Callable[[elastic.AddGradient], None]  # see compute_gradient
     dtype: torch.dtype  # of the matrix products
     autocast: Any
     state: State
@@ -187,7 +188,7 @@ class Run:
     replayed: tuple[float, float] | None = None
 
 
-def set_up(config: TrainConfig, overrides: dict[str, Any], opened: ExitStack) -> Run:
+def set_up(config: TrainConfig, overrides: Settings, opened: ExitStack) -> Run:
     """Start the run that a command asks for, or resume it. `overrides` are the settings that the
     command gives; `opened` gets what must be closed. Raises UserError."""
     # join the other ranks
@@ -214,7 +215,7 @@ def set_up(config: TrainConfig, overrides: dict[str, Any], opened: ExitStack) ->
     ranks.agree_on_threads(threads)
     torch.manual_seed(config.seed)
     model = ranks.on_each(lambda: make_model(config, overrides, data, bundle))
-    is_read = bundle is not None or config.init_from not in ("scratch", "auto")
+    is_read = bundle is not None or config.source != "scratch"
     ranks.agree_on_weights(model, is_read)
     # weights from elsewhere bring their sizes
     config = replace(config, **{key: getattr(model.args, key) for key in ARCHITECTURE})
@@ -241,12 +242,12 @@ def set_up(config: TrainConfig, overrides: dict[str, Any], opened: ExitStack) ->
 
 
 def find_data(
-    config: TrainConfig, bundle: dict[str, Any] | None, ranks: Ranks
-) -> tuple[list[Source], dict[str, Any]]:
+    config: TrainConfig, bundle: Bundle | None, ranks: Ranks
+) -> tuple[list[Source], Meta]:
     """Return the sources of the data, with the checksums of their blocks, and its description.
     Raises UserError unless it is the same on all ranks, and fits the `bundle`."""
     sources = ranks.on_each(lambda: find_sources(config.data_dir, config.dataset))
-    data = describe_sources(sources)
+    data = describe_sources(sources, config.dataset)
     saved_data = bundle["data"] if bundle else {}
     identity = {key: data[key] for key in IDENTITY}
     if bundle:
@@ -264,10 +265,10 @@ def find_data(
     ranks.on_first(lambda: read_checksums(sources, saved_data))
     for source in sources:
         source.meta["crc32"] = ranks.from_first(source.meta.get("crc32"))
-    return sources, describe_sources(sources)
+    return sources, describe_sources(sources, config.dataset)
 
 
-def start_other_data(bundle: dict[str, Any], data: dict[str, Any]) -> None:
+def start_other_data(bundle: Bundle, data: Meta) -> None:
     """Let a branch's `bundle` start the dataset that `data` describes at its beginning. Raises
     UserError if it has other tokens."""
     vocab_size = bundle["model_args"]["vocab_size"]
@@ -279,7 +280,7 @@ def start_other_data(bundle: dict[str, Any], data: dict[str, Any]) -> None:
     bundle["evaluation"] = {}
 
 
-def start_log(run: Run, bundle: dict[str, Any] | None, opened: ExitStack) -> None:
+def start_log(run: Run, bundle: Bundle | None, opened: ExitStack) -> None:
     """Start the log, and the saver that continues a checkpoint's `bundle`."""
     # a branch continues no file of its folder, not even the log of a run that never saved
     is_branch = bundle is not None and "branch" in bundle
@@ -315,7 +316,7 @@ def build_run(
     config: TrainConfig,
     ranks: Ranks,
     lock: FolderLock,
-    data: dict[str, Any],
+    data: Meta,
     loader: Loader,
     splits: dict[str, Split],
     model: GPT,
@@ -376,14 +377,13 @@ def build_run(
 
 
 def find_checkpoint(
-    config: TrainConfig, overrides: dict[str, Any], lock: FolderLock
-) -> dict[str, Any] | None:
+    config: TrainConfig, overrides: Settings, lock: FolderLock
+) -> Bundle | None:
     """Lock out_dir, unless with eval_only. Return the bundle to resume or branch from, with a
     "start" that says so, or None to start a run. Raises UserError if init_from does not fit the
     folder's content."""
     out_dir = Path(config.out_dir)
     auto = config.init_from.partition(":")[0] == "auto"
-    source = config.init_from.removeprefix("auto:")
     if not config.eval_only:
         # a restart loop may come back before the ranks of a killed launcher have ended
         lock.acquire(patience=30 if auto else 0)
@@ -392,7 +392,7 @@ def find_checkpoint(
     # an evaluation is of the folder's run, unless init_from names other weights
     if config.eval_only and "init_from" not in overrides:
         auto = True
-    if config.init_from == "resume" or auto and has_run:
+    if config.source == "resume" or auto and has_run:
         return read_run(config, lock) | {"start": f"resuming {out_dir}"}
     # a new run never overwrites another one
     if has_run and not config.eval_only:
@@ -400,10 +400,10 @@ def find_checkpoint(
             f"{out_dir} already holds a run. Try: --init_from=resume to continue it, or "
             "--out_dir=<new folder>"
         )
-    if source.startswith("branch:"):
-        path = Path(source.removeprefix("branch:"))
-        bundle = checkpoint.read_trunk(path, config.step)
-        return bundle | {"start": f"branching from {path}", "branch": list(overrides)}
+    if config.trunk:
+        bundle = checkpoint.read_trunk(Path(config.trunk), config.step)
+        start = f"branching from {config.trunk}"
+        return bundle | {"start": start, "branch": list(overrides)}
     if config.step:
         raise UserError(
             f"step={config.step} needs --init_from=resume, or branch:PATH with a run's folder"
@@ -411,11 +411,11 @@ def find_checkpoint(
     return None
 
 
-def read_run(config: TrainConfig, lock: FolderLock) -> dict[str, Any]:
+def read_run(config: TrainConfig, lock: FolderLock) -> Bundle:
     """Return the bundle of the run in out_dir to resume from. Raises UserError."""
     out_dir = Path(config.out_dir)
     # with auto:branch:, config.step is one of the trunk's
-    step = 0 if "branch:" in config.init_from else config.step
+    step = 0 if config.trunk else config.step
     # an evaluation changes nothing
     if config.eval_only:
         return checkpoint.find_bundle(out_dir, step)[1]
@@ -423,7 +423,7 @@ def read_run(config: TrainConfig, lock: FolderLock) -> dict[str, Any]:
 
 
 def merge_settings(
-    config: TrainConfig, overrides: dict[str, Any], bundle: dict[str, Any] | None
+    config: TrainConfig, overrides: Settings, bundle: Bundle | None
 ) -> tuple[TrainConfig, dict[str, str], list[str]]:
     """Return the run's settings, a line for each one that a resume changes, and notes on them.
     Raises UserError."""
@@ -478,9 +478,9 @@ def open_data(
 
 def make_model(
     config: TrainConfig,
-    overrides: dict[str, Any],
-    data: dict[str, Any],
-    bundle: dict[str, Any] | None,
+    overrides: Settings,
+    data: Meta,
+    bundle: Bundle | None,
 ) -> GPT:
     """Return the model on the CPU, with the weights of a checkpoint's `bundle`, those that
     init_from names, or random ones. Raises UserError."""
@@ -494,9 +494,8 @@ def make_model(
         return load_model(args, bundle["model"], source)
 
     # weights from elsewhere
-    source = config.init_from.removeprefix("auto:")
-    if source not in ("scratch", "auto"):
-        return load_pretrained(source, config, overrides, data)
+    if config.source != "scratch":
+        return load_pretrained(config, overrides, data)
 
     # random weights
     if config.eval_only:
@@ -508,11 +507,10 @@ def make_model(
     return build_model(args)
 
 
-def load_pretrained(
-    source: str, config: TrainConfig, overrides: dict[str, Any], data: dict[str, Any]
-) -> GPT:
-    """Return a model with the weights of `source` (see huggingface.read_weights), cropped to the
-    dataset's vocabulary and the config's block_size. Raises UserError."""
+def load_pretrained(config: TrainConfig, overrides: Settings, data: Meta) -> GPT:
+    """Return a model with the weights that init_from names (see huggingface.read_weights), cropped
+    to the dataset's vocabulary and the config's block_size. Raises UserError."""
+    source = config.source
     args, state, tokens = read_weights(source)
     source_args = ModelArgs(**args)  # raises UserError for impossible sizes
 
@@ -533,7 +531,7 @@ def load_pretrained(
     return load_model(args | {"dropout": config.dropout}, state, f"init_from={source}")
 
 
-def describe_machine(run: Run) -> dict[str, Any]:
+def describe_machine(run: Run) -> dict:
     """Return the facts that decide how this process rounds, settings aside."""
     return {
         "threads": torch.get_num_threads(),
@@ -544,7 +542,7 @@ def describe_machine(run: Run) -> dict[str, Any]:
     }
 
 
-def list_roundings(run: Run, bundle: dict[str, Any]) -> dict[str, str]:
+def list_roundings(run: Run, bundle: Bundle) -> dict[str, str]:
     """Return a line for each change since a checkpoint that may round sums in another way, under
     the name of what changed."""
     config = run.config
@@ -755,8 +753,8 @@ def record_evaluation(run: Run, losses: dict[str, float]) -> bool:
     run.state.evaluation = {"step": run.state.step, **losses}
     run.saver.wait()  # a save in progress may replace best.pt
     is_lower = losses["val_loss"] < run.saver.best_val_loss
-    is_saved = run.saver.folder is not None and run.state.step > 0
-    return run.ranks.from_first(is_saved and is_lower)
+    is_savable = run.saver.folder is not None and run.state.step > 0
+    return run.ranks.from_first(is_savable and is_lower)
 
 
 @torch.no_grad()
@@ -854,7 +852,7 @@ def save(run: Run, best: bool) -> None:
     run.saver.save(make_bundle(run, best_val_loss), best)
 
 
-def make_bundle(run: Run, best_val_loss: float) -> dict[str, Any]:
+def make_bundle(run: Run, best_val_loss: float) -> Bundle:
     """Return the content of a checkpoint, with live tensors. Every rank must call it."""
     return {
         **run.state.state_dict(),
@@ -873,13 +871,13 @@ def save_last(run: Run, best: bool) -> bool:
     if not run.is_good:
         rewind(run)
     for _ in range(2):
-        if is_saved(run):
+        if is_on_disk(run):
             return True
         save(run, best)
-    return is_saved(run)
+    return is_on_disk(run)
 
 
-def is_saved(run: Run) -> bool:
+def is_on_disk(run: Run) -> bool:
     """Wait for the save in progress. Return True if this step is on disk, or it is step 0."""
     run.saver.wait()
     saved = run.state.step == 0 or run.saver.saved == run.state.progress
@@ -923,7 +921,7 @@ def compute_gradient(run: Run) -> Tensor:
 
 
 def accumulate_gradient(
-    train_model: Any, micro_batches: range, add_gradient: Callable[[int, int], None]
+    train_model: Any, micro_batches: range, add_gradient: elastic.AddGradient
 ) -> None:
     """Set .grad to the mean gradient of this rank's `micro_batches`. DDP averages it over the
     ranks, once per step."""
@@ -1183,7 +1181,7 @@ def close(run: Run, signals: Signals, code: int) -> None:
 
 
 def run_training(
-    config: TrainConfig, overrides: dict[str, Any], signals: Signals, opened: ExitStack
+    config: TrainConfig, overrides: Settings, signals: Signals, opened: ExitStack
 ) -> int:
     """Set up a run, then train, or evaluate once. Return the exit code. Raises UserError."""
     opened.callback(signals.restore)
@@ -1201,7 +1199,7 @@ def run_training(
     return code
 
 
-def main(config: TrainConfig, overrides: dict[str, Any]) -> int:
+def main(config: TrainConfig, overrides: Settings) -> int:
     """Train. Return the exit code, or exit with one line for a mistake."""
     with ExitStack() as opened:
         return run_or_exit(

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from keepgpt.config import TrainConfig
+from keepgpt.dataset import Meta
 from keepgpt.errors import warn
 from keepgpt.files import FolderLock, write_atomically
 
@@ -33,7 +34,7 @@ START = "- {now:%Y-%m-%d %H:%M:%S} UTC, {start}: `{command}`; {code}; {versions}
 
 
 def write_card(
-    config: TrainConfig, data: dict, notes: list[str], start: str, lock: FolderLock
+    config: TrainConfig, data: Meta, notes: list[str], start: str, lock: FolderLock
 ) -> None:
     """Write out_dir/README.md, with `notes` on the run, and with one more line about this `start`
     unless that is "". Raises OSError and FolderLost."""

@@ -29,6 +29,8 @@ from keepgpt.errors import UNSUPPORTED, UserError, name_path, warn, warn_once
 from keepgpt.files import FolderLock, FolderLost, check_lock, sync_folder
 from keepgpt.ranks import map_tensors
 
+# the content of a checkpoint: plain values and tensors, see train.make_bundle
+Bundle = dict[str, Any]
 FORMAT = 1
 # ends each file, with the CRC32 of everything before it: torch.load does not check the zip's own
 MAGIC = b"keepGPT\n"
@@ -99,7 +101,7 @@ class ChecksummedFile(io.RawIOBase):
         return size
 
 
-def write_bundle(bundle: dict[str, Any], path: Path, disk: Disk) -> None:
+def write_bundle(bundle: Bundle, path: Path, disk: Disk) -> None:
     """Write a new checkpoint file and fsync it. Raises OSError; a part of the file may be left."""
     with name_path(path):
         out = ChecksummedFile(disk, path)
@@ -135,7 +137,7 @@ def link(target: Path, name: Path, disk: Disk) -> None:
 
 
 def commit(
-    bundle: dict[str, Any],
+    bundle: Bundle,
     folder: Path,
     keep: int,
     best: bool,
@@ -254,7 +256,7 @@ def step_of_best(folder: Path) -> int | None:
         return None
 
 
-def progress_of(bundle: dict[str, Any]) -> tuple[int, int | None]:
+def progress_of(bundle: Bundle) -> tuple[int, int | None]:
     """Return a bundle's step and that of its last evaluation: a step may be saved again after it
     was evaluated."""
     return bundle["step"], bundle["evaluation"].get("step")
@@ -262,6 +264,7 @@ def progress_of(bundle: dict[str, Any]) -> tuple[int, int | None]:
 
 def has_run(folder: Path) -> bool:
     """Return True if a folder holds a checkpoint, intact or not."""
+    # a crash may leave one of them alone
     names = (folder / "ckpt.pt", folder / "best.pt")
     return any(path.exists() for path in names) or bool(by_step(folder))
 
@@ -287,7 +290,7 @@ def check_crc(path: Path) -> None:
         raise CorruptCheckpoint("wrong checksum")
 
 
-def read_bundle(path: Path) -> dict[str, Any]:
+def read_bundle(path: Path) -> Bundle:
     """Return the bundle of a checkpoint. Raises CorruptCheckpoint unless it is bit-identical to
     the saved one, and OSError if it can't be read."""
     check_crc(path)
@@ -307,10 +310,10 @@ def read_bundle(path: Path) -> dict[str, Any]:
 
 def read_intact(
     paths: list[Path], errors: list[Exception]
-) -> Iterator[tuple[Path, dict[str, Any]]]:
+) -> Iterator[tuple[Path, Bundle]]:
     """Yield the path and the bundle of each intact checkpoint among `paths`; several may be names
     of one file, and some not exist. Print which ones are skipped, and append why to `errors`."""
-    tried: list[Path] = []
+    tried = []
     for path in paths:
         if not path.exists() or any(path.samefile(other) for other in tried):
             continue
@@ -326,7 +329,7 @@ def read_intact(
 
 def find_bundle(
     folder: Path, step: int = 0, prefer_best: bool = False
-) -> tuple[Path, dict[str, Any]]:
+) -> tuple[Path, Bundle]:
     """Return the checkpoint of `step` and its bundle; if that is 0 the newest intact one, or with
     `prefer_best` best.pt if that is intact. Raises UserError if there is none."""
     if step:
@@ -335,8 +338,9 @@ def find_bundle(
     # otherwise it comes last: it may be far behind
     best = [folder / "best.pt"]
     candidates = best + newest if prefer_best else newest + best
-    errors: list[Exception] = []
-    for found in read_intact(candidates, errors):
+    errors = []
+    found = next(read_intact(candidates, errors), None)
+    if found:
         return found
 
     # a folder with nothing but a ckpt.pt may be nanoGPT's
@@ -348,8 +352,9 @@ def find_bundle(
     raise CorruptCheckpoint(message) from (unreadable[-1] if unreadable else None)
 
 
-def find_step(folder: Path, step: int) -> tuple[Path, dict[str, Any]]:
+def find_step(folder: Path, step: int) -> tuple[Path, Bundle]:
     """Return the checkpoint of a step and its bundle. Raises UserError if no intact one is left."""
+    # a step may have several names, or only best.pt
     paths = [path_of(folder, step), path_of(folder, step, "step")]
     paths += [folder / "best.pt", folder / "ckpt.pt"]
     for path, bundle in read_intact(paths, []):
@@ -362,7 +367,7 @@ def find_step(folder: Path, step: int) -> tuple[Path, dict[str, Any]]:
     )
 
 
-def go_back(folder: Path, step: int, lock: FolderLock) -> dict[str, Any]:
+def go_back(folder: Path, step: int, lock: FolderLock) -> Bundle:
     """Return the bundle to resume from: the newest one, or that of `step` unless it is 0; then
     later files are moved aside. A run goes back to a step only once, as a restart loop repeats the
     command. Raises UserError."""
@@ -378,46 +383,45 @@ def go_back(folder: Path, step: int, lock: FolderLock) -> dict[str, Any]:
     bundle = newest
     if step != newest["step"]:
         path, bundle = find_step(folder, step)
+        later = [other for other in by_step(folder) if step_of(other) > step]
         # a later best.pt is not of this history
         best_step = step_of_best(folder)
         if best_step is None or best_step > step:
             bundle["best_val_loss"] = math.inf
-        aside = move_aside(folder, path, bundle, newest["step"], Disk(lock))
+            later += folder.glob("best.pt")
+        aside = folder / f"aside-{newest['step']:08d}"
+        while aside.exists():
+            aside = aside.with_name(f"{aside.name}-again")
+        move_aside(folder, aside, path, later, Disk(lock))
         warn(f"going back to step {step}: the files of later steps are in {aside}")
     return bundle | {"went_back_to": step}
 
 
 def move_aside(
-    folder: Path, path: Path, bundle: dict[str, Any], newest_step: int, disk: Disk
-) -> Path:
-    """Make `path`, which holds `bundle`, the newest checkpoint of a folder: move the later ones to
-    a new folder in it, with a copy of the log. Return that one. After a crash on the way, the
-    newest checkpoint is the old or the new one. Raises OSError and FolderLost."""
+    folder: Path, aside: Path, path: Path, later: list[Path], disk: Disk
+) -> None:
+    """Make `path` the newest checkpoint of a folder: move the `later` ones, and a copy of the log,
+    to the folder `aside`. After a crash on the way, the newest checkpoint is the old or the new
+    one. Raises OSError and FolderLost."""
     disk.check(folder)
-    aside = folder / f"aside-{newest_step:08d}"
-    while aside.exists():
-        aside = aside.with_name(f"{aside.name}-again")
     aside.mkdir()
+    # a copy: the run continues the log
     log = folder / "metrics.jsonl"
     if log.exists():
         shutil.copyfile(log, aside / log.name)
-    later = [other for other in by_step(folder) if step_of(other) > bundle["step"]]
-    best = folder / "best.pt"
-    if best.exists() and bundle["best_val_loss"] == math.inf:
-        later.append(best)
     for other in later:
         disk.rename(other, aside / other.name)
     disk.fsync_folder(aside)
     # last: until then ckpt.pt names the file that was the newest
     link(path, folder / "ckpt.pt", disk)
     disk.fsync_folder(folder)
-    return aside
 
 
-def read_trunk(path: Path, step: int) -> dict[str, Any]:
+def read_trunk(path: Path, step: int) -> Bundle:
     """Return the bundle that a branch starts from: that of a checkpoint file, or in a run's folder
     that of `step`, or if that is 0 of the newest one. Its "trunk" names the file. Raises
     UserError."""
+    # a run's folder, or one checkpoint
     if path.is_dir() and not has_run(path):
         raise UserError(
             f"init_from=branch:{path}: no checkpoint in this folder. Try: the folder of a run"
@@ -434,13 +438,14 @@ def read_trunk(path: Path, step: int) -> dict[str, Any]:
             raise UserError(
                 f"init_from=branch:{path}: {reason}. Try: the folder of a run"
             ) from None
+    # what the run's README says about its start
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     trunk = {"path": str(path), "step": bundle["step"], "sha256": sha256}
     return bundle | {"trunk": trunk, "went_back_to": 0, "wandb_run_id": None}
 
 
-def check_finite(bundle: dict[str, Any]) -> None:
+def check_finite(bundle: Bundle) -> None:
     """Raise ArithmeticError for weights or moments that are not finite. An optimizer may keep any
     nest of tensors and plain values."""
 
@@ -484,7 +489,7 @@ class Saver:
         self,
         folder: Path | None,
         keep: int,
-        bundle: dict[str, Any] | None,
+        bundle: Bundle | None,
         before_commit: Callable[[], None],
         device: torch.device,
         disk: Disk | None = None,
@@ -501,19 +506,20 @@ class Saver:
         self.started = progress_of(bundle) if bundle else None
         self.saved = self.started
         # copies of tensors on the host, by their path in the bundle
-        self.copies: dict[str, Tensor] = {}
+        self.copies = {}
         # set unless a copy is being made
         self.copied = threading.Event()
         self.copied.set()
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.thread: threading.Thread | None = None
 
-    def save(self, live: dict[str, Any], best: bool) -> None:
+    def save(self, live: Bundle, best: bool) -> None:
         """Start to save a bundle of live tensors, also as best.pt if it is the `best`. They must
         not change before `wait_for_copy` returns."""
         self.started = progress_of(live)
         if not self.folder:
             return
+        # one save at a time: there is one copy
         self.wait()
         self.copied.clear()
         # on the GPU, the last update comes first
@@ -536,7 +542,7 @@ class Saver:
             self.thread.join()
         return not self.folder or self.saved == self.started
 
-    def _run(self, live: dict[str, Any], best: bool) -> None:
+    def _run(self, live: Bundle, best: bool) -> None:
         """Save, in the thread. A failure is printed; training continues."""
         try:
             self._copy_and_commit(live, best)
@@ -557,7 +563,7 @@ class Saver:
         if best:
             self.best_val_loss = live["best_val_loss"]
 
-    def _copy_and_commit(self, live: dict[str, Any], best: bool) -> None:
+    def _copy_and_commit(self, live: Bundle, best: bool) -> None:
         """Copy a bundle to the host, check it, and save it."""
         # from here on training may change the live tensors
         with torch.cuda.stream(self.stream):

@@ -20,6 +20,8 @@ from typing import Any, Literal, get_args
 from keepgpt.errors import UserError, in_notebook, prepare_streams, run_or_exit, warn
 from keepgpt.signals import prepare_process
 
+# settings by name, such as those that a command line gives
+Settings = dict[str, Any]
 # what nanoGPT's train.py has imported before it runs a config file
 MODULES = {
     "os": "os",
@@ -183,6 +185,18 @@ class TrainConfig:
     )
 
     @property
+    def source(self) -> str:
+        """Return what init_from starts a new run from, without auto: e.g. scratch."""
+        source = self.init_from.removeprefix("auto:")
+        return "scratch" if source == "auto" else source
+
+    @property
+    def trunk(self) -> str:
+        """Return PATH if a new run starts from branch:PATH, else ""."""
+        kind, _, path = self.source.partition(":")
+        return path if kind == "branch" else ""
+
+    @property
     def tokens_per_step(self) -> int:
         """Return the tokens of a step, over all ranks."""
         return self.gradient_accumulation_steps * self.batch_size * self.block_size
@@ -234,7 +248,7 @@ PER_HOST = (
 
 
 def resume_config(
-    config: TrainConfig, overrides: dict, saved_config: dict, is_branch: bool
+    config: TrainConfig, overrides: Settings, saved_config: Settings, is_branch: bool
 ) -> tuple[TrainConfig, dict[str, str]]:
     """Return a checkpoint's settings with the `overrides` of this command's `config`, and a line
     for each changed key. Raises UserError for what would make it another run, or for a branch
@@ -278,7 +292,7 @@ def resume_config(
 
 
 def check_settings(
-    config: TrainConfig, changed: dict, resumed: bool
+    config: TrainConfig, changed: Settings, resumed: bool
 ) -> tuple[TrainConfig, list[str]]:
     """Return the settings and a note for each combination of them that is odd, if one of its keys
     is among the `changed` ones. A min_lr left at a default above learning_rate becomes a tenth of
@@ -354,24 +368,23 @@ def find_oddities(config: TrainConfig) -> Iterator[tuple[set[str], str]]:
         yield {"max_iters", "lr_decay_iters"}, message
 
 
-def list_unused(config: TrainConfig, changed: dict) -> list[str]:
+def list_unused(config: TrainConfig, changed: Settings) -> list[str]:
     """Return a note for each group of `changed` settings that has no effect beside the others."""
-    decay = ("lr_decay_iters", "min_lr")
-    schedule = ("lr_schedule", "decay_fraction", "warmup_iters", *decay)
+    decay = ["decay_fraction", "lr_decay_iters", "min_lr"]
+    # a setting -> those that its value leaves unused
+    unused = {}
+    if config.optimizer != "muon":
+        unused["optimizer"] = ["muon_lr", "muon_momentum"]
+    if not config.decay_lr:
+        unused["decay_lr"] = ["lr_schedule", "warmup_iters", *decay]
+    elif config.lr_schedule == "constant":
+        unused["lr_schedule"] = decay
+    elif config.lr_schedule == "cosine":
+        unused["lr_schedule"] = ["decay_fraction"]
     notes = []
-    # a setting, whether its value leaves others unused, and which ones
-    for cause, applies, keys in (
-        ("optimizer", config.optimizer != "muon", ("muon_lr", "muon_momentum")),
-        ("decay_lr", not config.decay_lr, schedule),
-        ("lr_schedule", config.lr_schedule == "constant", decay),
-        (
-            "lr_schedule",
-            config.lr_schedule in ("cosine", "constant"),
-            ("decay_fraction",),
-        ),
-    ):
+    for cause, keys in unused.items():
         names = ", ".join(key for key in keys if key in changed)
-        if applies and names:
+        if names:
             notes.append(f"{names}: no effect with {cause}={getattr(config, cause)}")
     return notes
 
@@ -439,7 +452,7 @@ def check(settings: type, key: str, value: Any, where: str) -> Any:
     return value
 
 
-def read_config_file(settings: type, path: str) -> dict[str, Any]:
+def read_config_file(settings: type, path: str) -> Settings:
     """Return the settings that a Python file assigns, e.g. {"n_layer": 6}.
 
     Raises UserError, also for a name that looks like a misspelled key; prints the other names that
@@ -478,7 +491,7 @@ def read_source(path: str) -> str:
         raise UserError(f"{path}: {reason}. Try: config/train_plays_cpu.py") from None
 
 
-def run_source(source: str, path: str, defaults: dict) -> tuple[set[str], dict]:
+def run_source(source: str, path: str, defaults: Settings) -> tuple[set[str], Settings]:
     """Run a config file in a namespace of its own, where it can read the defaults by name and, as
     in nanoGPT, a few modules without importing them. Return the names that it reads, and
     its assignments. Raises UserError for any error in it."""
@@ -505,7 +518,7 @@ def run_source(source: str, path: str, defaults: dict) -> tuple[set[str], dict]:
 
 def parse(
     settings: type, usage: str, argv: list[str]
-) -> tuple[Any, dict[str, Any], list[str]]:
+) -> tuple[Any, Settings, list[str]]:
     """Read a command line: arguments (`config/x.py` or whatever the script takes) and `--key=value`
     flags, which override config files.
 
@@ -546,7 +559,7 @@ def print_help(settings: type, usage: str) -> None:
     print("\n".join(lines), flush=True)
 
 
-def command_line(settings: type, usage: str) -> tuple[Any, dict[str, Any], list[str]]:
+def command_line(settings: type, usage: str) -> tuple[Any, Settings, list[str]]:
     """`parse` this process's command line, or exit with one line. A script calls it before it loads
     torch, so --help and mistakes are answered at once."""
     # a notebook's kernel has set both

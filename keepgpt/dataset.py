@@ -11,6 +11,8 @@ import numpy as np
 
 from keepgpt.errors import UserError, warn
 
+# the description of a dataset: the content of meta.json
+Meta = dict[str, Any]
 SPLITS = ("train", "val")
 META_TYPES = {
     "name": str,
@@ -19,6 +21,13 @@ META_TYPES = {
     "dtype": str,
     "tokens": dict,
     "fingerprint": str,
+}
+# of a dataset in GPT-2's tokens from another program
+GPT2_DATA = {
+    "format": 1,
+    "tokenizer": {"kind": "gpt2"},
+    "vocab_size": 50257,
+    "dtype": "uint16",
 }
 # two descriptions with the same values here are of the same tokens
 IDENTITY = ("fingerprint", "tokenizer", "vocab_size", "dtype", "tokens")
@@ -40,7 +49,7 @@ def dataset_folder(data_dir: str, dataset: str) -> Path:
     return Path(__file__).parents[1] / data_dir / dataset
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
+def read_meta(folder: Path) -> Meta:
     """Return the description of the dataset in `folder`: prepare.py's meta.json, or one made for
     a dataset that nanoGPT prepared. Raises BadData."""
     # other programs write no meta.json
@@ -56,14 +65,15 @@ def read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads(path.read_bytes())
         check_meta(meta)
-        return meta
+        # the folder may have been renamed
+        return meta | {"name": folder.name}
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise BadData(
             f"{path}: corrupt or unfinished ({e!r}). Try: prepare.py again"
         ) from None
 
 
-def check_meta(meta: dict[str, Any]) -> None:
+def check_meta(meta: Meta) -> None:
     """Raise ValueError, LookupError, TypeError or AttributeError unless `meta` is complete."""
     # a preparation writes the fingerprint last
     wrong = [key for key in META_TYPES if type(meta.get(key)) is not META_TYPES[key]]
@@ -75,9 +85,7 @@ def check_meta(meta: dict[str, Any]) -> None:
     "".join(meta.get("crc32", {}).values())
 
 
-def check_identity(
-    folder: Path | str, meta: dict[str, Any], saved: dict[str, Any]
-) -> None:
+def check_identity(folder: Path | str, meta: Meta, saved: Meta) -> None:
     """Raise BadData unless the data called `folder` has the tokens of the description `saved`."""
     # its name and source may differ
     if any(meta[key] != saved[key] for key in IDENTITY):
@@ -88,7 +96,7 @@ def check_identity(
         )
 
 
-def split_files(meta: dict[str, Any], split: str) -> dict[str, int]:
+def split_files(meta: Meta, split: str) -> dict[str, int]:
     """Return the .bin files of a split, in order, with the number of tokens in each."""
     # a dataset of several shards
     if "files" in meta:
@@ -104,7 +112,7 @@ def compute_crc32(path: Path) -> str:
         return "".join(f"{zlib.crc32(block):08x}" for block in blocks)
 
 
-def compute_fingerprint(folder: Path, meta: dict[str, Any]) -> str:
+def compute_fingerprint(folder: Path, meta: Meta) -> str:
     """Return the sha256 of the tokenizer's description, the token counts (as JSON with sorted keys)
     and the bytes of train and val. Raises OSError."""
     # the files of shards count as one: the same tokens have the same fingerprint
@@ -119,9 +127,7 @@ def compute_fingerprint(folder: Path, meta: dict[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def read_crc32(
-    folder: Path, meta: dict[str, Any], saved: dict[str, Any]
-) -> dict[str, str]:
+def read_crc32(folder: Path, meta: Meta, saved: Meta) -> dict[str, str]:
     """Return the CRC32s of each .bin file, see `compute_crc32`: those of meta.json, or of the
     description `saved` in a checkpoint.
 
@@ -148,7 +154,7 @@ def read_crc32(
     return {name: compute_crc32(folder / name) for name in files}
 
 
-def describe_nanogpt_data(folder: Path) -> dict[str, Any]:
+def describe_nanogpt_data(folder: Path) -> Meta:
     """Return the description of a dataset that nanoGPT prepared: characters if it has a meta.pkl,
     else GPT-2's tokens. Raises BadData."""
     digest = hashlib.sha256()
@@ -169,12 +175,11 @@ def describe_nanogpt_data(folder: Path) -> dict[str, Any]:
         largest = max(largest, ids.max(initial=0))
 
     # nanoGPT has these two kinds; only that of characters leaves a file
-    tokenizer = {"kind": "gpt2"}
-    vocab_size = 50257
+    kind = {}
     if (folder / "meta.pkl").exists():
         chars = read_meta_pkl(folder / "meta.pkl")
-        tokenizer = {"kind": "char", "chars": chars}
-        vocab_size = len(chars)
+        kind["tokenizer"] = {"kind": "char", "chars": chars}
+        kind["vocab_size"] = len(chars)
         digest.update(chars.encode())
     # characters whose meta.pkl was lost
     elif largest < 256:
@@ -184,21 +189,20 @@ def describe_nanogpt_data(folder: Path) -> dict[str, Any]:
     else:
         warn(f"{folder}: no meta.json or meta.pkl; reading its tokens as GPT-2's")
     return {
-        "format": 1,
+        **GPT2_DATA,
+        **kind,
         "name": folder.name,
-        "tokenizer": tokenizer,
-        "vocab_size": vocab_size,
-        "dtype": "uint16",
         "tokens": tokens,
         "fingerprint": digest.hexdigest(),
     }
 
 
-def describe_shards(folder: Path) -> dict[str, Any]:
+def describe_shards(folder: Path) -> Meta:
     """Return the description of a folder with the shards of llm.c or modded-nanogpt,
     NAME_train_NUMBER.bin and NAME_val_NUMBER.bin, in GPT-2's tokens. Raises BadData."""
     digest = hashlib.sha256()
-    files: dict[str, dict[str, int]] = {}
+    # split -> name of a file -> its tokens
+    files = {}
     for split in SPLITS:
         files[split] = {}
         for path in sorted(folder.glob(f"*_{split}_*.bin")):
@@ -211,11 +215,8 @@ def describe_shards(folder: Path) -> dict[str, Any]:
                 f"{folder}: no file *_{split}_*.bin. Try: download the shards of both splits"
             )
     return {
-        "format": 1,
+        **GPT2_DATA,
         "name": folder.name,
-        "tokenizer": {"kind": "gpt2"},
-        "vocab_size": 50257,
-        "dtype": "uint16",
         "tokens": {split: sum(files[split].values()) for split in SPLITS},
         "files": files,
         "header": SHARD_HEADER,

@@ -15,6 +15,9 @@ from keepgpt.config import TrainConfig
 from keepgpt.errors import UserError
 from keepgpt.ranks import Ranks
 
+# add_gradient(m, count) adds the gradient of micro-batch m, divided by `count`, to .grad
+AddGradient = Callable[[int, int], None]
+
 
 def check_elastic(config: TrainConfig, ranks: Ranks) -> None:
     """Raise UserError if an elastic run can't have this number of ranks or this backend."""
@@ -33,10 +36,10 @@ def accumulate_gradient(
     model: nn.Module,
     ranks: Ranks,
     micro_batches: range,
-    add_gradient: Callable[[int, int], None],
+    add_gradient: AddGradient,
 ) -> None:
-    """Set .grad to the mean gradient of all ranks' micro-batches. `add_gradient(m, count)` adds
-    that of micro-batch m, divided by `count`, to .grad; `micro_batches` are this rank's."""
+    """Set .grad to the mean gradient of all ranks' micro-batches; `micro_batches` are this
+    rank's."""
     # this rank's branch, then those of all ranks
     count = len(micro_batches) * ranks.world_size
     total = sum_as_tree(model, lambda m: add_gradient(m, count), micro_batches)

@@ -2,12 +2,12 @@
 
 import math
 from fractions import Fraction
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from keepgpt.dataset import Meta
 from keepgpt.errors import UserError, warn
 from keepgpt.text import open_text, read_block
 from keepgpt.tokenizer import from_meta
@@ -17,7 +17,7 @@ class Text:
     """The windows of a text. They have one length of at most block_size and cover the text: at its
     end fewer tokens are left out than there are windows."""
 
-    def __init__(self, path: str, data: dict[str, Any], block_size: int) -> None:
+    def __init__(self, path: str, data: Meta, block_size: int) -> None:
         """Encode the file `path` with the tokenizer of the description `data`. Raises UserError."""
         try:
             text = read_block(open_text(path), -1)
@@ -46,7 +46,7 @@ class Text:
         return x, y
 
 
-def count_token_bytes(data: dict[str, Any]) -> Tensor | None:
+def count_token_bytes(data: Meta) -> Tensor | None:
     """Return the bytes of text that each id stands for, (vocab_size,) float32; None, with a
     warning, if the tokenizer can't be loaded."""
     try:
@@ -66,7 +66,7 @@ def bits_per_byte(loss: float, bytes_per_token: float) -> float:
 
 
 def combine_losses(
-    losses: dict[str, float], bytes_per_token: dict[str, float], data: dict[str, Any]
+    losses: dict[str, float], bytes_per_token: dict[str, float], data: Meta
 ) -> dict[str, float]:
     """Return the numbers of an evaluation for the log: those of each split, and of a mixture's
     sources together, at their shares. `losses` are nats per token by the names of train.open_data;

@@ -1,4 +1,4 @@
-"""The names and sizes of Hugging Face's format, which serve to load weights and to export them.
+"""The names and sizes of Hugging Face's format, and how weights are read. tools.export writes them.
 
 Weights are also read from checkpoints of keepGPT and nanoGPT, and from the hub: always as plain
 dicts of the ModelArgs, the tensors, and a description of the tokens.
@@ -11,7 +11,7 @@ import reprlib
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,9 @@ class Format:
     fixed: dict[str, tuple]
     # keys with our dropout
     dropouts: tuple[str, ...]
-    # our sizes that may be absent or null
-    optional: tuple[str, ...] = ()
-    # with RMSNorm, no biases, and an output layer that may be tied
+    # our sizes that may be absent, and what they are then in Transformers
+    optional: dict[str, Any]
+    # with rotary positions and no biases
     is_rotary: bool = True
     # endings of names: (in, out) there, (out, in) here
     transposed: tuple[str, ...] = ()
@@ -64,17 +64,30 @@ class Format:
     interleaved: tuple[str, ...] = ()
 
 
-LLAMA_SIZES = {
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_kv_head": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "n_embd": "hidden_size",
-    "n_ff": "intermediate_size",
-    "vocab_size": "vocab_size",
-    "block_size": "max_position_embeddings",
-}
-# the first value is the default, and the one that tools.export writes
+QWEN3 = Format(
+    class_name="Qwen3ForCausalLM",
+    prefix="model.",
+    sizes={
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_kv_head": "num_key_value_heads",
+        "head_dim": "head_dim",
+        "n_embd": "hidden_size",
+        "n_ff": "intermediate_size",
+        "vocab_size": "vocab_size",
+        "block_size": "max_position_embeddings",
+        "norm_eps": "rms_norm_eps",
+        "tie_embeddings": "tie_word_embeddings",
+    },
+    # of several values, tools.export writes the first
+    fixed={
+        "hidden_act": ("silu", "swish"),
+        "attention_bias": (False,),
+        "tie_word_embeddings": (False, True),
+    },
+    dropouts=("attention_dropout",),
+    optional={"n_kv_head": 0, "norm_eps": 1e-6, "tie_embeddings": False},
+)
 FORMATS = {
     "gpt2": Format(
         class_name="GPT2LMHeadModel",
@@ -103,38 +116,21 @@ FORMATS = {
             "tie_word_embeddings": (True,),
         },
         dropouts=("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+        optional={},
         is_rotary=False,
         transposed=("c_attn.weight", "c_proj.weight", "c_fc.weight"),
     ),
-    "llama": Format(
+    "llama": replace(
+        QWEN3,
         class_name="LlamaForCausalLM",
-        prefix="model.",
-        sizes=LLAMA_SIZES,
-        fixed={
-            "hidden_act": ("silu", "swish"),
-            "attention_bias": (False,),
-            "mlp_bias": (False,),
-            "tie_word_embeddings": (False, True),
-        },
-        dropouts=("attention_dropout",),
-        optional=("n_kv_head", "head_dim"),
+        optional=QWEN3.optional | {"head_dim": 0},
         interleaved=("q_proj.weight", "k_proj.weight"),
     ),
-    "qwen3": Format(
-        class_name="Qwen3ForCausalLM",
-        prefix="model.",
-        sizes=LLAMA_SIZES,
-        fixed={
-            "hidden_act": ("silu", "swish"),
-            "attention_bias": (False,),
-            "use_sliding_window": (False,),
-            "tie_word_embeddings": (False, True),
-        },
-        dropouts=("attention_dropout",),
-        optional=("n_kv_head",),
-    ),
+    "qwen3": QWEN3,
 }
 FIXED_IN_ALL = {
+    "mlp_bias": (False,),
+    "use_sliding_window": (False,),
     "is_causal": (True,),
     "is_encoder_decoder": (False,),
     "pruned_heads": ({}, []),
@@ -176,7 +172,6 @@ HARMLESS_TEXT = """
 HARMLESS = set(HARMLESS_TEXT.split())
 # keys that have checks of their own
 ROTARY_KEYS = {
-    "rms_norm_eps",
     "layer_types",
     "rope_theta",
     "rope_scaling",
@@ -198,14 +193,13 @@ def read_weights(source: str) -> Weights:
         path = download(source)
     if not path.exists():
         raise UserError(
-            f"init_from={source}: no such file, folder or model. Try: one of "
+            f"{source}: no such file, folder or model. Try: one of "
             f"{', '.join(NAMES)}, or OWNER/NAME of a Llama or Qwen3"
         )
     if (path / "ckpt.pt").exists():
         # a run has several checkpoints
         raise UserError(
-            f"init_from={source}: expected a file, got a run's folder. "
-            f"Try: --init_from={path / 'ckpt.pt'}"
+            f"{source}: expected a file, got a run's folder. Try: {path / 'ckpt.pt'}"
         )
     if path.is_dir():
         args, state = read_hugging_face(path)
@@ -222,9 +216,10 @@ def read_checkpoint(path: Path) -> Weights:
     saved = load_tensors(path)
     # all of nanoGPT's, whose absence is an error, and those that only keepGPT has
     args = {key: saved["model_args"][key] for key in ARGS} | saved["model_args"]
-    for key in args.keys() - {*ARGS, *ARCHITECTURE}:
+    unknown = min(args.keys() - {*ARGS, *ARCHITECTURE}, default=None)
+    if unknown:
         raise UserError(
-            f"{path}: model_args has {key}={args[key]!r}, which model.py lacks"
+            f"{path}: model_args has {unknown}={args[unknown]!r}, which model.py lacks"
         )
     # nanoGPT saves the names of a compiled model
     state = {name.removeprefix("_orig_mod."): t for name, t in saved["model"].items()}
@@ -283,9 +278,10 @@ def read_hugging_face(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     for file, expected in find_weight_files(folder).items():
         with name_in_errors(file, "tensors"):
             tensors = load_tensors(file)
-            for name in sorted(expected - tensors.keys()):
+            missing = min(expected - tensors.keys(), default=None)
+            if missing:
                 raise UserError(
-                    f"{file}: expected the tensor {name}, which the index names"
+                    f"{file}: expected the tensor {missing}, which the index names"
                 )
             for name, tensor in drop_masks(tensors).items():
                 # quantized weights need their scales, too
@@ -371,12 +367,11 @@ def read_args(folder: Path) -> dict:
         form = FORMATS[kind]
         check_keys(path, config, form)
 
-        # any other size is an error if it is absent
+        # any size that is not optional is an error if it is absent
         args = {"architecture": kind, "bias": not form.is_rotary, "dropout": 0.0}
+        args |= form.optional
         for size, name in form.sizes.items():
-            if size in form.optional:
-                args[size] = config.get(name) or 0
-            else:
+            if size not in args or name in config:
                 args[size] = config[name]
         if not form.is_rotary:
             n_inner = config.get("n_inner")
@@ -385,53 +380,12 @@ def read_args(folder: Path) -> dict:
 
         for layer in config.get("layer_types") or []:
             check_value(path, "layer_types", layer, ("full_attention", "attention"))
-        # the defaults of Transformers
+        # 0 and null follow from other sizes
         args["n_kv_head"] = args["n_kv_head"] or args["n_head"]
         args["head_dim"] = args["head_dim"] or args["n_embd"] // args["n_head"]
-        args["norm_eps"] = float(config.get("rms_norm_eps", 1e-6))
-        args["tie_embeddings"] = config.get("tie_word_embeddings", False)
+        args["norm_eps"] = float(args["norm_eps"])
         args["rope_theta"] = read_rope_theta(path, config)
     return args
-
-
-def make_config(sizes: dict) -> dict:
-    """Return the content of config.json for ModelArgs as a dict, whose sizes are not 0."""
-    kind = sizes["architecture"]
-    form = FORMATS[kind]
-    # a key with several allowed values gets the first
-    config = {"architectures": [form.class_name], "model_type": kind}
-    config |= {name: sizes[size] for size, name in form.sizes.items()}
-    config |= {key: values[0] for key, values in form.fixed.items()}
-    config |= dict.fromkeys(form.dropouts, sizes["dropout"])
-    if not form.is_rotary:
-        return config | {"n_inner": None, "n_ctx": sizes["block_size"]}
-    rope_theta = sizes["rope_theta"]
-    return config | {
-        "rms_norm_eps": sizes["norm_eps"],
-        "tie_word_embeddings": sizes["tie_embeddings"],
-        # read by Transformers 4; the next line by 5
-        "rope_theta": rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
-    }
-
-
-def make_tensors(state: dict[str, Tensor], architecture: str) -> dict[str, Tensor]:
-    """Return the weights of an architecture with Hugging Face's names and shapes. A bias that
-    GPT-2 lacks becomes 0."""
-    form = FORMATS[architecture]
-    tensors = {}
-    biases = {}
-    for name, tensor in state.items():
-        layer = name.removesuffix(".weight")
-        # embeddings have none, and vectors that are biases have another name
-        if not form.is_rotary and layer != name and not layer.endswith(("wte", "wpe")):
-            biases[f"{layer}.bias"] = tensor.new_zeros(tensor.size(0))
-        if name.endswith(form.transposed):
-            tensor = tensor.t().contiguous()
-        tensors[name] = tensor
-    for name, zeros in biases.items():
-        tensors.setdefault(name, zeros)
-    return tensors
 
 
 def check_keys(path: Path, config: dict, form: Format) -> None:
@@ -510,6 +464,6 @@ def download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=PATTERNS))
     except Exception as e:
         raise UserError(
-            f"{name}: can't be downloaded ({type(e).__name__}). Try: --init_from="
-            "FOLDER, one with its config.json and model.safetensors"
+            f"{name}: can't be downloaded ({type(e).__name__}). Try: a folder with its config.json "
+            "and model.safetensors"
         ) from None

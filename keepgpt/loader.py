@@ -9,17 +9,16 @@ import os
 import zlib
 from bisect import bisect_right
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from keepgpt.dataset import BLOCK, BadData, split_files
+from keepgpt.dataset import BLOCK, BadData, Meta, split_files
 from keepgpt.errors import name_path
 
 
@@ -33,6 +32,7 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 def seed_of(*numbers: int) -> int:
     """Return a seed below 2**63 that mixes several non-negative numbers."""
+    # an array: numpy's scalars would warn that products wrap around
     seed = np.zeros(1, np.uint64)
     for number in numbers:
         seed = mix(seed ^ number)
@@ -70,7 +70,8 @@ def batch_number(step: int, skips: dict[int, int], start: int = 0) -> int:
 
 
 class Windows:
-    """Windows of tokens in one sequence without an end, read by their numbers in it."""
+    """Windows of tokens in one sequence without an end, read by their numbers in it. A subclass
+    says where they are: `locate(numbers)` returns a Split and the first token in it for each."""
 
     def rows(self, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Return windows first ... first + count - 1: inputs and targets, (count, T) int64 each.
@@ -92,7 +93,7 @@ class Split(Windows):
         self,
         folder: Path,
         split: str,
-        meta: dict[str, Any],
+        meta: Meta,
         block_size: int,
         seed: int,
         shift: bool,
@@ -111,8 +112,8 @@ class Split(Windows):
         self.files = []
         self.ends = [0]
         # for each file: the CRC32s of its blocks, and a byte per block: 1 after it was compared
-        self.crc32: list[str] = []
-        self.intact: list[bytearray] = []
+        self.crc32 = []
+        self.intact = []
         for name, expected in split_files(meta, split).items():
             path = folder / name
             file = open_tokens(path, expected, self.dtype.itemsize, self.header)
@@ -157,6 +158,7 @@ class Split(Windows):
         file = self.files[i]
         first = self.header + start * self.dtype.itemsize
         size = count * self.dtype.itemsize
+        # pread needs no position, so several threads may read one file
         with name_path(file.name):
             content = os.pread(file.fileno(), size, first)
         if len(content) < size:
@@ -226,7 +228,7 @@ class Loader:
     """This rank's micro-batches of each batch: of `micro_batches` with `batch_size` windows, those
     numbered in `local`. A thread reads the next one during training."""
 
-    split: Split
+    split: Windows
     batch_size: int
     micro_batches: int
     local: range
@@ -234,12 +236,13 @@ class Loader:
 
     def __post_init__(self) -> None:
         self.thread = ThreadPoolExecutor(1)
-        # (batch, m) -> the next micro-batch
-        self.prefetched: dict[tuple[int, int], Future] = {}
+        # (batch, m) -> the future of the next micro-batch
+        self.prefetched = {}
 
     def get_batch(self, batch: int, m: int) -> tuple[Tensor, Tensor]:
         """Return the inputs and targets of micro-batch m of a batch, (B, T) each, on the device.
         Raises BadData."""
+        # the one that was read ahead, unless this is the first step or one again
         rows = self.prefetched.pop((batch, m), None)
         if rows is None:
             rows = self.thread.submit(self._read, batch, m)

@@ -7,16 +7,23 @@ dataset does.
 
 import hashlib
 import json
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from keepgpt.dataset import SPLITS, BadData, dataset_folder, read_crc32, read_meta
+from keepgpt.dataset import (
+    SPLITS,
+    BadData,
+    Meta,
+    dataset_folder,
+    read_crc32,
+    read_meta,
+)
 from keepgpt.loader import Split, Windows, mix, permute, seed_of
 
 # windows after which every source has had its share, but for a part of one window
@@ -28,7 +35,7 @@ class Source:
     """A dataset, and its share of the windows: the shares of all sources add up to 1."""
 
     folder: Path
-    meta: dict[str, Any]  # see dataset.read_meta
+    meta: Meta
     share: Fraction
 
 
@@ -56,8 +63,9 @@ def parse_mixture(dataset: str) -> list[tuple[str, Fraction]]:
     for part in dataset.split("+"):
         name, _, number = part.rpartition(":")
         try:
-            weight = Fraction(number)
-        except (ValueError, ZeroDivisionError):
+            # the decimal number itself, 7/10 for 0.7; infinity and NaN are errors
+            weight = Fraction(repr(float(number)))
+        except ValueError:
             weight = 0
         if not name or weight <= 0:
             raise BadData(
@@ -87,9 +95,9 @@ def check_sources(sources: list[Source]) -> None:
         )
 
 
-def describe_sources(sources: list[Source]) -> dict[str, Any]:
-    """Return the description of the data as read_meta does; that of a mixture has its "sources",
-    each with its "share"."""
+def describe_sources(sources: list[Source], dataset: str) -> Meta:
+    """Return the description of the `dataset` with these sources, as read_meta does; that of a
+    mixture has its "sources", each with its "share"."""
     if len(sources) == 1:
         return sources[0].meta
     parts = [source.meta | {"share": str(source.share)} for source in sources]
@@ -97,16 +105,9 @@ def describe_sources(sources: list[Source]) -> dict[str, Any]:
     tokenizers = [part.pop("tokenizer") for part in parts]
     # the same sources in other shares are other data
     identity = json.dumps([[part["fingerprint"], part["share"]] for part in parts])
-    # a short decimal number, unless it would be another one
-    names = []
-    for source in sources:
-        number = f"{float(source.share):.4g}"
-        if Fraction(number) != source.share:
-            number = str(source.share)
-        names.append(f"{source.meta['name']}:{number}")
     return {
         "format": 1,
-        "name": "+".join(names),
+        "name": dataset,
         "tokenizer": tokenizers[0],
         "vocab_size": parts[0]["vocab_size"],
         "dtype": "+".join(sorted({part["dtype"] for part in parts})),
@@ -143,28 +144,24 @@ class Mixture(Windows):
         """Return the split and the first token of each of the windows with these numbers."""
         # each cycle has the windows of split 0, then those of split 1, ..., in a permutation
         cycles, index = np.divmod(np.array(numbers, np.uint64), CYCLE)
-        slots = permute(index, CYCLE, mix(cycles ^ self.key)).astype(np.int64)
-        sources = np.empty(len(numbers), np.int64)
-        windows = np.empty(len(numbers), np.int64)
-        for cycle in set(cycles.tolist()):
-            # the windows of each split up to this cycle, and the first slot of each split in it
-            start = cycle * CYCLE
-            before = self.count_windows(start)
-            first_slots = self.count_before(start + CYCLE) - self.count_before(start)
-            here = cycles == cycle
-            k = np.searchsorted(first_slots, slots[here], side="right") - 1
-            sources[here] = k
-            windows[here] = before[k] + slots[here] - first_slots[k]
+        slots = permute(index, CYCLE, mix(cycles ^ self.key))
+        # the split of each window, and the numbers of each split's windows
+        order = []
+        windows = [[] for _ in self.splits]
+        for cycle, slot in zip(cycles.tolist(), slots.tolist()):
+            # the first slot of each split in this cycle
+            before = self.count_before(cycle * CYCLE)
+            first_slots = self.count_before((cycle + 1) * CYCLE) - before
+            k = bisect_right(first_slots, slot) - 1
+            order.append(k)
+            windows[k].append(before[k + 1] - before[k] + slot - first_slots[k])
 
         # the places of each split's windows, which are in their order
-        places = [
-            iter(split.locate(windows[sources == k]))
-            for k, split in enumerate(self.splits)
-        ]
-        return [next(places[k]) for k in sources.tolist()]
+        places = [iter(s.locate(w)) for s, w in zip(self.splits, windows)]
+        return [next(places[k]) for k in order]
 
 
-def read_checksums(sources: list[Source], saved: dict[str, Any]) -> None:
+def read_checksums(sources: list[Source], saved: Meta) -> None:
     """Give each source's description the checksums of its blocks, see dataset.read_crc32. `saved`
     is the description in a checkpoint, or {}. Raises BadData."""
     # a checkpoint that fits has the same sources in the same order

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from keepgpt.config import check, read_source, run_source, setting
+from keepgpt.config import Settings, check, read_source, run_source, setting
 from keepgpt.errors import UserError, import_package, warn
 from keepgpt.text import Shard, Skipped, describe_files, find_files, read_documents
 
@@ -118,7 +118,7 @@ def check_setting(key: str, value: Any, where: str) -> Any:
     return [str(REPO / check(Recipe, key, file, where)) for file in value]
 
 
-def run_recipe(name: str) -> dict[str, Any]:
+def run_recipe(name: str) -> Settings:
     """Run the recipe of that name. Return the names that it defines. Raises UserError."""
     path = str(RECIPES / f"{name}.py")
     _, names = run_source(read_source(path), path, {})

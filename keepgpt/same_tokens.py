@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from keepgpt.dataset import Meta
 from keepgpt.errors import UserError, warn
 from keepgpt.tokenizer import (
     BPETokenizer,
@@ -18,9 +19,7 @@ from keepgpt.tokenizer import (
 PARTS = ("normalizer", "pre_tokenizer", "added_tokens", "model")
 
 
-def check_tokenizer(
-    source: str, vocab_size: int, data: dict[str, Any], meta: dict[str, Any]
-) -> None:
+def check_tokenizer(source: str, vocab_size: int, data: Meta, meta: Meta) -> None:
     """Raise UserError if the weights of `source`, with `vocab_size` rows, were trained on other
     tokens than the dataset of `meta`. `data` has the "tokenizer" of `source`; warn if it has none.
     """

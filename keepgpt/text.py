@@ -87,7 +87,7 @@ def find_files(paths: list[str]) -> list[str]:
     """Return the files that paths, folders and globs name, sorted within each of `paths`. A file
     counts once, however many links lead to it. Raises UserError and OSError."""
     # real path -> path
-    files: dict[str, str] = {}
+    files = {}
     for path in paths:
         # a name may hold signs of a glob
         if os.path.isdir(path):

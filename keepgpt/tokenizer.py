@@ -19,9 +19,11 @@ import numpy as np
 import tiktoken.registry
 from tiktoken_ext import openai_public
 
-from keepgpt.dataset import read_meta
+from keepgpt.dataset import Meta, read_meta
 from keepgpt.errors import UserError, import_package
 
+# what from_meta makes a tokenizer from
+Description = dict[str, Any]
 EOT = "<|endoftext|>"
 # of encoder.json: token -> id, in the order of the merges: the ids are the ranks as well
 GPT2_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
@@ -52,7 +54,7 @@ class Tokenizer:
 
     def __init__(
         self,
-        description: dict[str, Any],
+        description: Description,
         ids: dict[str, int],
         tokens: dict[int, bytes],
         eot: int | None,
@@ -110,7 +112,7 @@ def spell_bytes(token: str) -> bytes:
 class CharTokenizer(Tokenizer):
     """Make every character a token, its place in the description's `chars` the id."""
 
-    def __init__(self, description: dict[str, Any]) -> None:
+    def __init__(self, description: Description) -> None:
         chars = description["chars"]
         ids = {char: i for i, char in enumerate(chars)}
         tokens = {i: char.encode() for i, char in enumerate(chars)}
@@ -136,7 +138,7 @@ class CharTokenizer(Tokenizer):
 class BPETokenizer(Tokenizer):
     """Wrap a tiktoken.Encoding."""
 
-    def __init__(self, description: dict[str, Any]) -> None:
+    def __init__(self, description: Description) -> None:
         # GPT-2's tokens come with a package, so its description is short
         if description["kind"] == "gpt2":
             self.pattern = openai_public.r50k_pat_str
@@ -174,7 +176,7 @@ class BPETokenizer(Tokenizer):
 class HFTokenizer(Tokenizer):
     """Wrap a tokenizers.Tokenizer."""
 
-    def __init__(self, description: dict[str, Any]) -> None:
+    def __init__(self, description: Description) -> None:
         library = import_package("tokenizers")
         try:
             self.tokenizer = library.Tokenizer.from_str(description["json"])
@@ -250,8 +252,8 @@ class HFTokenizer(Tokenizer):
         # a character takes up to four tokens of a ByteLevel that is one of several steps
         most = 4 if "ByteLevel" in self.decoders else 1
         # ids whose text was returned, and ids whose text is incomplete
-        shown: list[int] = []
-        held: list[int] = []
+        shown = []
+        held = []
 
         def decode(i: int) -> str:
             if i in self.tokens:
@@ -275,7 +277,7 @@ class HFTokenizer(Tokenizer):
         return decode
 
 
-def from_meta(meta: dict[str, Any]) -> Tokenizer:
+def from_meta(meta: Meta) -> Tokenizer:
     """Return the tokenizer that meta["tokenizer"] describes. Raises UserError."""
     kinds = {
         "char": CharTokenizer,
@@ -308,7 +310,7 @@ def read_gpt2_ranks() -> dict[bytes, int]:
     return {bytes(map(BYTE_OF.get, token)): i for token, i in ranks.items()}
 
 
-def describe_tokenizer(name: str) -> dict[str, Any]:
+def describe_tokenizer(name: str) -> Description:
     """Return the description of the tokenizer that --tokenizer calls `name`; of char and bpe:N
     without the tokens, which a text determines. Raises UserError."""
     if name in ("char", "gpt2"):
@@ -335,7 +337,7 @@ def describe_tokenizer(name: str) -> dict[str, Any]:
 
 def describe_encoding(
     name: str, pattern: str, ranks: dict[bytes, int], special_tokens: dict[str, int]
-) -> dict[str, Any]:
+) -> Description:
     """Return the description of a tiktoken.Encoding: its tokens in base64, by rank, with a space
     between; nothing stands for an unused rank."""
     # as text, for meta.json and checkpoints
@@ -349,7 +351,7 @@ def describe_encoding(
     }
 
 
-def describe_folder(folder: Path) -> dict[str, Any]:
+def describe_folder(folder: Path) -> Description:
     """Return the description of the tokenizer of a prepared dataset, or of a Hugging Face folder:
     its tokenizer.json, or that of its vocab.json and merges.txt, and the id of its end-of-text
     token. Raises UserError."""
@@ -418,7 +420,7 @@ def read_gpt2_files(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> dict[str, Any]:
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Description:
     """Return the description of a byte-pair encoding of at most `vocab_size` tokens (256 bytes,
     merges that occur at least twice, the end-of-text token), trained on `texts` with GPT-2's
     pattern: Sennrich et al. 2016, section 3.2, over bytes. A word over LONG_WORD bytes is cut."""

@@ -287,7 +287,7 @@ def test_a_user_without_privileges_can_save(bundle):
     # pytest's own temporary folder is root's alone
     with tempfile.TemporaryDirectory() as name:
         os.chown(name, NOBODY, NOBODY)
-        # in a fork, which can't become root again
+        # in a fork: this process stays root
         pid = os.fork()
         if not pid:
             # a saver's thread asks for 10, a higher priority, which only root may have

@@ -137,7 +137,7 @@ def test_the_polynomial_acts_on_singular_values():
     x = torch.randn(1, 8, 12, dtype=torch.float64, generator=rng)
     U, S, Vh = torch.linalg.svd(x[0], full_matrices=False)
     S = S / S.norm()
-    # five iterations, as in the paper
+    # as many iterations as orthogonalize makes
     a, b, c = COEFFICIENTS
     for _ in range(5):
         S = a * S + b * S**3 + c * S**5
@@ -255,7 +255,7 @@ def test_a_skip_on_the_device_leaves_every_bit():
     optimizer.step()
     before = poison(model)
     state = copy.deepcopy(optimizer.state_dict()["state"])
-    # Muon's groups; AdamW's own skip is PyTorch's
+    # the groups that are Muon's
     for group in optimizer.param_groups:
         if "momentum" in group:
             optimizer.update_matrices(group, torch.tensor(True))

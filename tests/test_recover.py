@@ -156,7 +156,7 @@ def test_a_signal_after_a_failed_save_saves_the_best_again(train_tiny, monkeypat
     # the first save fails
     monkeypatch.setattr(script, "evaluate_and_log", find_best)
     monkeypatch.setattr(script, "save", lambda run, best: saves.append(best))
-    monkeypatch.setattr(script, "is_saved", lambda run: len(saves) > 1)
+    monkeypatch.setattr(script, "is_on_disk", lambda run: len(saves) > 1)
 
     def stop_after_the_evaluation(run, losses, count):
         if run.state.step == 4:

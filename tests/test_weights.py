@@ -156,7 +156,7 @@ def test_a_qwen3_is_read_from_the_local_cache_by_its_name(dataset, tmp_path):
         "eval_interval": 2,
     }
     run("train.py", max_iters=2, **settings)
-    # a resume needs the folder no more
+    # the second start resumes the first one
     run("train.py", max_iters=4, **settings | {"init_from": "resume"})
     bundle = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
     assert bundle["step"] == 4
@@ -203,7 +203,7 @@ def test_gpt_2_without_network_and_cache_is_one_line_at_once(dataset, tmp_path):
         env=NO_NETWORK | {"HF_HUB_CACHE": str(tmp_path)},
     )
     assert "gpt2: can't be downloaded" in read_error(done)
-    assert "--init_from=FOLDER" in done.stderr
+    assert "a folder with its config.json" in done.stderr
 
 
 # --- config.json ---------------------------------------------------------------------------------

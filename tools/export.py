@@ -22,7 +22,7 @@ from keepgpt.checkpoint import Disk, write_bundle
 from keepgpt.config import setting
 from keepgpt.errors import UserError, import_package
 from keepgpt.files import FolderLock
-from keepgpt.huggingface import FORMATS, make_config, make_tensors
+from keepgpt.huggingface import FORMATS
 from keepgpt.tokenizer import (
     BYTE_OF,
     CharTokenizer,
@@ -31,7 +31,7 @@ from keepgpt.tokenizer import (
     split_by,
     to_tokenizers,
 )
-from model import GPT, ModelArgs
+from model import ARCHITECTURES, GPT, ModelArgs
 from sample import SampleConfig, load
 from tools.common import run_tool
 
@@ -70,9 +70,46 @@ class ExportConfig:
     )
 
 
-def list_sizes(args: ModelArgs) -> dict:
-    """Return ModelArgs as a dict, with the sizes that 0 stands for."""
-    return vars(args) | {"n_kv_head": args.K, "head_dim": args.D, "n_ff": args.ff_width}
+def make_config(args: ModelArgs) -> dict:
+    """Return the content of config.json for a model."""
+    # what 0 stands for
+    follows = {"n_kv_head": args.K, "head_dim": args.D, "n_ff": args.ff_width}
+    sizes = vars(args) | follows
+    kind = args.architecture
+    form = FORMATS[kind]
+    # a key with several allowed values gets the first, unless it is a size
+    config = {"architectures": [form.class_name], "model_type": kind}
+    config |= {key: values[0] for key, values in form.fixed.items()}
+    config |= {name: sizes[size] for size, name in form.sizes.items()}
+    config |= dict.fromkeys(form.dropouts, args.dropout)
+    if not form.is_rotary:
+        return config | {"n_inner": None, "n_ctx": args.block_size}
+    return config | {
+        # read by Transformers 4; the next line by 5
+        "rope_theta": args.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": args.rope_theta},
+    }
+
+
+def make_tensors(state: dict[str, Tensor], architecture: str) -> dict[str, Tensor]:
+    """Return the weights of an architecture with Hugging Face's names and shapes. A bias that
+    GPT-2 lacks becomes 0."""
+    form = FORMATS[architecture]
+    kind = ARCHITECTURES[architecture]
+    embeddings = (kind.tokens, kind.positions)
+    tensors = {}
+    biases = {}
+    for name, tensor in state.items():
+        layer = name.removesuffix(".weight")
+        # embeddings have none, and vectors that are biases have another name
+        if not form.is_rotary and layer != name and layer not in embeddings:
+            biases[f"{layer}.bias"] = tensor.new_zeros(tensor.size(0))
+        if name.endswith(form.transposed):
+            tensor = tensor.t().contiguous()
+        tensors[name] = tensor
+    for name, zeros in biases.items():
+        tensors.setdefault(name, zeros)
+    return tensors
 
 
 def write_hugging_face(
@@ -110,7 +147,7 @@ def write_hugging_face(
         tokenizer |= {"bos_token": name, "eos_token": name}
     dtype_name = str(dtype).removeprefix("torch.")
     files = {
-        "config": make_config(list_sizes(args)) | ends | {"dtype": dtype_name},
+        "config": make_config(args) | ends | {"dtype": dtype_name},
         "generation_config": ends,
         "tokenizer_config": tokenizer,
         "keepgpt": data | {"origin": origin},
@@ -165,7 +202,7 @@ def write_gguf(
         if name.endswith(form.interleaved):
             tensor = interleave_heads(tensor, args.D)
         # vectors, and positions
-        is_float32 = tensor.dim() < 2 or name.endswith("wpe.weight")
+        is_float32 = tensor.dim() < 2 or name == f"{model.positions}.weight"
         kind = gguf.GGMLQuantizationType["F32" if is_float32 else kinds[dtype]]
         content = gguf.quantize(tensor.float().contiguous().numpy(), kind)
         writer.add_tensor(

@@ -316,7 +316,9 @@ def open_loader(bundle: dict[str, Any]) -> Loader:
     config = read_config(bundle["config"])
     # the same checks as at a start
     sources = find_sources(config.data_dir, config.dataset)
-    check_identity(config.dataset, describe_sources(sources), bundle["data"])
+    check_identity(
+        config.dataset, describe_sources(sources, config.dataset), bundle["data"]
+    )
     read_checksums(sources, bundle["data"])
     split = open_split(sources, "train", config.block_size, config.seed, shift=True)
     # all micro-batches, whatever rank computed them

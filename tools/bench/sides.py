@@ -14,12 +14,11 @@ from torch.nn import functional as F
 from keepgpt import kernels
 from keepgpt.config import ARCHITECTURE, TrainConfig
 from keepgpt.device import pick_device, pick_dtype
-from keepgpt.huggingface import make_config
 from keepgpt.optim import make_optimizer
 from keepgpt.signals import prepare_process
 from model import ModelArgs, build_model, generate
 from sample import prepare_model
-from tools.export import list_sizes
+from tools.export import make_config
 from tools.measure import seconds
 
 TOKENS = 48  # of a sample
@@ -180,7 +179,7 @@ def make_transformers(name: str) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     _, args = make_settings(name)
-    sizes = make_config(list_sizes(args))
+    sizes = make_config(args)
     config = AutoConfig.for_model(**sizes, bos_token_id=0, eos_token_id=None)
     return AutoModelForCausalLM.from_config(config)
 

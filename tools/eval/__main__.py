@@ -147,7 +147,11 @@ def evaluate_model(
         warn_of_long(model, corpus, documents)
         stem = f"eval-{model.sha256[:12]}-{corpus.name.replace('/', '-')}"
         path = folder / f"{stem}.jsonl"
-        nats = evaluate(model, documents, path, config.batch_tokens, dtype)
+        try:
+            nats = evaluate(model, documents, path, config.batch_tokens, dtype)
+        except KeyboardInterrupt:
+            warn(f"stopped; {path} has the results so far, the same command continues")
+            raise
         result = make_result(model, corpus, documents, nats)
         about = describe_result(result) | {"dtype": str(dtype).removeprefix("torch.")}
         content = json.dumps(about, indent=2) + "\n"
