@@ -130,15 +130,15 @@ def test_another_version_of_the_code_is_named(difference, tmp_path, monkeypatch,
     with open(tmp_path / name, "a") as file:
         file.write("# changed\n")
     monkeypatch.setenv("COPY", str(tmp_path))
-    assert f"error: {name}: rank 0 has" in difference("other_code")
+    assert f"error: {name}: rank 0 has" in difference("report_other_code")
 
 
 def test_another_version_of_torch_is_named(difference):
-    assert "error: torch: rank 0 has" in difference("other_torch")
+    assert "error: torch: rank 0 has" in difference("report_other_torch")
 
 
 def test_another_dtype_that_auto_picks_is_named(difference):
-    line = difference("other_dtype", dtype="auto")
+    line = difference("pick_another_dtype", dtype="auto")
     assert "error: dtype: rank 0 has" in line
 
 
@@ -172,7 +172,7 @@ def test_names_and_places_may_differ_between_hosts(hosts, dataset, tmp_path):
     ids=["muon", "elastic", "ddp"],
 )
 def test_ranks_that_round_differently_end_unsaved(difference, tmp_path, flags):
-    assert "after step" in difference("old_cpu", **flags)
+    assert "after step" in difference("round_as_an_old_cpu", **flags)
     # a state that differs between the ranks is no state
     assert not list(tmp_path.glob("out/*.pt"))
 
@@ -180,18 +180,18 @@ def test_ranks_that_round_differently_end_unsaved(difference, tmp_path, flags):
 def test_a_drift_after_a_save_keeps_that_checkpoint(hosts, difference, tmp_path):
     hosts(optimizer="muon", max_iters=2)
     before = (tmp_path / "out/ckpt.pt").read_bytes()
-    difference("old_cpu", optimizer="muon", init_from="resume")
+    difference("round_as_an_old_cpu", optimizer="muon", init_from="resume")
     assert (tmp_path / "out/ckpt.pt").read_bytes() == before
 
 
 def test_random_weights_are_rank_0s(hosts):
     # another kind of processor draws other ones
-    hosts("old_cpu", elastic=True, eval_only=True)
+    hosts("round_as_an_old_cpu", elastic=True, eval_only=True)
 
 
 def test_all_ranks_of_ddp_use_rank_0s_threads(hosts, dataset, tmp_path):
     # on its own, a rank with two threads rounds differently than one with a single thread
-    hosts("two_threads", n_embd=128)
+    hosts("use_two_threads", n_embd=128)
     run(
         "train.py",
         ranks=2,

@@ -12,26 +12,26 @@ def nothing():
     """Leave the host as it is."""
 
 
-def old_cpu():
+def round_as_an_old_cpu():
     """Round as on an older processor. PyTorch reads this when it first computes."""
     os.environ["ATEN_CPU_CAPABILITY"] = "default"
     os.environ["ONEDNN_MAX_CPU_ISA"] = "SSE41"
 
 
-def other_code():
+def report_other_code():
     """Report the files of another copy of keepGPT, at $COPY."""
     from keepgpt import ranks
 
     ranks.__file__ = f"{os.environ['COPY']}/keepgpt/ranks.py"
 
 
-def other_torch():
+def report_other_torch():
     import torch
 
     torch.__version__ = torch.torch_version.TorchVersion("2.0.1")
 
 
-def other_dtype():
+def pick_another_dtype():
     """Turn round whether the processor has bfloat16, which `dtype=auto` asks."""
     from keepgpt import device
 
@@ -39,7 +39,7 @@ def other_dtype():
     device.has_fast_bfloat16 = lambda: not has_fast_bfloat16()
 
 
-def two_threads():
+def use_two_threads():
     import torch
 
     torch.set_num_threads(2)
