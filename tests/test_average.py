@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, complaint, load, run
+from conftest import TINY, load, read_error, run
 
 from tools.runs import digest
 
@@ -15,6 +15,7 @@ from tools.runs import digest
 def trained(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Train a tiny run with checkpoints at steps 6 and 8 and milestones at 4 and 8."""
     out = tmp_path_factory.mktemp("average") / "out"
+    # the last two numbered checkpoints are kept
     settings = {"max_iters": 8, "checkpoint_interval": 2, "keep_every": 4}
     run("train.py", **TINY | settings, dataset=dataset, out_dir=out)
     return out
@@ -35,32 +36,45 @@ def corrupt(path: Path) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "choice", [{"last": 3}, {"steps": "8,4,6,4"}], ids=["last", "steps"]
+# in the order of the steps, whatever the order of the flag
+AVERAGED = ("step-00000004.pt", "ckpt-00000006.pt", "ckpt-00000008.pt")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[{"last": 3}, {"steps": "8,4,6,4"}],
+    ids=["last", "steps"],
 )
-def test_the_mean_is_exact_and_names_its_checkpoints(trained, tmp_path, choice):
-    average(trained, **choice, to=tmp_path / "avg.pt")
-    # in the order of the steps, whatever the order of the flag
-    names = ("step-00000004", "ckpt-00000006", "ckpt-00000008")
-    paths = [trained / f"{name}.pt" for name in names]
-    models = [load(path)["model"] for path in paths]
-    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
-    result = load(tmp_path / "avg.pt")
-    for name, weight in result["model"].items():
+def averaged(request, trained, tmp_path_factory) -> Path:
+    """Average the steps 4, 6 and 8, which two flags can name. Return the new file."""
+    path = tmp_path_factory.mktemp("averaged") / "avg.pt"
+    average(trained, **request.param, to=path)
+    return path
+
+
+@pytest.mark.slow
+def test_the_mean_is_exact(trained, averaged):
+    models = [load(trained / name)["model"] for name in AVERAGED]
+    result = load(averaged)["model"]
+    assert result.keys() == models[0].keys()
+    for name, weight in result.items():
         # in float64 the mean is rounded once
         weights = [model[name].double() for model in models]
         exact = torch.stack(weights).mean(0)
         assert weight.dtype == torch.float32
         assert torch.equal(weight, exact.float())
-    assert result["model"].keys() == models[0].keys()
-    assert result["origin"] == {
+
+
+@pytest.mark.slow
+def test_the_mean_names_its_checkpoints(trained, averaged):
+    contents = [(trained / name).read_bytes() for name in AVERAGED]
+    assert load(averaged)["origin"] == {
         "path": str(trained),
         "steps": [4, 6, 8],
-        "sha256": digests,
+        "sha256": [hashlib.sha256(content).hexdigest() for content in contents],
     }
     # no temporary file is left
-    assert [path.name for path in tmp_path.iterdir()] == ["avg.pt"]
+    assert [path.name for path in averaged.parent.iterdir()] == ["avg.pt"]
 
 
 def test_sample_export_and_train_read_it(trained, dataset, tmp_path):
@@ -87,7 +101,7 @@ def test_it_is_no_checkpoint_to_resume(trained, dataset, tmp_path):
     assert f"--init_from={path}" in done.stderr
     branch = {"out_dir": tmp_path / "new", "init_from": f"branch:{path}"}
     done = run("train.py", **settings, **branch, code=None)
-    assert "not a checkpoint" in complaint(done)
+    assert "not a checkpoint" in read_error(done)
 
 
 def test_corrupt_checkpoints_are_named_and_skipped(trained, tmp_path):
@@ -124,10 +138,10 @@ def test_corrupt_checkpoints_are_named_and_skipped(trained, tmp_path):
 def test_a_mistake_exits_2_with_one_line(trained, dataset, tmp_path):
     to = tmp_path / "avg.pt"
     # no folder, no --to, a file of the run, missing folders
-    complaint(average(to=to, code=None))
-    complaint(average(trained, code=None))
-    complaint(average(trained, to=trained / "ckpt.pt", code=None))
-    complaint(
+    read_error(average(to=to, code=None))
+    read_error(average(trained, code=None))
+    read_error(average(trained, to=trained / "ckpt.pt", code=None))
+    read_error(
         average(
             trained,
             to=tmp_path / "no/avg.pt",
@@ -135,7 +149,7 @@ def test_a_mistake_exits_2_with_one_line(trained, dataset, tmp_path):
             code=None,
         )
     )
-    complaint(average(tmp_path / "nothing", to=to, code=None))
+    read_error(average(tmp_path / "nothing", to=to, code=None))
     # the run has three checkpoints: 4, 6 and 8
     for choice in (
         {"last": 4},
@@ -143,7 +157,7 @@ def test_a_mistake_exits_2_with_one_line(trained, dataset, tmp_path):
         {"steps": "4;6"},
         {"steps": "5"},
     ):
-        complaint(average(trained, to=to, code=None, **choice))
+        read_error(average(trained, to=to, code=None, **choice))
 
     # a checkpoint of another network that was copied here
     other = TINY | {"n_layer": 2, "max_iters": 10, "eval_interval": 10}
@@ -151,7 +165,7 @@ def test_a_mistake_exits_2_with_one_line(trained, dataset, tmp_path):
     folder = tmp_path / "mixed"
     shutil.copytree(trained, folder)
     shutil.copy(tmp_path / "other/ckpt-00000010.pt", folder)
-    line = complaint(
+    line = read_error(
         average(
             folder,
             last=2,

@@ -7,7 +7,7 @@ from multiprocessing import get_context
 
 import pytest
 import torch
-from conftest import complaint, run
+from conftest import read_error, run
 
 from keepgpt.errors import UserError
 from model import build_model
@@ -43,7 +43,7 @@ def one_thread(monkeypatch):
     ids=" ".join,
 )
 def test_a_mistake_exits_2_with_one_line(args):
-    complaint(run(*args, code=2))
+    read_error(run(*args, code=2))
 
 
 def test_demo_help_exits_0():
@@ -54,6 +54,7 @@ def test_demo_help_exits_0():
 @pytest.mark.parametrize("page", measure.PAGES, ids=lambda page: page.name)
 def test_tables_match_the_records(page):
     text = page.read_text(encoding="utf-8")
+    # without a place for a table the test would show nothing
     assert "<!-- measured: " in text
     records = measure.read_records()
     assert measure.update_page(text, records) == text
@@ -85,6 +86,7 @@ def test_a_record_replaces_its_row_only(tmp_path):
 
     text = "a\n<!-- measured: train -->\nold\n<!-- end -->\nb\n"
     page = measure.update_page(text, records)
+    # before them are the line "a" and the comment
     assert page.split("\n")[2:6] == [
         "| train | machine | x, ms |",
         "|---|---|---|",
@@ -101,6 +103,7 @@ def fail():
 def test_a_side_that_fails_is_left_out():
     half = partial(float, 0.5)
     quarter = partial(float, 0.25)
+    # each side returns the seconds that it took
     row = measure.compare(2, {"ours": half, "one": quarter, "other": fail})
     assert row == {"ours, ms": 500, "one, ms": 250, "one / ours": 0.5}
 
@@ -198,25 +201,33 @@ def test_an_avx2_row_limits_all_its_processes(monkeypatch, tmp_path):
         assert os.environ[name] == value
 
 
-def test_rows_for_a_gpu_are_shapes(monkeypatch):
-    measured = {}
+@pytest.fixture
+def measured(monkeypatch):
+    """Run tools.gpu on a CPU and on a GPU without measuring. Return the rows of each part."""
+    rows_of_parts = {}
 
     def record_rows(part, rows, *args, **kwargs):
-        measured[part] = rows
+        rows_of_parts[part] = rows
         return True
 
     monkeypatch.setattr(bench, "pick_device", torch.device)
     monkeypatch.setattr(measure, "describe_machine", lambda _: {})
     monkeypatch.setattr(measure, "run_rows", record_rows)
+    # the names of a GPU's parts start with "gpu "
     for device in ("cpu", "cuda:0"):
         config = gpu.GpuConfig(device=device)
         assert gpu.main(config, []) == 0
+    return rows_of_parts
 
-    # only a GPU is fast enough for the larger batches
+
+def test_rows_for_a_gpu_are_shapes(measured):
     assert measured["gpu train"].keys() == sides.SHAPES.keys()
+    # only a GPU is fast enough for the larger batches
     assert any("batch 64" in name for name in measured["gpu train"])
     assert not any("batch 64" in name for name in measured["train"])
 
+
+def test_checks_of_a_gpu_run_on_its_device(measured):
     checks = measured["gpu checks"]
     assert checks.keys() == CHECKS.keys()
     for check in checks.values():
@@ -227,6 +238,7 @@ def test_a_row_that_fails_leaves_the_others(tmp_path):
     path = tmp_path / "rows.json"
     good = {"good": dict}
     work = {"bad": partial(divmod, 7, 0)} | good
+    # one minute, and two rows at a time
     assert not measure.run_rows("checks", work, path, {}, 1, workers=2)
     rows = {"checks": {"good": {"numbers": {}}}}
     assert json.loads(path.read_text()) == rows

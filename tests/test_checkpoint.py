@@ -39,6 +39,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def bundle(dataset, tmp_path_factory):
     """Return the bundle of a real run."""
+    # two steps: the optimizer has its moments
     out = tmp_path_factory.mktemp("run")
     run("train.py", out_dir=out, dataset=dataset, **TINY | {"max_iters": 2})
     return read_bundle(out / "ckpt.pt")
@@ -68,6 +69,7 @@ def refuse(*_):
 
 
 def test_a_corrupted_write_is_never_committed(bundle, tmp_path):
+    # a disk that reports success and stores something else
     def flip_last_bit(file, data):
         changed = bytearray(data)
         changed[-1] ^= 1
@@ -93,6 +95,7 @@ def test_a_checkpoint_that_cannot_be_removed_is_no_failure(bundle, tmp_path, cap
         assert saver.wait()
         assert saver.best_val_loss == loss
     assert "can't be removed" in capsys.readouterr().err
+    # the save itself is complete
     assert read_bundle(tmp_path / "best.pt")["step"] == 3
 
 
@@ -126,12 +129,12 @@ def test_a_failed_save_restores_best_val_loss(bundle, tmp_path):
 def test_a_drive_without_links_saves_copies(
     bundle, tmp_path, capsys, monkeypatch, number
 ):
-    def unsupported(*_):
+    def refuse_operation(*_):
         raise OSError(number, os.strerror(number))
 
     # earlier tests of this process may have printed the note, which is printed once
     monkeypatch.setattr(errors, "TOPICS", set())
-    disk = FaultyDisk("link", unsupported)
+    disk = FaultyDisk("link", refuse_operation)
     for step in (1, 2, 3):
         commit(bundle | {"step": step}, tmp_path, 2, True, disk)
     assert read_bundle(tmp_path / "ckpt.pt")["step"] == 3
@@ -143,6 +146,7 @@ def test_a_drive_without_links_saves_copies(
 
 
 def test_a_link_that_fails_with_eio_is_an_error(bundle, tmp_path):
+    # unlike the numbers above, EIO does not say that the drive has no links
     bundle = bundle | {"step": 1}
     with pytest.raises(OSError, match="ckpt-00000001.pt"):
         commit(bundle, tmp_path, 2, False, FaultyDisk("write", refuse))
@@ -207,6 +211,7 @@ def test_no_operation_of_a_save_touches_another_folder(bundle, tmp_path):
         # a save that failed may have been complete before the move
         step = find_bundle(folder.with_name("old"))[1]["step"]
         assert step == 3 or (step == 2 and not saved)
+    # the folder stayed during the last save, and moved during more than ten
     assert n > 10
     assert saved
 
@@ -219,6 +224,7 @@ def test_another_format_is_refused(bundle, tmp_path):
 
 
 def test_any_malformed_pickle_is_refused(bundle, tmp_path):
+    # a pickle without its end and one without its start; the others are none
     whole = pickle.dumps({"a": [1, 2.5, "x"]}, protocol=2)
     parts = (whole[:-1], whole[5:])
     for content in (b"", b".", b"\x80\x02", *parts, b"0" * 9, b"R."):
@@ -268,9 +274,11 @@ def test_the_last_save_is_retried_once(dataset, tmp_path, failures, code, printe
     assert printed in done.stdout.splitlines()[-2], done.stderr
     assert done.stderr.count("FAILED: [Errno 5]") == failures
     assert not list(tmp_path.glob("*.tmp"))
+    # without the second attempt nothing was saved
     assert (tmp_path / "ckpt.pt").exists() == (code == 0)
 
 
+# the user id of Linux for a user without privileges
 NOBODY = 65534
 
 
@@ -279,6 +287,7 @@ def test_a_user_without_privileges_can_save(bundle):
     # pytest's own temporary folder is root's alone
     with tempfile.TemporaryDirectory() as name:
         os.chown(name, NOBODY, NOBODY)
+        # in a fork: this process stays root
         pid = os.fork()
         if not pid:
             # a saver's thread asks for 10, a higher priority, which only root may have
@@ -322,6 +331,7 @@ def test_steps_of_nine_digits_are_the_newest(bundle, tmp_path):
 
 
 def test_renamed_checkpoints_are_mentioned(bundle, dataset, tmp_path):
+    # names that a person, a browser, an editor or a file manager gives
     out = tmp_path / "out"
     names = [
         "my-best.pt",
@@ -382,6 +392,7 @@ def replace_state(bundle, state):
 
 @pytest.mark.parametrize("kind", STATES)
 def test_an_optimizer_may_keep_any_plain_state(bundle, tmp_path, capsys, kind):
+    # an optimizer that a user adds may have any of these
     changed = replace_state(bundle, STATES[kind])
     saver = make_saver(tmp_path)
     saver.save(changed, best=False)

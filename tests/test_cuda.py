@@ -54,6 +54,7 @@ MPS = torch.device("mps")
 def tiny_run(tmp_path):
     """Return a function that makes a run on random tokens, without an out_dir."""
 
+    # what set_up does for a real run, without files, ranks and checkpoints
     def make(**settings):
         sizes = vars(ARGS) | settings
         # it follows from the dataset
@@ -120,6 +121,7 @@ def test_graphs_are_static_whichever_is_compiled_first(
     has_symbolic_sizes = []
     compile = torch.compile
 
+    # instead of making code: look at the shapes of a graph, then run it as it is
     def backend(graph, inputs):
         symbolic = any(isinstance(x, torch.SymInt) for x in inputs)
         has_symbolic_sizes.append(symbolic)
@@ -175,6 +177,7 @@ def test_the_compiled_form_of_the_loss_has_the_same_bits(dtype, monkeypatch):
         loss = LinearCrossEntropy.apply(x, weight, targets, 61)
         return [loss, *torch.autograd.grad(loss, (x, weight))]
 
+    # what runs without a compiler: the loss by parts
     eager = compute_loss_and_gradients()
     # the plain formula that the compiler sees, run without compiling it
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -528,6 +531,7 @@ def test_a_snapshot_of_cuda_tensors_is_on_the_host(fake_model, tmp_path, monkeyp
     Streams(monkeypatch)
     saver = Saver(tmp_path, 2, None, lambda: None, CUDA)
     state = fake_model.state_dict()
+    # host memory that is not pinned: this machine has no CUDA to pin it
     saver.copies = {
         f"/{name}": torch.empty_like(p, device="cpu") for name, p in state.items()
     }
@@ -548,6 +552,7 @@ def test_cudnn_s_attention_is_off_once_a_device_is_picked(name):
 
 
 def test_generation_leaves_the_choice_of_attention_alone():
+    # a program that imports model.py may want either
     for enabled in (True, False):
         torch.backends.cuda.enable_cudnn_sdp(enabled)
         model = build_model(ARGS).eval()

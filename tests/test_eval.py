@@ -16,10 +16,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import numpy as np
 import pytest
 import torch
-from conftest import complaint, run, start
+from conftest import read_error, run, start
 
 from keepgpt.errors import UserError
-from keepgpt.tokenizer import from_meta, train_bpe
+from keepgpt.tokenizer import Tokenizer, from_meta, train_bpe
 from model import GPT, ModelArgs, build_model
 from tools.eval import __main__ as tool
 from tools.eval import results
@@ -33,6 +33,7 @@ from tools.eval.documents import (
 from tools.eval.stats import estimate, is_decided, subtract
 
 QWEN3 = {"architecture": "qwen3", "n_kv_head": 1, "bias": False}
+# answers of several lengths; among the random models' own answers are right and wrong ones
 QUESTIONS = [
     {
         "context": "To be, or not",
@@ -89,6 +90,7 @@ def save_random(path: Path, description: dict, block_size: int = 32, **settings)
     }
     torch.manual_seed(0)
     model = build_model(ModelArgs(**args | settings)).eval()
+    # places count as much as tokens: a window that is off by one has other losses
     for name, p in model.named_parameters():
         torch.nn.init.normal_(p, std=3 if "wpe" in name else 0.3)
     bundle = {
@@ -103,6 +105,7 @@ def save_random(path: Path, description: dict, block_size: int = 32, **settings)
 
 def evaluate(*models: Path, **settings) -> None:
     """Run the tool in this process."""
+    # `auto` would take bfloat16 on some processors
     values = {"dtype": "float32", "device": "cpu"}
     for key, value in settings.items():
         values[key] = str(value) if isinstance(value, Path) else value
@@ -176,87 +179,109 @@ def add_up(model: GPT, ids: list[int]) -> float:
     return total
 
 
+def add_up_text(model: GPT, vocabulary: Tokenizer, content: str) -> dict[str, float]:
+    """Return a result for a text in documents of 100 characters, by plain sums."""
+    nats = 0.0
+    size = 0
+    tokens = 0
+    parts = list(cut_text(content, 100))
+    for part in parts:
+        ids = vocabulary.encode(part)
+        size += len(part.encode())
+        if vocabulary.eot is None:
+            # the first character has nothing before it
+            size -= 1
+        else:
+            ids = [vocabulary.eot, *ids]
+        tokens += len(ids) - 1
+        nats += add_up(model, ids)
+    return {
+        "documents": len(parts),
+        "bytes": size,
+        "tokens": tokens,
+        "bits per byte": nats / math.log(2) / size,
+        "nats per token": nats / tokens,
+    }
+
+
 @pytest.mark.parametrize("kind", ["char", "bpe"])
 @pytest.mark.parametrize("block_size", [32, 7])
 def test_bits_per_byte_equal_a_direct_sum(
     kind, block_size, text, request, tmp_path, capsys
 ):
-    is_bpe = kind == "bpe"
     description = request.getfixturevalue(kind)
     model = save_random(tmp_path / "model.pt", description, block_size)
     # a letter of two bytes, which the characters lack
-    content = text[:700] + "é" if is_bpe else text[:700]
+    content = text[:700] + "é" if kind == "bpe" else text[:700]
     (tmp_path / "text.txt").write_text(content)
     evaluate(tmp_path / "model.pt", text=tmp_path / "text.txt", chars=100)
 
-    vocabulary = from_meta({"tokenizer": description})
-    nats = 0.0
-    size = 0
-    tokens = 0
-    parts = list(cut_text(content, 100))
-    assert len(parts) > 3
-    for part in parts:
-        ids = vocabulary.encode(part)
-        size += len(part.encode())
-        if is_bpe:
-            ids = [vocabulary.eot, *ids]
-        else:
-            # the first character has nothing before it
-            size -= 1
-        tokens += len(ids) - 1
-        nats += add_up(model, ids)
+    expected = add_up_text(model, from_meta({"tokenizer": description}), content)
+    assert expected["documents"] > 3
     result = read_result(tmp_path)
-    assert result["bytes"] == size
-    assert result["tokens"] == tokens
-    assert result["documents"] == len(parts)
-    # the plain sums of all parts
-    expected = nats / math.log(2) / size
-    assert result["bits per byte"]["value"] == pytest.approx(expected, rel=1e-6)
-    nats_per_token = nats / tokens
-    assert result["nats per token"]["value"] == pytest.approx(nats_per_token, rel=1e-6)
+    for key in ("bytes", "tokens", "documents"):
+        assert result[key] == expected[key]
+    for key in ("bits per byte", "nats per token"):
+        assert result[key]["value"] == pytest.approx(expected[key], rel=1e-6)
     captured = capsys.readouterr()
-    assert f"{expected:.4f} ±" in captured.out
+    assert f"{expected['bits per byte']:.4f} ±" in captured.out
     assert f"continue after {block_size // 2} tokens" in captured.err
 
 
-def test_errors_are_those_of_the_formulas():
-    first = np.array([10.0, 21.0, 33.0, 14.0])
-    second = np.array([11.0, 20.0, 30.0, 15.0])
-    size = np.array([5.0, 9.0, 17.0, 6.0])
-    root = len(size) ** 0.5
-    # a mean: the standard deviation over sqrt(n)
-    assert estimate(first).value == first.mean()
-    assert estimate(first).error == pytest.approx(first.std(ddof=1) / root)
-    # a ratio of sums
-    ratio = first.sum() / size.sum()
-    residuals = first - ratio * size
-    error = residuals.std(ddof=1) / root / size.mean()
-    first_ratio = estimate(first, size)
-    assert first_ratio.value == pytest.approx(ratio)
-    assert first_ratio.error == pytest.approx(error)
-    # the paired difference of two
-    ratio = (first - second).sum() / size.sum()
-    residuals = first - second - ratio * size
-    error = residuals.std(ddof=1) / root / size.mean()
-    second_ratio = estimate(second, size)
-    difference = subtract(first_ratio, second_ratio)
-    assert difference.value == pytest.approx(ratio)
-    assert difference.error == pytest.approx(error)
-    # decided from two standard errors on
-    assert not is_decided(difference)
-    far = estimate(first + 3 * size, size)
-    assert is_decided(subtract(far, second_ratio))
-    # one document says nothing about the error
-    single = estimate(first[:1])
+# the nats of two models on four documents, and the bytes of the documents
+FIRST = np.array([10.0, 21.0, 33.0, 14.0])
+SECOND = np.array([11.0, 20.0, 30.0, 15.0])
+SIZE = np.array([5.0, 9.0, 17.0, 6.0])
+
+
+def compute_ratio(nats: np.ndarray) -> tuple[float, float]:
+    """Return the ratio of two sums, nats per byte, and its standard error."""
+    ratio = nats.sum() / SIZE.sum()
+    residuals = nats - ratio * SIZE
+    error = residuals.std(ddof=1) / len(SIZE) ** 0.5 / SIZE.mean()
+    return ratio, error
+
+
+def test_the_error_of_a_mean_is_that_of_its_formula():
+    mean = estimate(FIRST)
+    assert mean.value == FIRST.mean()
+    # the standard deviation over sqrt(n)
+    assert mean.error == pytest.approx(FIRST.std(ddof=1) / 2)
+
+
+def test_the_error_of_a_ratio_is_that_of_its_formula():
+    ratio = estimate(FIRST, SIZE)
+    assert (ratio.value, ratio.error) == pytest.approx(compute_ratio(FIRST))
+
+
+def test_a_difference_is_of_pairs_of_documents():
+    difference = subtract(estimate(FIRST, SIZE), estimate(SECOND, SIZE))
+    expected = compute_ratio(FIRST - SECOND)
+    assert (difference.value, difference.error) == pytest.approx(expected)
+
+
+def test_two_standard_errors_decide():
+    first = estimate(FIRST, SIZE)
+    second = estimate(SECOND, SIZE)
+    assert not is_decided(subtract(first, second))
+    # three nats more for each byte
+    far = estimate(FIRST + 3 * SIZE, SIZE)
+    assert is_decided(subtract(far, second))
+
+
+def test_a_single_value_has_no_error():
+    single = estimate(FIRST[:1])
     assert math.isnan(single.error)
     assert not is_decided(single)
 
 
 def test_a_text_is_cut_where_a_reader_would(text):
+    # a part ends at the first such place behind `chars` characters, or after as many more
     for chars in (10, 300, 2000):
         parts = list(cut_text(text, chars))
         assert "".join(parts) == text
-        assert all(chars < len(part) <= 2 * chars for part in parts[:-1])
+        for part in parts[:-1]:
+            assert chars < len(part) <= 2 * chars
     assert list(cut_text(text, 0)) == [text]
     # a blank line, a line, a word, and no place at all
     assert list(cut_text("abc d\ne\n\nfg hi jk", 4)) == ["abc d\n", "e\n\nfg ", "hi jk"]
@@ -302,6 +327,7 @@ def test_an_interrupted_evaluation_continues(
     source = write_rows(tmp_path / "rows.jsonl", rows)
     # several documents in a batch, and several batches
     settings = {corpus: source, "batch_tokens": 20}
+    # count the batches, and interrupt the one with the number `stop`
     calls = 0
     stop = 0
     score_windows = results.score_windows
@@ -363,9 +389,8 @@ def test_a_stopped_evaluation_continues(text, char, tmp_path, number):
     assert read_result(tmp_path / "killed") == read_result(tmp_path / "whole")
 
 
-def test_questions_of_a_file_are_scored(bpe, tmp_path, capsys):
-    model = save_random(tmp_path / "model.pt", bpe)
-    vocabulary = from_meta({"tokenizer": bpe})
+def add_up_choices(model: GPT, vocabulary: Tokenizer) -> list[list[float]]:
+    """Return the nats of each choice of QUESTIONS, by plain sums."""
     nats = []
     for question in QUESTIONS:
         row = []
@@ -376,11 +401,11 @@ def test_questions_of_a_file_are_scored(bpe, tmp_path, capsys):
             before = min(len(context), len(ids) - 1)
             row.append(add_up(model, ids) - add_up(model, ids[:before]))
         nats.append(row)
-    questions = write_rows(tmp_path / "questions.jsonl", QUESTIONS)
-    evaluate(tmp_path / "model.pt", tasks=questions)
-    for expected, actual in zip(nats, read_nats(tmp_path)):
-        assert actual == pytest.approx(expected, rel=1e-5)
+    return nats
 
+
+def score_choices(nats: list[list[float]]) -> dict[str, list[float]]:
+    """Return the values of each question of QUESTIONS, by name, for the nats of its choices."""
     # the bytes of the right answers; the space before "Ay" is a part of the choice
     sizes = [6, 12, 20, 4]
     bits = []
@@ -392,24 +417,32 @@ def test_questions_of_a_file_are_scored(bpe, tmp_path, capsys):
         bits.append(row[answer] / math.log(2) / size)
         right.append(np.argmin(row) == answer)
         by_length.append(np.argmin(np.divide(row, lengths)) == answer)
+    # some right, some wrong: otherwise the test would show little
+    assert 0 < np.mean(right) + np.mean(by_length) < 2
+    return {"bits per byte": bits, "accuracy": right, "accuracy by length": by_length}
+
+
+def test_questions_of_a_file_are_scored(bpe, tmp_path, capsys):
+    model = save_random(tmp_path / "model.pt", bpe)
+    questions = write_rows(tmp_path / "questions.jsonl", QUESTIONS)
+    evaluate(tmp_path / "model.pt", tasks=questions)
+    nats = add_up_choices(model, from_meta({"tokenizer": bpe}))
+    for expected, actual in zip(nats, read_nats(tmp_path), strict=True):
+        assert actual == pytest.approx(expected, rel=1e-5)
+
     result = read_result(tmp_path)
-    for name, values in {
-        "bits per byte": bits,
-        "accuracy": right,
-        "accuracy by length": by_length,
-    }.items():
+    for name, values in score_choices(nats).items():
         # over the root of four questions
         error = np.std(values, ddof=1) / 2
         assert result[name]["value"] == pytest.approx(np.mean(values))
         assert result[name]["standard_error"] == pytest.approx(error)
-    # neither all right nor all wrong
-    assert 0 < np.mean(right) + np.mean(by_length) < 2
     assert "questions: 4 questions" in capsys.readouterr().out
 
 
 def test_a_long_context_is_cut_from_the_left(bpe, text, tmp_path, capsys):
     model = save_random(tmp_path / "model.pt", bpe, 16)
     context = text[:500].rstrip()
+    # 500 characters are more than the model's 16 tokens
     long = {
         "context": context,
         "choices": [" the", " king"],
@@ -503,6 +536,7 @@ def test_every_kind_of_model_is_read(whole, dataset, tmp_path, capsys):
     run("tools.export", out_dir=whole, to=tmp_path / "hf")
     options = ["--steps=20", f"--to={tmp_path / 'average.pt'}"]
     run("tools.average", whole, *options)
+    # four names for the same weights
     models = [whole, whole / "best.pt", tmp_path / "average.pt", tmp_path / "hf"]
     evaluate(
         *models,
@@ -510,14 +544,18 @@ def test_every_kind_of_model_is_read(whole, dataset, tmp_path, capsys):
         to=tmp_path / "results",
         limit=4,
     )
-    table = [line.split() for line in capsys.readouterr().out.splitlines()]
-    rows = {row[0]: row[1:] for row in table[2:6]}
-    assert list(rows) == [str(model) for model in models]
+    lines = capsys.readouterr().out.splitlines()
+    table = [line.split() for line in lines[2:6]]
+    names, hashes, *numbers = zip(*table, strict=True)
+    assert list(names) == [str(model) for model in models]
     # the same weights, the same results
-    assert len({tuple(row[1:]) for row in rows.values()}) == 1
+    for column in numbers:
+        assert len(set(column)) == 1
     # a run's folder is its best checkpoint; exported weights are other bytes
-    assert len({row[0] for row in rows.values()}) == 3
+    assert len(set(hashes)) == 3
 
+
+def test_a_run_is_read_at_its_best_or_a_given_step(whole, dataset, tmp_path):
     # best.pt may be older than the newest checkpoint
     older = whole / "ckpt-00000010.pt"
     shutil.copytree(whole, tmp_path / "run")
@@ -556,6 +594,7 @@ def test_a_dataset_is_read_by_a_model_with_other_tokens(
 
 
 def test_a_dataset_s_documents_are_those_that_were_prepared(text, tmp_path):
+    # 60 documents of 100 characters
     documents = [text[start : start + 100] for start in range(0, len(text), 100)]
     rows = write_rows(tmp_path / "d.jsonl", [{"text": part} for part in documents])
     run(
@@ -580,14 +619,13 @@ def test_tokens_that_no_text_gives_are_refused(tmp_path):
         list(read_dataset(tmp_path))
 
 
-def test_another_network_with_the_same_weights_has_results_of_its_own(
-    bpe, text, tmp_path, capsys
-):
+def test_the_same_weights_in_another_network_are_apart(bpe, text, tmp_path, capsys):
     model = save_random(tmp_path / "model.pt", bpe, **QWEN3)
     flags = [f"--init_from={tmp_path / 'model.pt'}", f"--to={tmp_path / 'hf'}"]
     run("tools.export", *flags)
     shutil.copytree(tmp_path / "hf", tmp_path / "other")
     path = tmp_path / "other/config.json"
+    # the same weights, but positions turn faster
     content = path.read_text()
     assert str(model.args.rope_theta) in content
     path.write_text(content.replace(str(model.args.rope_theta), "5.0"))
@@ -609,12 +647,14 @@ def test_texts_of_one_name_have_results_of_their_own(char, text, tmp_path):
         # one more of the same text
         evaluate(tmp_path / "model.pt", text=tmp_path / folder / "text.txt")
         text = text[:3000]
+    # a name for each text, not for each evaluation
     assert len(list(tmp_path.glob("eval-*.json"))) == 2
 
 
 def test_rows_without_a_text_are_reported(char, tmp_path, capsys):
     save_random(tmp_path / "model.pt", char)
     rows = [{"text": "To be, or not to be"}, {"body": "Who is there"}]
+    # the second row's text has another key
     evaluate(tmp_path / "model.pt", text=write_rows(tmp_path / "d.jsonl", rows))
     printed = capsys.readouterr()
     assert "no text in 1 of 2 rows" in printed.err
@@ -637,6 +677,7 @@ def test_rows_of_other_programs_do_not_count(char, tmp_path):
     evaluate(tmp_path / "model.pt", text=tmp_path / "text.txt")
     (path,) = tmp_path.glob("eval-*.jsonl")
     before = path.read_text()
+    # an evaluation that finds its own rows computes nothing and adds nothing
     path.write_text('{"key": "x"}\ngarbage}\n[]\n' + before)
     evaluate(tmp_path / "model.pt", text=tmp_path / "text.txt")
     assert path.read_text().endswith(before)
@@ -707,7 +748,7 @@ def test_mistakes_are_one_line(args, part, char, tmp_path):
     files["LETTER"].write_text("a")
     for name, path in files.items():
         args = [arg.replace(name, str(path)) for arg in args]
-    assert part in complaint(run("tools.eval", *args, code=2))
+    assert part in read_error(run("tools.eval", *args, code=2))
     assert not list(tmp_path.glob("eval-*"))
 
 

@@ -1,5 +1,6 @@
 """What tools.export writes is the same model and tokenizer in Transformers and llama.cpp."""
 
+import copy
 import functools
 import json
 import os
@@ -8,7 +9,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 # before Transformers is loaded: else it asks the hub, and waits
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -16,14 +19,23 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 import tiktoken_ext.openai_public
 import torch
-from conftest import PROGRAMS, REPO, command, complaint, run
-from small_tokenizers import QWEN, byte_level, save, sentencepiece, unigram, wordpiece
+from conftest import PROGRAMS, REPO, make_command, read_error, run
+from small_tokenizers import (
+    QWEN,
+    save,
+    train_byte_level,
+    train_sentencepiece,
+    train_unigram,
+    train_wordpiece,
+)
+from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from keepgpt.dataset import read_meta
 from keepgpt.errors import UserError
 from keepgpt.huggingface import read_weights
 from keepgpt.tokenizer import (
+    Tokenizer,
     describe_encoding,
     describe_tokenizer,
     from_meta,
@@ -43,10 +55,10 @@ QWEN3 = {
     "norm_eps": 1e-5,
     "tie_embeddings": False,
 }
+# the same sizes: what differs is the norm of queries and keys
 LLAMA = QWEN3 | {"architecture": "llama"}
-# letters that tokenizers split in different ways: long s, spaces of many kinds, joined emoji,
+# letters that tokenizers split in different ways: a long s, spaces of many kinds, joined emoji,
 # marks
-# letters that tokenizers split in different ways: spaces of many kinds, joined emoji, marks
 PIECES = [
     "abcdefgh ſstredml'’",
     "0123456789 ab",
@@ -64,6 +76,7 @@ def make_texts(alphabet: str | None) -> list[str]:
     """Return texts of many scripts, or of `alphabet`."""
     rng = random.Random(1)
     texts = []
+    # two kinds of letters in a text: what matters is how a tokenizer cuts between them
     for _ in range(400):
         letters = alphabet or rng.choice(PIECES) + rng.choice(PIECES)
         text = rng.choices(letters, k=rng.randint(1, 60))
@@ -77,7 +90,7 @@ ELSEWHERE = [sys.executable, "-I"]
 
 # it imports Transformers once for all tests
 @functools.cache
-def transformers_server() -> subprocess.Popen:
+def start_transformers_server() -> subprocess.Popen:
     """Start a process with Transformers, which ends with this one."""
     return subprocess.Popen(
         [*ELSEWHERE, PROGRAMS / "read_folder.py"],
@@ -93,7 +106,7 @@ def read_with_transformers(folder: Path, work: dict, tmp_path: Path) -> dict:
     work_file = tmp_path / "work.json"
     work_file.write_text(json.dumps(work))
     result = tmp_path / "read.pt"
-    server = transformers_server()
+    server = start_transformers_server()
     print(folder, work_file, result, sep="\t", file=server.stdin, flush=True)
     assert server.stdout.readline() == "done\n"
     return torch.load(result)
@@ -114,6 +127,7 @@ def save_random(path: Path, args: ModelArgs, description: dict) -> GPT:
     """Save a model whose next token depends on the text and the place."""
     torch.manual_seed(0)
     model = build_model(args).eval()
+    # an untrained model's logits are all alike
     for name, p in model.named_parameters():
         torch.nn.init.normal_(p, std=3 if "wpe" in name else 0.3)
     bundle = {
@@ -132,13 +146,14 @@ def text(play: Path) -> str:
     return play.read_text(encoding="utf-8") + "".join(cubes)
 
 
-def cl100k(monkeypatch, text: str) -> dict:
+def describe_cl100k(text: str) -> dict:
     """Return the description of tiktoken's cl100k_base with the ranks of a small BPE."""
     openai = tiktoken_ext.openai_public
     # the real ranks are a download
     ranks = from_meta({"tokenizer": train_bpe([text], 1000)}).ranks
-    monkeypatch.setattr(openai, "load_tiktoken_bpe", lambda *_, **__: ranks)
-    parts = openai.cl100k_base()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(openai, "load_tiktoken_bpe", lambda *_, **__: ranks)
+        parts = openai.cl100k_base()
     return describe_encoding(
         "cl100k_base",
         parts["pat_str"],
@@ -147,121 +162,178 @@ def cl100k(monkeypatch, text: str) -> dict:
     )
 
 
-def describe(kind: str, text: str, monkeypatch) -> dict:
+def describe(kind: str, text: str) -> dict:
     """Return the description of a tokenizer for the text."""
     if kind == "char":
         return {"kind": "char", "chars": "".join(sorted(set(text)))}
     if kind == "bpe":
         return train_bpe([text], 1000)
     if kind == "cl100k":
-        return cl100k(monkeypatch, text)
+        return describe_cl100k(text)
     return {"kind": "gpt2"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind, bias, qwen3",
-    [
-        ("gpt2", True, {}),
-        ("cl100k", True, {}),
-        ("bpe", False, QWEN3),
-        ("char", False, {"architecture": "qwen3"}),
-        ("bpe", False, LLAMA),
+@dataclass
+class Exported:
+    """A model of this repository, its export, and what another program makes of that."""
+
+    path: Path
+    model: GPT
+    description: dict
+    vocabulary: Tokenizer
+    # the input of the other program, and its results
+    texts: list[str]
+    prompt: list[int]
+    result: dict
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        ("gpt2", {"bias": True}),
+        ("cl100k", {"bias": True}),
+        ("bpe", {"bias": False} | QWEN3),
+        ("char", {"bias": False, "architecture": "qwen3"}),
+        ("bpe", {"bias": False} | LLAMA),
     ],
     ids=["gpt2", "cl100k", "qwen3 bpe", "qwen3 tied char", "llama bpe"],
 )
-def test_transformers_reads_the_same_model_and_tokenizer(
-    kind, bias, qwen3, text, tmp_path, monkeypatch
-):
-    description = describe(kind, text, monkeypatch)
+def folder_in_transformers(request, text, tmp_path_factory) -> Exported:
+    """Export a model to a folder and read it with Transformers."""
+    kind, settings = request.param
+    place = tmp_path_factory.mktemp("transformers")
+    description = describe(kind, text)
     vocabulary = from_meta({"tokenizer": description})
-    checkpoint = tmp_path / "random.pt"
-    folder = tmp_path / "exported"
-    args = ModelArgs(2, 2, 16, 64, vocabulary.vocab_size, bias, 0.1, **qwen3)
-    model = save_random(checkpoint, args, description)
-    run("tools.export", init_from=checkpoint, to=folder)
+    args = ModelArgs(2, 2, 16, 64, vocabulary.vocab_size, dropout=0.1, **settings)
+    model = save_random(place / "random.pt", args, description)
+    folder = place / "exported"
+    run("tools.export", init_from=place / "random.pt", to=folder)
 
     # a tokenizer of characters refuses others
-    alphabet = description["chars"] if kind == "char" else None
-    texts = make_texts(alphabet)
-    prompt = text[1000:1040]
-    ids = vocabulary.encode(prompt)
-    work = {"texts": texts, "prompt": prompt, "ids": ids}
-    result = read_with_transformers(folder, work, tmp_path)
-    assert result["ids"] == [vocabulary.encode(text) for text in texts]
-    assert result["back"] == texts
-    # it ends a text where this repository does
-    assert result["eot"] == vocabulary.eot
-    # else Transformers 4 hands token_type_ids to the model, which adds them to its embeddings
-    config = json.loads((folder / "tokenizer_config.json").read_text())
-    assert config["model_input_names"] == ["input_ids", "attention_mask"]
-    batch = torch.tensor([ids])
-    logits = model.double()(batch)[0]
-    # Transformers computes RMSNorm in float32
-    tolerance = 1e-5 if qwen3 else 1e-12
-    error = (result["logits"] - logits).abs().max()
-    assert error < tolerance * logits.abs().max()
-    assert logits.std() > 0.1
-    # and back, into this repository
-    args, state, data = read_weights(str(folder))
-    assert data["tokenizer"] == description
-    loaded = load_model(args, state).eval()
-    assert torch.equal(loaded.double()(batch)[0], logits)
-    args, state, data = read_weights(str(folder / "weights.pt"))
-    assert args == vars(model.args)
-    assert data["tokenizer"] == description
-    for name, p in model.state_dict().items():
-        assert torch.equal(state[name], p.float())
+    texts = make_texts(description.get("chars"))
+    prompt = vocabulary.encode(text[1000:1040])
+    work = {"texts": texts, "prompt": text[1000:1040], "ids": prompt}
+    result = read_with_transformers(folder, work, place)
+    return Exported(folder, model, description, vocabulary, texts, prompt, result)
+
+
+def compute_logits(model: GPT, ids: list[int]) -> Tensor:
+    """Return the logits after each token, (T, V), in float64."""
+    return copy.deepcopy(model).double()(torch.tensor([ids]))[0]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "kind, settings, dtype",
-    [
+def test_transformers_reads_the_same_tokenizer(folder_in_transformers):
+    exported = folder_in_transformers
+    vocabulary = exported.vocabulary
+    result = exported.result
+    assert result["ids"] == [vocabulary.encode(text) for text in exported.texts]
+    assert result["back"] == exported.texts
+    # it ends a text where this repository does
+    assert result["eot"] == vocabulary.eot
+    # else Transformers 4 hands token_type_ids to the model, which adds them to its embeddings
+    config = json.loads((exported.path / "tokenizer_config.json").read_text())
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]
+
+
+@pytest.mark.slow
+def test_transformers_reads_the_same_model(folder_in_transformers):
+    exported = folder_in_transformers
+    logits = compute_logits(exported.model, exported.prompt)
+    # Transformers computes RMSNorm in float32
+    is_gpt2 = exported.model.args.architecture == "gpt2"
+    tolerance = 1e-12 if is_gpt2 else 1e-5
+    error = (exported.result["logits"] - logits).abs().max()
+    assert error < tolerance * logits.abs().max()
+    # the model says more than that all tokens are alike
+    assert logits.std() > 0.1
+
+
+@pytest.mark.slow
+def test_an_exported_folder_comes_back_in(folder_in_transformers):
+    exported = folder_in_transformers
+    args, state, data = read_weights(str(exported.path))
+    assert data["tokenizer"] == exported.description
+    loaded = load_model(args, state).eval()
+    logits = compute_logits(exported.model, exported.prompt)
+    assert torch.equal(compute_logits(loaded, exported.prompt), logits)
+
+
+@pytest.mark.slow
+def test_exported_weights_come_back_in(folder_in_transformers):
+    exported = folder_in_transformers
+    args, state, data = read_weights(str(exported.path / "weights.pt"))
+    assert args == vars(exported.model.args)
+    assert data["tokenizer"] == exported.description
+    for name, p in exported.model.state_dict().items():
+        assert torch.equal(state[name], p)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
         ("bpe", {"bias": False}, "float32"),
-        ("gpt2", {}, "bfloat16"),
-        ("bpe", QWEN3, "float32"),
-        ("char", {"architecture": "qwen3"}, "bfloat16"),
-        ("bpe", LLAMA, "float32"),
-        ("char", {"architecture": "llama"}, "float16"),
+        ("gpt2", {"bias": True}, "bfloat16"),
+        ("bpe", {"bias": False} | QWEN3, "float32"),
+        ("char", {"bias": False, "architecture": "qwen3"}, "bfloat16"),
+        ("bpe", {"bias": False} | LLAMA, "float32"),
+        ("char", {"bias": False, "architecture": "llama"}, "float16"),
     ],
     ids=["gpt2 bpe", "gpt2", "qwen3", "qwen3 tied", "llama", "llama tied"],
 )
-def test_llama_cpp_reads_the_same_model_and_tokenizer(
-    kind, settings, dtype, text, tmp_path, monkeypatch
-):
+def file_in_llama_cpp(request, text, tmp_path_factory) -> Exported:
+    """Export a model to a file in a dtype and read it with llama.cpp."""
+    kind, settings, dtype = request.param
+    place = tmp_path_factory.mktemp("llama_cpp")
     # characters that GGUF's vocabulary could confuse with its own signs
     text += " é日本語 \\ \t ★"
-    description = describe(kind, text, monkeypatch)
+    description = describe(kind, text)
     vocabulary = from_meta({"tokenizer": description})
-    more = {"bias": "architecture" not in settings, "dropout": 0.0} | settings
-    args = ModelArgs(2, 2, 32, 64, vocabulary.vocab_size, **more)
-    checkpoint = tmp_path / "random.pt"
-    file = tmp_path / "model.gguf"
+    args = ModelArgs(2, 2, 32, 64, vocabulary.vocab_size, dropout=0.0, **settings)
+    checkpoint = place / "random.pt"
+    file = place / "model.gguf"
     model = save_random(checkpoint, args, description)
     run("tools.export", init_from=checkpoint, to=file, format="gguf", dtype=dtype)
-    alphabet = description["chars"] if kind == "char" else None
-    texts = make_texts(alphabet)
+
+    texts = make_texts(description.get("chars"))
     prompt = text[1000:1040]
     # characters have no end of text
     work = {"texts": texts, "prompt": prompt, "ignore_eos": kind != "char"}
-    result = read_with_llama_cpp(file, work, tmp_path)
-    assert result["ids"] == [vocabulary.encode(text) for text in texts]
-    assert result["back"] == texts
-    # the weights as the file has them: matrices are rounded
+    result = read_with_llama_cpp(file, work, place)
+    # the weights as the file has them
+    round_matrices(model, getattr(torch, dtype))
+    ids = vocabulary.encode(prompt)
+    return Exported(file, model, description, vocabulary, texts, ids, result)
+
+
+def round_matrices(model: GPT, dtype: torch.dtype) -> None:
+    """Round the weights that a GGUF file has in `dtype`: matrices, except those of positions."""
     for name, p in model.named_parameters():
         if p.dim() == 2 and "wpe" not in name:
-            p.data = p.data.to(getattr(torch, dtype)).float()
-    ids = vocabulary.encode(prompt)
-    tokens = [row[0] for row in generate(model, [ids], 20, temperature=0)]
+            p.data = p.data.to(dtype).float()
+
+
+@pytest.mark.slow
+def test_llama_cpp_reads_the_same_tokenizer(file_in_llama_cpp):
+    exported = file_in_llama_cpp
+    expected = [exported.vocabulary.encode(text) for text in exported.texts]
+    assert exported.result["ids"] == expected
+    assert exported.result["back"] == exported.texts
+
+
+@pytest.mark.slow
+def test_llama_cpp_reads_the_same_model(file_in_llama_cpp):
+    exported = file_in_llama_cpp
+    model = exported.model
+    tokens = [row[0] for row in generate(model, [exported.prompt], 20, temperature=0)]
     # instead of the end of text, llama.cpp takes the next likeliest
-    if vocabulary.eot in tokens:
-        end = tokens.index(vocabulary.eot)
+    if exported.vocabulary.eot in tokens:
+        end = tokens.index(exported.vocabulary.eot)
         tokens = tokens[:end]
-    assert result["made"][: len(tokens)] == tokens
+    assert exported.result["made"][: len(tokens)] == tokens
     # a model with tied embeddings mostly repeats a token
-    is_tied = settings.get("tie_embeddings", True)
-    assert len(set(tokens)) > (1 if is_tied else 3)
+    fewest = 2 if model.args.tie_embeddings else 4
+    assert len(set(tokens)) >= fewest
 
 
 def add_tokens(content: dict, *tokens: str, **flags: bool) -> None:
@@ -291,7 +363,7 @@ def test_llama_cpp_reads_a_folder_s_tokenizer(pattern, text, tmp_path):
         add_tokens(content, "<think>", "king", " the ")
         content["post_processor"] = template
 
-    folder = save(byte_level(text, pattern), tmp_path / "source", change)
+    folder = save(train_byte_level(text, pattern), tmp_path / "source", change)
     description = describe_tokenizer(str(folder))
     vocabulary = from_meta({"tokenizer": description})
     # the added tokens are used
@@ -310,6 +382,7 @@ def test_llama_cpp_reads_a_folder_s_tokenizer(pattern, text, tmp_path):
     assert result["back"] == texts
 
 
+# changes of a tokenizer.json that llama.cpp's vocabulary can't express
 def set_part(part: str, **values) -> Callable[[dict], None]:
     """Return a function that replaces a part of a tokenizer.json, or removes it."""
     return lambda content: content.update({part: values or None})
@@ -413,10 +486,10 @@ def drop_a_byte(content: dict) -> None:
 )
 def test_gguf_refuses_a_tokenizer_with_another_part(change, part, text, tmp_path):
     # without the change it is accepted
-    folder = save(byte_level(text, QWEN), tmp_path / "own")
+    folder = save(train_byte_level(text, QWEN), tmp_path / "own")
     description = describe_tokenizer(str(folder))
     to_gguf_tokenizer(from_meta({"tokenizer": description}))
-    save(byte_level(text, QWEN), folder, change)
+    save(train_byte_level(text, QWEN), folder, change)
     description = describe_tokenizer(str(folder))
     with pytest.raises(UserError) as error:
         to_gguf_tokenizer(from_meta({"tokenizer": description}))
@@ -424,7 +497,8 @@ def test_gguf_refuses_a_tokenizer_with_another_part(change, part, text, tmp_path
     assert "--format=hf" in str(error.value)
 
 
-@pytest.mark.parametrize("make", [sentencepiece, wordpiece, unigram])
+# a GGUF file is written for BPEs over bytes and for characters alone
+@pytest.mark.parametrize("make", [train_sentencepiece, train_wordpiece, train_unigram])
 def test_gguf_refuses_other_kinds_and_writes_nothing(make, text, tmp_path):
     folder = save(make(text), tmp_path / "own")
     description = describe_tokenizer(str(folder))
@@ -434,13 +508,15 @@ def test_gguf_refuses_other_kinds_and_writes_nothing(make, text, tmp_path):
     file = tmp_path / "model.gguf"
     save_random(checkpoint, args, description)
     done = run("tools.export", init_from=checkpoint, to=file, format="gguf", code=2)
-    assert "--format=hf" in complaint(done)
+    # the format that keeps every tokenizer
+    assert "--format=hf" in read_error(done)
     assert not list(tmp_path.glob("model*"))
 
 
 @pytest.mark.slow
 def test_an_exported_tokenizer_gives_the_ids_of_training(text, tmp_path):
-    folder = save(sentencepiece(text), tmp_path / "own")
+    # SentencePiece writes a space as a letter of its own
+    folder = save(train_sentencepiece(text), tmp_path / "own")
     description = describe_tokenizer(str(folder))
     vocabulary = from_meta({"tokenizer": description})
     args = ModelArgs(1, 2, 16, 64, vocabulary.vocab_size, True, 0.0)
@@ -465,18 +541,8 @@ def test_an_exported_tokenizer_gives_the_ids_of_training(text, tmp_path):
     assert done.stdout == "\n---------------\n".join(samples) + "\n"
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "own_tokenizer", [False, True], ids=["dataset's tokenizer", "its own tokenizer"]
-)
-def test_a_qwen3_goes_in_is_fine_tuned_and_comes_out(own_tokenizer, play, tmp_path):
-    run("prepare.py", play, name="bpe", tokenizer="bpe:600", data_dir=tmp_path)
-    vocabulary = from_meta(read_meta(tmp_path / "bpe"))
-    vocab_size = vocabulary.vocab_size
-    # Qwen3 pads its vocabulary
-    if own_tokenizer:
-        vocab_size += 56
-    source = tmp_path / "source"
+def save_qwen3(folder: Path, vocabulary: Tokenizer, padding: int = 0) -> None:
+    """Save a random Qwen3 as Transformers does, with a tokenizer and rows for no token."""
     config = Qwen3Config(
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -485,33 +551,49 @@ def test_a_qwen3_goes_in_is_fine_tuned_and_comes_out(own_tokenizer, play, tmp_pa
         hidden_size=32,
         intermediate_size=64,
         max_position_embeddings=128,
-        vocab_size=vocab_size,
+        vocab_size=vocabulary.vocab_size + padding,
         initializer_range=0.1,
         tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     )
+    # bfloat16, as most published weights
     torch.manual_seed(0)
     network = Qwen3ForCausalLM(config)
-    network.to(torch.bfloat16).save_pretrained(source)
-    to_tokenizers(vocabulary).save(str(source / "tokenizer.json"))
-    dataset = tmp_path / "bpe"
+    network.to(torch.bfloat16).save_pretrained(folder)
+    to_tokenizers(vocabulary).save(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def bpe_dataset(play, tmp_path_factory) -> Path:
+    """Prepare a dataset with a BPE of its own. Return its folder."""
+    place = tmp_path_factory.mktemp("bpe")
+    run("prepare.py", play, name="bpe", tokenizer="bpe:600", data_dir=place)
+    return place / "bpe"
+
+
+@pytest.fixture(
+    scope="module",
+    params=[False, True],
+    ids=["dataset's tokenizer", "its own tokenizer"],
+)
+def tuned(request, bpe_dataset, play, tmp_path_factory) -> SimpleNamespace:
+    """Fine-tune a Qwen3 of Transformers and export it in both formats. Return its files."""
+    own_tokenizer = request.param
+    place = tmp_path_factory.mktemp("qwen3")
+    source = place / "source"
+    vocabulary = from_meta(read_meta(bpe_dataset))
     if own_tokenizer:
-        # it can be sampled from before any training
-        done = run(
-            "sample.py",
-            init_from=source,
-            start="The king",
-            num_samples=1,
-            max_new_tokens=5,
-        )
-        assert done.stdout.startswith("The king")
-        assert len(done.stdout) > 9
-        run("prepare.py", play, name="own", tokenizer=source, data_dir=tmp_path)
-        dataset = tmp_path / "own"
-    out = tmp_path / "out"
+        # Qwen3 pads its vocabulary
+        save_qwen3(source, vocabulary, padding=56)
+        run("prepare.py", play, name="own", tokenizer=source, data_dir=place)
+        dataset = place / "own"
+    else:
+        save_qwen3(source, vocabulary)
+        dataset = bpe_dataset
+    # a high rate: after twenty steps the weights are others than the source's
     done = run(
         "train.py",
-        out_dir=out,
+        out_dir=place / "out",
         init_from=source,
         dataset=dataset,
         block_size=64,
@@ -524,33 +606,68 @@ def test_a_qwen3_goes_in_is_fine_tuned_and_comes_out(own_tokenizer, play, tmp_pa
         warmup_iters=0,
         lr_decay_iters=20,
     )
+    # no note: the settings and the tokenizers fit together
     assert not done.stderr
-    folder = tmp_path / "exported"
-    file = tmp_path / "model.gguf"
-    run("tools.export", out_dir=out, to=folder)
-    run("tools.export", out_dir=out, to=file, format="gguf")
-    config = json.loads((folder / "config.json").read_text())
-    assert config["head_dim"] == 16
-    assert config["num_key_value_heads"] == 2
-    # where Transformers 4 looks for it, and where Transformers 5 does
-    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 1e6
-    assert config["tie_word_embeddings"] is False
-    assert config["eos_token_id"] == vocabulary.eot
-    # all three continue a text in the same way
+    run("tools.export", out_dir=place / "out", to=place / "exported")
+    run("tools.export", out_dir=place / "out", to=place / "model.gguf", format="gguf")
+    return SimpleNamespace(
+        place=place,
+        out=place / "out",
+        folder=place / "exported",
+        file=place / "model.gguf",
+        vocabulary=vocabulary,
+    )
+
+
+@pytest.mark.slow
+def test_a_qwen3_is_sampled_before_any_training(bpe_dataset, tmp_path):
+    save_qwen3(tmp_path / "source", from_meta(read_meta(bpe_dataset)), padding=56)
+    done = run(
+        "sample.py",
+        init_from=tmp_path / "source",
+        start="The king",
+        num_samples=1,
+        max_new_tokens=5,
+    )
+    assert done.stdout.startswith("The king")
+    # more than the prompt
+    assert len(done.stdout) > len("The king\n")
+
+
+@pytest.mark.slow
+def test_a_tuned_qwen3_keeps_its_config(tuned):
+    config = json.loads((tuned.folder / "config.json").read_text())
+    expected = {
+        "head_dim": 16,
+        "num_key_value_heads": 2,
+        # where Transformers 4 looks for it
+        "rope_theta": 1e6,
+        "tie_word_embeddings": False,
+        "eos_token_id": tuned.vocabulary.eot,
+    }
+    assert config.items() >= expected.items()
+    # where Transformers 5 does
+    assert config["rope_parameters"]["rope_theta"] == 1e6
+
+
+@pytest.mark.slow
+def test_a_tuned_qwen3_continues_a_text_alike_everywhere(tuned):
     prompt = "The king and the queen"
     done = run(
         "sample.py",
-        out_dir=out,
+        out_dir=tuned.out,
         start=prompt,
         temperature=0,
         num_samples=1,
         max_new_tokens=20,
     )
     work = {"texts": [], "prompt": prompt, "ids": [0]}
-    result = read_with_transformers(folder, work, tmp_path)
+    result = read_with_transformers(tuned.folder, work, tuned.place)
     assert result["continued"] + "\n" == done.stdout
-    result = read_with_llama_cpp(file, {"texts": [], "prompt": prompt}, tmp_path)
+    work = {"texts": [], "prompt": prompt}
+    result = read_with_llama_cpp(tuned.file, work, tuned.place)
     assert prompt + result["continued"] + "\n" == done.stdout
+    # not one token again and again, which a broken model would also do
     assert len(set(result["made"])) > 1
 
 
@@ -561,7 +678,9 @@ def test_transformers_continues_a_text_as_sample_py_does(train, tmp_path):
     folder = tmp_path / "exported"
     done = run("tools.export", out_dir=out, to=folder)
     assert "step 20" in done.stdout
+    # a folder is written under another name, then renamed
     assert not list(tmp_path.glob("*.tmp"))
+    # only the continuation counts here
     work = {"texts": [], "prompt": "HAMLET ", "ids": [0]}
     result = read_with_transformers(folder, work, tmp_path)
     # the run itself, and both files of the export
@@ -582,6 +701,7 @@ def test_transformers_continues_a_text_as_sample_py_does(train, tmp_path):
 
 
 def test_dtype_is_that_of_the_weights(whole, tmp_path):
+    # the run itself has float32
     folder = tmp_path / "half"
     run("tools.export", out_dir=whole, to=folder, dtype="bfloat16")
     weights = torch.load(folder / "weights.pt", weights_only=True)["model"]
@@ -613,13 +733,14 @@ def test_corrupt_weights_are_refused(tmp_path):
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     done = run("tools.export", init_from=path, to=tmp_path / "to", code=2)
-    assert "is corrupt" in complaint(done)
+    assert "is corrupt" in read_error(done)
 
 
 @pytest.mark.slow
 def test_mistakes_are_answered_with_one_line(tmp_path):
+    # each of these ends with 2 and one line
     def export(**flags):
-        return complaint(run("tools.export", code=2, **flags))
+        return read_error(run("tools.export", code=2, **flags))
 
     to = tmp_path / "to"
     assert "--to" in export(out_dir=tmp_path)
@@ -633,14 +754,15 @@ def test_mistakes_are_answered_with_one_line(tmp_path):
     assert "expected a new file" in error
     assert (full / "file").exists()
     # a limit of 15 KiB for any file: the weights are larger
-    args = command("tools.export", init_from=save_weights(tmp_path), to=to)
+    args = make_command("tools.export", init_from=save_weights(tmp_path), to=to)
     done = subprocess.run(
         ["bash", "-c", 'ulimit -f 30; exec "$@"', "bash", *args],
         capture_output=True,
         text=True,
         cwd=REPO,
     )
-    assert f"--to={to}: [Errno 27]" in complaint(done)
+    assert f"--to={to}: [Errno 27]" in read_error(done)
+    # a file of PyTorch that is not a checkpoint
     torch.save({"model": {}}, tmp_path / "no.pt")
     error = export(init_from=tmp_path / "no.pt", to=to)
     assert "expected a checkpoint" in error

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROGRAMS, TINY, complaint, run, start
+from conftest import PROGRAMS, TINY, read_error, run, start
 
 import prepare
 from keepgpt import errors
@@ -56,6 +56,7 @@ def make_failing(number: int):
 # a folder that is not the locked one
 
 
+# a person or another program may change the folder of a run in these ways
 def replace_lock(out: Path) -> None:
     (out / ".lock").unlink()
 
@@ -113,6 +114,7 @@ def test_two_runs_never_mix_after_a_change_of_the_folder(change, dataset, tmp_pa
 def test_a_moved_run_ends_and_its_folder_resumes(dataset, tmp_path):
     out = tmp_path / "out"
     old = tmp_path / "old"
+    # its next save notices the move; it must not make the folder again
     process = start_run(dataset, out)
     move(out)
     assert process.wait(timeout=180) == 2
@@ -128,6 +130,7 @@ def test_all_ranks_end_when_the_folder_is_moved(dataset, tmp_path):
     process = start_run(dataset, out, ranks=2)
     move(out)
     _, err = process.communicate(timeout=180)
+    # torchrun's exit code
     assert process.returncode == 1
     # both ranks may print it, but it is the same line
     lines = {line for line in err.splitlines() if line.startswith("error: ")}
@@ -142,6 +145,7 @@ def test_all_ranks_end_when_the_folder_is_moved(dataset, tmp_path):
     ids=["lock", "move", "link", "replace"],
 )
 def test_a_change_of_the_folder_is_noticed(change, has_locks, tmp_path, monkeypatch):
+    # on a drive without locks the file's identity must be enough
     if not has_locks:
         monkeypatch.setattr(fcntl, "flock", make_failing(errno.ENOLCK))
     lock = FolderLock(tmp_path / "out")
@@ -203,6 +207,7 @@ def test_prepare_writes_nothing_into_another_folder(n, play, tmp_path, monkeypat
     assert set(read_files(tmp_path / "x").values()) == {FOREIGN}
 
 
+# and metrics.jsonl in these: an editor replaces it by a copy, for example
 def replace(path: Path) -> None:
     copy = path.with_name("copy")
     copy.write_bytes(path.read_bytes())
@@ -245,6 +250,7 @@ def test_rows_go_to_the_metrics_file_that_is_there(change, expected, tmp_path, c
     metrics.log({"step": 4})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == expected
+    # one note, however many rows follow
     assert capsys.readouterr().err.count("metrics.jsonl") == 1
 
 
@@ -274,6 +280,7 @@ def test_a_drive_without_fsync_of_folders_gets_one_note(
     number, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(os, "fsync", make_failing(number))
+    # two folders or two saves: one note
     for _ in range(2):
         sync_folder(tmp_path)
     assert_one_line(capsys.readouterr().err, tmp_path)
@@ -304,6 +311,7 @@ def test_a_held_lock_is_a_mistake(number, tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", ["EINVAL", "EOPNOTSUPP"])
 def test_a_run_on_a_network_drive_saves_and_resumes(number, dataset, tmp_path):
     out = tmp_path / "out"
+    # without links each name of a checkpoint is a copy, and old ones must still go
     flags = TINY | {
         "dataset": dataset,
         "out_dir": out,
@@ -329,6 +337,7 @@ def test_a_run_on_a_network_drive_saves_and_resumes(number, dataset, tmp_path):
 
 
 def test_a_failing_network_drive_is_an_error_to_retry(dataset, tmp_path):
+    # EIO is a fault of the drive, not something that it lacks
     done = run(
         PROGRAMS / "network_drive.py",
         code=1,
@@ -370,7 +379,7 @@ def test_a_folder_that_is_none_exits_2(make, dataset, play, tmp_path):
         (["prepare.py", play], prepare_flags),
     ):
         done = run(*args, code=2, **flags)
-        assert f"{tmp_path.name}/x" in complaint(done)
+        assert f"{tmp_path.name}/x" in read_error(done)
     # nothing is written through the link
     assert not (tmp_path / "nothing").exists()
 
@@ -399,6 +408,7 @@ def test_an_error_of_the_disk_names_its_path(call, tmp_path, monkeypatch):
 
 
 def test_a_read_error_of_the_tokens_names_the_file(dataset, monkeypatch):
+    # it fails after the files were opened
     split = Split(dataset, "train", read_meta(dataset), 8, 1, True)
     monkeypatch.setattr(os, "pread", make_failing(errno.EIO))
     with pytest.raises(OSError, match="train.bin"):
@@ -493,6 +503,6 @@ def test_two_exports_to_one_target_do_not_mix(weights, tmp_path):
     lock = FolderLock(tmp_path / "to.export.tmp")
     lock.acquire(0)
     done = run("tools.export", init_from=weights, to=tmp_path / "to", code=2)
-    assert "another process" in complaint(done)
+    assert "another process" in read_error(done)
     assert read_files(lock.folder) == {".lock": b""}
     assert not (tmp_path / "to").exists()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import PROGRAMS, TINY, complaint, run
+from conftest import PROGRAMS, TINY, read_error, run
 
 from keepgpt.checkpoint import find_bundle
 from keepgpt.files import FolderLock
@@ -138,16 +138,17 @@ def test_an_older_checkpoint_and_the_log_explain_later_steps(runs, tmp_path):
         assert explain(folder, step) == read_record(runs.trunk, step)
 
 
-def test_a_step_is_shown_as_text(runs, play, tmp_path):
+@pytest.fixture(scope="module")
+def step_3(runs) -> list[str]:
+    """Return the lines about a step that skipped two batches, with its whole text."""
+    return inspect(runs.trunk, step=3, chars=0).stdout.splitlines()
+
+
+def test_a_step_is_shown_as_text(step_3, play):
     text = play.read_text(encoding="utf-8")
-    lines = inspect(
-        runs.trunk,
-        step=3,
-        chars=0,
-    ).stdout.splitlines()
-    batches = [line.split(":")[0] for line in lines if line.startswith("batch ")]
+    batches = [line.split(":")[0] for line in step_3 if line.startswith("batch ")]
     assert batches == ["batch 2, skipped", "batch 3, skipped", "batch 4"]
-    sequences = [line for line in lines if ", token " in line]
+    sequences = [line for line in step_3 if ", token " in line]
     # three batches of two micro-batches of four sequences
     assert len(sequences) == 3 * 2 * 4
     for line in sequences:
@@ -155,7 +156,17 @@ def test_a_step_is_shown_as_text(runs, play, tmp_path):
         offset = int(place.split()[-1].replace(",", ""))
         # the training text starts where the file does
         assert eval(shown) == text[offset : offset + 32]
-    # the rate is the one that was logged
+
+
+def test_a_step_is_shown_with_the_log_around_it(step_3):
+    rows = [line.split(":")[0] for line in step_3 if line.startswith("  step")]
+    steps = [int(row.removeprefix("  step ")) for row in rows]
+    # steps are logged at 2, 4 and 6, skips at 3, 3 and 5, evaluations at 4 and 6, and at 6 also
+    # that it was computed again
+    assert steps == [2, 3, 3, 4, 4, 5, 6, 6, 6]
+
+
+def test_a_step_is_shown_with_the_rate_that_was_logged(runs, tmp_path):
     rates = {row["step"]: row["lr"] for row in sort_log(runs.trunk).steps}
     for step in (2, 4, 12):
         line = inspect(runs.trunk, step=step).stdout.splitlines()[0]
@@ -166,10 +177,10 @@ def test_a_step_is_shown_as_text(runs, play, tmp_path):
     changed = log.replace(f'"lr": {rates[4]}', '"lr": 0.75')
     (copy / "metrics.jsonl").write_text(changed)
     assert "step 4, lr 7.50e-01" in inspect(copy, step=4).stdout
-    # the rows of the log around it
-    rows = [line.split(":")[0] for line in lines if line.startswith("  step")]
-    steps = [int(row.removeprefix("  step ")) for row in rows]
-    assert steps == [2, 3, 3, 4, 4, 5, 6, 6, 6]
+
+
+def test_a_step_that_is_not_made_yet_says_so(runs):
+    # the run ends at step 12
     assert "not made yet" in inspect(runs.trunk, step=13).stdout
     assert "not made yet" not in inspect(runs.trunk, step=12).stdout
 
@@ -191,6 +202,7 @@ def test_the_run_is_shown_on_one_screen(runs):
         " MB, intact",
     ):
         assert part in shown, part
+    # 12 is the default, not this run's
     assert "n_layer=12" not in shown
     assert "CORRUPT" not in shown
     assert len(shown.splitlines()) < 40
@@ -198,8 +210,10 @@ def test_the_run_is_shown_on_one_screen(runs):
     inodes = {path.stat().st_ino for path in runs.trunk.glob("*.pt")}
     assert shown.count("MB") == len(inodes)
 
-    # without the skips of the trunk that its data did not have
+
+def test_a_branch_is_shown_with_its_trunk(runs):
     shown = inspect(runs.turned).stdout
+    # without the skips of the trunk, whose data was another
     assert "skipped batches: 1 before step 10" in shown
     assert f"branched from {runs.trunk}/" in shown
     assert "step 8, with other" in shown
@@ -244,23 +258,29 @@ def test_a_running_run_is_shown_without_its_lock(runs):
         lock.release()
 
 
-def test_damaged_folders_are_shown(runs, tmp_path):
+@pytest.fixture
+def folder(runs, tmp_path) -> Path:
+    """Return a copy of the trunk's folder without its checkpoints."""
     folder = tmp_path / "trunk"
-    shutil.copytree(runs.trunk, folder)
-    # before the first save: README.md has the settings
-    for path in folder.glob("*.pt"):
-        path.unlink()
+    shutil.copytree(runs.trunk, folder, ignore=shutil.ignore_patterns("*.pt"))
+    return folder
+
+
+def test_a_run_before_its_first_save_is_shown(folder):
+    # README.md has the settings, and the log has the skips
     shown = inspect(folder).stdout
     assert "block_size=32" in shown
     assert "checkpoints, the newest last: none" in shown
     assert "skipped batches: 2 before step 3, 1 before step 5, 1 before step 8" in shown
     # but its batches depend on the dataset, which only a checkpoint has
-    complaint(inspect(folder, code=None, step=3))
+    read_error(inspect(folder, code=None, step=3))
 
-    # nothing but a part of a checkpoint
+
+def test_a_damaged_folder_is_shown(runs, folder):
     whole = (runs.trunk / "ckpt.pt").read_bytes()
     (folder / "ckpt.pt").write_bytes(whole[:-100])
     (folder / "ckpt-00000016.pt.tmp").write_bytes(b"")
+    # an empty row, no row, a wrong type, no UTF-8; the end of the last one does not count
     (folder / "metrics.jsonl").write_bytes(b'{}\n7\n"a"\n{"step": "x"}\n\xff\n{"st')
     (folder / "README.md").write_bytes(b"\xff my own")
     shown = inspect(folder).stdout
@@ -269,25 +289,30 @@ def test_damaged_folders_are_shown(runs, tmp_path):
     assert "5 corrupt lines" in shown
     assert "ckpt-00000016.pt.tmp" in shown
 
-    # an older one explains the run
-    shutil.copy(runs.trunk / "step-00000008.pt", folder)
+
+def test_an_older_checkpoint_alone_explains_a_run(runs, folder):
     (folder / "metrics.jsonl").unlink()
     (folder / "README.md").unlink()
+    whole = (runs.trunk / "ckpt.pt").read_bytes()
+    (folder / "ckpt.pt").write_bytes(whole[:-100])
+    shutil.copy(runs.trunk / "step-00000008.pt", folder)
     shown = inspect(folder, verify=False).stdout
     assert "step 8 of 12" in shown
     assert "block_size=32" in shown
     assert "at step 8" in shown
     assert "batch 4" in inspect(folder, step=3).stdout
-    # an empty one has nothing to explain
+
+
+def test_an_empty_folder_is_shown(tmp_path):
     (tmp_path / "empty").mkdir()
     assert "settings: unknown" in inspect(tmp_path / "empty").stdout
 
 
 def test_missing_or_changed_data_is_one_line(runs, dataset, tmp_path):
     # the branch's own data starts at step 8
-    assert str(runs.trunk) in complaint(inspect(runs.turned, code=None, step=8))
-    complaint(inspect(tmp_path / "nothing", code=None))
-    complaint(inspect(runs.trunk, code=None, step=-1))
+    assert str(runs.trunk) in read_error(inspect(runs.turned, code=None, step=8))
+    read_error(inspect(tmp_path / "nothing", code=None))
+    read_error(inspect(runs.trunk, code=None, step=-1))
 
     data = runs.place / "other"
     content = (data / "train.bin").read_bytes()
@@ -299,18 +324,18 @@ def test_missing_or_changed_data_is_one_line(runs, dataset, tmp_path):
         for i in range(0, len(content), 2):
             changed[i] ^= 1
         (data / "train.bin").write_bytes(changed)
-        assert "has changed" in complaint(inspect(runs.turned, code=None, step=9))
+        assert "has changed" in read_error(inspect(runs.turned, code=None, step=9))
         # cut short
         (data / "train.bin").write_bytes(content[:-2])
-        assert "train.bin" in complaint(inspect(runs.turned, code=None, step=9))
+        assert "train.bin" in read_error(inspect(runs.turned, code=None, step=9))
         (data / "train.bin").unlink()
-        assert "train.bin" in complaint(inspect(runs.turned, code=None, step=9))
+        assert "train.bin" in read_error(inspect(runs.turned, code=None, step=9))
         # another dataset at this place
         shutil.rmtree(data)
         shutil.copytree(dataset, data)
-        assert "not the other" in complaint(inspect(runs.turned, code=None, step=9))
+        assert "not the other" in read_error(inspect(runs.turned, code=None, step=9))
         shutil.rmtree(data)
-        complaint(inspect(runs.turned, code=None, step=9))
+        read_error(inspect(runs.turned, code=None, step=9))
         # the run itself is shown without its data
         assert "step 12 of 12" in inspect(runs.turned).stdout
     finally:

@@ -2,7 +2,7 @@
 
 from dataclasses import fields
 
-from conftest import REPO, complaint, run
+from conftest import REPO, read_error, run
 
 from keepgpt.config import TrainConfig
 from tools.keys import SECTIONS
@@ -12,13 +12,13 @@ PAGE = REPO / "docs" / "KEYS.md"
 
 def test_keys_md_is_what_tools_keys_writes(tmp_path):
     run("tools.keys", to=tmp_path / "KEYS.md")
-    assert (tmp_path / "KEYS.md").read_text(encoding="utf-8") == PAGE.read_text(
-        encoding="utf-8"
-    )
+    written = (tmp_path / "KEYS.md").read_text(encoding="utf-8")
+    assert written == PAGE.read_text(encoding="utf-8")
 
 
 def test_keys_md_lists_every_key_once_with_its_default():
     lines = PAGE.read_text(encoding="utf-8").splitlines()
+    # a row is: | `key` | `default` | description |
     cells = [line.split("`")[1:4:2] for line in lines if line.startswith("| `")]
     assert cells == [[f.name, str(f.default)] for f in fields(TrainConfig)]
 
@@ -31,5 +31,6 @@ def test_every_section_starts_at_a_key():
 
 
 def test_a_mistake_exits_2_with_one_line(tmp_path):
-    complaint(run("tools.keys", "README.md", code=2))
-    complaint(run("tools.keys", to=tmp_path / "nothing" / "KEYS.md", code=None))
+    # an argument that is not a flag, and a missing folder
+    read_error(run("tools.keys", "README.md", code=2))
+    read_error(run("tools.keys", to=tmp_path / "nothing" / "KEYS.md", code=None))

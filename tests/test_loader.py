@@ -112,6 +112,7 @@ def test_permute_separates_neighbours():
 
 
 def test_permute_does_not_change_its_argument():
+    # a caller's array must not change under it
     index = np.arange(10, dtype=np.uint64)
     permute(index, 10, np.zeros(10, np.uint64))
     assert index.tolist() == list(range(10))
@@ -165,6 +166,7 @@ def test_every_epoch_visits_every_window_once(write_tokens, count, block_size):
 def test_each_epoch_has_its_own_order_and_offset(write_tokens):
     write_tokens(1000)
     split = open_split(8)
+    # enough epochs to see each of eight offsets
     epochs = [list_starts(split, epoch) for epoch in range(100)]
     orders = {tuple(np.argsort(starts)) for starts in epochs}
     offsets = {min(starts) for starts in epochs}
@@ -183,6 +185,7 @@ def test_every_token_is_read_over_the_epochs(write_tokens, count):
 
 
 def test_an_epoch_omits_less_than_two_windows(write_tokens):
+    # the offset takes less than one, and the end less than another
     for count in range(9, 100):
         write_tokens(count)
         split = open_split(8)
@@ -228,6 +231,7 @@ def test_the_seed_determines_the_order(write_tokens):
 
 
 def test_evaluation_windows_are_fixed_and_cover_the_split(write_tokens):
+    # whatever the seed and the epoch: losses of two evaluations must be comparable
     for count in (9, 16, 17, 100, 1001):
         write_tokens(count)
         for seed in (1, 2):
@@ -249,6 +253,7 @@ def test_wide_tokens_are_read_from_uint32(write_tokens):
 
 @pytest.mark.parametrize("dtype", ["uint16", "uint32"])
 def test_a_file_shorter_than_one_window_is_refused(write_tokens, dtype):
+    # a window of eight needs a ninth token as the last target
     for count in (0, 1, 8):
         write_tokens(count, dtype)
         for shift in (True, False):
@@ -269,6 +274,7 @@ def test_a_missing_dataset_is_refused_with_the_command(write_tokens, tmp_path):
         open_split(8, files={"train.bin": 9})
 
 
+# what read_meta asks for at least
 META = {
     "name": "x",
     "tokenizer": {"kind": "char", "chars": "ab"},
@@ -350,7 +356,7 @@ def test_an_id_outside_the_vocabulary_names_its_file(write_tokens):
 # a split with checksums
 
 
-def split_with_crc32(*names):
+def make_split_with_crc32(*names):
     """Return the split of these files of x, with the CRC32s that they have now."""
     sizes = {}
     crc32 = {}
@@ -397,7 +403,7 @@ def test_a_changed_byte_is_never_returned(write_tokens, block, position):
     # 400,002 bytes: three blocks and a part
     write_tokens(200_001)
     intact = open_split(8)
-    split = split_with_crc32("train.bin")
+    split = make_split_with_crc32("train.bin")
     byte = Path("x/train.bin").read_bytes()[position]
     replace_bytes("x/train.bin", position, bytes([byte ^ 1]))
     for first in range(0, split.ends[-1] - 9, 1000):
@@ -426,8 +432,9 @@ def record_reads(monkeypatch):
 
 def test_each_block_is_compared_once(write_tokens, monkeypatch):
     write_tokens(200_001)
-    split = split_with_crc32("train.bin")
+    split = make_split_with_crc32("train.bin")
     reads = record_reads(monkeypatch)
+    # a CRC32 is of a whole block, so the first window in it reads all of it
     for epoch in range(2):
         split.rows(epoch * split.windows, split.windows)
     # four blocks, then the windows alone
@@ -439,10 +446,11 @@ def test_each_block_is_compared_once(write_tokens, monkeypatch):
 def test_swapped_files_are_refused(write_tokens):
     names = ("train-00000.bin", "train-00001.bin")
     paths = [Path("x", name) for name in names]
+    # files of one size and dtype, which only their checksums tell apart
     for first, path in zip((0, 7), paths):
         write_tokens(100_000, first=first)
         os.rename("x/train.bin", path)
-    split = split_with_crc32(*names)
+    split = make_split_with_crc32(*names)
     contents = [path.read_bytes() for path in paths]
     for k, path in enumerate(paths):
         path.write_bytes(contents[1 - k])
@@ -470,6 +478,7 @@ def nanogpt(write_tokens):
 
 @pytest.mark.parametrize("protocol", range(6))
 def test_meta_pkl_gives_the_characters(nanogpt, protocol):
+    # nanoGPT's three entries
     chars = "\n abcé"
     itos = dict(enumerate(chars))
     stoi = {char: i for i, char in itos.items()}
@@ -674,6 +683,7 @@ def test_memory_stays_flat_while_large_files_are_read(write_tokens, tmp_path):
         with open(tmp_path / "x" / name, "wb") as f:
             f.truncate(size)
     split = open_split(1024, files=files)
+    # whatever is allocated once is allocated now
     for i in range(50):
         split.rows(i * 32, 32)
     before = get_resident_bytes()
@@ -695,7 +705,7 @@ def list_batches(loader, step):
     return rows
 
 
-def first_tokens(loader, steps):
+def list_first_tokens(loader, steps):
     """Return the first token of each row of these steps."""
     tokens = []
     for step in steps:
@@ -731,7 +741,7 @@ def test_steps_of_an_epoch_read_every_window_once(write_tokens):
     write_tokens(8 * 25)
     loader = make_loader()
     for epoch in range(3):
-        rows = first_tokens(loader, (2 * epoch, 2 * epoch + 1))
+        rows = list_first_tokens(loader, (2 * epoch, 2 * epoch + 1))
         assert loader.split.windows == 24
         assert len(rows) == 24
         assert len(set(rows)) == 24
@@ -773,6 +783,7 @@ def test_micro_batches_are_read_once_and_one_ahead(write_tokens, monkeypatch):
     monkeypatch.setattr(loader.split, "rows", record_rows)
     for step in range(3):
         list_batches(loader, step)
+    # wait for the read ahead
     loader.thread.shutdown()
     # the micro-batches 2 and 3 of each step, and the one after them
     micro_batches = [2, 3, 6, 7, 10, 11, 14]
@@ -783,13 +794,14 @@ def test_a_distant_step_needs_no_scan(write_tokens):
     write_tokens(8 * 25)
     loader = make_loader()
     # the two steps of an epoch
-    rows = first_tokens(loader, (10**9, 10**9 + 1))
+    rows = list_first_tokens(loader, (10**9, 10**9 + 1))
     assert np.diff(sorted(rows)).tolist() == [8] * 23
 
 
 def test_another_seed_gives_different_batches(write_tokens):
     write_tokens(1000)
     batches = set()
+    # JSON: lists of numbers can't be members of a set
     for seed in range(10):
         loader = make_loader(seed=seed)
         batches.add(json.dumps(list_batches(loader, 0)))

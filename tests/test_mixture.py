@@ -10,7 +10,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from conftest import TINY, bits, complaint, load, rows, run
+from conftest import TINY, hash_state, load, read_error, read_rows, run
 
 from keepgpt.dataset import BadData, read_meta
 from keepgpt.loader import Split
@@ -52,27 +52,28 @@ def mixture(tmp_path):
     return Mixture(splits, SHARES, seed=3)
 
 
-def sources_of(x):
+def find_source(x):
     """Return the split of each window, (count,)."""
     return (x[:, 0] // 10_000).numpy()
 
 
 def test_the_proportions_are_exact_in_every_cycle(mixture):
+    # targets are the next tokens, whatever the source
     x, y = mixture.rows(0, 40 * CYCLE)
     assert (x[:, 1:] == y[:, :-1]).all()
     for end in range(CYCLE, 40 * CYCLE + 1, CYCLE):
-        counts = np.bincount(sources_of(x[:end]), minlength=3)
+        counts = np.bincount(find_source(x[:end]), minlength=3)
         assert counts.tolist() == mixture.count_windows(end).tolist()
         for count, share in zip(counts, SHARES):
             assert abs(count - end * share) < 1
     # mixed, not one source after the other
-    first = sources_of(x[:CYCLE])
+    first = find_source(x[:CYCLE])
     assert (first[1:] != first[:-1]).sum() > CYCLE / 4
 
 
 def test_each_source_is_read_without_replacement(mixture):
     x, _ = mixture.rows(0, 60 * CYCLE)
-    sources = sources_of(x)
+    sources = find_source(x)
     for k, split in enumerate(mixture.splits):
         # the first token of a window says where it starts
         starts = x[sources == k, 0].tolist()
@@ -99,7 +100,7 @@ def test_a_window_depends_on_its_number_alone(mixture):
     # and on the seed
     other = Mixture(mixture.splits, SHARES, seed=4)
     other_x, _ = other.rows(0, CYCLE)
-    assert (sources_of(other_x) != sources_of(x[:CYCLE])).any()
+    assert (find_source(other_x) != find_source(x[:CYCLE])).any()
 
 
 # runs
@@ -130,6 +131,7 @@ MIXTURE = "a:0.7+b:0.2+c:0.1"
 
 def make_flags(data_dir, **more):
     """Return the flags of a tiny run on the mixture."""
+    # elastic: the reference is the same for any number of ranks
     flags = {"dataset": MIXTURE, "data_dir": data_dir, "elastic": True}
     return TINY | flags | more
 
@@ -155,16 +157,17 @@ def test_a_stopped_run_ends_the_same_on_any_ranks(
     expected = load(whole_mixture / "ckpt.pt")
     actual = load(tmp_path / "ckpt.pt")
     assert state_of(actual, keys) == state_of(expected, keys)
-    assert rows(tmp_path) == rows(whole_mixture)
+    assert read_rows(tmp_path) == read_rows(whole_mixture)
 
 
 def test_an_evaluation_has_each_source(whole_mixture):
-    last = rows(whole_mixture, "val_loss")[-1]
+    last = read_rows(whole_mixture, "val_loss")[-1]
     losses = [last[f"val_loss/{name}"] for name in "abc"]
     # the loss is the mean of theirs by weight
     expected = sum(float(share) * loss for share, loss in zip(SHARES, losses))
     assert math.isclose(last["val_loss"], expected, rel_tol=1e-6)
     assert len(set(losses)) == 3
+    # the card has the shares, the losses and how often each source was read
     card = (whole_mixture / "README.md").read_text()
     assert "a 70.0%, " in card
     assert f"{last['val_loss']:.4f} ({last['val_bpb']:.4f} bits per byte)" in card
@@ -179,12 +182,13 @@ def test_other_weights_need_a_branch(whole_mixture, tmp_path):
     subprocess.run(["cp", "-a", whole_mixture, out], check=True)
     resume = {"init_from": "resume", "out_dir": out}
     done = run("train.py", dataset="a:0.5+b:0.5", code=2, **resume)
-    assert "init_from=branch:" in complaint(done)
+    assert "init_from=branch:" in read_error(done)
     # names and weights that say the same are no change
     run("train.py", dataset="b:2+c:1+a:7", max_iters=21, **resume)
     branch = {"init_from": f"branch:{whole_mixture}", "out_dir": tmp_path / "b"}
     done = run("train.py", dataset="a:0.5+b:0.5", max_iters=22, **branch)
     assert "from its beginning" in done.stdout
+    # the new mixture is read from its first window
     assert load(tmp_path / "b/ckpt.pt")["data_start"] == 20
 
 
@@ -217,7 +221,7 @@ def test_other_weights_need_a_branch(whole_mixture, tmp_path):
 )
 def test_a_wrong_mixture_is_one_line(data_dir, dataset, parts, tmp_path):
     wrong = {"dataset": dataset, "data_dir": data_dir, "out_dir": tmp_path / "out"}
-    error = complaint(run("train.py", code=2, **wrong))
+    error = read_error(run("train.py", code=2, **wrong))
     for part in parts:
         assert part in error
 
@@ -267,7 +271,7 @@ def test_inspect_counts_the_epochs_as_the_run_does(data_dir, tmp_path):
 def test_bits_per_byte_are_of_the_windows_evaluated(data_dir, tmp_path):
     untrained = TINY | {"data_dir": data_dir, "max_iters": 0}
     run("train.py", out_dir=tmp_path / "bpe", dataset="d", **untrained)
-    row = rows(tmp_path / "bpe", "val_loss")[0]
+    row = read_rows(tmp_path / "bpe", "val_loss")[0]
     meta = json.loads((data_dir / "d/meta.json").read_text())
     split = Split(
         data_dir / "d",
@@ -281,40 +285,51 @@ def test_bits_per_byte_are_of_the_windows_evaluated(data_dir, tmp_path):
     count = min(2 * 4, split.windows)
     _, y = split.rows(0, count)
     tokenizer = from_meta(meta)
+    # each token that was predicted, and its bytes
     tokens = [tokenizer.token_bytes(i) for i in y.flatten().tolist()]
     size = len(b"".join(tokens))
     expected = row["val_loss"] / math.log(2) * len(tokens) / size
     assert math.isclose(row["val_bpb"], expected, rel_tol=1e-6)
     # characters of one byte
     run("train.py", out_dir=tmp_path / "char", dataset="all", **untrained)
-    row = rows(tmp_path / "char", "val_loss")[0]
+    row = read_rows(tmp_path / "char", "val_loss")[0]
+    # nats to bits; a few characters of the play have two bytes
     expected = row["val_loss"] / math.log(2)
     assert math.isclose(row["val_bpb"], expected, rel_tol=0.02)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2], ids=["1 rank", "2 ranks"])
-def test_a_text_is_part_of_each_evaluation(data_dir, whole_mixture, ranks, tmp_path):
-    out = tmp_path / "out"
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def run_with_text(request, data_dir, tmp_path_factory):
+    """Run the mixture with the evaluation of a text, one of its sources. Return the number of ranks
+    and the folder."""
+    ranks = request.param
+    out = tmp_path_factory.mktemp("text") / "out"
     flags = make_flags(data_dir, eval_text=data_dir / "c.txt", out_dir=out)
     run("train.py", ranks=ranks, **flags)
-    # training is as without it
-    other_rows = []
-    for row in rows(out):
-        other_rows.append({key: row[key] for key in row if "text" not in key})
-    expected = rows(whole_mixture)
-    assert other_rows == expected
-    assert expected[0].keys()
-    # two ranks save two random states
-    if ranks == 1:
-        assert bits(out / "ckpt.pt") == bits(whole_mixture / "ckpt.pt")
-    evaluations = rows(out, "text_bpb")
-    assert [row["step"] for row in evaluations] == [0, 10, 20]
-    # the text is a source of the mixture
-    first = evaluations[0]
-    last = evaluations[-1]
+    return ranks, out
+
+
+@pytest.mark.slow
+def test_a_text_is_part_of_each_evaluation(run_with_text):
+    _, out = run_with_text
+    first, middle, last = read_rows(out, "text_bpb")
+    assert [first["step"], middle["step"], last["step"]] == [0, 10, 20]
+    # the text is a source of the mixture: its loss is about that source's, and falls
     assert abs(last["text_loss"] - last["val_loss/c"]) < 0.3
     assert last["text_loss"] < first["text_loss"] - 0.5
+
+
+@pytest.mark.slow
+def test_a_text_leaves_training_as_it_is(run_with_text, whole_mixture):
+    ranks, out = run_with_text
+    other_rows = []
+    for row in read_rows(out):
+        other_rows.append({key: row[key] for key in row if "text" not in key})
+    assert other_rows
+    assert other_rows == read_rows(whole_mixture)
+    # two ranks save two random states
+    if ranks == 1:
+        assert hash_state(out / "ckpt.pt") == hash_state(whole_mixture / "ckpt.pt")
 
 
 @pytest.mark.parametrize(
@@ -332,6 +347,6 @@ def test_a_wrong_text_is_one_line(data_dir, content, part, tmp_path):
     if content is not None:
         path.write_bytes(content)
     flags = make_flags(data_dir, eval_text=path, out_dir=tmp_path / "out")
-    error = complaint(run("train.py", code=2, **flags))
+    error = read_error(run("train.py", code=2, **flags))
     assert "eval_text" in error
     assert part in error

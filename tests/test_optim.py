@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROGRAMS, TINY, bits, complaint, load, rows, run
+from conftest import PROGRAMS, TINY, hash_state, load, read_error, read_rows, run
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -25,7 +25,7 @@ from keepgpt.optim import (
     orthogonalize,
     set_rates,
 )
-from model import GPT, ModelArgs, build_model
+from model import ARCHITECTURES, GPT, ModelArgs, build_model
 
 sys.path.insert(0, str(PROGRAMS))
 import lion
@@ -38,13 +38,6 @@ ARGS = ModelArgs(
     vocab_size=61,
     bias=True,
     dropout=0.0,
-)
-QWEN3 = replace(
-    ARGS,
-    bias=False,
-    architecture="qwen3",
-    n_kv_head=1,
-    tie_embeddings=False,
 )
 CONFIG = TrainConfig(
     optimizer="muon",
@@ -86,8 +79,8 @@ def assert_same_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
 
 def assert_same_runs(folder: Path) -> None:
     """Raise AssertionError unless the last checkpoints of whole and parts are bit-identical."""
-    whole = bits(folder / "whole/ckpt.pt")
-    assert bits(folder / "parts/ckpt.pt") == whole
+    whole = hash_state(folder / "whole/ckpt.pt")
+    assert hash_state(folder / "parts/ckpt.pt") == whole
 
 
 def make_muon(parameters: list, momentum: float = 0.95, **settings: object) -> Muon:
@@ -144,6 +137,7 @@ def test_the_polynomial_acts_on_singular_values():
     x = torch.randn(1, 8, 12, dtype=torch.float64, generator=rng)
     U, S, Vh = torch.linalg.svd(x[0], full_matrices=False)
     S = S / S.norm()
+    # as many iterations as orthogonalize makes
     a, b, c = COEFFICIENTS
     for _ in range(5):
         S = a * S + b * S**3 + c * S**5
@@ -201,6 +195,7 @@ def check_against_torch(dtype: torch.dtype, tolerance: float) -> None:
 
 def test_q_k_and_v_in_one_parameter_equal_three():
     torch.manual_seed(0)
+    # GPT-2's c_attn holds the three matrices that others keep apart
     fused = nn.Parameter(torch.randn(3 * 16, 16))
     chunks = fused.detach().chunk(3)
     parts = [nn.Parameter(chunk.clone()) for chunk in chunks]
@@ -260,6 +255,7 @@ def test_a_skip_on_the_device_leaves_every_bit():
     optimizer.step()
     before = poison(model)
     state = copy.deepcopy(optimizer.state_dict()["state"])
+    # the groups that are Muon's
     for group in optimizer.param_groups:
         if "momentum" in group:
             optimizer.update_matrices(group, torch.tensor(True))
@@ -302,33 +298,52 @@ def test_gradscaler_skips_an_overflow_and_goes_on():
 # groups and schedules
 
 
-@pytest.mark.parametrize("args", [ARGS, QWEN3], ids=["gpt2", "qwen3"])
-def test_the_groups_cover_the_model(args):
-    model = build_model(args)
-    optimizer = make_optimizer(model, CONFIG)
-    # each parameter is in one group
-    group_of = {}
-    count = 0
-    for group in optimizer.param_groups:
-        count += len(group["params"])
+every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
+
+
+def build_architecture(name: str) -> GPT:
+    """Return a small model of an architecture, with all kinds of parameters that it can have."""
+    settings = {"bias": True, "n_kv_head": 1, "tie_embeddings": False}
+    existing = settings.keys() & set(ARCHITECTURES[name].settings)
+    own = {key: settings[key] for key in existing}
+    return build_model(replace(ARGS, architecture=name, **{"bias": False} | own))
+
+
+@every_architecture
+def test_each_parameter_is_in_one_group(name):
+    model = build_architecture(name)
+    grouped = []
+    for group in make_optimizer(model, CONFIG).param_groups:
+        grouped += map(id, group["params"])
+    assert sorted(grouped) == sorted(map(id, model.parameters()))
+
+
+@every_architecture
+def test_muon_takes_the_matrices_of_the_blocks(name):
+    model = build_architecture(name)
+    taken = {}
+    for group in make_optimizer(model, CONFIG).param_groups:
         for p in group["params"]:
-            group_of[id(p)] = group
-    assert count == len(group_of)
-    assert count == len(list(model.parameters()))
-
-    for name, p in model.named_parameters():
-        # Muon takes the matrices of the blocks; c_attn holds three
-        parts = None
-        in_block = ".h." in name or ".layers." in name
+            taken[id(p)] = group.get("parts")
+    for path, p in model.named_parameters():
+        in_block = ".h." in path or ".layers." in path
+        expected = None
         if in_block and p.dim() == 2:
-            parts = 3 if "c_attn" in name else 1
-        group = group_of[id(p)]
-        assert group.get("parts") == parts, name
-        # vectors do not decay
-        weight_decay = 0.1 if p.dim() == 2 else 0.0
-        assert group["weight_decay"] == weight_decay, name
+            # c_attn holds three: queries, keys and values
+            expected = 3 if "c_attn" in path else 1
+        assert taken[id(p)] == expected, path
 
-    # the default has no groups for Muon
+
+@every_architecture
+def test_only_matrices_decay(name):
+    model = build_architecture(name)
+    for group in make_optimizer(model, CONFIG).param_groups:
+        for p in group["params"]:
+            assert group["weight_decay"] == (0.1 if p.dim() == 2 else 0.0)
+
+
+def test_the_default_optimizer_has_no_group_for_muon():
+    model = build_model(ARGS)
     assert type(make_optimizer(model, TrainConfig())) is AdamW
 
 
@@ -382,6 +397,7 @@ def test_muons_rate_and_momentum_follow_the_step():
         decay_fraction=0.5,
     )
     optimizer = make_optimizer(build_model(ARGS), config)
+    # at the start, in the middle of the momentum's warm-up, of the decay, and at the end
     for step, lr, momentum in (
         (0, 1e-3, 0.85),
         (150, 1e-3, 0.90),
@@ -406,16 +422,17 @@ def test_muons_rate_and_momentum_follow_the_step():
 
 
 def test_ten_muon_steps_and_ten_more_equal_twenty(train, whole, tmp_path):
+    # the resume takes the optimizer and its schedule from the checkpoint
     train(out="whole", **MUON)
     train(out="parts", **MUON | {"max_iters": 10})
     train(out="parts", init_from="resume")
     parts = tmp_path / "parts"
     assert_same_runs(tmp_path)
-    assert rows(tmp_path / "whole") == rows(parts)
+    assert read_rows(tmp_path / "whole") == read_rows(parts)
 
     # it learns faster than AdamW
-    adamw_row = rows(whole, "val_loss")[-1]
-    muon_row = rows(parts, "val_loss")[-1]
+    adamw_row = read_rows(whole, "val_loss")[-1]
+    muon_row = read_rows(parts, "val_loss")[-1]
     assert muon_row["val_loss"] < adamw_row["val_loss"] - 0.03
 
     # Muon has the four matrices of a block, AdamW the other parameters
@@ -476,8 +493,8 @@ def test_changed_rates_of_muon_are_printed(train, tmp_path):
 
 def test_another_optimizer_is_refused(train, half, first_half):
     done = train(init_from="resume", optimizer="muon", code=2)
-    assert "optimizer adamw -> muon" in complaint(done)
-    assert bits(half / "ckpt.pt") == bits(first_half / "ckpt.pt")
+    assert "optimizer adamw -> muon" in read_error(done)
+    assert hash_state(half / "ckpt.pt") == hash_state(first_half / "ckpt.pt")
 
 
 def test_a_checkpoint_of_before_muon_is_an_adamw_run(train, half):
@@ -488,7 +505,7 @@ def test_a_checkpoint_of_before_muon_is_an_adamw_run(train, half):
         del bundle["config"][key]
     checkpoint.write_bundle(bundle, path, checkpoint.Disk())
     done = train(init_from="resume", optimizer="muon", code=2)
-    assert "optimizer adamw -> muon" in complaint(done)
+    assert "optimizer adamw -> muon" in read_error(done)
     train(init_from="resume", max_iters=11)
 
 
@@ -502,6 +519,7 @@ def test_a_float16_muon_run_resumes_exactly(train, tmp_path):
 
 
 def test_muon_stops_before_a_loss_that_is_not_finite(train, tmp_path):
+    # one update at this rate overflows
     train(**MUON | {"max_iters": 5})
     flags = {"learning_rate": 1e30, "muon_lr": 1e30, "decay_lr": False}
     train(init_from="resume", checkpoint_interval=1, code=3, **flags)
@@ -511,6 +529,7 @@ def test_muon_stops_before_a_loss_that_is_not_finite(train, tmp_path):
 
 
 def test_a_learning_rate_of_0_leaves_muons_rate(train, tmp_path):
+    # the rate of Muon does not follow from the other one
     train(learning_rate=0.0, **MUON | {"max_iters": 2})
     optimizer = load(tmp_path / "out/ckpt.pt")["optimizer"]
     moves = [group["lr"] > 0 for group in optimizer["param_groups"]]
@@ -525,7 +544,7 @@ def test_a_learning_rate_of_0_leaves_muons_rate(train, tmp_path):
 )
 def test_an_unknown_optimizer_or_schedule_is_refused(train, key, value):
     done = train(code=None, **{key: value})
-    assert key in complaint(done, silent=False)
+    assert key in read_error(done, silent=False)
 
 
 # the contract, and an optimizer that a user adds
@@ -562,6 +581,7 @@ def test_the_momentum_of_another_optimizer_is_its_own(monkeypatch):
         group = {"params": list(model.parameters()), "peak_lr": config.learning_rate}
         return torch.optim.SGD([group], momentum=0.5)
 
+    # far behind Muon's warm-up, whose momentum would be 0.95
     monkeypatch.setitem(optim.OPTIMIZERS, "sgd", make_sgd)
     config = replace(CONFIG, optimizer="sgd")
     optimizer = make_optimizer(build_model_with_gradients(), config)
@@ -609,6 +629,7 @@ def test_an_added_optimizer_resumes_and_survives_kills(dataset, tmp_path):
     parts |= {"learning_rate": 1e30, "decay_lr": False}
     run(program, **parts, code=3)
 
+    # two runs that are killed at a random time and resumed
     done = run(program, "kill", "--cases=2", env={"TMPDIR": str(tmp_path)})
     assert " 0 failures" in done.stdout
 
@@ -625,6 +646,7 @@ def test_muon_uses_no_lerp_on_mps():
             assert function not in lerps
             return function(*args, **(kwargs or {}))
 
+    # fake tensors: shapes without numbers, on a device that is not here
     with FakeTensorMode(), RefuseLerp():
         p = nn.Parameter(torch.empty(4, 6, device="mps"), requires_grad=False)
         p.grad = torch.empty_like(p)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPO, complaint, run
+from conftest import PROGRAMS, read_error, run
 
 from tools.plot import draw, read_run
 
@@ -171,6 +171,7 @@ def test_events_restarts_and_branches_are_marked(tmp_path):
     folder = write_run(tmp_path / "run", rows)
     (folder / "README.md").write_text(CARD)
     loss = draw([folder], "tokens").axes[0]
+    # by their names in the legend
     marks = {}
     for mark in loss.collections:
         label = mark.get_label().removeprefix(f"{folder}: ")
@@ -201,7 +202,8 @@ def test_bits_per_byte_and_the_sources_of_a_mixture_are_drawn(tmp_path):
     loss, bpb = draw([folder], "steps").axes[:2]
     # all, the text, the sources in the order of their names
     points = [list_points(line) for line in bpb.lines]
-    assert points == [[[4, 1.5]], [[4, 1.7]], [[4, 1.6]], [[4, 1.4]]]
+    values = [1.5, 1.7, 1.6, 1.4]
+    assert points == [[[4, value]] for value in values]
     # the first two lines are the training loss and its mean
     drawn = {line.get_label(): list_points(line) for line in loss.lines[2:]}
     assert drawn == {
@@ -212,12 +214,15 @@ def test_bits_per_byte_and_the_sources_of_a_mixture_are_drawn(tmp_path):
 
 
 def test_a_long_curve_is_smoothed(tmp_path):
-    rows = [STEPS[0] | {"step": i + 1, "loss": i**2} for i in range(100)]
+    rows = []
+    for i in range(100):
+        rows.append(STEPS[0] | {"step": i + 1, "loss": i**2})
     folder = write_run(tmp_path / "run", rows)
     loss = draw([folder], "steps").axes[0]
     mean = loss.lines[1].get_xydata()
-    # over three values: (0 + 1 + 4) / 3 and (1 + 4 + 9) / 3
-    assert np.allclose(mean[:2], [[3, 5 / 3], [4, 14 / 3]])
+    # over three values, drawn at the last one
+    assert np.allclose(mean[0], [3, (0 + 1 + 4) / 3])
+    assert np.allclose(mean[1], [4, (1 + 4 + 9) / 3])
     assert len(mean) == 98
 
 
@@ -240,8 +245,10 @@ def test_long_and_short_runs_are_drawn(tmp_path):
 def test_a_mistake_exits_2_with_one_line(tmp_path):
     folder = write_run(tmp_path / "run", ROWS)
     to = f"--to={tmp_path}/a.png"
-    complaint(run_plot(to))
-    complaint(run_plot(tmp_path / "nothing", to))
+    # no folder, and a missing one
+    read_error(run_plot(to))
+    read_error(run_plot(tmp_path / "nothing", to))
+    # no JSON, a row without values, no object, an event without its step, a word for a number
     lines = [
         "}",
         '{"step": 1}',
@@ -252,25 +259,19 @@ def test_a_mistake_exits_2_with_one_line(tmp_path):
     for i, line in enumerate(lines):
         corrupt = write_run(tmp_path / f"corrupt{i}", ROWS, f"{line}\n")
         # a long line is quoted from its start
-        assert line[:40] in complaint(run_plot(corrupt, to))
+        assert line[:40] in read_error(run_plot(corrupt, to))
+    # an unknown flag, an unknown axis, a missing folder, an unknown format
     for flag in (
         "--too=a.png",
         "--x=miles",
         f"--to={tmp_path}/no/a.png",
         f"--to={tmp_path}/a.x",
     ):
-        complaint(run_plot(folder, flag))
+        read_error(run_plot(folder, flag))
     assert not (tmp_path / "a.png").exists()
 
 
 def test_drawing_without_matplotlib_exits_2(tmp_path):
-    # None in sys.modules makes an import fail
-    program = tmp_path / "program.py"
-    program.write_text(
-        f"import runpy, sys\nsys.path.insert(0, {str(REPO)!r})\n"
-        "sys.modules['matplotlib.pyplot'] = None\n"
-        f"runpy.run_path({str(REPO / 'tools/plot.py')!r}, run_name='__main__')\n"
-    )
     folder = write_run(tmp_path / "run", ROWS)
-    done = run(program, folder, code=2)
-    assert "pip install matplotlib" in complaint(done)
+    done = run(PROGRAMS / "plot_without_matplotlib.py", folder, code=2)
+    assert "pip install matplotlib" in read_error(done)

@@ -20,16 +20,18 @@ import time
 import urllib.parse
 import zipfile
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import REPO, TINY, command, complaint, run, start
+from conftest import REPO, TINY, make_command, read_error, run, start
 
 from keepgpt.dataset import BadData, read_meta
 from keepgpt.errors import UserError
@@ -54,7 +56,7 @@ def read_dataset(folder: Path) -> tuple[dict, list[int], list[int]]:
     return meta, train, val
 
 
-def files_in(folder: Path) -> list[Path]:
+def list_files(folder: Path) -> list[Path]:
     """Return all files in a folder and its subfolders, except locks."""
     return [
         path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"
@@ -121,10 +123,12 @@ def prepared_plays(tmp_path_factory) -> Path:
     not TINYSHAKESPEARE.exists(), reason=f"needs {TINYSHAKESPEARE.name}, 1.1 MB"
 )
 def test_tinyshakespeare(tmp_path):
+    # where a download would put it
     (tmp_path / "tinyshakespeare").mkdir()
     (tmp_path / "tinyshakespeare" / "input.txt").write_bytes(
         TINYSHAKESPEARE.read_bytes()
     )
+    # the numbers that nanoGPT's README gives
     for name, counts in (
         ("shakespeare", (301_966, 36_059)),
         ("shakespeare_char", (1_003_854, 111_540)),
@@ -212,6 +216,7 @@ def test_characters_and_a_newline_between_documents(tmp_path):
     tokenizer = from_meta(meta)
     assert tokenizer.decode(train) == "abcdé" * 18 + "\n" + "dcba" * 18
     assert tokenizer.decode(val) == "abcdé" * 2 + "\n" + "dcba" * 2
+    # a single document needs no newline in its vocabulary
     meta, train, val = prepare(tmp_path, "b.txt", tokenizer="char")
     assert meta["tokenizer"]["chars"] == "abcd"
     assert len(train) == 72
@@ -228,6 +233,7 @@ def test_more_than_65536_characters_take_four_bytes(tmp_path):
 
 
 def test_folders_and_globs(tmp_path):
+    # a folder gives its texts in order, without hidden files and other formats
     for path in (
         "b/c.py",
         "b/a.TXT",
@@ -274,6 +280,7 @@ def test_every_line_ends_in_a_line_feed(tmp_path, tokenizer):
 
 
 def test_lines_of_json(tmp_path):
+    # an empty line, and half of a pair that UTF-8 can't hold
     lines = [
         '{"body": "caf\\u00e9 au lait, please", "text": 1}',
         "",
@@ -290,6 +297,7 @@ def test_lines_of_json(tmp_path):
     assert GPT2.decode(val) == "it, please<|endoftext|>pair here"
 
 
+# rows with other keys, or without
 ROWS = [
     {
         "text": "one café\nfor all of us, " * 9,
@@ -321,6 +329,7 @@ WRAPPINGS = {
 def test_json_in_any_wrapping_gives_its_texts(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     meta, train, val = prepare(tmp_path, name, val_fraction=0.5, tokenizer="char")
+    # few documents: each is split, here in the middle
     first_halves = []
     second_halves = []
     for row in ROWS:
@@ -352,7 +361,7 @@ def test_compressed_text_is_read(tmp_path, name, compress_with):
     assert GPT2.decode(train) + GPT2.decode(val) == TEXT
 
 
-def zip_of(text: bytes) -> bytes:
+def make_zip(text: bytes) -> bytes:
     """Return a zip archive with one file."""
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w") as archive:
@@ -360,7 +369,7 @@ def zip_of(text: bytes) -> bytes:
     return file.getvalue()
 
 
-def tar_of(text: bytes) -> bytes:
+def make_tar(text: bytes) -> bytes:
     """Return a compressed tar archive with one file."""
     file = io.BytesIO()
     info = tarfile.TarInfo("a.txt")
@@ -370,15 +379,16 @@ def tar_of(text: bytes) -> bytes:
     return file.getvalue()
 
 
+# the signature of the format, and no text
 ZSTD = b"\x28\xb5\x2f\xfd" + bytes(range(256))
 
 
 # an id: the name of the file, its content, and a part of the error
 OTHER_FORMATS = {
-    "zip": ("a.zip", zip_of(TEXT.encode()), "unzip"),
-    "docx": ("a.docx", zip_of(TEXT.encode()), "zip archive"),
-    "zip in gzip": ("a.txt.gz", compress(zip_of(TEXT.encode())), "unzip"),
-    "tar": ("a.tar.gz", tar_of(TEXT.encode()), "tar -xf"),
+    "zip": ("a.zip", make_zip(TEXT.encode()), "unzip"),
+    "docx": ("a.docx", make_zip(TEXT.encode()), "zip archive"),
+    "zip in gzip": ("a.txt.gz", compress(make_zip(TEXT.encode())), "unzip"),
+    "tar": ("a.tar.gz", make_tar(TEXT.encode()), "tar -xf"),
     "zstd": ("a.jsonl.zst", ZSTD, "zstd -d"),
     "zstd named jsonl": ("a.jsonl", ZSTD, "zstd -d"),
     "zstd named txt": ("a.txt", ZSTD, "zstd -d"),
@@ -403,7 +413,7 @@ OTHER_FORMATS = {
 def test_other_formats_are_named(tmp_path, name, content, expected):
     (tmp_path / name).write_bytes(content)
     flags = {"name": "x", "data_dir": tmp_path / "data"}
-    line = complaint(
+    line = read_error(
         run(
             "prepare.py",
             name,
@@ -414,7 +424,7 @@ def test_other_formats_are_named(tmp_path, name, content, expected):
     )
     assert name in line
     assert expected in line
-    assert files_in(tmp_path / "data") == []
+    assert list_files(tmp_path / "data") == []
 
 
 @pytest.mark.slow
@@ -472,10 +482,10 @@ def test_line_ends_in_rows_are_those_of_files(tmp_path):
         assert tokens == expected
 
 
-def peak_memory(tmp_path: Path, *args: object, name: str) -> int:
+def measure_peak_memory(tmp_path: Path, *args: object, name: str) -> int:
     """Return the bytes of memory that prepare.py takes for a dataset of characters."""
     flags = {"name": name, "tokenizer": "char", "data_dir": tmp_path / "data"}
-    python, *script = command("prepare.py", *args, **flags)
+    python, *script = make_command("prepare.py", *args, **flags)
     done = subprocess.run(
         [python, PROGRAMS / "peak_memory.py", *script],
         capture_output=True,
@@ -494,50 +504,77 @@ def test_memory_does_not_grow_with_the_text(shakespeare, tmp_path):
     peaks = []
     for times in (1, 7):
         (tmp_path / f"{times}.txt").write_text(shakespeare * times)
-        peaks.append(peak_memory(tmp_path, tmp_path / f"{times}.txt", name=f"x{times}"))
+        peaks.append(
+            measure_peak_memory(tmp_path, tmp_path / f"{times}.txt", name=f"x{times}")
+        )
     # the text is 29 MB longer, and its tokens 57 MB
     assert peaks[1] - peaks[0] < 15e6
 
 
 # --- tokenizers ----------------------------------------------------------------------------------
 
+# letters of several bytes, joined emoji, white space, and the name of a special token
 SCRIPTS = (
     "Fluß, naïve 東京は夜。 Привет мир! مرحبا नमस्ते 🎭🏴‍☠️👩‍👩‍👧 e\u0301 \r\n\t<|endoftext|>"
     "\xa0 1603\n"
 )
 
 
-def test_a_bpe_of_mixed_scripts(shakespeare, tmp_path):
+@dataclass
+class PreparedBPE:
+    """A text, cut in two, that was prepared with one and with three threads."""
+
+    train_text: str
+    val_text: str
+    datasets: list[tuple[dict, list[int], list[int]]]
+
+
+@pytest.fixture(scope="module")
+def mixed_scripts(shakespeare, tmp_path_factory) -> PreparedBPE:
+    folder = tmp_path_factory.mktemp("scripts")
     # "quixotry" occurs only in the part for validation
     text = SCRIPTS * 300 + shakespeare[:300_000] + "quixotry " * 40_000
-    (tmp_path / "a.txt").write_bytes(text.encode())
-    text = text.replace("\r\n", "\n")
+    (folder / "a.txt").write_bytes(text.encode())
+    # RAYON_NUM_THREADS: the threads of the library that trains the BPE
     datasets = []
-    flags = {"name": "x", "tokenizer": "bpe:1000", "val_fraction": 0.6}
     for threads in ("1", "3"):
         done = run(
             "prepare.py",
-            tmp_path / "a.txt",
-            data_dir=tmp_path / threads,
+            folder / "a.txt",
+            name="x",
+            tokenizer="bpe:1000",
+            val_fraction=0.6,
+            data_dir=folder / threads,
             env={"RAYON_NUM_THREADS": threads},
-            **flags,
         )
         assert "val tokens of bpe:1000, 1,000 in the vocabulary" in done.stdout
-        datasets.append(read_dataset(tmp_path / threads / "x"))
-    # the number of threads changes nothing
-    assert datasets[0] == datasets[1]
-    meta, train, val = datasets[0]
-    tokenizer = from_meta(meta)
+        datasets.append(read_dataset(folder / threads / "x"))
+    text = text.replace("\r\n", "\n")
     cut = int(len(text) * 0.4)
-    train_text = text[:cut]
-    val_text = text[cut:]
-    assert "quixotry" not in train_text
-    assert tokenizer.decode(train) == train_text
-    assert tokenizer.decode(val) == val_text
-    assert train == tokenizer.encode(train_text)
-    assert val == tokenizer.encode(val_text)
-    # it has learned something, and nothing of val
-    assert len(train) < 0.5 * len(train_text.encode())
+    assert "quixotry" not in text[:cut]
+    return PreparedBPE(text[:cut], text[cut:], datasets)
+
+
+def test_a_bpe_is_the_same_with_any_number_of_threads(mixed_scripts):
+    one, three = mixed_scripts.datasets
+    assert one == three
+
+
+def test_a_bpe_of_mixed_scripts_gives_its_text(mixed_scripts):
+    meta, train, val = mixed_scripts.datasets[0]
+    tokenizer = from_meta(meta)
+    for ids, text in (
+        (train, mixed_scripts.train_text),
+        (val, mixed_scripts.val_text),
+    ):
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.encode(text) == ids
+
+
+def test_a_bpe_learns_from_the_part_for_training(mixed_scripts):
+    meta, train, _ = mixed_scripts.datasets[0]
+    assert len(train) < 0.5 * len(mixed_scripts.train_text.encode())
+    tokenizer = from_meta(meta)
     tokens = [tokenizer.token_bytes(i) for i in range(1000)]
     assert b" the" in tokens
     assert any("東京は夜".encode() in token for token in tokens)
@@ -548,6 +585,7 @@ def write_tokenizer(folder: Path, text: str, **steps: object) -> Path:
     """Write the tokenizer.json of a BPE of this text without bytes. Return its folder."""
     import tokenizers
 
+    # it has no token for a letter that the text lacks
     model = tokenizers.models.BPE(unk_token=steps.pop("unk_token", None))
     tokenizer = tokenizers.Tokenizer(model)
     tokenizer.decoder = tokenizers.decoders.Fuse()
@@ -562,44 +600,55 @@ def write_tokenizer(folder: Path, text: str, **steps: object) -> Path:
     return folder
 
 
+def read_note(tmp_path: Path, file: Path, tokenizer: Path) -> str:
+    """Prepare a file with a tokenizer. Return the only line on stderr."""
+    flags = {"name": tokenizer.name, "data_dir": tmp_path / "data"}
+    note = run("prepare.py", file, tokenizer=tokenizer, **flags).stderr
+    assert note.startswith("note: "), note
+    assert note.count("\n") == 1, note
+    return note
+
+
+@pytest.fixture(scope="module")
+def letters(play) -> str:
+    """Return a text with all letters of the play, but short: it is one word, whose merges take ever
+    longer."""
+    text = play.read_text(encoding="utf-8")
+    return text[:20_000] + "".join(sorted(set(text)))
+
+
 @pytest.mark.slow
-def test_a_tokenizer_that_loses_text_is_noted(play, tmp_path):
+def test_a_tokenizer_that_loses_some_of_any_text_is_noted(play, letters, tmp_path):
     from tokenizers import normalizers, pre_tokenizers
 
+    lowercase = normalizers.Lowercase()
+    lower = write_tokenizer(tmp_path / "lower", letters, normalizer=lowercase)
+    # no token stands for unknown text
+    assert " 0.00%" in read_note(tmp_path, play, lower)
+    whitespace = pre_tokenizers.Whitespace()
+    spaces = write_tokenizer(tmp_path / "spaces", letters, pre_tokenizer=whitespace)
+    read_note(tmp_path, play, spaces)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unk_token", [None, "<unk>"], ids=["drops", "unknown"])
+def test_a_tokenizer_that_lacks_a_letter_is_noted(play, letters, tmp_path, unk_token):
     text = play.read_text(encoding="utf-8")
-    # these two lose only letters that the play lacks; the first such letter comes late
+    # the first letter that the play lacks comes late
     late = tmp_path / "late.jsonl"
     documents = [text[start : start + 200] for start in range(0, 40_000, 200)]
     write_jsonl(late, [*documents, "Ünique " * 20])
-    # a part with all letters of the play: it is one word, whose merges take ever longer
-    part = text[:20_000] + "".join(sorted(set(text)))
-    drops = write_tokenizer(tmp_path / "drops", part)
-    unknown = write_tokenizer(tmp_path / "unknown", part, unk_token="<unk>")
-    # these two lose some of any text
-    lowercase = normalizers.Lowercase()
-    lower = write_tokenizer(tmp_path / "lower", part, normalizer=lowercase)
-    whitespace = pre_tokenizers.Whitespace()
-    spaces = write_tokenizer(tmp_path / "spaces", part, pre_tokenizer=whitespace)
-    notes = {}
-    for folder, file in (
-        (lower, play),
-        (spaces, play),
-        (drops, late),
-        (unknown, late),
-    ):
-        flags = {"name": folder.name, "data_dir": tmp_path / "data"}
-        note = run("prepare.py", file, tokenizer=folder, **flags).stderr
-        assert note.startswith("note: "), note
-        assert note.count("\n") == 1, note
-        notes[folder.name] = note
+    tokenizer = write_tokenizer(tmp_path / "own", letters, unk_token=unk_token)
+    note = read_note(tmp_path, late, tokenizer)
     # the share of tokens that stand for unknown text: a letter that is dropped leaves none
-    assert " 0.00%" in notes["drops"]
-    assert " 0.00%" in notes["lower"]
-    assert " 0.00%" not in notes["unknown"]
-    assert "Ünique" in notes["unknown"]
-    for folder in (drops, unknown):
-        flags = {"name": "kept", "data_dir": tmp_path / f"kept-{folder.name}"}
-        assert not run("prepare.py", play, tokenizer=folder, **flags).stderr
+    if unk_token:
+        assert " 0.00%" not in note
+        assert "Ünique" in note
+    else:
+        assert " 0.00%" in note
+    # the play itself loses nothing
+    flags = {"name": "kept", "data_dir": tmp_path / "kept"}
+    assert not run("prepare.py", play, tokenizer=tokenizer, **flags).stderr
 
 
 def test_an_encoding_that_drops_text_is_noted(play, tmp_path):
@@ -671,7 +720,7 @@ def test_a_signal_ends_the_training_of_a_bpe(tmp_path, stop_signal):
     assert time.monotonic() - sent < 2
     assert child.returncode == -stop_signal
     assert not err
-    assert files_in(tmp_path / "data") == []
+    assert list_files(tmp_path / "data") == []
 
 
 @pytest.mark.slow
@@ -696,7 +745,7 @@ def test_a_signal_does_not_wait_for_an_encoder(shakespeare, tmp_path, stop_signa
     assert time.monotonic() - sent < 2
     assert child.returncode == 130
     assert not err
-    assert files_in(tmp_path / "data") == []
+    assert list_files(tmp_path / "data") == []
 
 
 def test_checkpoint_holds_an_encoding_of_tiktoken(play, tmp_path):
@@ -708,7 +757,8 @@ def test_checkpoint_holds_an_encoding_of_tiktoken(play, tmp_path):
     assert sum(token > 65_536 for token in train) > len(train) / 4
     assert from_meta(meta).decode(train + val) == play.read_text()
     # where the plugin is not installed
-    complaint(run("prepare.py", play, name="y", code=2, **flags))
+    read_error(run("prepare.py", play, name="y", code=2, **flags))
+    # the checkpoint has the encoding itself, so it needs neither the dataset nor the plugin
     run(
         "train.py",
         dataset=tmp_path / "x",
@@ -746,6 +796,7 @@ def write_parquet(path: Path, texts: list, key: str = "text") -> None:
             key: pyarrow.array(texts, pyarrow.string()),
         }
     )
+    # several groups in a file, as large files have
     pyarrow.parquet.write_table(table, path, row_group_size=40)
 
 
@@ -755,7 +806,7 @@ def write_jsonl(path: Path, texts: list[str]) -> None:
     path.write_text("".join(lines))
 
 
-def texts_of(shakespeare: str, count: int, size: int) -> list[str]:
+def cut_texts(shakespeare: str, count: int, size: int) -> list[str]:
     """Return `count` texts of `size` characters, one of them empty."""
     starts = range(0, count * size, size)
     texts = [shakespeare[start : start + size] for start in starts]
@@ -763,7 +814,7 @@ def texts_of(shakespeare: str, count: int, size: int) -> list[str]:
     return texts
 
 
-def joined(folder: Path) -> tuple[dict, bytes, bytes]:
+def join_files(folder: Path) -> tuple[dict, bytes, bytes]:
     """Return meta.json and the bytes of all files of train, and of val."""
     meta = json.loads((folder / "meta.json").read_text())
     files = meta.get(
@@ -774,16 +825,15 @@ def joined(folder: Path) -> tuple[dict, bytes, bytes]:
         },
     )
     expected = ["meta.json", *files["train"], *files["val"]]
-    assert sorted(dataset_files(folder)) == sorted(expected)
+    assert sorted(read_files(folder)) == sorted(expected)
     train = b"".join((folder / file).read_bytes() for file in files["train"])
     val = b"".join((folder / file).read_bytes() for file in files["val"])
     return meta, train, val
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "tokenizer, count",
-    [
+@pytest.fixture(
+    scope="module",
+    params=[
         ("gpt2", 250),
         ("gpt2", 60),
         ("char", 150),
@@ -791,14 +841,17 @@ def joined(folder: Path) -> tuple[dict, bytes, bytes]:
     ],
     ids=["gpt2 250", "gpt2 60", "char 150", "bpe 130"],
 )
-def test_several_files_give_what_one_gives(shakespeare, tmp_path, tokenizer, count):
-    texts = texts_of(shakespeare, count, 700)
+def sources(request, shakespeare, tmp_path_factory) -> SimpleNamespace:
+    """Prepare the same texts from a file of JSON, a Parquet file, and a folder of several."""
+    tokenizer, count = request.param
+    folder = tmp_path_factory.mktemp("sources")
+    texts = cut_texts(shakespeare, count, 700)
     texts[9] = ""
     if count == 250:
         # over 2**20 characters: this one is split
         texts[9] = shakespeare[:1_100_000]
-    write_jsonl(tmp_path / "all.jsonl", texts)
-    write_parquet(tmp_path / "all.parquet", texts)
+    write_jsonl(folder / "all.jsonl", texts)
+    write_parquet(folder / "all.parquet", texts)
     # four files, one of them without rows. The number of a document decides its split, and
     # continues from one file to the next.
     parts = [
@@ -808,27 +861,43 @@ def test_several_files_give_what_one_gives(shakespeare, tmp_path, tokenizer, cou
         texts[120:],
     ]
     for i, part in enumerate(parts):
-        write_parquet(tmp_path / "parts" / f"{i}.parquet", part)
-    flags = {"tokenizer": tokenizer, "data_dir": tmp_path / "data"}
+        write_parquet(folder / "parts" / f"{i}.parquet", part)
+    flags = {"tokenizer": tokenizer, "data_dir": folder / "data", "cwd": folder}
     datasets = {}
     for source in ("all.jsonl", "all.parquet", "parts"):
-        run("prepare.py", source, name=source, cwd=tmp_path, **flags)
-        datasets[source] = joined(tmp_path / "data" / source)
-    meta, *tokens = datasets["all.jsonl"]
-    for source in ("all.parquet", "parts"):
-        other_meta, *other_tokens = datasets[source]
-        assert other_tokens == tokens
-        for key in ("tokenizer", "tokens", "fingerprint", "dtype", "vocab_size"):
-            assert other_meta[key] == meta[key]
-    # each file of a folder has its own shards
-    files = datasets["parts"][0]["files"]
-    assert sum(files["train"].values()) == meta["tokens"]["train"]
+        run("prepare.py", source, name=source, **flags)
+        datasets[source] = join_files(folder / "data" / source)
+    return SimpleNamespace(flags=flags, datasets=datasets)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["all.parquet", "parts"])
+def test_several_files_give_what_one_gives(sources, source):
+    meta, *tokens = sources.datasets["all.jsonl"]
+    other_meta, *other_tokens = sources.datasets[source]
+    assert other_tokens == tokens
+    for key in ("tokenizer", "tokens", "fingerprint", "dtype", "vocab_size"):
+        assert other_meta[key] == meta[key]
+
+
+@pytest.mark.slow
+def test_each_file_of_a_folder_has_its_own_shards(sources):
+    one_meta, *_ = sources.datasets["all.jsonl"]
+    parquet_meta, *_ = sources.datasets["all.parquet"]
+    folder_meta, *_ = sources.datasets["parts"]
+    files = folder_meta["files"]
+    assert sum(files["train"].values()) == one_meta["tokens"]["train"]
+    assert list(files) == ["train", "val"]
     for split, shards in files.items():
         assert list(shards) == [f"{split}-{i:05}.bin" for i in range(4)]
-    assert list(files) == ["train", "val"]
-    assert "files" not in meta
-    assert "files" not in datasets["all.parquet"][0]
-    done = run("prepare.py", "parts", name="parts", cwd=tmp_path, **flags)
+    # one file, one shard
+    assert "files" not in one_meta
+    assert "files" not in parquet_meta
+
+
+@pytest.mark.slow
+def test_a_folder_of_shards_is_prepared_once(sources):
+    done = run("prepare.py", "parts", name="parts", **sources.flags)
     assert "exists already" in done.stdout
 
 
@@ -860,12 +929,13 @@ def test_text_and_jsonl_and_parquet_together(tmp_path):
     not Path("/proc/self/status").exists(), reason="reads the peak from /proc"
 )
 def test_memory_does_not_grow_with_the_number_of_files(shakespeare, tmp_path):
+    # 2.5 million characters a file
     texts = [shakespeare[i : i + 1000] for i in range(0, 2_500_000, 1000)]
     files = [tmp_path / f"{i}.parquet" for i in range(8)]
     for file in files:
         write_parquet(file, texts)
     peaks = [
-        peak_memory(
+        measure_peak_memory(
             tmp_path,
             *files[:count],
             name=count,
@@ -880,9 +950,9 @@ def test_local_parquet_needs_no_server_and_no_cache(tmp_path):
     write_parquet(tmp_path / "a.parquet", ["text " * 99])
     (tmp_path / "home").mkdir()
     flags = {"name": "x", "data_dir": tmp_path / "data"}
-    python, *script = command("prepare.py", tmp_path / "a.parquet", **flags)
+    python, *script = make_command("prepare.py", tmp_path / "a.parquet", **flags)
+    # any connection ends this program
     done = subprocess.run(
-        # any connection ends that program
         [python, PROGRAMS / "without_network.py", *script],
         capture_output=True,
         text=True,
@@ -891,6 +961,7 @@ def test_local_parquet_needs_no_server_and_no_cache(tmp_path):
     assert done.returncode == 0, done.stderr
     assert not done.stderr, done.stderr
     assert done.stdout.count("\n") == 1, done.stderr
+    # no cache was made there
     assert os.listdir(tmp_path / "home") == []
 
 
@@ -898,7 +969,7 @@ def test_local_parquet_needs_no_server_and_no_cache(tmp_path):
 def hub_folder(shakespeare, tmp_path_factory) -> Path:
     """Write small stand-ins for the files of tinystories and fineweb-edu. Return their folder."""
     folder = tmp_path_factory.mktemp("hub")
-    texts = texts_of(shakespeare, 2800, 400)
+    texts = cut_texts(shakespeare, 2800, 400)
     # tinystories
     for i in range(4):
         path = folder / "data" / f"train-{i:05}-of-00004-abc.parquet"
@@ -932,7 +1003,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if re.fullmatch(r"/api/datasets/[^/]+/[^/]+/tree/\w{40}", path):
             # the list of the files
             entries = []
-            for entry in files_in(folder):
+            for entry in list_files(folder):
                 name = str(entry.relative_to(folder))
                 size = entry.stat().st_size
                 entries.append(
@@ -957,14 +1028,15 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def hub(hub_folder, tmp_path):
+@contextmanager
+def serve_hub(folder: Path, home: Path) -> Iterator[http.server.ThreadingHTTPServer]:
+    """Serve the files of a folder as the Hugging Face Hub, with its cache in `home`."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        server.folder = hub_folder
+        server.folder = folder
         server.asked = []
         server.env = {
             "HF_HUB_OFFLINE": "0",
-            "HF_HOME": str(tmp_path / "home"),
+            "HF_HOME": str(home),
             "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
         }
         # shutdown waits for the next look at it, by default every half second
@@ -974,18 +1046,25 @@ def hub(hub_folder, tmp_path):
         server.shutdown()
 
 
+@pytest.fixture
+def hub(hub_folder, tmp_path):
+    with serve_hub(hub_folder, tmp_path / "home") as server:
+        yield server
+
+
 @pytest.mark.slow
 def test_share_of_a_hub_dataset_is_for_validation(hub, hub_folder, tmp_path):
     run("prepare.py", "fineweb-edu", data_dir=tmp_path, env=hub.env)
-    _, _, val = joined(tmp_path / "fineweb-edu")
+    _, _, val = join_files(tmp_path / "fineweb-edu")
     texts = []
     for path in sorted((hub_folder / "sample/10BT").iterdir()):
         texts += pyarrow.parquet.read_table(path)["text"].to_pylist()
-    # every 2,000th document, so one of these 2,800
+    # the recipe's own split: every 2,000th document, so one of these 2,800
     assert GPT2.decode(np.frombuffer(val, "<u2").tolist()) == texts[1999]
+    # and a split by flags: every second one
     flags = {"name": "other", "tokenizer": "char", "val_fraction": 0.5}
     run("prepare.py", "fineweb-edu", data_dir=tmp_path, env=hub.env, **flags)
-    meta, _, val = joined(tmp_path / "other")
+    meta, _, val = join_files(tmp_path / "other")
     val_text = from_meta(meta).decode(np.frombuffer(val, "<u2").tolist())
     assert val_text == "\n".join(filter(None, texts[1::2]))
 
@@ -993,7 +1072,7 @@ def test_share_of_a_hub_dataset_is_for_validation(hub, hub_folder, tmp_path):
 # --- what goes wrong -----------------------------------------------------------------------------
 
 
-def parquet_bytes() -> bytes:
+def make_parquet() -> bytes:
     """Return a file of numbers and texts; one text is missing."""
     file = pyarrow.BufferOutputStream()
     table = pyarrow.table(
@@ -1014,7 +1093,7 @@ def corrupt(data: bytes) -> bytes:
     return data[:at] + b"\xff" * 30 + data[at + 30 :]
 
 
-PARQUET = parquet_bytes()
+PARQUET = make_parquet()
 
 
 def limit_files() -> None:
@@ -1051,7 +1130,7 @@ def test_names_that_are_not_utf8(tmp_path):
     assert sorted(os.listdir(os.fsencode(tmp_path / "data"))) == names
 
 
-def dataset_files(folder: Path) -> dict[str, bytes]:
+def read_files(folder: Path) -> dict[str, bytes]:
     """Return the content of each file in a folder, by name, except the lock."""
     return {
         path.name: path.read_bytes()
@@ -1079,22 +1158,24 @@ def test_plays(prepared_plays, shakespeare, name, vocab_size, counts):
     # the fingerprint covers the tokenizer and every token
     described = [meta["tokenizer"], list(meta["tokens"].values())]
     digest = hashlib.sha256(json.dumps(described, sort_keys=True).encode())
-    files = dataset_files(prepared_plays / name)
+    # a run compares this sum with the one in its checkpoint
+    files = read_files(prepared_plays / name)
     digest.update(files["train.bin"] + files["val.bin"])
     assert meta["fingerprint"] == digest.hexdigest()
     assert sorted(files) == ["meta.json", "train.bin", "val.bin"]
 
 
 def test_existing_dataset_is_left_alone(tmp_path):
-    def stats() -> list:
+    # a file that is written again is another one, or has another time
+    def list_stats() -> list:
         files = sorted((tmp_path / "plays_char").iterdir())
         return [(file.stat().st_ino, file.stat().st_mtime_ns) for file in files]
 
     run("prepare.py", "plays_char", data_dir=tmp_path)
-    before = stats()
+    before = list_stats()
     done = run("prepare.py", "plays_char", data_dir=tmp_path)
     assert "exists already" in done.stdout
-    assert stats() == before
+    assert list_stats() == before
 
 
 def test_no_network_names_the_offline_dataset(tmp_path):
@@ -1107,14 +1188,15 @@ def test_no_network_names_the_offline_dataset(tmp_path):
         code=2,
         env=env,
     )
-    assert complaint(done).endswith("python prepare.py plays_char")
-    assert files_in(tmp_path) == []
+    assert read_error(done).endswith("python prepare.py plays_char")
+    assert list_files(tmp_path) == []
 
 
 def test_another_text_as_tinyshakespeare_is_refused(tmp_path):
     (tmp_path / "tinyshakespeare").mkdir()
     (tmp_path / "tinyshakespeare" / "input.txt").write_text("First Citizen:\n")
-    line = complaint(run("prepare.py", "shakespeare", data_dir=tmp_path, code=2))
+    # the recipe knows the sha256 of its text
+    line = read_error(run("prepare.py", "shakespeare", data_dir=tmp_path, code=2))
     assert "tinyshakespeare/input.txt" in line
 
 
@@ -1141,62 +1223,105 @@ def test_folders_behind_links_are_searched(tmp_path):
     assert prepare(tmp_path, "d")[0]["source"]["files"] == 2
 
 
+@pytest.fixture
+def learned(tmp_path) -> Path:
+    """Prepare tmp_path/data/x, characters of tmp_path/a.txt. Return its folder."""
+    (tmp_path / "a.txt").write_text("something to learn\n" * 9)
+    prepare(tmp_path, tmp_path / "a.txt", tokenizer="char")
+    return tmp_path / "data/x"
+
+
+def prepare_again(folder: Path, **flags: object) -> bool:
+    """Prepare the dataset of `learned` again. Return False if it existed already."""
+    text = folder.parent.parent / "a.txt"
+    flags = {"tokenizer": "char"} | flags
+    done = run("prepare.py", text, name="x", data_dir=folder.parent, **flags)
+    return "exists already" not in done.stdout
+
+
+# each of these makes a dataset corrupt in a way of its own
+def cut_val(folder: Path) -> None:
+    os.truncate(folder / "val.bin", 6)
+
+
+def lose_train(folder: Path) -> None:
+    (folder / "train.bin").unlink()
+
+
+def reverse_val(folder: Path) -> None:
+    tokens = (folder / "val.bin").read_bytes()
+    (folder / "val.bin").write_bytes(tokens[::-1])
+
+
+def reverse_val_without_checksums(folder: Path) -> None:
+    """Do so in a dataset of an older version."""
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta["crc32"]
+    (folder / "meta.json").write_text(json.dumps(meta))
+    reverse_val(folder)
+
+
+def change_a_checksum(folder: Path) -> None:
+    text = (folder / "meta.json").read_text()
+    crc32 = json.loads(text)["crc32"]["val.bin"]
+    (folder / "meta.json").write_text(text.replace(crc32, crc32[::-1]))
+
+
+def empty_meta(folder: Path) -> None:
+    (folder / "meta.json").write_text("")
+
+
+def replace_meta(folder: Path) -> None:
+    (folder / "meta.json").write_text('{"tokens": 5}')
+
+
 @pytest.mark.slow
-def test_changed_or_corrupt_dataset_is_prepared_again(tmp_path):
-    text = tmp_path / "a.txt"
-    folder = tmp_path / "data" / "x"
-    text.write_text("something to learn\n" * 9)
-    first = prepare(tmp_path, text, tokenizer="char")
-
-    def again(**flags) -> bool:
-        """Return True if the dataset existed already."""
-        flags = {"name": "x", "data_dir": tmp_path / "data", **flags}
-        done = run("prepare.py", text, **{"tokenizer": "char", **flags})
-        return "exists already" in done.stdout
-
-    def reverse_tokens() -> None:
-        tokens = (folder / "val.bin").read_bytes()
-        (folder / "val.bin").write_bytes(tokens[::-1])
-
-    def reverse_tokens_of_an_older_dataset() -> None:
-        meta = {key: first[0][key] for key in first[0] if key != "crc32"}
-        (folder / "meta.json").write_text(json.dumps(meta))
-        reverse_tokens()
-
-    def change_a_checksum() -> None:
-        text = (folder / "meta.json").read_text()
-        crc32 = first[0]["crc32"]["val.bin"]
-        (folder / "meta.json").write_text(text.replace(crc32, crc32[::-1]))
-
-    assert again()
-    for damage in (
-        partial(os.truncate, folder / "val.bin", 6),
-        (folder / "train.bin").unlink,
-        reverse_tokens,
-        reverse_tokens_of_an_older_dataset,
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut_val,
+        lose_train,
+        reverse_val,
+        reverse_val_without_checksums,
         change_a_checksum,
-        partial((folder / "meta.json").write_text, ""),
-        partial((folder / "meta.json").write_text, '{"tokens": 5}'),
-    ):
-        damage()
-        # files of a larger dataset and of a killed preparation go, too
-        (folder / "train-00003.bin").touch()
-        (folder / "val.bin.tmp").touch()
-        assert not again()
-        assert read_dataset(folder) == first
-        assert sorted(dataset_files(folder)) == ["meta.json", "train.bin", "val.bin"]
+        empty_meta,
+        replace_meta,
+    ],
+)
+def test_a_corrupt_dataset_is_prepared_again(learned, damage):
+    first = read_dataset(learned)
+    assert not prepare_again(learned)
+    damage(learned)
+    # files of a larger dataset and of a killed preparation go, too
+    (learned / "train-00003.bin").touch()
+    (learned / "val.bin.tmp").touch()
+    assert prepare_again(learned)
+    assert read_dataset(learned) == first
+    assert sorted(read_files(learned)) == ["meta.json", "train.bin", "val.bin"]
+
+
+@pytest.mark.slow
+def test_a_dataset_with_other_settings_is_prepared_again(learned):
+    # each differs from the one before
     for flags in (
         {"val_fraction": 0.5},
         {"tokenizer": "gpt2"},
         {"tokenizer": "bpe:300"},
         {"tokenizer": "bpe:257"},
     ):
-        assert not again(**flags)
-        assert again(**flags)
+        assert prepare_again(learned, **flags)
+        assert not prepare_again(learned, **flags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokenizer", ["char", "bpe:257"])
+def test_a_dataset_of_a_changed_text_is_prepared_again(learned, tokenizer):
+    prepare_again(learned, tokenizer=tokenizer)
     # a text of the same length
+    text = learned.parent.parent / "a.txt"
     text.write_text("Something to learn\n" * 9)
-    assert not again(**flags)
-    assert again(**flags)
+    assert prepare_again(learned, tokenizer=tokenizer)
+    assert not prepare_again(learned, tokenizer=tokenizer)
 
 
 def test_bin_files_of_another_program_are_kept(tmp_path):
@@ -1205,8 +1330,8 @@ def test_bin_files_of_another_program_are_kept(tmp_path):
     folder.mkdir(parents=True)
     (folder / "val.bin").write_bytes(b"foreign")
     flags = {"name": "x", "data_dir": tmp_path / "data"}
-    complaint(run("prepare.py", tmp_path / "a.txt", code=2, **flags))
-    assert dataset_files(folder) == {"val.bin": b"foreign"}
+    read_error(run("prepare.py", tmp_path / "a.txt", code=2, **flags))
+    assert read_files(folder) == {"val.bin": b"foreign"}
 
 
 @pytest.mark.slow
@@ -1221,7 +1346,7 @@ def test_hub_dataset_is_downloaded_once(hub, hub_folder, tmp_path):
     train_file = f"/resolve/{commit}/data/train-00003"
     assert any(train_file in path for path in hub.asked)
     assert not any("README" in path for path in hub.asked)
-    meta, train, val = joined(tmp_path / "tinystories")
+    meta, train, val = join_files(tmp_path / "tinystories")
     train_documents = filter(None, sum(train_texts, []))
     val_documents = filter(None, val_texts)
     train_ids = np.frombuffer(train, "<u2").tolist()
@@ -1234,7 +1359,7 @@ def test_hub_dataset_is_downloaded_once(hub, hub_folder, tmp_path):
     # a second time, the files come from the cache
     offline = hub.env | {"HF_HUB_OFFLINE": "1"}
     run("prepare.py", "tinystories", data_dir=tmp_path / "again", env=offline)
-    assert joined(tmp_path / "again/tinystories") == (meta, train, val)
+    assert join_files(tmp_path / "again/tinystories") == (meta, train, val)
     # unless it lacks one
     next((tmp_path / "home").rglob("train-00002*")).unlink()
     run(
@@ -1246,12 +1371,13 @@ def test_hub_dataset_is_downloaded_once(hub, hub_folder, tmp_path):
     )
 
 
-@pytest.mark.slow
-def test_ready_shards_are_downloaded_and_trained_on(hub, tmp_path):
-    # shards of 100 tokens in the format of llm.c: a header of 256 numbers (magic number, version,
-    # count), then the tokens
-    hub.folder = tmp_path / "shards"
-    hub.folder.mkdir()
+@pytest.fixture(scope="module")
+def fineweb(tmp_path_factory) -> Iterator[SimpleNamespace]:
+    """Serve and prepare shards of 100 tokens in the format of llm.c: a header of 256 numbers (magic
+    number, version, count), then the tokens."""
+    place = tmp_path_factory.mktemp("fineweb")
+    shards = place / "shards"
+    shards.mkdir()
     header = np.zeros(256, "<i4")
     header[:3] = (20240520, 1, 100)
     names = ["fineweb_val_000000.bin"]
@@ -1261,36 +1387,59 @@ def test_ready_shards_are_downloaded_and_trained_on(hub, tmp_path):
     for name in names:
         tokens = rng.integers(50257, size=100, dtype="<u2")
         content[name] = header.tobytes() + tokens.tobytes()
-        (hub.folder / name).write_bytes(content[name])
-    done = run("prepare.py", "fineweb10B", data_dir=tmp_path, env=hub.env)
-    assert "10,300 train and 100 val tokens of gpt2" in done.stdout
-    shards = (tmp_path / "fineweb10B").glob("*.bin")
-    assert {path.name: path.read_bytes() for path in shards} == content
-    assert any("/resolve/889765ea1f903759787add" in path for path in hub.asked)
-    # again, without a network
-    offline = hub.env | {"HF_HUB_OFFLINE": "1"}
-    done = run("prepare.py", "fineweb10B", data_dir=tmp_path, env=offline)
+        (shards / name).write_bytes(content[name])
+    with serve_hub(shards, place / "home") as hub:
+        done = run("prepare.py", "fineweb10B", data_dir=place, env=hub.env)
+        yield SimpleNamespace(
+            place=place,
+            folder=place / "fineweb10B",
+            content=content,
+            printed=done.stdout,
+            hub=hub,
+            offline=hub.env | {"HF_HUB_OFFLINE": "1"},
+        )
+
+
+@pytest.mark.slow
+def test_ready_shards_are_downloaded(fineweb):
+    assert "10,300 train and 100 val tokens of gpt2" in fineweb.printed
+    shards = fineweb.folder.glob("*.bin")
+    assert {path.name: path.read_bytes() for path in shards} == fineweb.content
+    # the commit that the recipe names
+    commit = "/resolve/889765ea1f903759787add"
+    assert any(commit in path for path in fineweb.hub.asked)
+
+
+@pytest.mark.slow
+def test_ready_shards_are_found_without_a_network(fineweb):
+    flags = {"data_dir": fineweb.place, "env": fineweb.offline}
+    done = run("prepare.py", "fineweb10B", **flags)
     assert "exists already" in done.stdout
-    flags = TINY | {"data_dir": tmp_path, "dataset": "fineweb10B", "max_iters": 2}
-    run("train.py", out_dir=tmp_path / "out", **flags)
+
+
+@pytest.mark.slow
+def test_ready_shards_are_trained_on(fineweb, tmp_path):
+    flags = TINY | {"data_dir": fineweb.place, "dataset": "fineweb10B"}
+    run("train.py", out_dir=tmp_path / "out", **flags | {"max_iters": 2})
+
+
+@pytest.mark.slow
+def test_a_truncated_ready_shard_is_refused(fineweb):
     # a download that was cut
-    path = tmp_path / "fineweb10B/fineweb_train_000007.bin"
-    path.write_bytes(content[path.name][:-2])
-    done = run(
-        "prepare.py",
-        "fineweb10B",
-        data_dir=tmp_path,
-        env=offline,
-        code=2,
-    )
-    assert "1,224 bytes" in complaint(done)
+    path = fineweb.folder / "fineweb_train_000007.bin"
+    path.write_bytes(fineweb.content[path.name][:-2])
+    flags = {"data_dir": fineweb.place}
+    done = run("prepare.py", "fineweb10B", env=fineweb.offline, code=2, **flags)
+    assert "1,224 bytes" in read_error(done)
     # its hint works
     path.unlink()
-    run("prepare.py", "fineweb10B", data_dir=tmp_path, env=hub.env)
-    assert path.read_bytes() == content[path.name]
-    # ready tokens are those of their tokenizer
+    run("prepare.py", "fineweb10B", env=fineweb.hub.env, **flags)
+    assert path.read_bytes() == fineweb.content[path.name]
+
+
+def test_ready_shards_have_a_tokenizer_already(tmp_path):
     flags = {"name": "other", "tokenizer": "char", "data_dir": tmp_path}
-    assert "--tokenizer" in complaint(run("prepare.py", "fineweb10B", code=2, **flags))
+    assert "--tokenizer" in read_error(run("prepare.py", "fineweb10B", code=2, **flags))
 
 
 @pytest.mark.slow
@@ -1302,6 +1451,7 @@ def test_climbmix_is_its_first_shards(hub, play, tmp_path):
         some_lines = lines[number % 50 :: 50][:5]
         texts = [f"{line} {number}" for line in some_lines]
         write_parquet(hub.folder / f"shard_{number:05d}.parquet", texts)
+    # the recipe takes the first hundred and the last
     write_parquet(hub.folder / "shard_00100.parquet", ["not among the first"])
     done = run("prepare.py", "climbmix", data_dir=tmp_path, env=hub.env)
     meta = json.loads((tmp_path / "climbmix/meta.json").read_text())
@@ -1326,9 +1476,10 @@ def test_an_incomplete_download_is_refused(hub_folder, tmp_path, monkeypatch):
 
 
 def test_hub_without_a_network_is_one_line(tmp_path):
+    # an empty cache
     env = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
     flags = {"name": "mine", "tokenizer": "char", "data_dir": tmp_path / "data"}
-    line = complaint(
+    line = read_error(
         run(
             "prepare.py",
             "tinystories",
@@ -1338,17 +1489,31 @@ def test_hub_without_a_network_is_one_line(tmp_path):
         )
     )
     assert "roneneldan/TinyStories" in line
-    assert files_in(tmp_path / "data") == []
+    assert list_files(tmp_path / "data") == []
 
 
 def test_corrupt_file_is_found_before_the_first_shard(hub_folder, tmp_path):
     folder = tmp_path / "less"
     shutil.copytree(hub_folder / "data", folder)
+    # the first two files are intact, but no shard of them is written
     third = folder / "train-00002-of-00004-abc.parquet"
     third.write_bytes(corrupt(third.read_bytes()))
     done = run("prepare.py", folder, name="x", data_dir=tmp_path, code=2)
-    assert str(third) in complaint(done)
-    assert dataset_files(tmp_path / "x") == {}
+    assert str(third) in read_error(done)
+    assert read_files(tmp_path / "x") == {}
+
+
+def stop_at_file(child: Any, path: Path, stop_signal: int) -> None:
+    """Send a signal to a preparation as soon as a file exists. Wait until it ends."""
+    while child.poll() is None and not path.exists():
+        time.sleep(0.001)
+    child.send_signal(stop_signal)
+    child.communicate()
+
+
+def list_times(paths: Iterable[Path]) -> dict[Path, int]:
+    """Return when each file was last written."""
+    return {path: path.stat().st_mtime_ns for path in paths}
 
 
 @pytest.mark.slow
@@ -1363,22 +1528,18 @@ def test_killed_preparation_continues(hub_folder, tmp_path):
         ("train-00009.bin", signal.SIGINT, 130),
     ):
         child = start("prepare.py", source, name="x", data_dir=tmp_path)
-        while child.poll() is None and not (folder / file).exists():
-            time.sleep(0.001)
-        child.send_signal(stop_signal)
-        child.communicate()
+        stop_at_file(child, folder / file, stop_signal)
         assert child.returncode == code
         # the shards of an incomplete dataset can't be trained on
         with pytest.raises(BadData):
             read_meta(folder)
-    early = {path: path.stat().st_mtime_ns for path in folder.glob("*-0000[0-7].bin")}
+    early = list_times(folder.glob("*-0000[0-7].bin"))
     done = run("prepare.py", source, name="x", data_dir=tmp_path)
     assert re.search(r"(9|10) of 14 shards", done.stdout)
-    assert dataset_files(folder) == dataset_files(tmp_path / "new/x")
+    assert read_files(folder) == read_files(tmp_path / "new/x")
     # complete shards were not written again
     assert early
-    for path, modified in early.items():
-        assert path.stat().st_mtime_ns == modified
+    assert list_times(early) == early
 
 
 @pytest.mark.slow
@@ -1399,14 +1560,15 @@ def test_shards_of_another_request_are_not_used(hub_folder, play, tmp_path):
     # another split
     assert "continuing" not in prepare(source, val_fraction=0.2)
     run("prepare.py", source, val_fraction=0.2, data_dir=tmp_path / "other", **flags)
-    assert joined(folder) == joined(other_folder)
-    # one file, then again several
+    assert join_files(folder) == join_files(other_folder)
+    # one file, then again several: the files of the other kind go
     prepare(play)
-    assert sorted(dataset_files(folder)) == ["meta.json", "train.bin", "val.bin"]
+    assert sorted(read_files(folder)) == ["meta.json", "train.bin", "val.bin"]
     prepare(source, val_fraction=0.2)
-    assert joined(folder) == joined(other_folder)
+    assert join_files(folder) == join_files(other_folder)
 
 
+# a text without a fault, for faults of the flags
 TEXT_FILE = {"a.txt": b"text " * 99}
 # an id: the arguments and the files
 MISTAKES = {
@@ -1464,7 +1626,7 @@ def test_mistakes_end_in_one_line(tmp_path, args, files):
         (tmp_path / path).write_bytes(data)
     # a mistake's own --name comes last and wins
     all_args = ["--name=x", f"--data_dir={tmp_path}/data", *args]
-    line = complaint(run("prepare.py", *all_args, cwd=tmp_path, code=2))
+    line = read_error(run("prepare.py", *all_args, cwd=tmp_path, code=2))
     if len(args) == 1 and args[0] in files:
         # the file, or the dataset
         assert args[0] in line or "x: " in line
@@ -1472,20 +1634,21 @@ def test_mistakes_end_in_one_line(tmp_path, args, files):
         # the existing names
         assert "tinystories" in line
         assert "shakespeare_char" in line
-    assert files_in(tmp_path / "data" / "x") == []
+    assert list_files(tmp_path / "data" / "x") == []
 
 
 @pytest.mark.slow
 def test_file_size_limit_keeps_the_existing_dataset(shakespeare, tmp_path):
     text = tmp_path / "a.txt"
     data_dir = tmp_path / "data"
+    # a new name, and one whose dataset must stay as it is
     text.write_text("something to learn\n" * 9)
     before = prepare(tmp_path, text)
     # its tokens are larger than the limit
     text.write_text(shakespeare[:400_000])
     for name in ("x", "y"):
         done = subprocess.run(
-            command("prepare.py", text, name=name, data_dir=data_dir),
+            make_command("prepare.py", text, name=name, data_dir=data_dir),
             capture_output=True,
             text=True,
             preexec_fn=limit_files,
@@ -1494,15 +1657,15 @@ def test_file_size_limit_keeps_the_existing_dataset(shakespeare, tmp_path):
         assert done.stderr.count("\n") == 1
     assert read_dataset(data_dir / "x") == before
     expected = ["meta.json", "train.bin", "val.bin"]
-    assert sorted(dataset_files(data_dir / "x")) == expected
-    assert files_in(data_dir / "y") == []
+    assert sorted(read_files(data_dir / "x")) == expected
+    assert list_files(data_dir / "y") == []
 
 
 @pytest.mark.slow
 def test_full_disk_keeps_complete_shards(disk, hub_folder, tmp_path):
     flags = {"name": "x", "tokenizer": "char", "val_fraction": 0.1}
     run("prepare.py", hub_folder / "sample", data_dir=disk, **flags, code=1)
-    # the shards that fit
+    # the shards that fit; a disk may get more room, so they are worth keeping
     complete = len(list((disk / "x").glob("val-*.bin")))
     assert 1 <= complete <= 5
     assert not list((disk / "x").glob("*.tmp"))
@@ -1511,7 +1674,7 @@ def test_full_disk_keeps_complete_shards(disk, hub_folder, tmp_path):
     done = run("prepare.py", hub_folder / "sample", data_dir=disk, **flags)
     assert f"{complete} of 14 shards" in done.stdout
     run("prepare.py", hub_folder / "sample", data_dir=tmp_path, **flags)
-    assert joined(disk / "x") == joined(tmp_path / "x")
+    assert join_files(disk / "x") == join_files(tmp_path / "x")
 
 
 @pytest.mark.slow
@@ -1522,7 +1685,7 @@ def test_read_only_disk(disk):
     (disk / "a.txt").write_text(TEXT)
     run("prepare.py", disk / "a.txt", data_dir=disk, name="y")
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
-    complaint(run("prepare.py", "plays_char", data_dir=disk, code=2))
+    read_error(run("prepare.py", "plays_char", data_dir=disk, code=2))
     # an existing dataset takes no lock, which would be a file
     done = run("prepare.py", disk / "a.txt", data_dir=disk, name="y")
     assert "exists already" in done.stdout
@@ -1534,6 +1697,7 @@ def test_read_only_disk(disk):
 def test_signal_leaves_no_files(shakespeare, tmp_path, stop_signal):
     text = tmp_path / "a.txt"
     data_dir = tmp_path / "data"
+    # long enough to be caught while it is encoded
     text.write_text(shakespeare * 10)
     child = start("prepare.py", text, name="x", data_dir=data_dir)
     while child.poll() is None and not (data_dir / "x/train.bin.tmp").exists():
@@ -1542,7 +1706,7 @@ def test_signal_leaves_no_files(shakespeare, tmp_path, stop_signal):
     _, err = child.communicate()
     assert child.returncode == 130
     assert not err
-    assert files_in(data_dir) == []
+    assert list_files(data_dir) == []
 
 
 CHANGES = {
@@ -1583,12 +1747,12 @@ def test_text_that_changes_during_reading_is_refused(
             [str(file)],
             opened,
         )
-    assert files_in(tmp_path / "data") == []
+    assert list_files(tmp_path / "data") == []
 
 
 def test_closed_stdout_keeps_the_dataset(tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)
-    args = command("prepare.py", tmp_path / "a.txt", name="x", data_dir=tmp_path)
+    args = make_command("prepare.py", tmp_path / "a.txt", name="x", data_dir=tmp_path)
     # every write to it fails as on a full disk
     with open("/dev/full", "w") as full:
         done = subprocess.run(
@@ -1604,6 +1768,7 @@ def test_closed_stdout_keeps_the_dataset(tmp_path):
 
 @pytest.mark.slow
 def test_two_preparations_at_once(shakespeare, tmp_path):
+    # both start before one of them ends
     text = tmp_path / "a.txt"
     text.write_text(shakespeare)
     flags = {"name": "x", "data_dir": tmp_path / "data"}

@@ -6,12 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import REPO, complaint, run
+from conftest import PROGRAMS, REPO, read_error, run
 
 from keepgpt import recipe
 from keepgpt.errors import UserError
 from keepgpt.recipe import describe_source, list_recipes, open_shards, read_recipe
 
+# two sources of a text: a file of the repository, and a port where nothing listens
 FILES = 'files = ["README.md"]\n'
 URL = 'url = "http://127.0.0.1:9/a.txt"\n'
 
@@ -30,16 +31,15 @@ def write_recipe(tmp_path, monkeypatch):
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     """Return a copy of the files that prepare.py needs, for recipes that only a test has."""
+
+    # data/ may have prepared datasets, in folders without a dot in their names
+    def ignore(folder: str, names: list[str]) -> set[str]:
+        if folder != str(REPO / "data"):
+            return set()
+        return {name for name in names if "." not in name}
+
     for name in ("keepgpt", "data", "docs"):
-        shutil.copytree(
-            REPO / name,
-            tmp_path / name,
-            ignore=lambda folder, names: {
-                name
-                for name in names
-                if folder == str(REPO / "data") and "." not in name
-            },
-        )
+        shutil.copytree(REPO / name, tmp_path / name, ignore=ignore)
     for name in ("prepare.py", "README.md"):
         shutil.copy(REPO / name, tmp_path)
     return tmp_path
@@ -51,22 +51,25 @@ def test_every_recipe_is_complete_and_described():
     for name, description in recipes.items():
         assert len(description) > 20
         assert describe_source(read_recipe(name))
+    # the list shows them in the same order
     done = run("prepare.py", last="--list")
     assert [line.split()[0] for line in done.stdout.splitlines()] == list(recipes)
 
 
 def test_the_recipe_in_contributing_is_a_dataset(repository):
     page = (REPO / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    name, content = re.search(
-        r"`data/(\w+)\.py`.*?```python\n(.*?)```", page, re.DOTALL
-    ).groups()
+    # the first block of code after a name of that kind
+    example = r"`data/(\w+)\.py`.*?```python\n(.*?)```"
+    name, content = re.search(example, page, re.DOTALL).groups()
     assert content.count("\n") <= 10
     (repository / f"data/{name}.py").write_text(content)
     script = repository / "prepare.py"
     assert f"\n{name} " in "\n" + run(script, last="--list", fresh=True).stdout
     run(script, name, fresh=True)
     meta = json.loads((repository / f"data/{name}/meta.json").read_text())
-    assert meta["name"] == name and meta["tokenizer"]["kind"] == "char"
+    assert meta["name"] == name
+    assert meta["tokenizer"]["kind"] == "char"
+    # README.md and the pages of docs/
     assert meta["source"]["files"] == 1 + len(list((REPO / "docs").glob("*.md")))
     # from anywhere, and not twice
     done = run(script, name, fresh=True, cwd=repository / "docs")
@@ -74,8 +77,9 @@ def test_the_recipe_in_contributing_is_a_dataset(repository):
 
 
 def test_a_faulty_recipe_is_one_line(repository):
+    # through the command; the cases below call the function
     (repository / "data/x.py").write_text("files = [\n")
-    line = complaint(run(repository / "prepare.py", "x", fresh=True, code=2))
+    line = read_error(run(repository / "prepare.py", "x", fresh=True, code=2))
     assert "x.py:1: SyntaxError" in line
 
 
@@ -110,16 +114,14 @@ def test_faulty_recipe(write_recipe, content, expected):
 
 
 def test_a_recipe_may_compute_its_settings(write_recipe):
-    write_recipe(
-        "import os\nfrom pathlib import Path\nSHARE = 4\n_half = 2\n"
-        "def half(x): return x / _half\n"
-        "files = ['/a/' + os.path.basename('x/b.txt')]\nval_fraction = half(1 / SHARE)"
-    )
-    assert read_recipe("x").files == ["/a/b.txt"]
-    assert read_recipe("x").val_fraction == 0.125
+    write_recipe((PROGRAMS / "config/recipe.py").read_text())
+    computed = read_recipe("x")
+    assert computed.files == ["/a/b.txt"]
+    assert computed.val_fraction == 0.125
 
 
 def test_a_base_gives_the_settings_that_are_left_out(write_recipe):
+    # the recipe's own settings win
     write_recipe(FILES + "val_fraction = 0.2\ntokenizer = 'gpt2'", "first")
     write_recipe("base = 'first'\ntokenizer = 'char'")
     second = read_recipe("x")
@@ -128,6 +130,7 @@ def test_a_base_gives_the_settings_that_are_left_out(write_recipe):
 
 
 def test_a_text_that_is_not_pinned_is_refused(write_recipe, tmp_path):
+    # the error says which sha256 to write: that of "one"
     write_recipe("text = 'a'\nsha256 = ''\ndef read_text(): return 'one'")
     unpinned = read_recipe("x")
     with pytest.raises(
@@ -148,5 +151,6 @@ def test_hub_rows_may_have_another_key(write_recipe):
     expected = {"hub": "a/b", "files": ["*.parquet", ""], "revision": "c"}
     write_recipe(hub)
     assert describe_source(read_recipe("x")) == expected
+    # only a key other than the default is a part of the description
     write_recipe(hub + "text_key = 'body'")
     assert describe_source(read_recipe("x")) == expected | {"text_key": "body"}

@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import PROGRAMS, TINY, bits, complaint, load, rows, run, start
+from conftest import PROGRAMS, TINY, hash_state, load, read_error, read_rows, run, start
 
 from keepgpt import checkpoint
 from keepgpt.checkpoint import Disk
@@ -22,16 +22,17 @@ from tools.common import last_step
 
 def test_ten_steps_and_ten_more_equal_twenty(train, half, whole, tmp_path):
     train(init_from="resume")
-    assert bits(half / "ckpt.pt") == bits(whole / "ckpt.pt")
-    assert rows(half) == rows(whole)
+    assert hash_state(half / "ckpt.pt") == hash_state(whole / "ckpt.pt")
+    assert read_rows(half) == read_rows(whole)
     # the comparison notices another run
     train(out="other", seed=1)
-    assert bits(tmp_path / "other/ckpt.pt") != bits(whole / "ckpt.pt")
+    assert hash_state(tmp_path / "other/ckpt.pt") != hash_state(whole / "ckpt.pt")
 
 
 @pytest.mark.slow
 def test_four_ranks_resume_bit_identical(train, tmp_path):
     """DDP's order of addition matters with more than two ranks and several buckets."""
+    # wide enough for several of DDP's buckets
     flags = {
         "ranks": 4,
         "n_embd": 256,
@@ -45,23 +46,26 @@ def test_four_ranks_resume_bit_identical(train, tmp_path):
     train(out="whole", max_iters=4, **flags)
     train(out="parts", max_iters=2, **flags)
     train(out="parts", max_iters=4, init_from="resume", **flags)
-    assert bits(tmp_path / "whole/ckpt.pt") == bits(tmp_path / "parts/ckpt.pt")
+    whole = hash_state(tmp_path / "whole/ckpt.pt")
+    assert hash_state(tmp_path / "parts/ckpt.pt") == whole
 
 
 def test_auto_starts_a_run_and_resumes_it(train, whole, tmp_path):
     assert "resuming" not in train(init_from="auto", max_iters=10).stdout
     assert "resuming" in train(init_from="auto").stdout
-    assert bits(tmp_path / "out/ckpt.pt") == bits(whole / "ckpt.pt")
+    assert hash_state(tmp_path / "out/ckpt.pt") == hash_state(whole / "ckpt.pt")
 
 
 def test_auto_with_a_source_starts_there_and_resumes(train, half, tmp_path):
     flags = {"init_from": f"auto:{half / 'ckpt.pt'}", "learning_rate": 1e-4}
+    # it starts with the weights of that checkpoint
     train(out="whole", **flags)
-    first, *_ = rows(tmp_path / "whole", "val_loss")
-    assert first["val_loss"] == rows(half, "val_loss")[-1]["val_loss"]
+    first, *_ = read_rows(tmp_path / "whole", "val_loss")
+    assert first["val_loss"] == read_rows(half, "val_loss")[-1]["val_loss"]
     train(out="parts", max_iters=10, **flags)
     assert "resuming" in train(out="parts", **flags).stdout
-    assert bits(tmp_path / "parts/ckpt.pt") == bits(tmp_path / "whole/ckpt.pt")
+    whole = hash_state(tmp_path / "whole/ckpt.pt")
+    assert hash_state(tmp_path / "parts/ckpt.pt") == whole
 
 
 def test_a_resumed_run_keeps_settings_not_given_again(train, tmp_path):
@@ -71,6 +75,7 @@ def test_a_resumed_run_keeps_settings_not_given_again(train, tmp_path):
     assert "at step 2, max_iters 2 -> 4, beta2 0.95 -> 0.9\n" in done.stdout
     bundle = load(tmp_path / "out/ckpt.pt")
     assert bundle["step"] == 4
+    # those given before, and in the optimizer, too
     assert bundle["config"]["n_embd"] == TINY["n_embd"]
     groups = bundle["optimizer"]["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.3, 0.0]
@@ -78,9 +83,10 @@ def test_a_resumed_run_keeps_settings_not_given_again(train, tmp_path):
 
 
 def test_micro_batch_size_may_change_on_resume(train, half, whole):
+    # as many tokens per step as 4 x 2, but another dropout
     train(init_from="resume", batch_size=8, gradient_accumulation_steps=1)
-    losses = [rows(out, "loss")[-1]["loss"] for out in (half, whole)]
-    assert losses[0] == pytest.approx(losses[1], abs=0.1)
+    last = read_rows(half, "loss")[-1]
+    assert last["loss"] == pytest.approx(read_rows(whole, "loss")[-1]["loss"], abs=0.1)
 
 
 @pytest.mark.parametrize(
@@ -94,26 +100,27 @@ def test_micro_batch_size_may_change_on_resume(train, half, whole):
     ids=["n_layer", "seed", "block_size", "batch_size"],
 )
 def test_what_makes_another_run_is_refused(train, half, first_half, flag, value, shown):
-    assert shown in complaint(train(init_from="resume", code=2, **{flag: value}))
-    assert bits(half / "ckpt.pt") == bits(first_half / "ckpt.pt")
+    assert shown in read_error(train(init_from="resume", code=2, **{flag: value}))
+    assert hash_state(half / "ckpt.pt") == hash_state(first_half / "ckpt.pt")
 
 
 def test_resuming_on_another_dataset_is_refused(train, half, play, tmp_path):
+    # the same text, cut in another place
     flags = {"tokenizer": "char", "data_dir": tmp_path, "val_fraction": 0.2}
     run("prepare.py", play, name="other", **flags)
     done = train(init_from="resume", dataset=tmp_path / "other", code=2)
-    assert "hamlet" in complaint(done)
+    assert "hamlet" in read_error(done)
 
 
 def test_scratch_never_overwrites_a_run(train, half, first_half):
-    line = complaint(train(code=2))
+    line = read_error(train(code=2))
     assert "--init_from=resume" in line
     assert "--out_dir=" in line
-    assert bits(half / "ckpt.pt") == bits(first_half / "ckpt.pt")
+    assert hash_state(half / "ckpt.pt") == hash_state(first_half / "ckpt.pt")
 
 
 def test_resume_without_a_run_is_refused(train):
-    complaint(train(init_from="resume", code=2))
+    read_error(train(init_from="resume", code=2))
 
 
 def test_a_moved_folder_resumes_in_its_new_place(half):
@@ -129,12 +136,13 @@ def test_a_checkpoint_alone_moves_its_run(train, half, whole, tmp_path):
     (tmp_path / "third").mkdir()
     shutil.copy(half / "ckpt.pt", tmp_path / "third")
     train(out="third", init_from="resume")
-    assert bits(tmp_path / "third/ckpt.pt") == bits(whole / "ckpt.pt")
+    assert hash_state(tmp_path / "third/ckpt.pt") == hash_state(whole / "ckpt.pt")
 
 
 # corrupt checkpoints
 
 
+# each of these takes the content of a checkpoint and returns that of a corrupt one
 def flip_a_bit(raw: bytes) -> bytes:
     changed = bytearray(raw)
     changed[len(raw) // 3] ^= 1
@@ -167,11 +175,12 @@ def test_a_corrupt_checkpoint_is_skipped_for_an_older_one(train, half, whole, da
     done = train(init_from="resume")
     assert f"{half}/ckpt.pt: " in done.stderr
     assert "at step 10" in done.stdout
-    assert bits(half / "ckpt.pt") == bits(whole / "ckpt.pt")
-    assert rows(half) == rows(whole)
+    assert hash_state(half / "ckpt.pt") == hash_state(whole / "ckpt.pt")
+    assert read_rows(half) == read_rows(whole)
 
 
 def test_no_intact_checkpoint_is_an_error_that_lists_them(train, half):
+    # now there are two
     train(init_from="resume", max_iters=11)
     for path in half.glob("*.pt"):
         path.write_bytes(b"")
@@ -229,6 +238,7 @@ def test_a_run_resumes_bit_identical_after_a_signal(
     out = tmp_path / "out"
     flags = SIGNALLED | {"dataset": dataset, "out_dir": out}
     process = start("train.py", ranks=ranks, **flags)
+    # after the checkpoint of step 30, so that steps are lost if it is killed
     while last_step(out) < 40:
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
@@ -236,14 +246,15 @@ def test_a_run_resumes_bit_identical_after_a_signal(
     os.kill(process.pids[-1], number)
     process.communicate(timeout=120)
     assert process.returncode == code
-    stopped = rows(out)[-1]["step"]
+    stopped = read_rows(out)[-1]["step"]
     assert stopped < 100
+    # SIGKILL leaves no time to save
     if number != signal.SIGKILL:
         assert load(out / "ckpt.pt")["step"] == stopped
 
     run("train.py", ranks=ranks, **flags)
-    assert bits(out / "ckpt.pt") == bits(uninterrupted(ranks) / "ckpt.pt")
-    assert rows(out) == rows(uninterrupted(ranks))
+    assert hash_state(out / "ckpt.pt") == hash_state(uninterrupted(ranks) / "ckpt.pt")
+    assert read_rows(out) == read_rows(uninterrupted(ranks))
 
 
 @pytest.mark.slow
@@ -251,6 +262,7 @@ def test_a_signal_before_the_first_step_exits_75(dataset, tmp_path, whole):
     out = tmp_path / "out"
     flags = TINY | {"dataset": dataset, "out_dir": out, "init_from": "auto"}
     process = start("train.py", **flags)
+    # the run takes the lock before it makes its model
     while not (out / ".lock").exists():
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
@@ -259,7 +271,7 @@ def test_a_signal_before_the_first_step_exits_75(dataset, tmp_path, whole):
     assert errors == ""
     assert "--init_from=auto" in printed
     run("train.py", **flags)
-    assert bits(out / "ckpt.pt") == bits(whole / "ckpt.pt")
+    assert hash_state(out / "ckpt.pt") == hash_state(whole / "ckpt.pt")
 
 
 @pytest.mark.slow
@@ -269,7 +281,7 @@ def test_a_second_run_in_the_same_folder_is_refused(dataset, tmp_path):
     first = start("train.py", **flags | {"max_iters": 10**5})
     while "step 5/" not in first.stdout.readline():
         pass
-    line = complaint(run("train.py", code=2, **flags | {"init_from": "resume"}))
+    line = read_error(run("train.py", code=2, **flags | {"init_from": "resume"}))
     assert str(out) in line
     # a restart loop's command waits for a run that is ending
     second = start("train.py", **flags)
@@ -281,11 +293,12 @@ def test_a_second_run_in_the_same_folder_is_refused(dataset, tmp_path):
 
 
 def test_newest_best_and_older_checkpoints_are_kept(train, tmp_path):
+    # a save at each evaluation, at 5, 10, 15 and 20
     train(eval_interval=5, keep_checkpoints=3)
     out = tmp_path / "out"
     kept = {"ckpt-00000010.pt", "ckpt-00000015.pt", "ckpt-00000020.pt"}
     assert {path.name for path in out.glob("*.pt*")} == kept | {"ckpt.pt", "best.pt"}
-    evaluations = rows(out, "val_loss")[1:]
+    evaluations = read_rows(out, "val_loss")[1:]
     lowest = min(evaluations, key=lambda row: row["val_loss"])
     best = load(out / "best.pt")
     assert best["step"] == lowest["step"]
@@ -308,16 +321,18 @@ def test_a_compiled_run_resumes_bit_identical(train, tmp_path):
     whole = tmp_path / "whole"
     parts = tmp_path / "parts"
     parts.mkdir()
-    for name, target in (("ckpt-00000005.pt", "ckpt.pt"), ("metrics.jsonl",) * 2):
-        shutil.copy(whole / name, parts / target)
+    shutil.copy(whole / "ckpt-00000005.pt", parts / "ckpt.pt")
+    shutil.copy(whole / "metrics.jsonl", parts)
     done = train(out="parts", max_iters=10, init_from="resume", **flags)
-    assert "at step 5" in done.stdout and ", compiled" in done.stdout
-    assert bits(whole / "ckpt.pt") == bits(parts / "ckpt.pt")
-    assert rows(whole) == rows(parts)
+    assert "at step 5" in done.stdout
+    assert ", compiled" in done.stdout
+    assert hash_state(whole / "ckpt.pt") == hash_state(parts / "ckpt.pt")
+    assert read_rows(whole) == read_rows(parts)
     # compiled and plain code agree up to rounding
     train(out="plain", max_iters=10, **flags | {"compile": False})
-    losses = [rows(tmp_path / name, "loss")[-1]["loss"] for name in ("whole", "plain")]
-    assert losses[0] == pytest.approx(losses[1], abs=0.02)
+    last = read_rows(whole, "loss")[-1]
+    plain = read_rows(tmp_path / "plain", "loss")[-1]
+    assert last["loss"] == pytest.approx(plain["loss"], abs=0.02)
 
 
 class Payload:
@@ -342,12 +357,13 @@ def test_a_malicious_pickle_runs_no_code(train, half, tmp_path):
     assert "out/ckpt.pt: " in done.stderr
     assert "at step 10" in done.stdout
 
+    # also in the weights that a new run or a sample starts with
     path = tmp_path / "evil.pt"
     checkpoint.write_bundle({"model": payload}, path, Disk())
-    complaint(train(init_from=path, out="new", code=2))
-    complaint(run("sample.py", init_from=path, code=2))
+    read_error(train(init_from=path, out="new", code=2))
+    read_error(run("sample.py", init_from=path, code=2))
     assert not planted.exists()
-    # the payload works
+    # the payload works where nobody is careful
     torch.load(path, weights_only=False)
     assert planted.exists()
 
@@ -364,10 +380,11 @@ def test_only_rank_0_needs_out_dir(dataset, tmp_path):
     run(program, out_dir="parts", **flags | {"max_iters": 5})
     done = run(program, out_dir="parts", **flags | {"max_iters": 10})
     assert "resuming parts at step 5" in done.stdout
+    # the second rank's folder stays empty
     assert not list((tmp_path / "host1").iterdir())
     host = tmp_path / "host0"
-    assert bits(host / "whole/ckpt.pt") == bits(host / "parts/ckpt.pt")
-    assert rows(host / "whole") == rows(host / "parts")
+    assert hash_state(host / "whole/ckpt.pt") == hash_state(host / "parts/ckpt.pt")
+    assert read_rows(host / "whole") == read_rows(host / "parts")
 
 
 def test_a_changed_number_of_ranks_is_printed(train, half):
@@ -376,6 +393,7 @@ def test_a_changed_number_of_ranks_is_printed(train, half):
 
 
 def test_another_version_or_number_of_threads_is_printed(train, half):
+    # a checkpoint as another machine leaves it
     bundle = load(half / "ckpt.pt") | {"torch": "2.6.0", "threads": 7}
     for path in half.glob("*.pt"):
         path.unlink()
@@ -383,6 +401,7 @@ def test_another_version_or_number_of_threads_is_printed(train, half):
     printed = train(init_from="resume", max_iters=11).stdout
     assert "torch 2.6.0 -> " in printed
     assert "threads 7 -> 1" in printed
+    # the second time there is nothing to say
     assert "->" not in train(init_from="resume", max_iters=11).stdout
 
 
@@ -403,7 +422,8 @@ def start_program(name: str, *args: str, **env: str) -> subprocess.Popen:
 
 def test_another_ctrl_c_exits_at_once():
     process = start_program("wait_for_signal.py", "uninterruptible")
-    for pause in (0.3, 1.2):  # torchrun sends the first one twice
+    # torchrun sends the first one twice, so two within a second are one
+    for pause in (0.3, 1.2):
         process.send_signal(signal.SIGINT)
         time.sleep(pause)
         assert process.poll() is None
@@ -425,6 +445,7 @@ def test_another_ctrl_c_exits_at_once():
     ids=["SIGHUP", "SIGXCPU", "SIGUSR2 ignored", "nohup", "nohup of a rank"],
 )
 def test_signals_of_batch_systems_and_terminals(number, ignored, env, seconds, answer):
+    # a new process inherits what its parent ignores; nohup works like this
     before = signal.signal(number, signal.SIG_IGN if ignored else signal.SIG_DFL)
     process = start_program("wait_for_signal.py", str(seconds), **env)
     signal.signal(number, before)
@@ -444,13 +465,15 @@ LONG_EVALUATION = TINY | {"n_layer": 6, "n_embd": 64, "eval_iters": 400}
 def test_a_signal_interrupts_what_takes_long(dataset, tmp_path, flags):
     flags = LONG_EVALUATION | {"dataset": dataset, "init_from": "auto"} | flags
     process = start("train.py", out_dir=tmp_path / "out", **flags)
+    # the line before the evaluation of step 0, which compiles first
     while "parameters" not in process.stdout.readline():
         pass
     time.sleep(0.5)
     process.send_signal(signal.SIGUSR1)
     process.communicate(timeout=120)
     assert process.returncode == 75
-    assert not rows(tmp_path / "out")  # the evaluation at step 0 did not finish
+    # the evaluation at step 0 did not finish
+    assert not read_rows(tmp_path / "out")
 
 
 @pytest.mark.slow
@@ -459,9 +482,10 @@ def test_ranks_leave_an_evaluation_together(dataset, tmp_path):
     process = start("train.py", ranks=2, out_dir=tmp_path / "out", **flags)
     while "step 5/" not in process.stdout.readline():
         pass
+    # in the middle of the evaluation at step 5
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=120)
     assert process.returncode == 1
-    assert [row["step"] for row in rows(tmp_path / "out", "val_loss")] == [0]
+    assert [row["step"] for row in read_rows(tmp_path / "out", "val_loss")] == [0]
     assert load(tmp_path / "out/ckpt.pt")["step"] == 5

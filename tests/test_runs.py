@@ -6,18 +6,29 @@ import pty
 import shlex
 import signal
 import subprocess
+import sys
 import termios
 import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import PROGRAMS, REPO, TINY, bits, command, load, rows, run
+from conftest import (
+    PROGRAMS,
+    REPO,
+    TINY,
+    hash_state,
+    load,
+    make_command,
+    read_rows,
+    run,
+)
 
 from tools.common import last_step
 from tools.runs import list_descendants
 
 pytestmark = pytest.mark.slow
+# steps for several kills or signals, at evaluations, saves and between them
 FLAGS = TINY | {
     "max_iters": 80,
     "lr_decay_iters": 80,
@@ -45,16 +56,17 @@ def is_rank(pid: int) -> bool:
     return False
 
 
-def ranks_of(process: subprocess.Popen) -> list[int]:
+def list_ranks(process: subprocess.Popen) -> list[int]:
     """Return the process ids of the ranks that a loop or a torchrun has started."""
     return sorted(filter(is_rank, list_descendants(process.pid)))
 
 
-def until(reached, process: subprocess.Popen) -> None:
+def wait_until(reached, process: subprocess.Popen) -> None:
     """Wait for `reached()`; fail if the process ends before."""
     deadline = time.monotonic() + 300
     while not reached():
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
@@ -63,39 +75,39 @@ def test_the_loop_finishes_a_killed_run(dataset, tmp_path, whole):
     loop = subprocess.Popen(
         [
             REPO / "runs/loop.sh",
-            *command("train.py", out_dir=out, dataset=dataset, **FLAGS),
+            *make_command("train.py", out_dir=out, dataset=dataset, **FLAGS),
         ],
         env=ONE_THREAD,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
-    # between the starts a loop has no rank
+    # SIGKILL hits train.py, not the loop. Between the starts a loop has no rank.
     for step in (20, 50):
-        until(lambda step=step: last_step(out) >= step and ranks_of(loop), loop)
-        os.kill(ranks_of(loop)[0], signal.SIGKILL)
+        wait_until(lambda step=step: last_step(out) >= step and list_ranks(loop), loop)
+        os.kill(list_ranks(loop)[0], signal.SIGKILL)
     assert loop.wait(timeout=300) == 0
     # the shell's exit code of a killed process: 128 + 9
     assert " 137" in loop.stderr.read()
-    assert bits(out / "ckpt.pt") == bits(whole / "ckpt.pt")
-    assert rows(out) == rows(whole)
+    assert hash_state(out / "ckpt.pt") == hash_state(whole / "ckpt.pt")
+    assert read_rows(out) == read_rows(whole)
 
 
 def test_the_loop_ends_on_a_signal_and_on_a_mistake(dataset, tmp_path):
     out = tmp_path / "out"
     flags = FLAGS | {"max_iters": 10**6, "out_dir": out, "dataset": dataset}
-    loop = [REPO / "runs/loop.sh", *command("train.py", **flags)]
+    loop = [REPO / "runs/loop.sh", *make_command("train.py", **flags)]
 
-    # a signal to the loop alone, as a batch system sends it
+    # endless: only a signal ends the run. First to the loop alone, as a batch system sends it
     process = subprocess.Popen(loop, env=ONE_THREAD)
-    until(lambda: last_step(out) >= 10, process)
+    wait_until(lambda: last_step(out) >= 10, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=180) == 75
     stopped = last_step(out)
 
     # a signal to the loop and the run, as a terminal sends it
     process = subprocess.Popen(loop, env=ONE_THREAD, start_new_session=True)
-    until(lambda: last_step(out) >= stopped + 2, process)
+    wait_until(lambda: last_step(out) >= stopped + 2, process)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=180) == 75
     assert (out / "ckpt.pt").exists()
@@ -110,13 +122,11 @@ def test_the_loop_ends_on_a_signal_and_on_a_mistake(dataset, tmp_path):
     "number", [signal.SIGHUP, signal.SIGUSR2, signal.SIGXCPU], ids=lambda n: n.name
 )
 def test_the_loop_passes_a_signal_on(number):
-    """The command stands for a run: it exits with 75 at SIGTERM."""
-    stops = [
-        "bash",
-        "-c",
-        "trap 'exit 75' TERM; echo ready; for i in {1..200}; do sleep 0.1; done",
-    ]
-    process = subprocess.Popen([REPO / "runs/loop.sh", *stops], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [REPO / "runs/loop.sh", "bash", PROGRAMS / "exit_75.sh"],
+        stdout=subprocess.PIPE,
+    )
+    # before this line the command would die of SIGTERM
     process.stdout.readline()
     process.send_signal(number)
     assert process.wait(timeout=180) == 75
@@ -132,15 +142,19 @@ def test_a_closed_terminal_saves_the_run(dataset, tmp_path, prefix, ranks, code)
     out = tmp_path / "out"
     terminal, its_side = pty.openpty()
 
+    # the kernel sends SIGHUP only to the session whose terminal it is
     def take_terminal() -> None:
         os.setsid()
         fcntl.ioctl(its_side, termios.TIOCSCTTY, 0)
 
+    # no evaluation, so only the signal saves
     flags = FLAGS | {"max_iters": 10**6, "eval_interval": 10**5}
     process = subprocess.Popen(
         [
             *prefix,
-            *command("train.py", ranks=ranks, out_dir=out, dataset=dataset, **flags),
+            *make_command(
+                "train.py", ranks=ranks, out_dir=out, dataset=dataset, **flags
+            ),
         ],
         env=ONE_THREAD,
         cwd=tmp_path,
@@ -150,7 +164,7 @@ def test_a_closed_terminal_saves_the_run(dataset, tmp_path, prefix, ranks, code)
         preexec_fn=take_terminal,
     )
     os.close(its_side)
-    until(lambda: last_step(out) >= 10, process)
+    wait_until(lambda: last_step(out) >= 10, process)
     # the window is closed: the kernel sends SIGHUP
     os.close(terminal)
     assert process.wait(timeout=180) == code
@@ -160,10 +174,10 @@ def test_a_closed_terminal_saves_the_run(dataset, tmp_path, prefix, ranks, code)
 def test_a_run_needs_no_streams(dataset, tmp_path):
     """A closed stream's number must not become a checkpoint's: C code would write to it."""
     out = tmp_path / "out"
-    line = shlex.join(command("train.py", out_dir=out, dataset=dataset, **TINY))
+    line = shlex.join(make_command("train.py", out_dir=out, dataset=dataset, **TINY))
     closed = f"exec {line} <&- >&- 2>&-"
     assert subprocess.run(["bash", "-c", closed], env=ONE_THREAD).returncode == 0
-    assert load(out / "ckpt.pt")["step"] == rows(out)[-1]["step"] == 20
+    assert load(out / "ckpt.pt")["step"] == read_rows(out)[-1]["step"] == 20
 
 
 def test_the_loop_without_a_command_exits_2():
@@ -176,26 +190,27 @@ def test_torchrun_restarts_a_killed_rank(dataset, tmp_path):
     out = tmp_path / "out"
     flags = ELASTIC | {"dataset": dataset}
     run("train.py", ranks=2, out_dir=tmp_path / "whole", **flags)
-    args = command("train.py", ranks=2, out_dir=out, **flags)
+    args = make_command("train.py", ranks=2, out_dir=out, **flags)
     args.insert(args.index("--standalone"), "--max-restarts=3")
     process = subprocess.Popen(args, env=ONE_THREAD, stderr=subprocess.DEVNULL)
     # one rank dies; torchrun ends the other one and starts both again
-    until(lambda: last_step(out) >= 20 and len(ranks_of(process)) == 2, process)
-    os.kill(ranks_of(process)[0], signal.SIGKILL)
+    wait_until(lambda: last_step(out) >= 20 and len(list_ranks(process)) == 2, process)
+    os.kill(list_ranks(process)[0], signal.SIGKILL)
     assert process.wait(timeout=300) == 0
-    assert bits(out / "ckpt.pt") == bits(tmp_path / "whole/ckpt.pt")
-    assert rows(out) == rows(tmp_path / "whole")
+    assert hash_state(out / "ckpt.pt") == hash_state(tmp_path / "whole/ckpt.pt")
+    assert read_rows(out) == read_rows(tmp_path / "whole")
 
 
 def test_ranks_do_not_outlive_torchrun(dataset, tmp_path):
     out = tmp_path / "out"
     flags = ELASTIC | {"dataset": dataset, "max_iters": 10**6}
     process = subprocess.Popen(
-        command("train.py", ranks=2, out_dir=out, **flags), env=ONE_THREAD
+        make_command("train.py", ranks=2, out_dir=out, **flags), env=ONE_THREAD
     )
-    until(lambda: last_step(out) >= 10, process)
-    ranks = ranks_of(process)
+    wait_until(lambda: last_step(out) >= 10, process)
+    ranks = list_ranks(process)
     assert len(ranks) == 2
+    # SIGKILL gives torchrun no time to end its ranks
     process.kill()
     process.wait()
     # nobody waits for the ranks now: they must notice it themselves
@@ -217,15 +232,16 @@ def test_a_signalled_rank_waits_for_the_last_save(dataset, tmp_path):
         "eval_interval": 10**5,
     }
     process = subprocess.Popen(
-        command(PROGRAMS / "slow_fsync.py", ranks=2, **flags),
+        make_command(PROGRAMS / "slow_fsync.py", ranks=2, **flags),
         stderr=subprocess.DEVNULL,
         env=ONE_THREAD,
     )
-    until(lambda: last_step(out) >= 10 and len(ranks_of(process)) == 2, process)
-    os.kill(ranks_of(process)[1], signal.SIGUSR1)
+    wait_until(lambda: last_step(out) >= 10 and len(list_ranks(process)) == 2, process)
+    os.kill(list_ranks(process)[1], signal.SIGUSR1)
     # the save takes seconds, in which both ranks must live
     while not (out / "ckpt.pt").exists():
-        assert process.poll() is None and len(ranks_of(process)) == 2
+        assert process.poll() is None
+        assert len(list_ranks(process)) == 2
         time.sleep(0.02)
     assert process.wait(timeout=180) == 1
     assert load(out / "ckpt.pt")["step"] == last_step(out)
@@ -234,7 +250,7 @@ def test_a_signalled_rank_waits_for_the_last_save(dataset, tmp_path):
 def test_usr1_to_torchrun_and_ranks_saves(dataset, tmp_path):
     """As in runs/slurm.sh, torchrun ignores the signal and its ranks save."""
     out = tmp_path / "out"
-    args = command(
+    args = make_command(
         "train.py",
         ranks=2,
         out_dir=out,
@@ -243,14 +259,15 @@ def test_usr1_to_torchrun_and_ranks_saves(dataset, tmp_path):
     )
     script = (REPO / "runs/slurm.sh").read_text()
     assert "srun env --ignore-signal=USR1,USR2,XCPU torchrun" in script
+    # Slurm sends the signal to every process of a step
     process = subprocess.Popen(
         ["env", "--ignore-signal=USR1", *args],
         env=ONE_THREAD,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    until(lambda: last_step(out) >= 10, process)
-    for pid in [process.pid, *ranks_of(process)]:
+    wait_until(lambda: last_step(out) >= 10, process)
+    for pid in [process.pid, *list_ranks(process)]:
         os.kill(pid, signal.SIGUSR1)
     assert process.wait(timeout=180) == 1  # torchrun's answer to ranks that end with 75
     assert load(out / "ckpt.pt")["step"] == last_step(out) >= 10
@@ -266,32 +283,21 @@ def test_a_rank_ends_without_destroying_its_groups(dataset, tmp_path):
 
 def test_the_slurm_script_saves_and_requeues(dataset, tmp_path, whole):
     """Stubs replace Slurm's programs."""
-    stubs = tmp_path / "bin"
     out = tmp_path / "out"
-    stubs.mkdir()
-    torchrun = " ".join(command("", ranks=1)[:1]) + " -m torch.distributed.run"
-    programs = {
-        # like Slurm's, it kills the step when it gets SIGTERM
-        "srun": f"""echo $SRUN_CPUS_PER_TASK > {tmp_path}/cores
-trap 'kill -9 $!' TERM; "$@" & echo $! > {tmp_path}/step; wait $!""",
-        "scancel": f'[ "$1" = --signal=TERM ] && kill -TERM $(cat {tmp_path}/step)',
-        "torchrun": f'exec {torchrun} "$@"',
-        "scontrol": f'echo "$@" >> {tmp_path}/scontrol; echo localhost',
-    }
-    for name, text in programs.items():
-        (stubs / name).write_text(f"#!/bin/sh\n{text}\n")
-        (stubs / name).chmod(0o755)
-    flags = [
-        f"--{key}={value}"
-        for key, value in (FLAGS | {"dataset": dataset, "out_dir": out}).items()
-        if key != "init_from"
+    flags = FLAGS | {"dataset": dataset, "out_dir": out}
+    # the script gives this one itself
+    del flags["init_from"]
+    job = [
+        REPO / "runs/slurm.sh",
+        *(f"--{key}={value}" for key, value in flags.items()),
     ]
     env = ONE_THREAD | {
-        "PATH": f"{stubs}:{os.environ['PATH']}",
+        "PATH": f"{PROGRAMS / 'slurm'}:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "STUBS": str(tmp_path),
         "SLURM_JOB_ID": "17",
         "SLURM_CPUS_PER_TASK": "32",
     }
-    job = [REPO / "runs/slurm.sh", *flags]
     process = subprocess.Popen(
         job,
         cwd=REPO,
@@ -301,17 +307,17 @@ trap 'kill -9 $!' TERM; "$@" & echo $! > {tmp_path}/step; wait $!""",
         stderr=subprocess.DEVNULL,
     )
     # Slurm's signal before the time limit
-    until(lambda: last_step(out) >= 20, process)
+    wait_until(lambda: last_step(out) >= 20, process)
     process.send_signal(signal.SIGUSR1)
     assert process.wait(timeout=180) == 0
     assert "requeue 17" in (tmp_path / "scontrol").read_text()
     assert (tmp_path / "cores").read_text() == "32\n"
-    stopped = rows(out)[-1]["step"]
+    # it saved where it was, between the signal and the run's end
+    stopped = read_rows(out)[-1]["step"]
     assert 20 <= stopped < 80
     assert load(out / "ckpt.pt")["step"] == stopped
 
     # the job that was queued again finishes the run
-    done = subprocess.run(job, cwd=REPO, env=env, capture_output=True)
-    assert done.returncode == 0
-    assert bits(out / "ckpt.pt") == bits(whole / "ckpt.pt")
-    assert rows(out) == rows(whole)
+    subprocess.run(job, cwd=REPO, env=env, capture_output=True, check=True)
+    assert hash_state(out / "ckpt.pt") == hash_state(whole / "ckpt.pt")
+    assert read_rows(out) == read_rows(whole)

@@ -10,8 +10,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiktoken.load
-from conftest import TINY, complaint, run
-from small_tokenizers import QWEN, byte_level, save, sentencepiece, unigram, wordpiece
+from conftest import TINY, read_error, run
+from small_tokenizers import (
+    QWEN,
+    save,
+    train_byte_level,
+    train_sentencepiece,
+    train_unigram,
+    train_wordpiece,
+)
 from tokenizers import (
     AddedToken,
     Regex,
@@ -40,6 +47,7 @@ GPT2 = from_meta({"tokenizer": {"kind": "gpt2"}})
 
 def test_gpt2_ids():
     assert GPT2.encode("Hello world") == [15496, 995]
+    # the sizes that checkpoints and shards of GPT-2 rely on
     assert GPT2.vocab_size == 50257
     assert GPT2.eot == 50256
     # the name of a special token in a text is plain text
@@ -129,7 +137,7 @@ def test_characters():
     assert char.decode([4, 2, 0]) == "éa\n"
     assert char.token_bytes(4) == "é".encode()
     assert from_meta({"tokenizer": char.description}).encode("b") == [3]
-    # each unknown character is named once
+    # each unknown character is named once, though Z comes twice
     message = r"not in the vocabulary of 5 characters: 'Z', '東'$"
     with pytest.raises(UserError, match=message):
         char.encode("aZ東Z")
@@ -204,20 +212,29 @@ def qwen(play, tmp_path_factory) -> Path:
 def test_hugging_face_ids_equal_transformers(qwen, play):
     tokenizer = from_meta({"tokenizer": describe_tokenizer(str(qwen))})
     expected = AutoTokenizer.from_pretrained(qwen)
+    assert tokenizer.vocab_size == len(expected)
+    assert tokenizer.eot == expected.eos_token_id
     text = MIXED * 3 + play.read_text(encoding="utf-8")[:20_000] + MIXED
     ids = tokenizer.encode(text)
     flags = {"split_special_tokens": True, "truncation": False}
     assert ids == expected(text, **flags)["input_ids"]
-    assert expected.eos_token_id == tokenizer.eot
-    # the names of special tokens in a text are plain text
-    assert tokenizer.eot not in ids
-    assert tokenizer.eot - 2 not in ids
-    assert tokenizer.vocab_size == len(expected)
-    assert max(ids) < tokenizer.vocab_size
     decoded = tokenizer.decode(ids)
     assert decoded == expected.decode(ids)
     assert decoded == "".join(map(tokenizer.make_decoder(), ids))
-    # of any ids, the text token by token lacks at most the part of a character at the end
+
+
+def test_special_tokens_of_a_folder_are_plain_text(qwen):
+    tokenizer = from_meta({"tokenizer": describe_tokenizer(str(qwen))})
+    # the text has the names of both
+    ids = tokenizer.encode(MIXED)
+    assert tokenizer.eot not in ids
+    assert tokenizer.eot - 2 not in ids
+    assert max(ids) < tokenizer.vocab_size
+
+
+def test_a_decoder_lacks_at_most_a_part_of_a_character(qwen):
+    tokenizer = from_meta({"tokenizer": describe_tokenizer(str(qwen))})
+    # of any ids: few of them are texts
     rng = random.Random(1)
     for _ in range(300):
         ids = [rng.randrange(tokenizer.vocab_size) for _ in range(20)]
@@ -289,6 +306,7 @@ def test_rows_beyond_the_tokens_are_padding(qwen):
     check_tokenizer("f", size, meta, meta)
     check_tokenizer("f", size + 300, meta, meta)
     check_tokenizer("f", size, {}, meta)
+    # a row less, rows for tokens that nobody knows, and two other tokenizers
     for count, data in (
         (size - 1, meta),
         (size + 300, {}),
@@ -299,6 +317,7 @@ def test_rows_beyond_the_tokens_are_padding(qwen):
             check_tokenizer("f", count, data, meta)
 
 
+# each of these changes a tokenizer.json so that some text gets other tokens
 def swap_merges(content: dict) -> None:
     merges = content["model"]["merges"]
     merges[3], merges[40] = merges[40], merges[3]
@@ -342,7 +361,7 @@ def text(play) -> str:
 
 @pytest.fixture(scope="module")
 def bpe(text) -> dict:
-    """Return the meta of a dataset with the tokens of byte_level(text), trained by prepare.py."""
+    """Return the meta of a dataset with the tokens of that tokenizer, trained by prepare.py."""
     return {"name": "x", "tokenizer": train_bpe([text], 500), "vocab_size": 500}
 
 
@@ -359,11 +378,12 @@ def bpe(text) -> dict:
     ],
 )
 def test_a_source_with_another_tokenizer_is_refused(change, bpe, text, tmp_path):
-    other = save(byte_level(text), tmp_path / "other")
+    # the dataset's tokens from prepare.py, and from a folder as the source's
+    other = save(train_byte_level(text), tmp_path / "other")
     metas = (bpe, describe(other))
     for meta in metas:
         assert not find_difference(other, meta)
-    save(byte_level(text), other, change)
+    save(train_byte_level(text), other, change)
     for meta in metas:
         assert find_difference(other, meta)
 
@@ -401,7 +421,7 @@ def test_another_spelling_of_a_tokenizer_is_the_same(bpe, text, tmp_path):
             "use_regex": True,
         }
 
-    folder = save(byte_level(text), tmp_path / "other", respell)
+    folder = save(train_byte_level(text), tmp_path / "other", respell)
     assert not find_difference(folder, bpe)
     # tools.export writes every pair that gives a token, others write one
     exported = save(to_tokenizers(from_meta(bpe)), tmp_path / "exported")
@@ -410,7 +430,7 @@ def test_another_spelling_of_a_tokenizer_is_the_same(bpe, text, tmp_path):
 
 def test_a_token_of_two_other_tokens_is_another_merge(bpe, text, tmp_path):
     # one pair for each token, and all pairs
-    merges = json.loads(byte_level(text).to_str())["model"]["merges"]
+    merges = json.loads(train_byte_level(text).to_str())["model"]["merges"]
     pairs = json.loads(to_tokenizers(from_meta(bpe)).to_str())["model"]["merges"]
     # another pair that gives the same token
     other = next(pair for pair in pairs if pair not in merges)
@@ -420,12 +440,13 @@ def test_a_token_of_two_other_tokens_is_another_merge(bpe, text, tmp_path):
     def change(content: dict) -> None:
         content["model"]["merges"] = merges
 
-    folder = save(byte_level(text), tmp_path / "other", change)
+    folder = save(train_byte_level(text), tmp_path / "other", change)
     assert "merges" in find_difference(folder, bpe)
 
 
 def test_vocab_json_counts_with_its_merges_txt(bpe, text, tmp_path):
-    model = json.loads(byte_level(text).to_str())["model"]
+    # a folder as the slow tokenizers of Transformers have it, without a tokenizer.json
+    model = json.loads(train_byte_level(text).to_str())["model"]
     lines = [" ".join(pair) for pair in model["merges"]]
     vocabulary = model["vocab"] | {"<|endoftext|>": 499}
     folder = tmp_path / "slow"
@@ -447,8 +468,9 @@ def test_vocab_json_counts_with_its_merges_txt(bpe, text, tmp_path):
 
 
 def test_a_folder_has_one_tokenizer(bpe, text, tmp_path):
+    # tools.export writes both files: they must agree
     description = bpe["tokenizer"]
-    tokenizer = byte_level(text)
+    tokenizer = train_byte_level(text)
     folder = save(tokenizer, tmp_path / "exported")
     (folder / "keepgpt.json").write_text(json.dumps({"tokenizer": description}))
     assert read_tokenizer(folder) == {"tokenizer": description}
@@ -460,7 +482,9 @@ def test_a_folder_has_one_tokenizer(bpe, text, tmp_path):
 # --- from ids to text ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [byte_level, sentencepiece, wordpiece, unigram])
+@pytest.mark.parametrize(
+    "make", [train_byte_level, train_sentencepiece, train_wordpiece, train_unigram]
+)
 def test_a_decoder_accepts_any_ids(make, text, tmp_path):
     folder = save(make(text), tmp_path / "own")
     tokenizer = from_meta(describe(folder))
@@ -479,7 +503,7 @@ def test_a_decoder_accepts_any_ids(make, text, tmp_path):
 
 
 def test_bytes_that_are_not_utf_8_are_replaced(text, tmp_path):
-    folder = save(sentencepiece(text), tmp_path / "own")
+    folder = save(train_sentencepiece(text), tmp_path / "own")
     tokenizer = from_meta(describe(folder))
     decode = tokenizer.make_decoder()
     # two bytes of é, one that starts nothing, two of the three bytes of a character
@@ -500,25 +524,29 @@ def test_other_files_of_a_training_are_no_dataset(qwen, tmp_path):
 
 
 def test_folder_without_a_tokenizer_is_refused(tmp_path, play):
+    # no file of JSON, an object without a model, a cut file, no model again
     flags = {"name": "x", "tokenizer": tmp_path, "data_dir": tmp_path}
     for content in ("", "{}", "[", '{"added_tokens": []}'):
         (tmp_path / "tokenizer.json").write_text(content)
-        complaint(run("prepare.py", play, code=2, **flags))
+        read_error(run("prepare.py", play, code=2, **flags))
 
 
-@pytest.mark.parametrize("make", [byte_level, sentencepiece, wordpiece, unigram])
+@pytest.mark.parametrize(
+    "make", [train_byte_level, train_sentencepiece, train_wordpiece, train_unigram]
+)
 def test_the_bytes_of_the_tokens_are_those_of_the_text(make, text, tmp_path):
     folder = save(make(text), tmp_path / "own")
     tokenizer = from_meta(describe(folder))
+    # single spaces: words and unigrams keep no others
     sample = " ".join(text[:3000].split())
     # words and unigrams have one token for all unknown characters
-    if make in (byte_level, sentencepiece):
+    if make in (train_byte_level, train_sentencepiece):
         sample += " é 日本 \u0301 é"
     ids = tokenizer.encode(sample)
     counted = tokenizer.count_bytes()[ids].sum()
     size = len(tokenizer.decode(ids).encode())
     # in the middle of a text a decoder of words puts a space before the first one
-    extra = 0 if make is byte_level else 1
+    extra = 0 if make is train_byte_level else 1
     assert counted == size + extra
 
 

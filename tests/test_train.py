@@ -12,12 +12,23 @@ import subprocess
 import termios
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import PROGRAMS, TINY, bits, command, complaint, load, rows, run, start
+from conftest import (
+    PROGRAMS,
+    TINY,
+    hash_state,
+    load,
+    make_command,
+    read_error,
+    read_rows,
+    run,
+    start,
+)
 
 import train as script
 from keepgpt import config as configurator
@@ -30,7 +41,7 @@ def test_loss_falls(train, tmp_path):
     # a longer run, whose evaluations are not of a few lucky windows
     flags = {"max_iters": 200, "lr_decay_iters": 200, "learning_rate": 1e-2}
     train(dropout=0.0, eval_interval=200, eval_iters=40, **flags)
-    losses = [row["val_loss"] for row in rows(tmp_path / "out", "val_loss")]
+    losses = [row["val_loss"] for row in read_rows(tmp_path / "out", "val_loss")]
     # an untrained model expects all characters about equally
     assert losses[0] > 3.9
     assert losses[-1] < 3.0
@@ -48,17 +59,18 @@ def test_a_checkpoint_has_the_documented_keys(whole, dataset):
 
 
 def test_metrics_have_a_row_per_interval(whole):
-    assert [row["step"] for row in rows(whole, "loss")] == [5, 10, 15, 20]
-    assert [row["step"] for row in rows(whole, "val_loss")] == [0, 10, 20]
+    assert [row["step"] for row in read_rows(whole, "loss")] == [5, 10, 15, 20]
+    assert [row["step"] for row in read_rows(whole, "val_loss")] == [0, 10, 20]
 
 
 def test_evaluation_does_not_change_training(train, whole, tmp_path):
     train(eval_interval=4, eval_iters=1, sample_tokens=5)
+    # an evaluation and a sample draw from random states of their own
     often = load(tmp_path / "out/ckpt.pt")["model"]
     seldom = load(whole / "ckpt.pt")["model"]
     for name, weight in seldom.items():
         assert torch.equal(often[name], weight)
-    assert rows(tmp_path / "out", "loss") == rows(whole, "loss")
+    assert read_rows(tmp_path / "out", "loss") == read_rows(whole, "loss")
 
 
 def test_one_and_two_ranks_agree_to_rounding(train, tmp_path):
@@ -69,8 +81,8 @@ def test_one_and_two_ranks_agree_to_rounding(train, tmp_path):
             dtype="float32",
             log_interval=1,
         )
-    one = rows(tmp_path / "1")
-    two = rows(tmp_path / "2")
+    one = read_rows(tmp_path / "1")
+    two = read_rows(tmp_path / "2")
     # 20 losses and three evaluations
     assert len(one) == len(two) == 23
     for row_of_one, row_of_two in zip(one, two):
@@ -81,8 +93,9 @@ def test_bfloat16_ends_close_to_float32(train, tmp_path):
     losses = {}
     for dtype in ("float32", "bfloat16"):
         train(out=dtype, dtype=dtype, dropout=0.0)
-        evaluations = rows(tmp_path / dtype, "val_loss")
+        evaluations = read_rows(tmp_path / dtype, "val_loss")
         losses[dtype] = evaluations[-1]["val_loss"]
+    # equal losses would mean that both ran in one dtype
     assert losses["float32"] != losses["bfloat16"]
     assert losses["float32"] == pytest.approx(losses["bfloat16"], abs=0.02)
 
@@ -90,7 +103,7 @@ def test_bfloat16_ends_close_to_float32(train, tmp_path):
 def test_metrics_log_the_learning_rate_schedule(train, tmp_path):
     rates = {"learning_rate": 1e-2, "min_lr": 1e-3, "lr_decay_iters": 14}
     train(log_interval=1, **rates)
-    lr = {row["step"]: row["lr"] for row in rows(tmp_path / "out", "loss")}
+    lr = {row["step"]: row["lr"] for row in read_rows(tmp_path / "out", "loss")}
     # the first of 4 steps of warm-up, the peak
     assert lr[1] == pytest.approx(0.002)
     assert lr[5] == pytest.approx(0.01)
@@ -106,7 +119,7 @@ def test_metrics_log_the_learning_rate_schedule(train, tmp_path):
 def test_nan_weights_stop_a_run_before_its_first_update(
     train, whole, tmp_path, ranks, code
 ):
-    # torchrun exits with 1, whatever the code of its ranks
+    # one number of one layer is enough. torchrun exits with 1, whatever the code of its ranks.
     bundle = load(whole / "ckpt.pt")
     bundle["model"]["transformer.ln_f.weight"][3] = math.nan
     torch.save(bundle, tmp_path / "nan.pt")
@@ -116,13 +129,14 @@ def test_nan_weights_stop_a_run_before_its_first_update(
 
 
 def test_a_diverging_run_keeps_finite_checkpoints(train, half):
+    # a rate at which the weights overflow within a few steps, each of which would be saved
     flags = {"learning_rate": 1e30, "grad_clip": 0, "checkpoint_interval": 1}
     done = train(init_from="resume", code=3, **flags)
     assert "--init_from=resume" in done.stderr
     for path in half.glob("*.pt"):
         for weight in load(path)["model"].values():
             assert weight.isfinite().all()
-    assert max(row["step"] for row in rows(half)) < 20
+    assert max(row["step"] for row in read_rows(half)) < 20
 
 
 # eval_only
@@ -136,8 +150,9 @@ def test_eval_only_without_a_run_writes_nothing(train, tmp_path):
 
 
 def test_eval_only_repeats_the_loss_of_a_run(train, half):
+    # the evaluation that the run itself has logged at its last step
     files = sorted(half.glob("*"))
-    loss = f"val loss {rows(half, 'val_loss')[-1]['val_loss']:.4f}"
+    loss = f"val loss {read_rows(half, 'val_loss')[-1]['val_loss']:.4f}"
     for source in ("auto", "resume", half / "ckpt.pt"):
         done = train(eval_only=True, init_from=source)
         assert loss in done.stdout
@@ -152,6 +167,7 @@ def test_eval_only_repeats_the_loss_of_a_run(train, half):
 # mistakes
 
 
+# a part of each error says what to type instead
 @pytest.mark.parametrize(
     "flag, shown",
     [
@@ -176,7 +192,7 @@ def test_eval_only_repeats_the_loss_of_a_run(train, half):
     ids=lambda flag: flag.strip("-").replace("/", "."),
 )
 def test_a_mistake_exits_2_with_one_line(train, flag, shown, tmp_path):
-    assert shown in complaint(train(last=flag, code=None))
+    assert shown in read_error(train(last=flag, code=None))
     # some are found before the folder is made, some with its lock held
     files = [path.name for path in tmp_path.glob("out/*")]
     assert files in ([], [".lock"])
@@ -193,7 +209,7 @@ def test_weights_with_another_vocabulary_are_refused(train, whole, play, tmp_pat
         dataset=tmp_path / "other",
         code=2,
     )
-    assert "--dataset=" in complaint(done)
+    assert "--dataset=" in read_error(done)
 
 
 def test_prepare_and_train_share_data_dir(play, tmp_path):
@@ -204,7 +220,7 @@ def test_prepare_and_train_share_data_dir(play, tmp_path):
     run("train.py", cwd=tmp_path, out_dir="here", **flags)
     # the checkpoint knows both
     run("train.py", out_dir=tmp_path / "here", init_from="resume", max_iters=3)
-    assert rows(tmp_path / "here")[-1]["step"] == 3
+    assert read_rows(tmp_path / "here")[-1]["step"] == 3
 
 
 @pytest.mark.parametrize("ranks", [1, 2], ids=["1 rank", "2 ranks"])
@@ -216,7 +232,7 @@ def test_a_corrupt_token_id_exits_with_one_line(train, dataset, tmp_path, ranks)
     done = train(ranks=ranks, code=None, dataset=tmp_path / "data")
     # two ranks may print a line each
     if ranks == 1:
-        assert "train.bin" in complaint(done, silent=False)
+        assert "train.bin" in read_error(done, silent=False)
     assert done.returncode != 0
     assert "error: " in done.stderr
     assert "IndexError" not in done.stderr
@@ -224,6 +240,7 @@ def test_a_corrupt_token_id_exits_with_one_line(train, dataset, tmp_path, ranks)
 
 @pytest.mark.slow
 def test_one_rank_of_torchrun_prints_a_common_error():
+    # forks end by themselves: only torchrun ends the other rank before it prints
     done = run(
         "train.py",
         dataset="missing",
@@ -249,7 +266,7 @@ def test_micro_batches_must_divide_among_ranks(train):
 
 def test_a_folder_named_metrics_jsonl_is_refused(train, tmp_path):
     (tmp_path / "out/metrics.jsonl").mkdir(parents=True)
-    assert "metrics.jsonl" in complaint(train(code=2), silent=False)
+    assert "metrics.jsonl" in read_error(train(code=2), silent=False)
 
 
 # errors of the machine
@@ -273,6 +290,7 @@ def test_a_full_disk_at_the_start_exits_1(
     operation, dataset, tmp_path, monkeypatch, capsys
 ):
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    # in this process: in a fork the operation would be the real one
     monkeypatch.setattr(operation, fail_with(full))
     settings = TINY | {"out_dir": tmp_path, "dataset": dataset}
     flags = [f"--{key}={value}" for key, value in settings.items()]
@@ -301,20 +319,22 @@ def test_out_of_memory_exits_1_with_one_line(monkeypatch, capsys, error):
 
 
 def test_training_continues_when_stdout_is_full(train, tmp_path):
+    # each write to it fails as on a full disk
     done = train(stdout="/dev/full")
     assert done.stderr.count("\n") == 1
-    assert rows(tmp_path / "out")[-1]["step"] == 20
+    assert read_rows(tmp_path / "out")[-1]["step"] == 20
 
 
 def test_a_resume_continues_when_stdout_closes(half, dataset):
     flags = TINY | {"out_dir": half, "dataset": dataset, "init_from": "resume"}
+    # as after `| head`
     process = start("train.py", **flags)
     process.stdout.close()
     # a restart loop takes exit code 0 for a run at max_iters
     assert process.wait(timeout=120) == 0
     with process.stderr as stderr:
         assert stderr.read() == ""
-    assert rows(half, "loss")[-1]["step"] == 20
+    assert read_rows(half, "loss")[-1]["step"] == 20
 
 
 @pytest.mark.slow
@@ -342,7 +362,7 @@ def read_terminal(*args: str, **flags) -> str:
     window = struct.pack("HHHH", 24, 50, 0, 0)
     fcntl.ioctl(its_side, termios.TIOCSWINSZ, window)
     process = subprocess.Popen(
-        command("train.py", *args, **flags),
+        make_command("train.py", *args, **flags),
         stdout=its_side,
         stderr=its_side,
         env=os.environ | {"COLUMNS": "", "OMP_NUM_THREADS": "1"},
@@ -359,13 +379,18 @@ def read_terminal(*args: str, **flags) -> str:
     return written.decode()
 
 
+def cut_loss(line: str) -> str:
+    """Return the start of a line of progress, with its step."""
+    return line.split(" loss")[0]
+
+
 @pytest.mark.slow
 def test_progress_is_one_line_in_a_terminal(train, dataset, tmp_path):
     piped = train(out="piped").stdout.splitlines()
     written = read_terminal(out_dir=tmp_path / "tty", dataset=dataset, **TINY)
     steps = [f"step {step}/20:" for step in (5, 10, 15, 20)]
     progress = [line for line in piped if line.startswith(tuple(steps))]
-    assert [line.split(" loss")[0] for line in progress] == steps
+    assert list(map(cut_loss, progress)) == steps
     # in the terminal each line of progress replaces the one before
     replaced = []
     last_texts = []
@@ -373,7 +398,7 @@ def test_progress_is_one_line_in_a_terminal(train, dataset, tmp_path):
         *earlier, last = line.split("\r\033[K")
         replaced += earlier
         last_texts.append(last)
-    assert [text.split(" loss")[0] for text in replaced] == steps
+    assert list(map(cut_loss, replaced)) == steps
     # the terminal's width less one
     assert max(map(len, replaced)) == 49
     # the other lines stay
@@ -418,6 +443,32 @@ def decode_items(items) -> dict:
     return values
 
 
+@dataclass
+class WandbFiles:
+    """What wandb would upload from its files: a run, as it joins them."""
+
+    ids: set[str]
+    config: dict[str, Any]
+    summary: dict[str, Any]
+    losses: dict[int, float]
+
+
+def join_wandb_files(files: list[Path]) -> WandbFiles:
+    """Read the files of a run's starts, in their order."""
+    joined = WandbFiles(set(), {}, {}, {})
+    for file in files:
+        for record in read_wandb_records(file):
+            joined.ids.add(record.run.run_id)
+            joined.config |= decode_items(record.run.config.update)
+            joined.summary |= decode_items(record.summary.update)
+            row = decode_items(record.history.item)
+            if "loss" in row:
+                joined.losses[row["step"]] = row["loss"]
+    # most records are not about the run and have no id
+    joined.ids.discard("")
+    return joined
+
+
 @pytest.mark.slow
 def test_a_resumed_run_keeps_its_wandb_id(train, tmp_path):
     env = {
@@ -429,28 +480,17 @@ def test_a_resumed_run_keeps_its_wandb_id(train, tmp_path):
         train(wandb_log=True, wandb_run_name="hamlet", env=env, **flags)
     files = list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert len(files) == 2
+    files.sort(key=lambda path: path.stat().st_mtime_ns)
 
-    # both files together, as wandb joins them when they are uploaded
-    ids = set()
-    config = {}
-    summary = {}
-    losses = {}
-    for file in sorted(files, key=lambda path: path.stat().st_mtime_ns):
-        for record in read_wandb_records(file):
-            ids.add(record.run.run_id)
-            config |= decode_items(record.run.config.update)
-            summary |= decode_items(record.summary.update)
-            row = decode_items(record.history.item)
-            if "loss" in row:
-                losses[row["step"]] = row["loss"]
+    joined = join_wandb_files(files)
     bundle = load(tmp_path / "out/ckpt.pt")
-    # most records are not about the run and have no id
-    assert ids - {""} == {bundle["wandb_run_id"]}
-    expected = TINY | {"max_iters": config["max_iters"]}
-    assert config.items() >= expected.items()
-    assert summary["best_val_loss"] == bundle["best_val_loss"]
-    logged = {row["step"]: row["loss"] for row in rows(tmp_path / "out", "loss")}
-    assert losses == logged
+    assert joined.ids == {bundle["wandb_run_id"]}
+    # the two starts differ in max_iters
+    expected = TINY | {"max_iters": joined.config["max_iters"]}
+    assert joined.config.items() >= expected.items()
+    assert joined.summary["best_val_loss"] == bundle["best_val_loss"]
+    logged = {row["step"]: row["loss"] for row in read_rows(tmp_path / "out", "loss")}
+    assert joined.losses == logged
 
 
 def test_float16_and_compile_fall_back_with_a_note(train, whole, tmp_path):
@@ -460,7 +500,7 @@ def test_float16_and_compile_fall_back_with_a_note(train, whole, tmp_path):
     assert "float16" in float16
     assert "torch.compile" in compiler
     assert "nosuch" in compiler
-    assert bits(tmp_path / "out/ckpt.pt") == bits(whole / "ckpt.pt")
+    assert hash_state(tmp_path / "out/ckpt.pt") == hash_state(whole / "ckpt.pt")
 
 
 @pytest.mark.slow

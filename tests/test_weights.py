@@ -10,7 +10,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 import torch
-from conftest import bits, complaint, rows, run
+from conftest import hash_state, read_error, read_rows, run
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
@@ -24,6 +24,7 @@ from keepgpt.errors import UserError
 from keepgpt.huggingface import read_weights
 from model import GPT, load_model
 
+# batches of a second, instead of those of a GPU
 SMALL = {
     "batch_size": 2,
     "block_size": 32,
@@ -89,12 +90,13 @@ def test_fine_tuning_goes_on_from_every_kind_of_source(folder, dataset, tmp_path
     # the same weights from both
     first = tune("folder", folder)
     second = tune("nanogpt", nanogpt)
-    assert bits(first / "ckpt.pt") == bits(second / "ckpt.pt")
-    before, after = [row["val_loss"] for row in rows(first, "val_loss")]
+    assert hash_state(first / "ckpt.pt") == hash_state(second / "ckpt.pt")
+    # it learns from there
+    before, after = [row["val_loss"] for row in read_rows(first, "val_loss")]
     assert after < before
     # the first loss of the next run is the last one of that run
     third = tune("bundle", first / "ckpt.pt")
-    assert rows(third, "val_loss")[0]["val_loss"] == after
+    assert read_rows(third, "val_loss")[0]["val_loss"] == after
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +118,7 @@ def test_gpt2_is_evaluated_from_the_local_cache(
     (repository / "refs/main").write_text(commit)
     (repository / "snapshots").mkdir()
     (repository / "snapshots" / commit).symlink_to(folder)
+    # the small model under both names: what counts is where it is found
     config = f"config/eval_gpt2{size.replace('-', '_')}.py"
     env = {"HF_HUB_CACHE": str(tmp_path)}
     done = run("train.py", config, dataset=dataset, env=env, **SMALL)
@@ -136,6 +139,7 @@ def test_a_qwen3_is_read_from_the_local_cache_by_its_name(dataset, tmp_path):
         hidden_size=16,
         intermediate_size=32,
         max_position_embeddings=64,
+        # GPT-2's 50,257 tokens and rows for no token
         vocab_size=50304,
         tie_word_embeddings=False,
     )
@@ -152,6 +156,7 @@ def test_a_qwen3_is_read_from_the_local_cache_by_its_name(dataset, tmp_path):
         "eval_interval": 2,
     }
     run("train.py", max_iters=2, **settings)
+    # the second start resumes the first one
     run("train.py", max_iters=4, **settings | {"init_from": "resume"})
     bundle = torch.load(tmp_path / "out/ckpt.pt", weights_only=True)
     assert bundle["step"] == 4
@@ -171,7 +176,7 @@ def test_a_qwen3_is_read_from_the_local_cache_by_its_name(dataset, tmp_path):
     # a flag that says another size is refused
     settings["out_dir"] = tmp_path / "other"
     done = run("train.py", code=2, head_dim=16, **settings)
-    assert "head_dim=8" in complaint(done)
+    assert "head_dim=8" in read_error(done)
 
 
 @pytest.mark.parametrize("source", ["out/ckpt.pt", "tests/Qwen3", "a/b/c", "nothing"])
@@ -185,10 +190,11 @@ def test_a_path_that_does_not_exist_is_not_looked_up(source, dataset):
         env=NO_NETWORK,
     )
     # a look at the hub would end in another error
-    assert "no such file" in complaint(done)
+    assert "no such file" in read_error(done)
 
 
 def test_gpt_2_without_network_and_cache_is_one_line_at_once(dataset, tmp_path):
+    # an empty cache
     done = run(
         "train.py",
         "config/eval_gpt2.py",
@@ -196,7 +202,7 @@ def test_gpt_2_without_network_and_cache_is_one_line_at_once(dataset, tmp_path):
         code=2,
         env=NO_NETWORK | {"HF_HUB_CACHE": str(tmp_path)},
     )
-    assert "gpt2: can't be downloaded" in complaint(done)
+    assert "gpt2: can't be downloaded" in read_error(done)
     assert "a folder with its config.json" in done.stderr
 
 
@@ -249,6 +255,7 @@ def change_config(folder: Path, changes: dict) -> Path:
     return folder
 
 
+# activations, norms, attention, positions and layers that model.py does not have
 @pytest.mark.parametrize(
     "kind, changes",
     [
@@ -321,6 +328,7 @@ def change_config(folder: Path, changes: dict) -> Path:
     ids=str,
 )
 def test_a_key_that_changes_the_network_is_refused(kind, changes, tmp_path):
+    # without the change it is read
     folder = SAVE[kind](tmp_path / "folder")
     read_weights(str(folder))
     change_config(folder, changes)
@@ -333,6 +341,7 @@ def test_a_key_that_changes_the_network_is_refused(kind, changes, tmp_path):
         assert key in str(error.value)
 
 
+# other names for what model.py has, and keys that change nothing
 @pytest.mark.parametrize(
     "kind, changes",
     [
@@ -459,6 +468,7 @@ def write_shards(
     folder: Path, stem: str, suffix: str, write: Callable, state: dict
 ) -> list[str]:
     """Write the weights in two files and their index. Return the names of the files."""
+    # the names that Transformers gives
     names = [f"{stem}-0000{i}-of-00002{suffix}" for i in (1, 2)]
     keys = sorted(state)
     weight_map = {}
@@ -472,6 +482,7 @@ def write_shards(
 
 def test_a_stray_file_is_named_and_not_read(parts, capsys):
     folder, stem, suffix, write, state = parts
+    # other numbers, which must not be in what is read below
     other = {name: tensor + 1 for name, tensor in state.items()}
     head = state["lm_head.weight"]
     stray = f"{stem}_ema{suffix}"
@@ -535,7 +546,8 @@ def test_training_from_a_folder_without_a_shard_is_one_line(dataset, tmp_path):
     state = load_file(path)
     path.unlink()
     shards = write_shards(folder, "model", ".safetensors", write_safetensors, state)
+    # as after an interrupted download
     (folder / shards[1]).unlink()
     flags = {"out_dir": tmp_path / "out", "dataset": dataset, "init_from": folder}
     done = run("train.py", code=2, **flags)
-    assert shards[1] in complaint(done)
+    assert shards[1] in read_error(done)

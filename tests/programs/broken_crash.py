@@ -71,7 +71,7 @@ def accept_any_checksum():
 
 
 def claim_the_last_save():
-    train.is_saved = lambda run: run.saver.wait() or True
+    train.is_on_disk = lambda run: run.saver.wait() or True
 
 
 def write_meta_only_at_the_end():
