@@ -24,7 +24,6 @@ META_TYPES = {
 }
 # of a dataset in GPT-2's tokens from another program
 GPT2_DATA = {
-    "format": 1,
     "tokenizer": {"kind": "gpt2"},
     "vocab_size": 50257,
     "dtype": "uint16",

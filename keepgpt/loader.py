@@ -268,11 +268,11 @@ class Loader:
         # all batches, and all ranks' micro-batches, follow one another in one sequence of windows
         return (batch * self.micro_batches + m) * self.batch_size
 
-    def _read(self, batch: int, m: int) -> list[Tensor]:
+    def _read(self, batch: int, m: int) -> Sequence[Tensor]:
         """Return micro-batch m of a batch in host memory, for CUDA pinned."""
         rows = self.split.rows(self.first_window(batch, m), self.batch_size)
-        if self.device.type != "cuda":
-            return list(rows)
         # rows of x have gaps between them: a copy to the GPU would first close them, in memory
         # that is not pinned
-        return [t.contiguous().pin_memory() for t in rows]
+        if self.device.type == "cuda":
+            rows = [t.contiguous().pin_memory() for t in rows]
+        return rows

@@ -106,11 +106,10 @@ def describe_sources(sources: list[Source], dataset: str) -> Meta:
     # the same sources in other shares are other data
     identity = json.dumps([[part["fingerprint"], part["share"]] for part in parts])
     return {
-        "format": 1,
         "name": dataset,
         "tokenizer": tokenizers[0],
         "vocab_size": parts[0]["vocab_size"],
-        "dtype": "+".join(sorted({part["dtype"] for part in parts})),
+        "dtype": parts[0]["dtype"],
         "tokens": {
             split: sum(part["tokens"][split] for part in parts) for split in SPLITS
         },
@@ -145,13 +144,17 @@ class Mixture(Windows):
         # each cycle has the windows of split 0, then those of split 1, ..., in a permutation
         cycles, index = np.divmod(np.array(numbers, np.uint64), CYCLE)
         slots = permute(index, CYCLE, mix(cycles ^ self.key))
+        # a batch has windows of few cycles
+        cycles = cycles.tolist()
+        ends = {*cycles, *(cycle + 1 for cycle in cycles)}
+        counts = {cycle: self.count_before(cycle * CYCLE) for cycle in ends}
         # the split of each window, and the numbers of each split's windows
         order = []
         windows = [[] for _ in self.splits]
-        for cycle, slot in zip(cycles.tolist(), slots.tolist()):
+        for cycle, slot in zip(cycles, slots.tolist()):
             # the first slot of each split in this cycle
-            before = self.count_before(cycle * CYCLE)
-            first_slots = self.count_before((cycle + 1) * CYCLE) - before
+            before = counts[cycle]
+            first_slots = counts[cycle + 1] - before
             k = bisect_right(first_slots, slot) - 1
             order.append(k)
             windows[k].append(before[k + 1] - before[k] + slot - first_slots[k])
