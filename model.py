@@ -100,7 +100,8 @@ class ModelArgs:
     def ff_width(self) -> int:
         """Return the width inside a SwiGLU. By default its three matrices have about as many
         parameters as GPT-2's two."""
-        return self.n_ff or -(-8 * self.n_embd // (3 * 64)) * 64
+        # a multiple of 64, for fast matrix products
+        return self.n_ff or 64 * math.ceil(8 * self.n_embd / (3 * 64))
 
 
 # the least value of each size in ModelArgs
@@ -149,7 +150,7 @@ def attend_to_cache(q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     if N > 1:
         mask = torch.ones(N, T, dtype=torch.bool, device=q.device).tril(T - N)
         mask = mask.repeat(H // K, 1)  # (H / K * N, T)
-    # the queries that share a key are its rows
+    # the queries that share a key become rows of one product
     q = q.to(keys.dtype).reshape(B, K, H // K * N, D)
     y = F.scaled_dot_product_attention(q, keys, values, mask)  # (B, K, H / K * N, D)
     return y.view(B, H, N, D)
@@ -337,7 +338,8 @@ class GPT(nn.Module):
     positions = ""
     # endings of names of parameters -> how many matrices lie below one another; Muon separates them
     stacked: dict[str, int] = {}
-    # endings of names of matrices that start as 0: each block as the identity, the guess as uniform
+    # endings of names of matrices that start at 0: each block is then the identity, and the first
+    # prediction uniform
     zeroed: tuple[str, ...] = ()
 
     def __init__(self, args: ModelArgs) -> None:

@@ -236,6 +236,8 @@ def read_previous(folder: Path, request: Meta, wanted: Description) -> Meta:
     has changed since."""
     try:
         meta = json.loads((folder / "meta.json").read_bytes())
+        # the folder may have been renamed
+        meta["name"] = request["name"]
         # a tokenizer that the text completed has more than the wanted description
         same_tokenizer = wanted.items() <= meta["tokenizer"].items()
         if request.items() <= meta.items() and same_tokenizer:

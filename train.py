@@ -60,7 +60,7 @@ from keepgpt.evaluation import (
 )
 from keepgpt.files import FolderLock
 from keepgpt.huggingface import read_weights
-from keepgpt.loader import Loader, Split, batch_number, seed_of
+from keepgpt.loader import Loader, Windows, batch_number, seed_of
 from keepgpt.metrics import Metrics
 from keepgpt.mixture import (
     Mixture,
@@ -77,6 +77,8 @@ from keepgpt.signals import Signals
 from keepgpt.tokenizer import from_meta
 from model import GPT, ModelArgs, build_model, crop_weights, generate, load_model
 
+# what an evaluation reads, by its names in the log
+Splits = dict[str, Windows | Text]
 # gradient norms whose median a spike is compared with
 SPIKE_WINDOW = 128
 # fields of State that a checkpoint stores as they are
@@ -143,12 +145,12 @@ class State:
         # older bundles lack some
         for key in (*PLAIN_STATE, "skips"):
             setattr(self, key, bundle.get(key, getattr(self, key)))
-        # a window, unless spike_factor is new or gone
+        # a window that is saved, and is needed again
         if self.norms is not None and bundle.get("norms") is not None:
             self.norms = bundle["norms"].to(self.ranks.device)
 
     @property
-    def batch(self) -> int:
+    def next_batch(self) -> int:
         """Return the number of the batch that the next update reads."""
         return batch_number(self.step, self.skips, self.data_start)
 
@@ -167,7 +169,7 @@ class Run:
     lock: FolderLock  # on out_dir, held by rank 0
     data: Meta
     loader: Loader
-    splits: dict[str, Split | Mixture | Text]  # see open_data
+    splits: Splits  # see open_data
     compiled_model: Any  # the model itself where it is not compiled
     train_model: Any  # that one in DDP, if there are several ranks
     accumulate: Callable[[elastic.AddGradient], None]  # see compute_gradient
@@ -179,7 +181,7 @@ class Run:
     saver: checkpoint.Saver | None = None
     metrics: Metrics | None = None
     first_step: int = 0  # of this process
-    # on the device: whether all updates were made so far, and how many until then
+    # on the device: False once an update was not made; the number of the updates before that one
     is_good: Tensor | bool = True
     updates: Tensor | int = 0
     # the loss and the gradient norm of each step since the host last asked for them
@@ -191,7 +193,7 @@ class Run:
 def set_up(config: TrainConfig, overrides: Settings, opened: ExitStack) -> Run:
     """Start the run that a command asks for, or resume it. `overrides` are the settings that the
     command gives; `opened` gets what must be closed. Raises UserError."""
-    # join the other ranks
+    # join the other ranks; afterwards a notebook has its number of threads again
     opened.callback(torch.set_num_threads, torch.get_num_threads())
     ranks = join_ranks(config)
 
@@ -227,7 +229,8 @@ def set_up(config: TrainConfig, overrides: Settings, opened: ExitStack) -> Run:
     run = build_run(config, ranks, lock, data, loader, splits, model)
     if bundle:
         run.state.load_state_dict(bundle)
-        run.first_step = run.updates = run.state.step
+        run.first_step = run.state.step
+        run.updates = run.state.step
 
     # start the log and the saver, which write on rank 0 only
     start_log(run, bundle, opened)
@@ -251,7 +254,7 @@ def find_data(
     saved_data = bundle["data"] if bundle else {}
     identity = {key: data[key] for key in IDENTITY}
     if bundle:
-        # a branch may start another dataset of the same tokens, or cut it into other windows
+        # only a branch may have other data, or other windows: it starts them at the beginning
         is_other = any(saved_data[key] != value for key, value in identity.items())
         may_differ = "dataset" in bundle.get("branch", ())
         has_other_windows = config.block_size != bundle["config"]["block_size"]
@@ -282,7 +285,7 @@ def start_other_data(bundle: Bundle, data: Meta) -> None:
 
 def start_log(run: Run, bundle: Bundle | None, opened: ExitStack) -> None:
     """Start the log, and the saver that continues a checkpoint's `bundle`."""
-    # a branch continues no file of its folder, not even the log of a run that never saved
+    # a branch starts new files; a run that never saved may have left a log in its folder
     is_branch = bundle is not None and "branch" in bundle
     if is_branch:
         bundle = None
@@ -318,7 +321,7 @@ def build_run(
     lock: FolderLock,
     data: Meta,
     loader: Loader,
-    splits: dict[str, Split],
+    splits: Splits,
     model: GPT,
 ) -> Run:
     """Compile the model, wrap it in DDP, and make its optimizer. Raises UserError."""
@@ -340,7 +343,7 @@ def build_run(
     # average gradients over the ranks: elastic's tree does it, or DDP
     train_model = compiled_model
     if config.elastic:
-        accumulate = partial(elastic.accumulate_gradient, model, ranks, loader.local)
+        accumulate = partial(elastic.accumulate_in_tree, model, ranks, loader.local)
     else:
         if ranks.world_size > 1:
             train_model = DistributedDataParallel(compiled_model)
@@ -360,19 +363,19 @@ def build_run(
     if config.spike_factor:
         state.norms = torch.full((SPIKE_WINDOW,), math.nan, device=device)
     return Run(
-        config,
-        ranks,
-        lock,
-        data,
-        loader,
-        splits,
-        compiled_model,
-        train_model,
-        accumulate,
-        dtype,
-        autocast,
-        state,
-        ranks.on_first(lambda: count_token_bytes(data)),
+        config=config,
+        ranks=ranks,
+        lock=lock,
+        data=data,
+        loader=loader,
+        splits=splits,
+        compiled_model=compiled_model,
+        train_model=train_model,
+        accumulate=accumulate,
+        dtype=dtype,
+        autocast=autocast,
+        state=state,
+        token_bytes=ranks.on_first(lambda: count_token_bytes(data)),
     )
 
 
@@ -383,16 +386,16 @@ def find_checkpoint(
     "start" that says so, or None to start a run. Raises UserError if init_from does not fit the
     folder's content."""
     out_dir = Path(config.out_dir)
-    auto = config.init_from.partition(":")[0] == "auto"
+    is_auto = config.init_from.partition(":")[0] == "auto"
     if not config.eval_only:
         # a restart loop may come back before the ranks of a killed launcher have ended
-        lock.acquire(patience=30 if auto else 0)
+        lock.acquire(patience=30 if is_auto else 0)
     checkpoint.mention_renamed(out_dir)
     has_run = checkpoint.has_run(out_dir)
     # an evaluation is of the folder's run, unless init_from names other weights
     if config.eval_only and "init_from" not in overrides:
-        auto = True
-    if config.source == "resume" or auto and has_run:
+        is_auto = True
+    if config.source == "resume" or (is_auto and has_run):
         return read_run(config, lock) | {"start": f"resuming {out_dir}"}
     # a new run never overwrites another one
     if has_run and not config.eval_only:
@@ -400,7 +403,7 @@ def find_checkpoint(
             f"{out_dir} already holds a run. Try: --init_from=resume to continue it, or "
             "--out_dir=<new folder>"
         )
-    if config.trunk:
+    if config.trunk is not None:
         bundle = checkpoint.read_trunk(Path(config.trunk), config.step)
         start = f"branching from {config.trunk}"
         return bundle | {"start": start, "branch": list(overrides)}
@@ -415,7 +418,7 @@ def read_run(config: TrainConfig, lock: FolderLock) -> Bundle:
     """Return the bundle of the run in out_dir to resume from. Raises UserError."""
     out_dir = Path(config.out_dir)
     # with auto:branch:, config.step is one of the trunk's
-    step = 0 if config.trunk else config.step
+    step = config.step if config.trunk is None else 0
     # an evaluation changes nothing
     if config.eval_only:
         return checkpoint.find_bundle(out_dir, step)[1]
@@ -449,7 +452,7 @@ def merge_settings(
 
 def open_data(
     sources: list[Source], config: TrainConfig, ranks: Ranks
-) -> tuple[Loader, dict[str, Split | Mixture]]:
+) -> tuple[Loader, Splits]:
     """Return this rank's share of the training batches, and the splits for evaluations: "train",
     "val" or for each source of a mixture "val/NAME", and "text", see eval_text. Raises
     UserError."""
@@ -591,11 +594,11 @@ def describe_run(run: Run) -> None:
         f"{run.data['tokens']['train']:,} of {run.data['name']}; {machine}"
     )
     if isinstance(run.loader.split, Mixture):
-        batch = run.state.batch + config.max_iters - run.state.step
+        batch = run.state.next_batch + config.max_iters - run.state.step
         run.metrics.say(f"by step {config.max_iters}: {describe_mixture(run, batch)}")
     if not run.saver.folder:
         return
-    warn_if_full(run, parameters)
+    warn_if_disk_full(run, parameters)
     write_run_card(run, machine)
     if config.wandb_log:
         # a resumed run continues the same curve
@@ -615,11 +618,11 @@ def describe_mixture(run: Run, batch: int) -> str:
     return "; ".join(parts)
 
 
-def warn_if_full(run: Run, parameters: int) -> None:
+def warn_if_disk_full(run: Run, parameters: int) -> None:
     """Warn if the checkpoints to come may need more space than is free."""
     config = run.config
     # the newest ones, best.pt and the file in progress, less those on the disk
-    existing = len(checkpoint.numbered(run.saver.folder))
+    existing = len(checkpoint.list_numbered(run.saver.folder))
     count = max(1, config.keep_checkpoints + 2 - existing)
     if config.keep_every:
         count += config.max_iters // config.keep_every
@@ -645,7 +648,7 @@ def write_run_card(run: Run, machine: str = "") -> None:
         losses = describe_evaluation(state.evaluation)
         notes.append(f"Step {state.evaluation['step']}: {losses}.")
     if isinstance(run.loader.split, Mixture):
-        notes.append(f"Mixture: {describe_mixture(run, state.batch)}.")
+        notes.append(f"Mixture: {describe_mixture(run, state.next_batch)}.")
     if state.trunk:
         notes.append(
             "Branched from `{path}`, step {step} (sha256 {sha256}).".format(
@@ -673,19 +676,19 @@ def train(run: Run, signals: Signals) -> int:
     ranks = run.ranks
     is_alone = ranks.world_size == 1
     clock = Clock(state.step)
-    best = False
+    is_best = False
     while True:
         # once in a while: evaluate
         if is_evaluation_due(run):
-            best = evaluate_and_log(run, signals)
+            is_best = evaluate_and_log(run, signals)
             clock.restart(state.step)
 
         # once in a while: save. A signal asks for the last save
         is_stopped = ranks.any(signals.received or run.lock.lost)
         if is_stopped or state.step >= config.max_iters:
             break
-        if best or is_save_due(run):
-            save(run, best)
+        if is_best or is_save_due(run):
+            save(run, is_best)
 
         # a step: the gradient of all micro-batches, then one update
         losses = signals.interrupt(lambda: compute_gradient(run), is_alone)
@@ -693,7 +696,7 @@ def train(run: Run, signals: Signals) -> int:
             state.optimizer.zero_grad(set_to_none=True)
             continue
         loss, grad_norm = update(run, losses)
-        best = False
+        is_best = False
 
         # an update that was not made: compute it again, or skip its data
         if is_check_due(run) and not check_updates(run):
@@ -702,7 +705,7 @@ def train(run: Run, signals: Signals) -> int:
         # once in a while: log
         if is_log_due(run):
             log_step(run, clock, loss, grad_norm)
-    is_saved = save_last(run, best)
+    is_saved = save_last(run, is_best)
     return finish(run, signals, is_stopped, is_saved)
 
 
@@ -788,11 +791,11 @@ def evaluate_split(run: Run, name: str, signals: Signals) -> list[float] | None:
     # for each batch the mean loss, and the bytes per token; each column is filled by one rank
     means = torch.zeros(2, len(sizes), device=ranks.device)
     for i, size in enumerate(sizes):
-        rank = i % ranks.world_size
+        owner = i % ranks.world_size
         # all ranks stop at the same batch
-        if rank == 0 and ranks.any(signals.received):
+        if owner == 0 and ranks.any(signals.received):
             return None
-        if rank != ranks.rank:
+        if owner != ranks.rank:
             continue
         x, y = split.rows(starts[i], size)
         # a batch of another shape would need another compiled graph
@@ -902,7 +905,7 @@ def compute_gradient(run: Run) -> Tensor:
     0 for micro-batches of other ranks."""
     state = run.state
     device = run.ranks.device
-    batch = state.batch
+    batch = state.next_batch
     state.model.train()
     losses = torch.zeros(run.config.gradient_accumulation_steps, device=device)
 
@@ -962,12 +965,13 @@ def update(run: Run, losses: Tensor) -> tuple[Tensor, Tensor]:
     # the update, once a save in progress has copied the weights
     set_rates(state.optimizer, state.step, config)
     run.saver.wait_for_copy()
-    if not must_host_wait(run):
+    if must_host_wait(run):
+        if run.is_good:
+            run.is_good = run.is_good & scale_and_step(state)
+    else:
         # 1 makes the optimizer change nothing, on the device
         state.optimizer.found_inf = 1.0 - run.is_good.float()
         state.optimizer.step()
-    elif run.is_good:
-        run.is_good = run.is_good & scale_and_step(state)
     state.optimizer.zero_grad(set_to_none=True)
     run.updates = run.updates + run.is_good
     state.step += 1
@@ -1019,8 +1023,9 @@ def check_updates(run: Run) -> bool:
                 run,
                 state.step,
                 "replay",
-                f"{describe(replayed)}, and from the same data {describe(numbers)}: an error of "
-                "the machine, or code that is not deterministic; continuing",
+                f"{describe_numbers(replayed)}, and from the same data "
+                f"{describe_numbers(numbers)}: an error of the machine, or code that is not "
+                "deterministic; continuing",
             )
             state.replays += 1
             write_run_card(run)
@@ -1038,10 +1043,10 @@ def check_updates(run: Run) -> bool:
     if skipped >= run.config.max_skips:
         raise NotFinite(describe_failure(run, numbers))
     cause = f"{describe_cause(run, numbers)}, twice"
-    if replayed and describe(replayed) != describe(numbers):
-        cause += f" (first {describe(replayed)})"
+    if replayed and describe_numbers(replayed) != describe_numbers(numbers):
+        cause += f" (first {describe_numbers(replayed)})"
         state.replays += 1
-    text = f"{cause}; skipping its data, batch {state.batch}"
+    text = f"{cause}; skipping its data, batch {state.next_batch}"
     log_event(run, state.step + 1, "skip", text)
     state.skips[state.step] = skipped + 1
     write_run_card(run)
@@ -1061,7 +1066,7 @@ def rewind(run: Run) -> tuple[float, float]:
     return loss.item(), grad_norm.item()
 
 
-def describe(numbers: Sequence[float]) -> str:
+def describe_numbers(numbers: Sequence[float]) -> str:
     """Return a loss and a gradient norm as text."""
     loss, grad_norm = numbers
     return f"loss {loss:.4g}, gradient norm {grad_norm:.4g}"
@@ -1070,10 +1075,10 @@ def describe(numbers: Sequence[float]) -> str:
 def describe_cause(run: Run, numbers: Sequence[float]) -> str:
     """Return why an update with these numbers was not made."""
     if not all(math.isfinite(number) for number in numbers):
-        return f"{describe(numbers)}: not finite"
+        return f"{describe_numbers(numbers)}: not finite"
     factor = run.config.spike_factor
     median = run.state.norms.median().item()
-    return f"{describe(numbers)}: a spike, above {factor:g} x the median {median:.4g}"
+    return f"{describe_numbers(numbers)}: a spike, above {factor:g} x the median {median:.4g}"
 
 
 def describe_failure(run: Run, numbers: Sequence[float]) -> str:

@@ -2,8 +2,9 @@
 the folder holds the old or the new one.
 
 A save copies the live tensors, writes them to a temporary file, fsyncs it, reads it again to check
-it, and renames it to ckpt-<step>.pt. Then best.pt, if it is the best, and ckpt.pt become names of
-the same file, with an fsync of the folder after each. Only then are old checkpoints removed.
+it, and renames it to ckpt-<step>.pt. Then step-<step>.pt for a milestone, best.pt if it is the
+best, and ckpt.pt become names of the same file, with an fsync of the folder after each. Only then
+are old checkpoints removed.
 """
 
 import hashlib
@@ -29,7 +30,9 @@ from keepgpt.errors import UNSUPPORTED, UserError, name_path, warn, warn_once
 from keepgpt.files import FolderLock, FolderLost, check_lock, sync_folder
 from keepgpt.ranks import map_tensors
 
-# the content of a checkpoint: plain values and tensors, see train.make_bundle
+# The content of a checkpoint: plain values and tensors. The keys are those of train.make_bundle,
+# State.state_dict and describe_machine. train.find_checkpoint adds "start", and for a branch
+# "branch" and "trunk", which say how this process starts.
 Bundle = dict[str, Any]
 FORMAT = 1
 # ends each file, with the CRC32 of everything before it: torch.load does not check the zip's own
@@ -146,7 +149,7 @@ def commit(
 ) -> None:
     """Save `bundle` durably as the newest checkpoint of `folder`, as best.pt if it is the `best`,
     and each `keep_every` steps as a milestone. Raises OSError or CorruptCheckpoint; the older
-    checkpoints are then as they were."""
+    numbered checkpoints are then as they were, but best.pt may already be the new one."""
     path = path_of(folder, bundle["step"])
     temporary = path.with_suffix(".pt.tmp")
     try:
@@ -180,7 +183,7 @@ def prune(folder: Path, step: int, keep: int, disk: Disk) -> None:
     """Remove the numbered checkpoints but for that of `step` and the newest before it, `keep` in
     all. Raises OSError."""
     # a later one is corrupt, or this run was resumed from before it
-    paths = numbered(folder)
+    paths = list_numbered(folder)
     later = [path for path in paths if step_of(path) > step]
     others = [path for path in paths if step_of(path) <= step]
     for path in later + others[keep:]:
@@ -198,25 +201,24 @@ def step_of(path: Path) -> int:
     return int(path.stem.partition("-")[2])
 
 
-def numbered(folder: Path, prefixes: str = "ckpt") -> list[Path]:
-    """Return the numbered checkpoints of a folder, newest first; `prefixes` is a regular
-    expression."""
+def list_numbered(folder: Path, prefix_pattern: str = "ckpt") -> list[Path]:
+    """Return the numbered checkpoints of a folder, newest first."""
     # only names that path_of gives
-    name = re.compile(prefixes + r"-([0-9]{8}|[1-9][0-9]{8,})\.pt")
+    name = re.compile(prefix_pattern + r"-([0-9]{8}|[1-9][0-9]{8,})\.pt")
     paths = [path for path in folder.glob("*-*.pt") if name.fullmatch(path.name)]
-    # first by name: a step may have two
-    return sorted(sorted(paths), key=step_of, reverse=True)
+    # a step may have two names, in a fixed order
+    return sorted(paths, key=lambda path: (-step_of(path), path.name))
 
 
-def by_step(folder: Path) -> list[Path]:
+def list_by_step(folder: Path) -> list[Path]:
     """Return the numbered checkpoints and the milestones of a folder, newest first."""
-    return numbered(folder, "(ckpt|step)")
+    return list_numbered(folder, "(ckpt|step)")
 
 
 def mention_renamed(folder: Path) -> None:
     """Print a note about the checkpoints in a folder that are not used because of their names."""
     used = {folder / "ckpt.pt", folder / "best.pt"}
-    used |= set(by_step(folder))
+    used |= set(list_by_step(folder))
     others = [path for path in sorted(folder.glob("*")) if path not in used]
     # the next save removes temporary files
     renamed = [
@@ -266,7 +268,7 @@ def has_run(folder: Path) -> bool:
     """Return True if a folder holds a checkpoint, intact or not."""
     # a crash may leave one of them alone
     names = (folder / "ckpt.pt", folder / "best.pt")
-    return any(path.exists() for path in names) or bool(by_step(folder))
+    return any(path.exists() for path in names) or bool(list_by_step(folder))
 
 
 def check_crc(path: Path) -> None:
@@ -334,7 +336,7 @@ def find_bundle(
     `prefer_best` best.pt if that is intact. Raises UserError if there is none."""
     if step:
         return find_step(folder, step)
-    newest = [folder / "ckpt.pt", *by_step(folder)]
+    newest = [folder / "ckpt.pt", *list_by_step(folder)]
     # otherwise it comes last: it may be far behind
     best = [folder / "best.pt"]
     candidates = best + newest if prefer_best else newest + best
@@ -347,6 +349,7 @@ def find_bundle(
     hint = "another --out_dir"
     if [path for path in candidates if path.exists()] == newest[:1]:
         hint += f", or if another program wrote it --init_from={newest[0]} --out_dir=<new folder>"
+    # the cause decides the exit code: an error of the disk may pass
     unreadable = [e for e in errors if isinstance(e, OSError)]
     message = f"no intact checkpoint of keepGPT in {folder}. Try: {hint}"
     raise CorruptCheckpoint(message) from (unreadable[-1] if unreadable else None)
@@ -360,7 +363,7 @@ def find_step(folder: Path, step: int) -> tuple[Path, Bundle]:
     for path, bundle in read_intact(paths, []):
         if bundle["step"] == step:
             return path, bundle
-    steps = {step_of(path) for path in by_step(folder)} - {step}
+    steps = {step_of(path) for path in list_by_step(folder)} - {step}
     others = ", ".join(map(str, sorted(steps))) or "none"
     raise UserError(
         f"{folder}: no intact checkpoint of step {step}. Steps of the others: {others}"
@@ -383,12 +386,13 @@ def go_back(folder: Path, step: int, lock: FolderLock) -> Bundle:
     bundle = newest
     if step != newest["step"]:
         path, bundle = find_step(folder, step)
-        later = [other for other in by_step(folder) if step_of(other) > step]
+        later = [other for other in list_by_step(folder) if step_of(other) > step]
         # a later best.pt is not of this history
         best_step = step_of_best(folder)
         if best_step is None or best_step > step:
             bundle["best_val_loss"] = math.inf
-            later += folder.glob("best.pt")
+            if (folder / "best.pt").exists():
+                later.append(folder / "best.pt")
         aside = folder / f"aside-{newest['step']:08d}"
         while aside.exists():
             aside = aside.with_name(f"{aside.name}-again")
@@ -544,11 +548,12 @@ class Saver:
 
     def _run(self, live: Bundle, best: bool) -> None:
         """Save, in the thread. A failure is printed; training continues."""
+        is_best = best
         try:
             self._copy_and_commit(live, best)
         except FolderLost:
             # the loop sees it at its next step, and ends the run with a line
-            return
+            is_best = False
         except Exception as e:
             print(
                 f"\nSAVING STEP {live['step']} FAILED: {e}. The older checkpoints are kept.",
@@ -556,11 +561,10 @@ class Saver:
                 flush=True,
             )
             # a save may fail after best.pt was replaced
-            if not best or step_of_best(self.folder) != live["step"]:
-                return
+            is_best = best and step_of_best(self.folder) == live["step"]
         finally:
             self.copied.set()
-        if best:
+        if is_best:
             self.best_val_loss = live["best_val_loss"]
 
     def _copy_and_commit(self, live: Bundle, best: bool) -> None:

@@ -69,7 +69,7 @@ class TrainConfig:
         "NAME:WEIGHT+NAME:WEIGHT, e.g. web:0.7+code:0.3",
     )
     data_dir: str = setting(
-        "data", "folder of all datasets; relative paths start at train.py's"
+        "data", "folder of all datasets; a relative path is in train.py's folder"
     )
     # the product of these three is a step's tokens, on any number of ranks
     gradient_accumulation_steps: int = setting(
@@ -191,10 +191,10 @@ class TrainConfig:
         return "scratch" if source == "auto" else source
 
     @property
-    def trunk(self) -> str:
-        """Return PATH if a new run starts from branch:PATH, else ""."""
+    def trunk(self) -> str | None:
+        """Return PATH if a new run starts from branch:PATH, else None."""
         kind, _, path = self.source.partition(":")
-        return path if kind == "branch" else ""
+        return path if kind == "branch" else None
 
     @property
     def tokens_per_step(self) -> int:

@@ -32,7 +32,7 @@ def check_elastic(config: TrainConfig, ranks: Ranks) -> None:
         raise UserError("elastic=True needs backend=nccl on CUDA. Try: --backend=auto")
 
 
-def accumulate_gradient(
+def accumulate_in_tree(
     model: nn.Module,
     ranks: Ranks,
     micro_batches: range,

@@ -54,7 +54,7 @@ class Format:
     fixed: dict[str, tuple]
     # keys with our dropout
     dropouts: tuple[str, ...]
-    # our sizes that may be absent, and what they are then in Transformers
+    # our sizes that may be absent, and the values to use then
     optional: dict[str, Any]
     # with rotary positions and no biases
     is_rotary: bool = True
@@ -193,13 +193,14 @@ def read_weights(source: str) -> Weights:
         path = download(source)
     if not path.exists():
         raise UserError(
-            f"{source}: no such file, folder or model. Try: one of "
+            f"init_from={source}: no such file, folder or model. Try: one of "
             f"{', '.join(NAMES)}, or OWNER/NAME of a Llama or Qwen3"
         )
     if (path / "ckpt.pt").exists():
         # a run has several checkpoints
         raise UserError(
-            f"{source}: expected a file, got a run's folder. Try: {path / 'ckpt.pt'}"
+            f"init_from={source}: expected a file, got a run's folder. "
+            f"Try: --init_from={path / 'ckpt.pt'}"
         )
     if path.is_dir():
         args, state = read_hugging_face(path)
@@ -464,6 +465,6 @@ def download(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=PATTERNS))
     except Exception as e:
         raise UserError(
-            f"{name}: can't be downloaded ({type(e).__name__}). Try: a folder with its config.json "
-            "and model.safetensors"
+            f"{name}: can't be downloaded ({type(e).__name__}). Try: --init_from="
+            "FOLDER, one with its config.json and model.safetensors"
         ) from None

@@ -1,5 +1,5 @@
-"""Compute the batch of a step from (seed, step): no state is saved, and any number of ranks
-draws the same batches.
+"""Compute batch n from (seed, n), on any number of ranks the same. `batch_number` gives the n of a
+step: the step itself, unless batches were skipped or a branch starts other data.
 
 A split is cut into windows of block_size tokens, each with the next token as the last target. Every
 epoch visits every window once, in a permutation computed by arithmetic, and cuts at another offset.
@@ -235,17 +235,17 @@ class Loader:
     device: torch.device
 
     def __post_init__(self) -> None:
-        self.thread = ThreadPoolExecutor(1)
+        self.executor = ThreadPoolExecutor(1)
         # (batch, m) -> the future of the next micro-batch
         self.prefetched = {}
 
     def get_batch(self, batch: int, m: int) -> tuple[Tensor, Tensor]:
         """Return the inputs and targets of micro-batch m of a batch, (B, T) each, on the device.
         Raises BadData."""
-        # the one that was read ahead, unless this is the first step or one again
+        # the one that was read ahead, unless this is the first step, or one that is computed again
         rows = self.prefetched.pop((batch, m), None)
         if rows is None:
-            rows = self.thread.submit(self._read, batch, m)
+            rows = self.executor.submit(self._read, batch, m)
 
         # read the next one in this rank's order while this one is computed
         next_batch = batch
@@ -253,7 +253,7 @@ class Loader:
         if next_m not in self.local:
             next_batch = batch + 1
             next_m = self.local[0]
-        next_rows = self.thread.submit(self._read, next_batch, next_m)
+        next_rows = self.executor.submit(self._read, next_batch, next_m)
         self.prefetched = {(next_batch, next_m): next_rows}
 
         x, y = rows.result()

@@ -63,9 +63,9 @@ def parse_mixture(dataset: str) -> list[tuple[str, Fraction]]:
     for part in dataset.split("+"):
         name, _, number = part.rpartition(":")
         try:
-            # the decimal number itself, 7/10 for 0.7; infinity and NaN are errors
-            weight = Fraction(repr(float(number)))
-        except ValueError:
+            # exactly, 7/10 for 0.7; an exponent of a billion would take forever
+            weight = Fraction(number if "/" in number else repr(float(number)))
+        except (ValueError, ZeroDivisionError):
             weight = 0
         if not name or weight <= 0:
             raise BadData(
@@ -86,12 +86,13 @@ def check_sources(sources: list[Source]) -> None:
                 f"{sources[0].folder} and {source.folder} have different tokenizers. Try: prepare "
                 f"one of them again with --tokenizer={sources[0].folder}, the other's"
             )
-    names = [source.meta["name"] for source in sources]
+    names = {source.meta["name"] for source in sources}
     fingerprints = {source.meta["fingerprint"] for source in sources}
-    if min(len(set(names)), len(fingerprints)) < len(sources):
+    if min(len(names), len(fingerprints)) < len(sources):
+        folders = ", ".join(str(source.folder) for source in sources)
         raise BadData(
-            f"expected each name and each text once, got {', '.join(names)}. Try: one of them "
-            "with the sum of the weights, or another --name for prepare.py"
+            f"expected each name and each text once, got {folders}. Try: one of them with the sum "
+            "of the weights, or another name for a folder"
         )
 
 

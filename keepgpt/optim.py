@@ -7,6 +7,7 @@ The contract of an optimizer, which tests/test_optim.py checks for each name in 
 - `step()` leaves weights and state as they are if the tensor `found_inf` is 1: on CUDA the
   host does not know yet that a gradient is not finite. `found_inf` may be absent or None.
 - Its state is a nest of tensors and plain values, as a checkpoint is loaded with weights_only=True.
+- What training changes is in its state, not in a group: a resume takes the groups of its command.
 
 To add one, write a function like `make_adamw(model, config, dtype)` and name it in OPTIMIZERS.
 """

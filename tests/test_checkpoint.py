@@ -23,7 +23,7 @@ from keepgpt.checkpoint import (
     Saver,
     commit,
     find_bundle,
-    numbered,
+    list_numbered,
     path_of,
     read_bundle,
     step_of,
@@ -139,7 +139,7 @@ def test_a_drive_without_links_saves_copies(
         commit(bundle | {"step": step}, tmp_path, 2, True, disk)
     assert read_bundle(tmp_path / "ckpt.pt")["step"] == 3
     assert read_bundle(tmp_path / "best.pt")["step"] == 3
-    steps = [step_of(path) for path in numbered(tmp_path)]
+    steps = [step_of(path) for path in list_numbered(tmp_path)]
     assert steps == [3, 2]
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1
@@ -326,7 +326,7 @@ def test_steps_of_nine_digits_are_the_newest(bundle, tmp_path):
     # names have eight digits: sorted as text, those with nine would come first
     for step in (99_999_999, 100_000_000, 100_000_001):
         commit(bundle | {"step": step}, tmp_path, 2, False, Disk())
-    steps = [step_of(path) for path in numbered(tmp_path)]
+    steps = [step_of(path) for path in list_numbered(tmp_path)]
     assert steps == [100_000_001, 100_000_000]
 
 

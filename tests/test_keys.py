@@ -1,10 +1,14 @@
 """docs/KEYS.md is what tools.keys writes from the settings."""
 
+import re
 from dataclasses import fields
 
+import pytest
 from conftest import REPO, read_error, run
 
 from keepgpt.config import TrainConfig
+from keepgpt.optim import OPTIMIZERS, SCHEDULES
+from model import ARCHITECTURES
 from tools.keys import SECTIONS
 
 PAGE = REPO / "docs" / "KEYS.md"
@@ -21,6 +25,21 @@ def test_keys_md_lists_every_key_once_with_its_default():
     # a row is: | `key` | `default` | description |
     cells = [line.split("`")[1:4:2] for line in lines if line.startswith("| `")]
     assert cells == [[f.name, str(f.default)] for f in fields(TrainConfig)]
+
+
+@pytest.mark.parametrize(
+    "key, names",
+    [
+        ("architecture", ARCHITECTURES),
+        ("optimizer", OPTIMIZERS),
+        ("lr_schedule", SCHEDULES),
+    ],
+    ids=["architecture", "optimizer", "lr_schedule"],
+)
+def test_a_choice_is_in_the_help_of_its_key(key, names):
+    whys = {f.name: f.metadata["why"] for f in fields(TrainConfig)}
+    words = set(re.findall(r"\w+", whys[key]))
+    assert set(names) <= words
 
 
 def test_every_section_starts_at_a_key():

@@ -784,7 +784,7 @@ def test_micro_batches_are_read_once_and_one_ahead(write_tokens, monkeypatch):
     for step in range(3):
         list_batches(loader, step)
     # wait for the read ahead
-    loader.thread.shutdown()
+    loader.executor.shutdown()
     # the micro-batches 2 and 3 of each step, and the one after them
     micro_batches = [2, 3, 6, 7, 10, 11, 14]
     assert firsts == [3 * m for m in micro_batches]

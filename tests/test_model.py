@@ -687,7 +687,7 @@ def test_what_is_no_checkpoint_is_named_in_one_line(tmp_path, content):
 def test_a_runs_folder_is_answered_with_its_checkpoint(tmp_path):
     # a run's folder holds checkpoints, not a config.json
     (tmp_path / "ckpt.pt").touch()
-    with pytest.raises(UserError, match=f"Try: {tmp_path}/ckpt.pt"):
+    with pytest.raises(UserError, match=f"Try: --init_from={tmp_path}/ckpt.pt"):
         read_weights(str(tmp_path))
 
 

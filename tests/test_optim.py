@@ -610,6 +610,25 @@ def test_found_inf_leaves_every_bit(name, all_optimizers):
         assert (tensor != before[name]).any(), name
 
 
+def copy_groups(optimizer):
+    """Return what the groups of an optimizer hold beside parameters."""
+    groups = optimizer.state_dict()["param_groups"]
+    return copy.deepcopy(groups)
+
+
+@every_optimizer
+def test_a_step_changes_no_group(name, all_optimizers):
+    model = build_model_with_gradients()
+    optimizer = make_optimizer(model, replace(CONFIG, optimizer=name))
+    before = copy_groups(optimizer)
+    # a resume would lose what a group counts: it takes the groups of its command
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+    assert copy_groups(optimizer) == before
+
+
 @pytest.mark.slow
 def test_an_added_optimizer_resumes_and_survives_kills(dataset, tmp_path):
     program = PROGRAMS / "lion.py"

@@ -13,7 +13,7 @@ from conftest import TINY, load, read_error, read_rows, run
 from test_cuda import tiny_run  # noqa: F401
 
 import train as script
-from keepgpt.checkpoint import numbered, read_bundle
+from keepgpt.checkpoint import list_numbered, read_bundle
 from keepgpt.errors import NotFinite
 from keepgpt.files import FolderLock
 from keepgpt.loader import batch_number
@@ -56,8 +56,8 @@ def train_tiny(request, tiny_run, tmp_path, monkeypatch):  # noqa: F811
 
         def compute_and_spoil(run):
             losses = compute(run)
-            count = batches.count(run.state.batch)
-            batches.append(run.state.batch)
+            count = batches.count(run.state.next_batch)
+            batches.append(run.state.next_batch)
             return spoil(run, losses, count)
 
         monkeypatch.setattr(script, "compute_gradient", compute_and_spoil)
@@ -87,7 +87,7 @@ def digest_weights(result):
 def test_a_result_that_does_not_repeat_keeps_its_data(train_tiny, capsys):
     def spoil(run, losses, count):
         # only the first time
-        if run.state.batch == 3 and count == 0:
+        if run.state.next_batch == 3 and count == 0:
             return losses + math.nan
         return losses
 
@@ -102,7 +102,7 @@ def test_a_result_that_does_not_repeat_keeps_its_data(train_tiny, capsys):
 
 def test_the_same_bad_result_twice_skips_its_data(train_tiny):
     def spoil(run, losses, count):
-        return losses + math.nan if run.state.batch in (3, 4, 8) else losses
+        return losses + math.nan if run.state.next_batch in (3, 4, 8) else losses
 
     result = train_tiny(spoil)
     # batch 8 is the one of step 6, since two were skipped before
@@ -116,7 +116,7 @@ def test_the_same_bad_result_twice_skips_its_data(train_tiny):
 def test_a_gradient_of_nan_is_skipped_as_well(train_tiny):
     # the loss is finite, the gradient is not
     def spoil(run, losses, count):
-        if run.state.batch == 2:
+        if run.state.next_batch == 2:
             next(run.state.model.parameters()).grad[0, 0] = math.nan
         return losses
 
@@ -126,7 +126,7 @@ def test_a_gradient_of_nan_is_skipped_as_well(train_tiny):
 def test_more_bad_batches_in_a_row_than_max_skips_end_the_run(train_tiny):
     # every batch from the fifth step on
     def spoil(run, losses, count):
-        return losses + math.inf if run.state.batch >= 4 else losses
+        return losses + math.inf if run.state.next_batch >= 4 else losses
 
     with pytest.raises(NotFinite, match=r"step 5: .* after 2 skipped batches"):
         train_tiny(spoil, max_skips=2)
@@ -136,9 +136,9 @@ def test_more_bad_batches_in_a_row_than_max_skips_end_the_run(train_tiny):
 
 def test_a_stop_goes_back_to_the_last_update_that_was_made(train_tiny):
     def spoil(run, losses, count):
-        if run.state.batch == 8:
+        if run.state.next_batch == 8:
             signal.raise_signal(signal.SIGTERM)
-        return losses + math.nan if run.state.batch >= 5 else losses
+        return losses + math.nan if run.state.next_batch >= 5 else losses
 
     # batches 5 to 8 are bad; nobody looks at them before the stop
     result = train_tiny(spoil, log_interval=100, max_skips=100)
@@ -182,7 +182,7 @@ def test_a_spike_skips_its_data(train_tiny, monkeypatch):
 
     def spoil(run, losses, count):
         for p in run.state.model.parameters():
-            p.grad *= factors.get(run.state.batch, 1)
+            p.grad *= factors.get(run.state.next_batch, 1)
         return losses
 
     # the window is not full at batch 2; 2 is below the factor at batch 8
@@ -331,7 +331,7 @@ def test_milestones_are_kept_as_hard_links(trunk):
     expected = [f"step-{step:08d}.pt" for step in (6, 12, 18)]
     assert list_names(trunk, "step-*.pt") == expected
     # the numbered checkpoints are the last two
-    assert len(numbered(trunk)) == 2
+    assert len(list_numbered(trunk)) == 2
     assert (trunk / expected[-1]).samefile(trunk / "ckpt-00000018.pt")
     assert load(trunk / expected[0])["step"] == 6
 
@@ -407,7 +407,7 @@ def test_an_evaluation_of_a_step_moves_nothing(copy):
 def test_two_different_bad_results_are_both_shown(train_tiny, capsys):
     # infinite at first, then NaN
     def spoil(run, losses, count):
-        if run.state.batch != 3:
+        if run.state.next_batch != 3:
             return losses
         return losses + (math.inf, math.nan)[count]
 
@@ -436,7 +436,7 @@ def test_going_back_without_a_change_ends_the_same(copy, trunk):
 
 def test_a_milestone_is_the_last_resort(copy):
     # all others are truncated. Step 18 is the same file as a numbered one.
-    for path in (copy / "best.pt", *numbered(copy)):
+    for path in (copy / "best.pt", *list_numbered(copy)):
         content = path.read_bytes()
         path.write_bytes(content[:-1])
     (copy / "step-00000006.pt").unlink()
@@ -448,7 +448,7 @@ def test_a_drive_that_will_be_full_is_reported(tiny_run, tmp_path, capsys):  # n
     for keep_every, is_reported in ((0, False), (1, True)):
         result = tiny_run(keep_every=keep_every, max_iters=10**9)
         result.saver.folder = tmp_path
-        script.warn_if_full(result, parameters=10**6)
+        script.warn_if_disk_full(result, parameters=10**6)
         # a milestone each step, and the others
         warning = "1000000004 checkpoints to come need about"
         assert (warning in capsys.readouterr().err) == is_reported

@@ -203,7 +203,7 @@ def test_gpt_2_without_network_and_cache_is_one_line_at_once(dataset, tmp_path):
         env=NO_NETWORK | {"HF_HUB_CACHE": str(tmp_path)},
     )
     assert "gpt2: can't be downloaded" in read_error(done)
-    assert "a folder with its config.json" in done.stderr
+    assert "--init_from=FOLDER" in done.stderr
 
 
 # --- config.json ---------------------------------------------------------------------------------

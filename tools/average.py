@@ -9,18 +9,17 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from keepgpt.checkpoint import by_step, find_step, read_intact
+from keepgpt.checkpoint import Bundle, find_step, list_by_step, read_intact
 from keepgpt.config import setting
 from keepgpt.errors import UserError
 from keepgpt.files import write_atomically
 from tools.common import run_tool
 
 # the path and the bundle of a checkpoint
-Checkpoint = tuple[Path, dict[str, Any]]
+Checkpoint = tuple[Path, Bundle]
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def parse_steps(text: str) -> list[int]:
 def read_last(folder: Path, count: int) -> Iterator[Checkpoint]:
     """Yield the newest `count` intact checkpoints of different steps, among the numbered ones and
     the milestones. Print which ones are skipped. Raises UserError at the end if there are fewer."""
-    paths = by_step(folder)
+    paths = list_by_step(folder)
     steps: set[int] = set()
     for path, bundle in read_intact(paths, []):
         # a milestone may be a copy of a numbered one
@@ -59,17 +58,17 @@ def read_last(folder: Path, count: int) -> Iterator[Checkpoint]:
     )
 
 
-def describe_network(bundle: dict[str, Any]) -> tuple[dict, dict]:
+def describe_network(bundle: Bundle) -> tuple[dict, dict]:
     """Return the sizes of the network and the tokenizer, which are equal in all checkpoints of an
     average. A resumed run may change its dropout."""
     return bundle["model_args"] | {"dropout": 0.0}, bundle["data"]["tokenizer"]
 
 
-def average(checkpoints: Iterator[Checkpoint], folder: Path) -> dict[str, Any]:
+def average(checkpoints: Iterator[Checkpoint], folder: Path) -> Bundle:
     """Return a bundle with the mean of the checkpoints' weights, which says where they come from.
     Raises UserError if they are of different networks."""
     # one checkpoint at a time is in memory
-    newest: dict[str, Any] = {}
+    newest = {}
     sums: dict[str, torch.Tensor] = {}
     hashes: dict[int, str] = {}
     for path, bundle in checkpoints:

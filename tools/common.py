@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from keepgpt.config import TrainConfig, check, command_line
+from keepgpt.config import Settings, TrainConfig, check, command_line
 from keepgpt.errors import UserError, run_or_exit
 from keepgpt.signals import raise_interrupts
 
@@ -68,7 +68,7 @@ class Start:
 class Card:
     """The facts in a run's README.md: its settings, its starts, and the trunk of a branch."""
 
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: Settings = field(default_factory=dict)
     starts: list[Start] = field(default_factory=list)
     trunk: dict[str, Any] = field(default_factory=dict)
 
@@ -92,7 +92,7 @@ def read_card(out: Path) -> Card:
     return card
 
 
-def parse_settings(block: str) -> dict[str, Any]:
+def parse_settings(block: str) -> Settings:
     """Return the settings of a README.md; {} if someone has changed them."""
     settings = {}
     try:

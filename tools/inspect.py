@@ -13,18 +13,18 @@ from dataclasses import dataclass, fields
 from datetime import timedelta
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from keepgpt.checkpoint import (
+    Bundle,
     CorruptCheckpoint,
-    by_step,
     check_crc,
     find_bundle,
+    list_by_step,
     read_bundle,
 )
-from keepgpt.config import TrainConfig, setting
+from keepgpt.config import Settings, TrainConfig, setting
 from keepgpt.dataset import check_identity
 from keepgpt.errors import UserError
 from keepgpt.evaluation import describe_evaluation
@@ -110,7 +110,7 @@ def classify(row: dict, log: Log) -> list[dict]:
 def list_files(folder: Path) -> list[list[Path]]:
     """Return the names of each checkpoint file, the newest file first."""
     # the order in which a resume tries them
-    names = by_step(folder)
+    names = list_by_step(folder)
     files: dict[int, list[Path]] = {}
     for path in [folder / "ckpt.pt", *names, folder / "best.pt"]:
         # a running run may remove it at any instant
@@ -120,12 +120,12 @@ def list_files(folder: Path) -> list[list[Path]]:
     return list(files.values())
 
 
-def read_checkpoints(folder: Path, verify: bool) -> tuple[list[str], dict[str, Any]]:
+def read_checkpoints(folder: Path, verify: bool) -> tuple[list[str], Bundle]:
     """Return a line about each checkpoint file, and the bundle of the newest intact one, {} if
     there is none. Older ones are compared with their checksums if `verify`."""
     unfinished = sorted(path.name for path in folder.glob("*.pt.tmp"))
     lines = [f"{name}: a save in progress, or a killed one" for name in unfinished]
-    bundle: dict[str, Any] = {}
+    bundle: Bundle = {}
     for paths in list_files(folder):
         names = ", ".join(sorted(path.name for path in paths))
         status = "not verified"
@@ -147,7 +147,7 @@ def read_checkpoints(folder: Path, verify: bool) -> tuple[list[str], dict[str, A
     return lines, bundle
 
 
-def merge_skips(bundle: dict[str, Any], log: Log) -> dict[int, int]:
+def merge_skips(bundle: Bundle, log: Log) -> dict[int, int]:
     """Return the numbers of skipped batches by step: those of a checkpoint, and the later ones in
     the log."""
     skips = dict(bundle.get("skips", {}))
@@ -158,20 +158,20 @@ def merge_skips(bundle: dict[str, Any], log: Log) -> dict[int, int]:
     return skips
 
 
-def list_later_events(bundle: dict[str, Any], log: Log, kind: str) -> list[dict]:
+def list_later_events(bundle: Bundle, log: Log, kind: str) -> list[dict]:
     """Return the events of a kind that a checkpoint does not count yet."""
     saved = bundle.get("step", 0)
     rows = [row for row in log.events if row["step"] > saved]
     return [row for row in rows if row["event"] == kind]
 
 
-def read_config(settings: dict[str, Any]) -> TrainConfig:
+def read_config(settings: Settings) -> TrainConfig:
     """Return saved settings. A key that this version lacks is dropped."""
     keys = {f.name for f in fields(TrainConfig)} & settings.keys()
     return TrainConfig(**{key: settings[key] for key in keys})
 
 
-def count_steps(bundle: dict[str, Any], log: Log) -> int:
+def count_steps(bundle: Bundle, log: Log) -> int:
     """Return the number of steps that a run has made, as far as the folder says."""
     # the log is ahead of the checkpoint, or it may be lost
     rows = log.steps[-1:] + log.evaluations[-1:]
@@ -189,7 +189,7 @@ def describe_settings(config: TrainConfig) -> str:
 
 
 def describe_progress(
-    folder: Path, config: TrainConfig, bundle: dict[str, Any], log: Log
+    folder: Path, config: TrainConfig, bundle: Bundle, log: Log
 ) -> str:
     """Return how far the run is, and how fast."""
     step = count_steps(bundle, log)
@@ -219,7 +219,7 @@ def describe_progress(
     return text
 
 
-def describe_losses(bundle: dict[str, Any], log: Log) -> str:
+def describe_losses(bundle: Bundle, log: Log) -> str:
     """Return the last losses and the best validation loss."""
     losses = []
     # before the first logged step there is none
@@ -236,7 +236,7 @@ def describe_losses(bundle: dict[str, Any], log: Log) -> str:
     return f"loss: {', '.join(losses) or 'none logged yet'}"
 
 
-def describe_history(bundle: dict[str, Any], log: Log, card: Card) -> Iterator[str]:
+def describe_history(bundle: Bundle, log: Log, card: Card) -> Iterator[str]:
     """Yield lines about the trunk of a branch, skipped batches and steps with two results."""
     # before the first save only README.md names the trunk
     trunk = bundle.get("trunk") or card.trunk
@@ -310,7 +310,7 @@ def describe_run(folder: Path, verify: bool) -> Iterator[str]:
     yield from cut_list("checkpoints, the newest last", checkpoints[::-1])
 
 
-def open_loader(bundle: dict[str, Any]) -> Loader:
+def open_loader(bundle: Bundle) -> Loader:
     """Return the loader of a checkpoint's run. Raises UserError if its data is missing or was
     changed."""
     config = read_config(bundle["config"])
@@ -343,7 +343,7 @@ def read_micro_batch(loader: Loader, batch: int, m: int) -> list[Sequence]:
     return sequences
 
 
-def list_batches(bundle: dict[str, Any], log: Log, step: int) -> range:
+def list_batches(bundle: Bundle, log: Log, step: int) -> range:
     """Return the numbers of the batches that step `step` read: those that it skipped, then the one
     that it was made with. Raises UserError for a step with other data."""
     data_start = bundle.get("data_start", 0)

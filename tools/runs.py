@@ -17,15 +17,12 @@ from typing import Any
 import torch
 
 import train
-from keepgpt.checkpoint import CorruptCheckpoint, find_bundle, read_bundle
-from keepgpt.config import TrainConfig, parse
+from keepgpt.checkpoint import Bundle, CorruptCheckpoint, find_bundle, read_bundle
+from keepgpt.config import Settings, TrainConfig, parse
 from keepgpt.errors import UserError
 from keepgpt.signals import die_with_parent
 from tools.common import REPO, read_log
 
-Settings = dict[str, Any]
-# the content of a checkpoint
-Bundle = dict[str, Any]
 # seconds; a process that takes longer hangs
 TIME_LIMIT = 300
 # the state of a run: the parts of a checkpoint on which its next steps depend

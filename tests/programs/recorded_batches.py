@@ -21,7 +21,7 @@ def get_batch_and_record(self, batch, m):
 
 def compute_gradient_and_record(run):
     step = run.state.step + 1
-    batch = run.state.batch
+    batch = run.state.next_batch
     attempts.append({"step": step, "batch": batch, "read": []})
     losses = compute_gradient(run)
     if batch in poisoned:

@@ -139,7 +139,7 @@ def check_folder(folder: Path, allowed: set[tuple[str, str]], least: int) -> str
     # an intact file is not enough: a resume must choose it
     if newest_state(folder) not in {state for state, _ in allowed}:
         return "a run would resume from another state"
-    left = len(checkpoint.numbered(folder))
+    left = len(checkpoint.list_numbered(folder))
     if left < least:
         return f"{left} checkpoints are left, expected {least}"
     return ""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from keepgpt.checkpoint import numbered, read_bundle, step_of
+from keepgpt.checkpoint import list_numbered, read_bundle, step_of
 from keepgpt.dataset import read_meta
 from keepgpt.errors import EXIT_FAILED, UserError
 from model import ModelArgs, build_model
@@ -91,7 +91,7 @@ def finish_killed_run(
             lives[ranks] *= 1.1
         step = last_step(out)
         # the cost of a kill: the steps since the newest checkpoint
-        saved = [step_of(path) for path in numbered(out)]
+        saved = [step_of(path) for path in list_numbered(out)]
         counts["lost"] = max(counts["lost"], step - max(saved, default=0))
 
 

@@ -66,9 +66,14 @@ def load_model(name: str, step: int, data_dir: str) -> Model:
         path = found[0]
     elif step:
         raise UserError(f"step={step}: expected the folder of a run, got {name}")
-    network, vocabulary, origin = load(
-        SampleConfig(init_from=str(path), data_dir=data_dir)
-    )
+    try:
+        network, vocabulary, origin = load(
+            SampleConfig(init_from=str(path), data_dir=data_dir)
+        )
+    # here a model is an argument, not a flag
+    except UserError as e:
+        message = str(e).removeprefix("init_from=").replace("--init_from=", "")
+        raise UserError(message) from e.__cause__
 
     # that of a file is also what sha256sum prints
     if path.is_file():
