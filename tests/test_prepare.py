@@ -895,6 +895,15 @@ def test_each_file_of_a_folder_has_its_own_shards(sources):
     assert "files" not in parquet_meta
 
 
+def test_a_renamed_dataset_is_prepared_already(tmp_path):
+    (tmp_path / "text.txt").write_text("To be, or not to be.\n" * 50)
+    flags = {"tokenizer": "char", "data_dir": tmp_path / "data"}
+    run("prepare.py", tmp_path / "text.txt", name="old", **flags)
+    (tmp_path / "data/old").rename(tmp_path / "data/new")
+    done = run("prepare.py", tmp_path / "text.txt", name="new", **flags)
+    assert "exists already" in done.stdout
+
+
 @pytest.mark.slow
 def test_a_folder_of_shards_is_prepared_once(sources):
     done = run("prepare.py", "parts", name="parts", **sources.flags)
