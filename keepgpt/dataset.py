@@ -56,7 +56,7 @@ def read_meta(folder: Path) -> Meta:
     if not path.exists():
         if (folder / "train.bin").exists():
             return describe_nanogpt_data(folder)
-        if any(folder.glob("*_train_*.bin")):
+        if any(folder.glob("*_train_*.bin")) or any(folder.glob("*_val_*.bin")):
             return describe_shards(folder)
         raise BadData(
             f"no prepared dataset in {folder}. Try: python prepare.py {folder.name}"
@@ -87,12 +87,18 @@ def check_meta(meta: Meta) -> None:
 def check_identity(folder: Path | str, meta: Meta, saved: Meta) -> None:
     """Raise BadData unless the data called `folder` has the tokens of the description `saved`."""
     # its name and source may differ
-    if any(meta[key] != saved[key] for key in IDENTITY):
-        raise BadData(
-            f"{folder}: not the {saved['name']} that this run was trained on. Try: "
-            f"the same data again, or this one in another run: --dataset={folder} "
-            "--init_from=branch:<this run's folder> --out_dir=<new folder>"
-        )
+    if all(meta[key] == saved[key] for key in IDENTITY):
+        return
+    # of a mixture, the sources that the run has not seen
+    seen = {part["fingerprint"] for part in saved.get("sources", ())}
+    parts = meta.get("sources", ())
+    new = [part["name"] for part in parts if part["fingerprint"] not in seen]
+    raise BadData(
+        f"{folder}: not the {saved['name']} that this run was trained on: other "
+        f"{', '.join(new) or 'tokens or weights'}. Try: the same data again, or this one in "
+        f"another run: --dataset={folder} --init_from=branch:<this run's folder> "
+        "--out_dir=<new folder>"
+    )
 
 
 def split_files(meta: Meta, split: str) -> dict[str, int]:
@@ -231,12 +237,12 @@ def read_shard_header(path: Path) -> int:
         size = path.stat().st_size
     except OSError as e:
         raise BadData(f"{path}: {e.strerror.lower()}. Try: download it again") from None
-    if size >= SHARD_HEADER and header[:2].tolist() != [SHARD_MAGIC, 1]:
+    if size >= 8 and header[:2].tolist() != [SHARD_MAGIC, 1]:
         raise BadData(
             f"{path}: expected a header of llm.c's shards with 16 bits per token ({SHARD_MAGIC}, "
-            f"1), got {header[:2].tolist()}. Try: shards in GPT-2's tokens"
+            f"1), got {header[:2].tolist()}. Try: shards in GPT-2's tokens, or download it again"
         )
-    # a shorter file has no number
+    # a file that ends here has no number
     tokens = sum(header[2:3].tolist())
     expected = SHARD_HEADER + 2 * tokens
     if size != expected:

@@ -24,7 +24,7 @@ class Text:
             tokens = from_meta(data).encode_to_numpy(text)
         # no file, not UTF-8, or a character without a token
         except (OSError, ValueError, UserError) as e:
-            reason = getattr(e, "strerror", None) or e
+            reason = str(getattr(e, "strerror", None) or e).removeprefix(f"{path}: ")
             raise UserError(f"eval_text={path}: {reason}") from None
         # each token but the first is a target
         targets = len(tokens) - 1

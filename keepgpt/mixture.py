@@ -83,8 +83,9 @@ def check_sources(sources: list[Source]) -> None:
         keys = ("tokenizer", "vocab_size")
         if any(source.meta[key] != first[key] for key in keys):
             raise BadData(
-                f"{sources[0].folder} and {source.folder} have different tokenizers. Try: prepare "
-                f"one of them again with --tokenizer={sources[0].folder}, the other's"
+                f"{sources[0].folder} and {source.folder} have different tokenizers. Try: "
+                f"python prepare.py <its text> --name={source.meta['name']} "
+                f"--tokenizer={sources[0].folder}"
             )
     names = {source.meta["name"] for source in sources}
     fingerprints = {source.meta["fingerprint"] for source in sources}
@@ -132,7 +133,7 @@ class Mixture(Windows):
 
     def count_windows(self, n: int) -> np.ndarray:
         """Return how many of the first n windows each split has: exactly if n is a multiple of
-        CYCLE, otherwise to within a few windows."""
+        CYCLE, otherwise to within about 20 windows."""
         return np.diff(self.count_before(n))
 
     def count_before(self, n: int) -> np.ndarray:

@@ -199,8 +199,8 @@ def download_files(
     count = len(train_files) + len(val_files)
     if count != recipe.file_count:
         raise UserError(
-            f"{folder}: expected {recipe.file_count} files, got {count}. Try: "
-            "the same command again, with a network"
+            f"{folder}: expected {recipe.file_count} files, got {count}. Try: the same command "
+            "again, with a network, or copy the files there"
         )
     return train_files, val_files
 

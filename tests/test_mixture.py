@@ -183,6 +183,9 @@ def test_other_weights_need_a_branch(whole_mixture, tmp_path):
     resume = {"init_from": "resume", "out_dir": out}
     done = run("train.py", dataset="a:0.5+b:0.5", code=2, **resume)
     assert "init_from=branch:" in read_error(done)
+    # a source that the run has not read is named
+    done = run("train.py", dataset="a:0.7+b:0.2+all:0.1", code=2, **resume)
+    assert "trained on: other all. Try" in read_error(done)
     # names and weights that say the same are no change
     run("train.py", dataset="b:2+c:1+a:7", max_iters=21, **resume)
     branch = {"init_from": f"branch:{whole_mixture}", "out_dir": tmp_path / "b"}

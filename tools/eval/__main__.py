@@ -93,7 +93,7 @@ def find_corpora(config: EvalConfig) -> list[Text | Task]:
             corpora.append(make_text(name, texts, config.chars, config.limit))
     if config.tasks:
         # a name twice is once
-        names = dict.fromkeys(config.tasks.split(","))
+        names = dict.fromkeys(filter(None, config.tasks.split(",")))
         corpora += [make_task(name, config.limit) for name in names]
     return corpora
 
@@ -121,9 +121,13 @@ def warn_of_long(
     )
     if not long:
         return
-    consequence = f"they continue after {block_size // 2} tokens of context"
+    continued = f"continue after {block_size // 2} tokens of context"
+    consequence = f"they {continued}"
     if isinstance(corpus, Task):
         consequence = "their contexts are cut from the left"
+        sequences = [sequence for document in documents for sequence in document]
+        if any(len(s.ids) - 1 - s.first >= block_size for s in sequences):
+            consequence += f"; choices that are longer themselves {continued}"
     warn(
         f"{corpus.name}: {long:,} of {len(documents):,} {corpus.kind} are longer than the "
         f"block_size={block_size} of {model.name}: {consequence}"
@@ -139,7 +143,6 @@ def evaluate_model(
     model.network.to(device)
     folder = Path(config.to) if config.to else model.folder
     make_folder(folder)
-    # mistakes first: computing takes long
     encoded = [encode(model, corpus) for corpus in corpora]
     dtype = pick_dtype(config.dtype, device)
     results = []
@@ -155,8 +158,8 @@ def evaluate_model(
         result = make_result(model, corpus, documents, nats)
         about = describe_result(result) | {"dtype": str(dtype).removeprefix("torch.")}
         content = json.dumps(about, indent=2) + "\n"
-        # those of a part, or of another text of that name, do not replace it
-        stem += f"-{about['documents_sha256'][:8]}"
+        # those of a part, of another text of that name or of another dtype do not replace it
+        stem += f"-{about['documents_sha256'][:8]}-{about['dtype']}"
         write_atomically(folder / f"{stem}.json", content.encode())
         results.append(result)
     return results
@@ -210,7 +213,9 @@ def describe_corpus(results: list[Result]) -> Iterator[str]:
     """Yield lines about the results of all models on a corpus: a table, then the differences to the
     first model."""
     corpus = results[0].corpus
-    yield f"{corpus.name}: {len(corpus.documents):,} {corpus.kind}"
+    count = len(corpus.documents)
+    kind = corpus.kind if count > 1 else corpus.kind.removesuffix("s")
+    yield f"{corpus.name}: {count:,} {kind}"
     rows = [["model", "sha256", "tokens", "bytes", *results[0].metrics]]
     for result in results:
         facts = [f"{result.tokens:,}", f"{result.size:,}"]
@@ -231,16 +236,18 @@ def compare(base: Result, result: Result) -> Iterator[str]:
         if name == "nats per token":
             continue
         difference = subtract(value, base.metrics[name])
+        error = f" ± {difference.error:.5f}"
         verdict = "less than two standard errors, not decided"
         if math.isnan(difference.error):
+            error = ""
             verdict = "one document has no standard error, not decided"
         if is_decided(difference):
             is_lower = difference.value < 0
             word = "better" if is_lower == (name == "bits per byte") else "worse"
             verdict = f"more than two standard errors, {word}"
         yield (
-            f"  {result.name} against {base.name}: {name} {difference.value:+.5f} ± "
-            f"{difference.error:.5f}: {verdict}"
+            f"  {result.name} against {base.name}: {name} {difference.value:+.5f}{error}: "
+            f"{verdict}"
         )
 
 
@@ -253,6 +260,12 @@ def main(config: EvalConfig, args: list[str]) -> None:
         )
     device = pick_device(config.device)
     corpora = find_corpora(config)
+    # mistakes first: computing takes long. One model at a time: it may fill the memory
+    for name in args[1:]:
+        model = load_model(name, config.step, config.data_dir)
+        for corpus in corpora:
+            encode(model, corpus)
+        del model
     results = []
     for name in args:
         results.append(evaluate_model(name, corpora, device, config))

@@ -192,26 +192,29 @@ def read_dataset(folder: Path) -> Iterator[str]:
 def make_text(name: str, texts: Iterator[str], chars: int, limit: int) -> Text:
     """Return a corpus of the first `limit` documents of `texts`, 0 for all. Raises UserError."""
     documents = (part for text in texts for part in cut_text(text, chars))
-    return Text(name, take(name, documents, limit))
+    return Text(name, take(Text.kind, name, documents, limit))
 
 
-def take(name: str, documents: Iterator[Any], limit: int) -> list[Any]:
-    """Return the first `limit` documents, 0 for all. Raises UserError if there are none."""
+def take(kind: str, name: str, documents: Iterator[Any], limit: int) -> list[Any]:
+    """Return the first `limit` documents of that kind, 0 for all. Raises UserError if there are
+    none."""
     taken = list(islice(documents, limit or None))
     if not taken:
-        raise UserError(f"{name}: expected documents, got none")
+        raise UserError(f"{name}: expected {kind}, got none")
     return taken
 
 
 def make_task(name: str, limit: int) -> Task:
     """Return the first `limit` questions of a .jsonl file, or of a task of the wheel. Raises
     UserError and OSError."""
-    if name.endswith(".jsonl"):
-        return Task(Path(name).stem, take(name, read_questions(name), limit))
+    # compressed or not
+    stem, found, _ = Path(name).name.partition(".jsonl")
+    if found:
+        return Task(stem, take(Task.kind, name, read_questions(name), limit))
     path = find_task(name)
     # its format has a folder for each way to ask
     name = f"{path.parents[1].name}/{path.parent.name}"
-    return Task(name, take(name, read_requests(path), limit))
+    return Task(name, take(Task.kind, name, read_requests(path), limit))
 
 
 def find_task(name: str) -> Path:
@@ -287,8 +290,8 @@ def check_question(row: dict[str, Any]) -> Question:
     # JSON's true is 1 to Python
     if type(answer) is not int or not 0 <= answer < len(choices):
         raise ValueError
-    # joining raises for anything but texts
-    "".join([context, *choices])
+    # joining raises for anything but texts, encoding for half a character
+    "".join([context, *choices]).encode()
     if not all(choices):
         raise ValueError
     return Question([context] * len(choices), choices, answer)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from keepgpt.errors import warn
+from keepgpt.errors import name_path, warn
 from tools.eval.models import Model, Sequence, Window, cut_document, score_windows
 
 # of documents whose windows are sorted by length: a kill loses one such group
@@ -30,7 +30,7 @@ def read_rows(path: Path) -> dict[str, list[float]]:
     rows: dict[str, list[float]] = {}
     if not path.exists():
         return rows
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines():
         with suppress(ValueError, LookupError, TypeError):
             row = json.loads(line)
             rows[row["key"]] = row["nats"]
@@ -40,7 +40,7 @@ def read_rows(path: Path) -> dict[str, list[float]]:
 def append_rows(path: Path, rows: list[dict]) -> None:
     """Append results to a file. Raises OSError."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    with open(path, "a+b") as file:
+    with name_path(path), open(path, "a+b") as file:
         # end a row that a kill has cut short
         if file.tell():
             file.seek(-1, os.SEEK_END)

@@ -22,7 +22,9 @@ class Estimate:
         return math.sqrt(n / (n - 1) * np.sum(self.shares**2))
 
     def __str__(self) -> str:
-        return f"{self.value:.4f} ± {self.error:.4f}"
+        # one document has no error
+        error = f" ± {self.error:.4f}" if len(self.shares) > 1 else ""
+        return f"{self.value:.4f}{error}"
 
 
 def estimate(
