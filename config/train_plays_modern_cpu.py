@@ -4,9 +4,8 @@ out_dir = "out-plays-modern-cpu"
 dataset = "plays_char"
 
 eval_interval = 950
-eval_iters = (
-    49  # all of tinyshakespeare's validation text, with --dataset=shakespeare_char
-)
+# all of tinyshakespeare's validation text, with --dataset=shakespeare_char
+eval_iters = 49
 checkpoint_interval = 200  # a pulled plug costs twelve seconds of work at most
 log_interval = 10
 sample_tokens = 200  # a glimpse of its text at each evaluation
