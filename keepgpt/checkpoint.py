@@ -442,7 +442,7 @@ def read_trunk(path: Path, step: int) -> Bundle:
             raise UserError(
                 f"init_from=branch:{path}: {reason}. Try: the folder of a run"
             ) from None
-    # what the run's README says about its start
+    # the branch's README names them
     with open(path, "rb") as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
     trunk = {"path": str(path), "step": bundle["step"], "sha256": sha256}
