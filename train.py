@@ -212,9 +212,7 @@ def set_up(config: TrainConfig, overrides: Settings, opened: ExitStack) -> Run:
     sources, data = find_data(config, bundle, ranks)
 
     # build the model: with the checkpoint's weights, those that init_from names, or random ones
-    # (an elastic run keeps its number of threads: sums over threads round differently)
-    threads = bundle.get("threads") if bundle and config.elastic else None
-    ranks.agree_on_threads(threads)
+    ranks.agree_on_threads(elastic.read_threads(config, bundle))
     torch.manual_seed(config.seed)
     model = ranks.on_each(lambda: make_model(config, overrides, data, bundle))
     is_read = bundle is not None or config.source != "scratch"
@@ -564,16 +562,12 @@ def list_roundings(run: Run, bundle: Bundle) -> dict[str, str]:
     # one of these two changes nothing on this device
     del now["deterministic" if on_cpu else "threads"]
 
-    # an elastic run has the same sums on any number of ranks
-    was_elastic = config.elastic and saved_config.get("elastic")
-    any_ranks = was_elastic and (on_cpu or config.deterministic)
-
     lines = {}
     for key, value in now.items():
         if before.get(key) in (None, value):
             continue
         lines[key] = f"{key} {before[key]} -> {value}"
-        if key == "ranks" and any_ranks:
+        if key == "ranks" and elastic.keeps_bits(config, saved_config, on_cpu):
             continue
         lines[key] += ": the same losses up to rounding"
         if config.dropout and key in ("batch_size", "compile", "device"):

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from keepgpt.config import TrainConfig
+from keepgpt.checkpoint import Bundle
+from keepgpt.config import Settings, TrainConfig
 from keepgpt.errors import UserError
 from keepgpt.ranks import Ranks
 
@@ -30,6 +31,18 @@ def check_elastic(config: TrainConfig, ranks: Ranks) -> None:
         )
     if config.backend == "gloo" and ranks.device.type == "cuda":
         raise UserError("elastic=True needs backend=nccl on CUDA. Try: --backend=auto")
+
+
+def read_threads(config: TrainConfig, bundle: Bundle | None) -> int | None:
+    """Return the number of CPU threads that an elastic run keeps, as sums over threads round
+    differently, or None."""
+    return bundle.get("threads") if bundle and config.elastic else None
+
+
+def keeps_bits(config: TrainConfig, saved_config: Settings, on_cpu: bool) -> bool:
+    """Return True if a resumed run has the same sums on another number of ranks."""
+    was_elastic = config.elastic and saved_config.get("elastic")
+    return was_elastic and (on_cpu or config.deterministic)
 
 
 def accumulate_in_tree(
