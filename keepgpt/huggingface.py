@@ -56,7 +56,9 @@ class Format:
     dropouts: tuple[str, ...]
     # our sizes that may be absent, and the values to use then
     optional: dict[str, Any]
-    # with rotary positions and no biases
+    # biases in all linear layers and norms
+    has_bias: bool = False
+    # rotary positions, and an RMSNorm instead of a LayerNorm
     is_rotary: bool = True
     # endings of names: (in, out) there, (out, in) here
     transposed: tuple[str, ...] = ()
@@ -117,6 +119,7 @@ FORMATS = {
         },
         dropouts=("resid_pdrop", "embd_pdrop", "attn_pdrop"),
         optional={},
+        has_bias=True,
         is_rotary=False,
         transposed=("c_attn.weight", "c_proj.weight", "c_fc.weight"),
     ),
@@ -369,7 +372,7 @@ def read_args(folder: Path) -> dict:
         check_keys(path, config, form)
 
         # any size that is not optional is an error if it is absent
-        args = {"architecture": kind, "bias": not form.is_rotary, "dropout": 0.0}
+        args = {"architecture": kind, "bias": form.has_bias, "dropout": 0.0}
         args |= form.optional
         for size, name in form.sizes.items():
             if size not in args or name in config:

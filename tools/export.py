@@ -102,7 +102,7 @@ def make_tensors(state: dict[str, Tensor], architecture: str) -> dict[str, Tenso
     for name, tensor in state.items():
         layer = name.removesuffix(".weight")
         # embeddings have none, and vectors that are biases have another name
-        if not form.is_rotary and layer != name and layer not in embeddings:
+        if form.has_bias and layer != name and layer not in embeddings:
             biases[f"{layer}.bias"] = tensor.new_zeros(tensor.size(0))
         if name.endswith(form.transposed):
             tensor = tensor.t().contiguous()
