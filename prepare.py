@@ -282,7 +282,7 @@ def start_meta(request: Meta, tokenizer: Description) -> Meta:
     }
 
 
-def complete_tokenizer(wanted: Description, shards: list[Shard]) -> Meta:
+def complete_tokenizer(wanted: Description, shards: list[Shard]) -> Description:
     """Return the description of the wanted tokenizer, with the characters of the text, or with a
     byte-pair encoding trained on the first gigabyte that goes to train."""
     # cut as tiktoken may: each kind that is completed here allows that

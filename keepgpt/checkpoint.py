@@ -32,7 +32,7 @@ from keepgpt.ranks import map_tensors
 
 # The content of a checkpoint: plain values and tensors. The keys are those of train.make_bundle,
 # State.state_dict and describe_machine. train.find_checkpoint adds "start", and for a branch
-# "branch" and "trunk", which say how this process starts.
+# "branch", which say how this process starts.
 Bundle = dict[str, Any]
 FORMAT = 1
 # ends each file, with the CRC32 of everything before it: torch.load does not check the zip's own

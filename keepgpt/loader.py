@@ -1,5 +1,5 @@
-"""Compute batch n from (seed, n), on any number of ranks the same. `batch_number` gives the n of a
-step: the step itself, unless batches were skipped or a branch starts other data.
+"""Compute batch n from (seed, n): the same one on any number of ranks. `batch_number` gives the n
+of a step: the step itself, unless batches were skipped or a branch starts other data.
 
 A split is cut into windows of block_size tokens, each with the next token as the last target. Every
 epoch visits every window once, in a permutation computed by arithmetic, and cuts at another offset.

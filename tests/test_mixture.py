@@ -243,10 +243,10 @@ def test_one_source_is_that_dataset(data_dir):
 
 def test_a_mixture_is_the_same_in_another_spelling(data_dir):
     described = []
-    for dataset in ("a:1+b:3", "b:0.75+a:0.25", "a:0.2500+b:0.7500"):
+    for dataset in ("a:1+b:3", "b:0.75+a:0.25", "a:0.2500+b:0.7500", "a:1/4+b:3/4"):
         sources = find_sources(str(data_dir), dataset)
         described.append(describe_sources(sources, dataset))
-        # it is called what the command calls it
+        # its name is the command's
         assert described[-1].pop("name") == dataset
     assert described[0] == described[1] == described[2]
 

@@ -611,7 +611,7 @@ def test_found_inf_leaves_every_bit(name, all_optimizers):
 
 
 def copy_groups(optimizer):
-    """Return what the groups of an optimizer hold beside parameters."""
+    """Return the groups of an optimizer, with numbers for parameters."""
     groups = optimizer.state_dict()["param_groups"]
     return copy.deepcopy(groups)
 
@@ -621,7 +621,7 @@ def test_a_step_changes_no_group(name, all_optimizers):
     model = build_model_with_gradients()
     optimizer = make_optimizer(model, replace(CONFIG, optimizer=name))
     before = copy_groups(optimizer)
-    # a resume would lose what a group counts: it takes the groups of its command
+    # a resume takes the groups of its command, and would lose a change
     for _ in range(2):
         for p in model.parameters():
             p.grad = torch.randn_like(p)

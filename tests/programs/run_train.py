@@ -1,5 +1,4 @@
-"""What a broken or slow train.py does after a test's change of it: import this, change something,
-call `run_train`."""
+"""Run a train.py that is broken or slow: import this module, change something, call `run_train`."""
 
 import sys
 from pathlib import Path

@@ -7,9 +7,11 @@ beside the model: the same command continues after an interruption.
 """
 
 import hashlib
+import io
 import json
 import math
 from collections.abc import Iterator
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -253,16 +255,18 @@ def compare(base: Result, result: Result) -> Iterator[str]:
 
 def main(config: EvalConfig, args: list[str]) -> None:
     """Evaluate and compare models. Raises UserError and OSError."""
-    if not args or not (config.text or config.dataset or config.tasks):
+    corpora = find_corpora(config) if args else []
+    if not corpora:
         raise UserError(
             "expected a model, and --text=FILE, --dataset=NAME or --tasks=NAMES. Try: python -m "
             "tools.eval out --dataset=plays_char"
         )
     device = pick_device(config.device)
-    corpora = find_corpora(config)
     # mistakes first: computing takes long. One model at a time: it may fill the memory
     for name in args[1:]:
-        model = load_model(name, config.step, config.data_dir)
+        # its notes come when it is evaluated
+        with redirect_stderr(io.StringIO()):
+            model = load_model(name, config.step, config.data_dir)
         for corpus in corpora:
             encode(model, corpus)
         del model

@@ -4,7 +4,7 @@ LETTERS = b"abcdefghijklmnopqrstuvwxyz"
 
 
 def wide(other: str = r"[^a-z\s]+") -> dict:
-    """Return an encoding. `other` matches the text that is no letter and no space."""
+    """Return an encoding. `other` matches all but letters and spaces."""
     # the pairs that start with a letter come last
     order = sorted(range(256), key=lambda byte: (byte in LETTERS, byte))
     ranks = {bytes([byte]): byte for byte in range(256)}
