@@ -352,4 +352,6 @@ def test_a_wrong_text_is_one_line(data_dir, content, part, tmp_path):
     flags = make_flags(data_dir, eval_text=path, out_dir=tmp_path / "out")
     error = read_error(run("train.py", code=2, **flags))
     assert "eval_text" in error
+    # once: a hint may have it without the colon
+    assert error.count(f"{path}:") == 1
     assert part in error

@@ -305,9 +305,11 @@ def test_other_text_may_have_the_tokens_of_shards(shards):
     assert describe_tokenizer(str(shards / "fineweb")) == {"kind": "gpt2"}
 
 
-def test_shards_of_one_split_are_one_line(shards):
-    # as after a download of the training shards alone
-    (shards / "fineweb/fineweb_val_000000.bin").unlink()
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_shards_of_one_split_are_one_line(shards, split):
+    # as after a download of the other split's shards alone
+    for path in (shards / "fineweb").glob(f"*_{split}_*.bin"):
+        path.unlink()
     flags = SMALL | {"data_dir": shards, "dataset": "fineweb"}
     error = read_error(run("train.py", code=2, out_dir=shards / "out", **flags))
-    assert "*_val_*.bin" in error
+    assert f"*_{split}_*.bin" in error
